@@ -1,0 +1,56 @@
+# make demo    the whole path on the bundled base, offline, in under two minutes
+# make test    every test
+# make check   what CI runs: lint, format, types, imports, docs and tests
+# Each sets up .venv by itself. PYTHON=python3.12 chooses the interpreter that it is made from.
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+# What is installed depends on these files and on where the project lies, by content: clocks and leftovers do not matter.
+STATE := $(shell { cat pyproject.toml constraints.txt; pwd; } | cksum | cut -d' ' -f1)
+CORE := $(VENV)/.installed-core-$(STATE)
+DEV := $(VENV)/.installed-dev-$(STATE)
+# What tests and checks do must depend on this checkout alone: not on the hub, and not on a user's own settings.
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH= PYTHONDONTWRITEBYTECODE=1
+
+.PHONY: demo test check lint types imports docs setup clean
+
+demo: $(CORE)
+	$(OFFLINE) $(BIN)/softprompt demo
+
+test: $(DEV)
+	$(OFFLINE) $(BIN)/python -m pytest
+
+check: lint types imports
+	$(OFFLINE) $(BIN)/python -m pytest -W error
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV)
+	$(BIN)/mypy
+
+imports: $(DEV)
+	PYTHONPATH=src $(BIN)/lint-imports --no-cache
+
+# The pages that derive from the code. `make check` compares them in the tests.
+docs: $(DEV)
+	$(BIN)/softprompt recipe --markdown > docs/recipe.md
+
+setup: $(DEV)
+
+$(CORE):
+	@test -n "$(PYTHON)" || { echo "softprompt needs Python 3.11 or newer; none was found. Install one, or: make PYTHON=/path/to/python3"; exit 1; }
+	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@rm -f $(VENV)/.installed-* && touch $@
+
+$(DEV): $(CORE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,59 @@
+"""softprompt: learn, measure, keep and serve soft prompts on one frozen language model."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+try:
+    __version__ = version("softprompt")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+# Where each public name is defined; it is imported when first asked for, so that `import softprompt` loads no torch.
+# `tune` is not among them, since softprompt.tune is the package: from softprompt.tune.loop import tune.
+_HOMES = {
+    "CompiledPrompt": "softprompt.base.compiled",
+    "DecodeSettings": "softprompt.base.decode",
+    "DeepPrompt": "softprompt.prompt.soft_prompt",
+    "Example": "softprompt.data.example",
+    "FrozenLM": "softprompt.base.frozen_lm",
+    "Recipe": "softprompt.tune.recipe",
+    "SoftPrompt": "softprompt.prompt.soft_prompt",
+    "SoftPromptError": "softprompt.errors",
+    "Template": "softprompt.data.template",
+    "compile_prompt": "softprompt.base.compiled",
+    "generate": "softprompt.base.decode",
+    "load_prompt": "softprompt.store.artifact",
+    "load_splits": "softprompt.data.source",
+    "save_prompt": "softprompt.store.artifact",
+}
+
+__all__ = [  # noqa: F822 - the names are found by __getattr__
+    "CompiledPrompt",
+    "DecodeSettings",
+    "DeepPrompt",
+    "Example",
+    "FrozenLM",
+    "Recipe",
+    "SoftPrompt",
+    "SoftPromptError",
+    "Template",
+    "__version__",
+    "compile_prompt",
+    "generate",
+    "load_prompt",
+    "load_splits",
+    "save_prompt",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'softprompt' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
