@@ -1,4 +1,4 @@
-"""Settings and fixtures that every test shares: no hub, few threads, and the real data where it lies beside the project."""
+"""What every test shares: no hub, few threads, and the real data where it lies beside the project."""
 
 from __future__ import annotations
 

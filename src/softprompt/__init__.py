@@ -30,7 +30,7 @@ _HOMES = {
     "save_prompt": "softprompt.store.artifact",
 }
 
-__all__ = [  # noqa: F822 - the names are found by __getattr__
+__all__ = [
     "CompiledPrompt",
     "DecodeSettings",
     "DeepPrompt",
