@@ -1,0 +1,67 @@
+"""Everything softprompt refuses, as one tree. Each leaf is a standard error too, and carries the exit code of the CLI.
+
+    SoftPromptError                     1   any failure that has no code of its own
+    ├── RecipeError    (ValueError)     2   a setting that is unknown, of the wrong kind, or contradicts another
+    ├── MissingExtra   (ImportError)    2   an optional package is needed; says what to install
+    ├── DataError      (ValueError)     3   a file, column or row that cannot be trained on
+    ├── OutOfMemory    (MemoryError)    4   even one row at a time does not fit
+    ├── BaseError      (ValueError)     5   a base model that cannot be loaded or is not supported
+    ├── PromptError    (ValueError)     5   a prompt that cannot be used
+    │   ├── WrongBase                   5   it was learned on another base
+    │   └── DamagedPrompt               5   its files are incomplete, of the wrong shape or not finite
+    ├── NotFinite      (ArithmeticError) 1  the loss or its gradient became NaN or infinite
+    ├── SaveError      (OSError)        1   nothing was written, or the former version still stands
+    └── GateFailed                    100   a measured figure is under the demanded one
+
+A message says what was found, what was wanted and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class SoftPromptError(Exception):
+    exit_code = 1
+
+
+class RecipeError(SoftPromptError, ValueError):
+    exit_code = 2
+
+
+class MissingExtra(SoftPromptError, ImportError):
+    exit_code = 2
+
+
+class DataError(SoftPromptError, ValueError):
+    exit_code = 3
+
+
+class OutOfMemory(SoftPromptError, MemoryError):
+    exit_code = 4
+
+
+class BaseError(SoftPromptError, ValueError):
+    exit_code = 5
+
+
+class PromptError(SoftPromptError, ValueError):
+    exit_code = 5
+
+
+class WrongBase(PromptError):
+    pass
+
+
+class DamagedPrompt(PromptError):
+    pass
+
+
+class NotFinite(SoftPromptError, ArithmeticError):
+    pass
+
+
+class SaveError(SoftPromptError, OSError):
+    pass
+
+
+class GateFailed(SoftPromptError):
+    exit_code = 100

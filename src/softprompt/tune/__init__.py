@@ -1,0 +1,1 @@
+"""How a prompt learns: the recipe, the loop, the optimisers, checkpoints."""
