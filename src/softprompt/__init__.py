@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-
-try:
-    __version__ = version("softprompt")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+unknown"
 
 # Where each public name is defined; it is imported when first asked for, so that `import softprompt` loads no torch.
 # `tune` is not among them, since softprompt.tune is the package: from softprompt.tune.loop import tune.
@@ -50,6 +44,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("softprompt")
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            return "0+unknown"
     if name not in _HOMES:
         raise AttributeError(f"module 'softprompt' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

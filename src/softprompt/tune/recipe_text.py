@@ -1,0 +1,121 @@
+"""Recipe text to plain values, each with the place where it was written.
+
+A YAML of the plain kind: `5e-3`, `1e-4` and `.5` are numbers, only `true` and `false` are booleans (so `no` and
+`on` are words), there are no dates, and a key may stand once. Every value knows its file and line, or its flag.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from softprompt.errors import RecipeError
+
+Scalar = str | int | float | bool | None
+
+_NULL = re.compile(r"~|null|Null|NULL|")
+_TRUE_FALSE = re.compile(r"true|True|TRUE|false|False|FALSE")
+_WHOLE = re.compile(r"[-+]?[0-9][0-9_]*")
+_NUMBER = re.compile(
+    r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A value as someone wrote it: a scalar, a list of Written, or a mapping of names to Written."""
+
+    value: Scalar | list[Written] | dict[str, Written]
+    text: str
+    """A scalar exactly as written, for settings that want text; "" for lists and mappings."""
+    where: str
+    """`recipe.yaml:12`, or the flag."""
+
+
+def scalar(text: str) -> Scalar:
+    """The value that an unquoted piece of text stands for."""
+    if _NULL.fullmatch(text):
+        return None
+    if _TRUE_FALSE.fullmatch(text):
+        return text.lower() == "true"
+    if _WHOLE.fullmatch(text):
+        return int(text.replace("_", ""))
+    if _NUMBER.fullmatch(text):
+        return float(re.sub(r"\.(?=[inIN])", "", text.replace("_", "")))
+    return text
+
+
+def read_mapping(source: str, name: str) -> dict[str, Written]:
+    """Parse a whole recipe; an empty one is an empty mapping. Errors name `name` and the line."""
+    try:
+        node = yaml.compose(source, Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{name}{line}: this is not YAML: {problem}. Correct that line.") from None
+    if node is None:
+        return {}
+    written = _written(node, name)
+    if not isinstance(written.value, dict):
+        raise RecipeError(
+            f"{written.where}: found {found(written)}, wanted settings such as 'base: builtin', one a line."
+        )
+    return written.value
+
+
+def read_value(text: str, where: str) -> Written:
+    """Parse the right-hand side of `--set key=value`, or a flag's value."""
+    try:
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError:
+        return Written(text, text, where)  # no YAML, so it is text: "{soft:20} {text}: {label}"
+    if node is None:
+        return Written(None, text, where)
+    if isinstance(node, yaml.ScalarNode):
+        value = node.value if node.style else scalar(node.value)
+        return Written(value, text if node.style is None else node.value, where)
+    return _written(node, where, lines=False)
+
+
+def found(written: Written) -> str:
+    """A value in the words of an error message: "'fast' (text)"."""
+    return describe_value(written.value)
+
+
+def describe_value(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return f"{str(value).lower()} (true or false)"
+    if isinstance(value, int | float):
+        return f"{value} (a number)"
+    if isinstance(value, str):
+        return f"{value!r} (text)"
+    return "a list" if isinstance(value, list | tuple) else "a mapping"
+
+
+def _written(node: yaml.Node, name: str, *, lines: bool = True) -> Written:
+    where = f"{name}:{node.start_mark.line + 1}" if lines else name
+    if isinstance(node, yaml.ScalarNode):
+        quoted = node.style is not None
+        return Written(node.value if quoted else scalar(node.value), node.value, where)
+    if isinstance(node, yaml.SequenceNode):
+        return Written([_written(item, name, lines=lines) for item in node.value], "", where)
+    mapping: dict[str, Written] = {}
+    for key_node, value_node in node.value:
+        place = f"{name}:{key_node.start_mark.line + 1}" if lines else name
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise RecipeError(f"{place}: found a list or mapping as a key, wanted the name of a setting.")
+        key = key_node.value
+        if key in mapping:
+            raise RecipeError(
+                f"{place}: {key} stands twice (first at {mapping[key].where}). Keep one of them."
+            )
+        value = _written(value_node, name, lines=lines)
+        # An error should point at the key, also where a long text starts on the next line.
+        mapping[key] = Written(value.value, value.text, place)
+    return Written(mapping, "", where)

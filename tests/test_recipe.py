@@ -1,0 +1,199 @@
+"""Every setting is declared once; what a person writes is taken as meant, or refused with its place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softprompt.errors import RecipeError
+from softprompt.tune.recipe import Recipe, settings
+from softprompt.tune.recipe_text import scalar
+
+MINIMAL = "data:\n  source: rows.csv\n"
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(written(folder, text), overrides)
+    return str(caught.value).replace(str(folder) + "/", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5e-3", 0.005),
+        ("1e-4", 0.0001),
+        (".5", 0.5),
+        ("3", 3.0),
+        ("1_000", 1000.0),
+        ("+2.", 2.0),
+        ("1E2", 100.0),
+    ],
+)
+def test_a_learning_rate_may_be_written_as_people_write_numbers(
+    tmp_path: Path, text: str, value: float
+) -> None:
+    recipe = Recipe.load(written(tmp_path, MINIMAL + f"tune:\n  learning_rate: {text}\n"))
+    assert recipe.tune.learning_rate == value
+    assert Recipe.from_flags({"--data": "rows.csv", "--learning-rate": text}).tune.learning_rate == value
+
+
+def test_words_that_other_yaml_readers_bend_stay_words() -> None:
+    assert [scalar(word) for word in ("no", "on", "yes", "12:30:00", "2024-01-01", "auto")] == [
+        "no",
+        "on",
+        "yes",
+        "12:30:00",
+        "2024-01-01",
+        "auto",
+    ]
+    assert [scalar(word) for word in ("true", "False", "null", "~", "")] == [True, False, None, None, None]
+
+
+def test_an_unknown_key_is_refused_with_its_line_and_the_key_that_was_meant(tmp_path: Path) -> None:
+    text = MINIMAL + "tune:\n  epochs: 3\n  learning_rte: 5e-3\n"
+    assert refusal(tmp_path, text) == (
+        "recipe.yaml:5: tune.learning_rte: unknown setting. Did you mean tune.learning_rate?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("learning_rate: 5e-3", "tune.learning_rate"),
+        ("lr: 5e-3", "tune.learning_rate"),
+        ("model: gpt2", "base"),
+        ("prompt: {lenght: 4}", "prompt.length"),
+        ("bsae: gpt2", "base"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_shown_its_right_one(tmp_path: Path, text: str, meant: str) -> None:
+    assert f"Did you mean {meant}?" in refusal(tmp_path, MINIMAL + text + "\n")
+
+
+def test_a_key_without_a_likeness_points_at_the_list(tmp_path: Path) -> None:
+    assert "`softprompt recipe` lists them all" in refusal(tmp_path, MINIMAL + "zzzz: 1\n")
+
+
+def test_a_value_of_the_wrong_kind_says_line_found_and_wanted(tmp_path: Path) -> None:
+    assert refusal(tmp_path, MINIMAL + "tune:\n\n  epochs: many\n") == (
+        "recipe.yaml:5: tune.epochs: found 'many' (text), wanted a whole number of at least 1."
+    )
+    assert refusal(tmp_path, MINIMAL + "tune: {learning_rate: -1}\n") == (
+        "recipe.yaml:3: tune.learning_rate: found -1 (a number), wanted a number above 0, or auto."
+    )
+    assert refusal(tmp_path, MINIMAL + "  streaming: yes\n").endswith(
+        "found 'yes' (text), wanted true or false."
+    )
+    assert "wanted settings such as tune.learning_rate" in refusal(tmp_path, MINIMAL + "tune: 5\n")
+    assert refusal(tmp_path, MINIMAL + "tune: {learning_rate: .nan}\n").startswith(
+        "recipe.yaml:3: tune.learning_rate"
+    )
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    lines = refusal(tmp_path, MINIMAL + "tune: {epochs: no}\nfoo: 1\n").splitlines()
+    assert [line.split(":")[1] for line in lines] == ["3", "4"]
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL + "base: a\nbase: b\n")
+    assert message == "recipe.yaml:4: base stands twice (first at recipe.yaml:3). Keep one of them."
+
+
+def test_text_that_is_no_yaml_is_refused_with_its_line(tmp_path: Path) -> None:
+    assert refusal(tmp_path, MINIMAL + "tune: [1,\nout: x\n").startswith("recipe.yaml:")
+    assert refusal(tmp_path, "- a\n- b\n").startswith("recipe.yaml:1: found a list")
+    assert refusal(tmp_path, "").startswith("recipe.yaml: data.source: nothing given")
+
+
+def test_a_missing_recipe_file_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml: there is no such recipe file"):
+        Recipe.load("nowhere.yaml")
+
+
+def test_overrides_come_after_the_file_and_flags_after_them(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL + "tune: {epochs: 3, seed: 1}\n")
+    assert Recipe.load(path, ["tune.epochs=4"]).tune.epochs == 4
+    recipe = Recipe.from_flags({"--epochs": "5", "--seed": None}, ["tune.epochs=4"], path=path)
+    assert (recipe.tune.epochs, recipe.tune.seed) == (5, 1)
+
+
+def test_an_override_that_wants_text_takes_it_to_the_letter() -> None:
+    overrides = ["data.template={soft:20} {text} ", "data.revision=12345e67", "data.encoding=null"]
+    recipe = Recipe.from_flags({"--data": "rows.csv"}, overrides)
+    assert recipe.data.template == "{soft:20} {text} "
+    assert recipe.data.revision == "12345e67"
+    assert recipe.data.encoding == "null"
+
+
+def test_a_mapping_may_be_set_whole_or_by_name() -> None:
+    for override in ("data.fields={text: body}", "data.fields.text=body"):
+        assert Recipe.from_flags({"--data": "x"}, [override]).data.fields == {"text": "body"}
+
+
+def test_what_is_held_out_may_be_a_share_a_count_or_a_name() -> None:
+    values = [
+        Recipe.from_flags({"--data": "x"}, [f"data.validation={v}"]).data.validation
+        for v in ("0.1", "50", "dev")
+    ]
+    assert values == [0.1, 50, "dev"]
+
+
+@pytest.mark.parametrize("override", ["tune.epochs", "=3", "data=3", "a.b=3", "tune.epochs.x=3"])
+def test_an_override_that_names_no_setting_is_refused_with_itself(override: str) -> None:
+    with pytest.raises(RecipeError, match="--set"):
+        Recipe.from_flags({"--data": "x"}, [override])
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    for override in ("prompt.init=text", "prompt.init=labels", "data.target=label"):
+        with pytest.raises(RecipeError, match=override.split("=")[0]):
+            Recipe.from_flags({"--data": "x"}, [override])
+
+
+def test_python_callers_get_the_same_refusals() -> None:
+    with pytest.raises(RecipeError, match=r"data\.sorce: unknown setting. Did you mean data\.source"):
+        Recipe(data={"source": "x", "sorce": "y"})
+
+
+def test_a_recipe_written_out_reads_back_as_itself(tmp_path: Path) -> None:
+    recipe = Recipe.from_flags(
+        {"--data": "5e-3", "--learning-rate": "1e-5", "--batch-size": "auto"},
+        ["data.template=Tweet: {text}\\n# {label}: ", "data.target=label", "data.fields.text=Tweet text"],
+    )
+    assert Recipe.load(written(tmp_path, recipe.to_yaml())) == recipe
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85\u2028\u2029\r"), min_size=1))
+def test_any_text_survives_being_written_and_read(text: str) -> None:
+    import tempfile
+
+    recipe = Recipe(data={"source": text, "template": text})
+    with tempfile.TemporaryDirectory() as folder:
+        assert Recipe.load(written(Path(folder), recipe.to_yaml())) == recipe
+
+
+def test_every_setting_has_a_help_text_and_a_default_that_it_accepts() -> None:
+    for one in settings():
+        assert one.help.endswith("."), one.path
+        if not one.required and one.default not in (None, {}):
+            Recipe.from_flags({"--data": "x"}, [f"{one.path}={one.default}".replace("=False", "=false")])
+    flags = [one.flag for one in settings() if one.flag]
+    assert len(flags) == len(set(flags)) == 12
+
+
+def test_reading_a_recipe_loads_no_torch() -> None:
+    code = "import sys, softprompt, softprompt.tune.recipe, softprompt.tune.events; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
