@@ -1,0 +1,1 @@
+"""The command line: parse, call, print. One file a verb; app.py lists them, ending.py ends them."""

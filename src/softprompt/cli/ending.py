@@ -1,0 +1,94 @@
+"""How a command ends: the one place that turns an exception into a message on stderr and an exit code.
+
+0    done
+1    any other failure
+2    usage, or a recipe that is refused
+3    data refused
+4    out of memory
+5    base or prompt refused
+100  a measured figure is under the demanded one
+130  interrupted
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from typer.exceptions import Abort, TyperException
+
+from softprompt.errors import SoftPromptError
+
+INTERRUPTED = 130
+
+
+def exit_code(call: Callable[[], Any], *, traceback: bool = False) -> int:
+    """Call, and say in one message what went wrong. With `traceback`, also where."""
+    try:
+        result = call()
+        return result if isinstance(result, int) else 0
+    except TyperException as error:
+        return _say(_usage(error), 2)
+    except (KeyboardInterrupt, Abort):
+        return _say("interrupted.", INTERRUPTED)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    except BrokenPipeError:
+        # The reader has gone (`softprompt ... | head`); a second flush at exit would only complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if traceback:
+            import traceback as printer
+
+            printer.print_exception(error)
+        message, code = told(error)
+        return _say(message, code)
+
+
+def told(error: Exception) -> tuple[str, int]:
+    """An exception in a person's words, and its exit code."""
+    if isinstance(error, SoftPromptError):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return (
+            "out of memory. Choose a smaller base or tune.batch_size=1, shorten the texts with data.max_length, "
+            f"or close other programs. ({_first_line(error)})",
+            4,
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        place = f" {error.filename}:" if error.filename else ""
+        advice = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "Check it"
+        return f"the system refused:{place} {error.strerror}. {advice}, and run again.", 1
+    return (
+        f"{type(error).__name__}: {_first_line(error)}\nThis should not happen. Run again with --traceback to see "
+        "where, and report it.",
+        1,
+    )
+
+
+def _usage(error: TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return error.format_message()
+    if (
+        not error.message or error.message == context.get_help()
+    ):  # `softprompt` alone: its help has been shown
+        return "no verb was given."
+    return f"{error.format_message().rstrip('.')}. `{context.command_path} --help` shows what there is."
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else "no further word"
+
+
+def _say(message: str, code: int) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(Text.assemble(("softprompt: ", "bold red"), message))
+    return code

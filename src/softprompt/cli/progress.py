@@ -1,0 +1,110 @@
+"""A tuning run's events on the screen: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from softprompt.tune.events import BatchHalved, Event, Said, Saved, Started, Stepped, Stopped, Validated
+
+PLAIN_EVERY_SECONDS = 5.0
+
+
+class ShowProgress:
+    """Call it with each event; use it as a context so that the live line ends with the run."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = console.is_terminal
+        self.validated = ""
+        self.last_plain = -math.inf
+        self.bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not self.live,
+        )
+        self.task = self.bar.add_task("", total=None)
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Started():
+                self.bar.update(self.task, total=event.steps)
+                self._line(_plan(event))
+            case Stepped():
+                text = _step(event) + self.validated
+                self.bar.update(self.task, completed=event.step, description=text)
+                now = time.monotonic()
+                if not self.live and (
+                    now - self.last_plain > PLAIN_EVERY_SECONDS or event.step == event.steps
+                ):
+                    self.last_plain = now
+                    self._line(f"step {event.step}/{event.steps}  {text}")
+            case Validated():
+                self.validated = f"  held-out {event.nll:.3f}"
+                if not self.live:
+                    kept = "  best so far, kept" if event.best else ""
+                    self._line(f"step {event.step}  held-out loss {event.nll:.4f}{kept}")
+            case BatchHalved():
+                self._line(
+                    f"out of memory: from here on {event.batch_size} rows at a time, {event.accumulation} times a step"
+                )
+            case Saved():
+                pass  # the command says where, and how to use it
+            case Stopped():
+                self._line(_end(event))
+            case Said():
+                self._line(event.text)
+
+    def _line(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+
+def _plan(event: Started) -> str:
+    together = f" x {event.accumulation}" if event.accumulation > 1 else ""
+    return (
+        f"{event.steps} steps ({event.epochs:g} epochs of {event.examples} rows, {event.batch_size}{together} a step), "
+        f"learning rate {event.learning_rate:.3g}, {event.trained_tokens:,} trained tokens an epoch, "
+        f"{event.validation_examples} rows held out"
+    )
+
+
+def _step(event: Stepped) -> str:
+    minutes, seconds = divmod(
+        int(event.remaining_seconds) if math.isfinite(event.remaining_seconds) else 0, 60
+    )
+    return (
+        f"loss {event.nll:.3f}  lr {event.learning_rate:.2e}  {event.tokens_per_second:,.0f} tokens/s  "
+        f"{minutes}:{seconds:02} left"
+    )
+
+
+def _end(event: Stopped) -> str:
+    why = {
+        "finished": "finished",
+        "patience": "stopped: no better held-out loss for a while",
+        "interrupted": "interrupted",
+    }.get(event.reason, event.reason)
+    best = (
+        f"; best held-out loss {event.best_nll:.4f} at step {event.best_step}"
+        if event.best_nll == event.best_nll
+        else ""
+    )
+    return f"{why} after {event.step} steps{best}"
