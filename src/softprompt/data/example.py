@@ -1,0 +1,47 @@
+"""What a row of data is once its file format is forgotten: frozen records of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat; `role` is what the base's chat template calls it (system, user, assistant)."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: its named texts, its chat turns if it has any, and its place in the source.
+
+    `row` counts from 0 and leaves out a header; -1 stands for text that came from no file.
+    """
+
+    fields: Mapping[str, str]
+    messages: tuple[Message, ...] | None = None
+    row: int = -1
+
+    @property
+    def where(self) -> str:
+        """How error messages name this row."""
+        return "this text" if self.row < 0 else f"row {self.row} (counted from 0)"
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows to learn from, to choose by and to judge on; they share none unless the user's files do.
+
+    `source` is where they came from, `revision` the commit of a hub data set or `sha256:...` of a local file
+    (None when unknown). `notes` are sentences on whatever had to be assumed while reading: show them.
+    """
+
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...] = ()
+    test: tuple[Example, ...] = ()
+    source: str = ""
+    revision: str | None = None
+    notes: tuple[str, ...] = ()

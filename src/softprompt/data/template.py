@@ -1,0 +1,243 @@
+"""A template says where fixed text, the fields of a row and the soft prompt stand: "{soft:20} {text}".
+
+`{name}` is a field; `{soft:20}` a slot of 20 virtual tokens; `{messages}` a chat, rendered by the base's own chat
+template; `{{` and `}}` are literal braces. Everything else is text, whitespace to the letter.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from softprompt.data.example import Example, Message
+from softprompt.errors import DataError, RecipeError
+
+
+@dataclass(frozen=True)
+class Text:
+    """Fixed text, the same in every row."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Field:
+    """The text that a row has under `name`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Messages:
+    """The row's chat turns, as the base's chat template writes them."""
+
+
+@dataclass(frozen=True)
+class Soft:
+    """A slot of `length` virtual tokens. Several slots take the prompt's rows in order."""
+
+    length: int
+
+
+Piece = Text | Field | Messages | Soft
+
+_TOKEN = re.compile(r"\{\{|\}\}|\{[^{}]*\}|[{}]|[^{}]+")
+
+
+@dataclass(frozen=True)
+class Template:
+    """Pieces in order. With a `target`, only that field (and fixed text after it) is learned; else all text."""
+
+    pieces: tuple[Piece, ...]
+    target: str | None = None
+
+    @classmethod
+    def parse(cls, source: str, *, target: str | None = None, length: int | None = None) -> Template:
+        """Read a template.
+
+        `length` is the number of virtual tokens in all. It fills bare `{soft}` slots (what numbered slots leave
+        over, shared evenly, earlier slots first) and must agree with numbered ones. A template without a slot
+        gets one of `length` in front; without `length` too it has none.
+
+        `target` names the field to learn. It stands once, after every other field and every slot; fixed text
+        behind it is learned with it, as an ending.
+
+        Raises RecipeError for anything else.
+        """
+        if length is not None and length < 1:
+            raise RecipeError(f"prompt.length is {length}; a prompt has at least 1 virtual token.")
+        pieces = _with_lengths(_pieces(source), source, length)
+        template = cls(pieces, target)
+        _check(template, source)
+        return template
+
+    @property
+    def soft_length(self) -> int:
+        """Rows of the prompt that the template asks for; 0 without a slot."""
+        return sum(piece.length for piece in self.pieces if isinstance(piece, Soft))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the fields, each once, in order; `{messages}` is not among them."""
+        return tuple(dict.fromkeys(piece.name for piece in self.pieces if isinstance(piece, Field)))
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Fields that must be known before generation: all but the target."""
+        return tuple(name for name in self.fields if name != self.target)
+
+    @property
+    def chat(self) -> bool:
+        """Whether the template is filled with chat messages."""
+        return any(isinstance(piece, Messages) for piece in self.pieces)
+
+    def example(self, text: str) -> Example:
+        """The row that a bare `text` stands for: the template's one input, or one turn of the user.
+
+        Raises DataError when the template has several inputs.
+        """
+        if self.chat:
+            return Example({}, (Message("user", text),))
+        if len(self.inputs) > 1:
+            named = ", ".join(self.inputs)
+            raise DataError(
+                f'The template "{self}" has {len(self.inputs)} inputs ({named}), but one text was given. '
+                "Give each of them by name."
+            )
+        return Example({name: text for name in self.inputs})
+
+    def __str__(self) -> str:
+        """The source, with every slot's length written out: parsing it again gives the same pieces."""
+        written = []
+        for piece in self.pieces:
+            match piece:
+                case Text(text):
+                    written.append(text.replace("{", "{{").replace("}", "}}"))
+                case Field(name):
+                    written.append("{" + name + "}")
+                case Messages():
+                    written.append("{messages}")
+                case Soft(length):
+                    written.append(f"{{soft:{length}}}")
+        return "".join(written)
+
+
+def did_you_mean(name: str, known: tuple[str, ...] | list[str]) -> str:
+    """` Did you mean 'label'?` for the known name nearest to `name`, or nothing when none is near."""
+    by_lower = {one.lower(): one for one in known}
+    near = get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f" Did you mean '{by_lower[near[0]]}'?" if near else ""
+
+
+_Open = Text | Field | Messages | Soft | None  # None: a bare {soft}, its length not known yet
+
+
+def _pieces(source: str) -> list[_Open]:
+    """Cut `source` into pieces, neighbouring text joined."""
+    pieces: list[_Open] = []
+    for found in _TOKEN.findall(source):
+        if found in ("{", "}"):
+            raise RecipeError(
+                f'The template "{source}" has a single {found!r}. Write {found * 2!r} for a literal brace, '
+                "or {name} for a field."
+            )
+        if found in ("{{", "}}") or found[0] != "{":
+            text = found[0] if found in ("{{", "}}") else found
+            last = pieces[-1] if pieces else None
+            if isinstance(last, Text):
+                pieces[-1] = Text(last.text + text)
+            else:
+                pieces.append(Text(text))
+        else:
+            pieces.append(_slot(found[1:-1], source))
+    return pieces
+
+
+def _slot(inside: str, source: str) -> _Open:
+    """What stands between one pair of braces."""
+    name, colon, length = inside.partition(":")
+    if name == "soft":
+        if not colon:
+            return None
+        if not re.fullmatch(r"[0-9]+", length) or int(length) < 1:
+            raise RecipeError(
+                f'The template "{source}" has {{{inside}}}; a soft slot is {{soft:20}} with a whole number '
+                "of at least 1, or {soft} to take prompt.length."
+            )
+        return Soft(int(length))
+    if not inside or inside != inside.strip() or colon or "\n" in inside:
+        raise RecipeError(
+            f'The template "{source}" has {{{inside}}}, which names no field. Write {{name}} without spaces '
+            "or a format; data.fields can give a column another name."
+        )
+    return Messages() if name == "messages" else Field(name)
+
+
+def _with_lengths(open_pieces: list[_Open], source: str, length: int | None) -> tuple[Piece, ...]:
+    """Give bare slots their length, or put a slot in front where there is none."""
+    bare = sum(piece is None for piece in open_pieces)
+    numbered = sum(piece.length for piece in open_pieces if isinstance(piece, Soft))
+    if not bare and not numbered:
+        front: list[Piece] = [] if length is None else [Soft(length)]
+        return (*front, *(piece for piece in open_pieces if piece is not None))
+    if bare and length is None:
+        raise RecipeError(
+            f'The template "{source}" has a {{soft}} without a length. Set prompt.length, or write {{soft:20}}.'
+        )
+    if length is not None and not bare and numbered != length:
+        raise RecipeError(
+            f'The template "{source}" has {numbered} virtual tokens, but prompt.length is {length}. '
+            "Make them equal, or write {soft} to take prompt.length."
+        )
+    left = (length or 0) - numbered
+    if bare and left < bare:
+        raise RecipeError(
+            f'The template "{source}" leaves {max(left, 0)} of prompt.length {length} for {bare} bare {{soft}}. '
+            "Raise prompt.length or lower the numbered slots."
+        )
+    shares = iter([left // bare + (i < left % bare) for i in range(bare)] if bare else [])
+    return tuple(Soft(next(shares)) if piece is None else piece for piece in open_pieces)
+
+
+def _check(template: Template, source: str) -> None:
+    """Refuse templates that nothing can be learned from."""
+    pieces, target = template.pieces, template.target
+    if not any(isinstance(piece, (Field, Messages)) for piece in pieces):
+        raise RecipeError(
+            f'The template "{source}" has no field, so every row would read the same. '
+            'Name one, for example "{soft:20} {text}".'
+        )
+    if isinstance(pieces[-1], Soft):
+        raise RecipeError(
+            f'The template "{source}" ends with a soft slot: no text follows it, so it would learn nothing. '
+            "Move it before the text that it should bring about."
+        )
+    if template.chat:
+        if sum(isinstance(piece, Messages) for piece in pieces) > 1 or not isinstance(pieces[-1], Messages):
+            raise RecipeError(f'The template "{source}" must have {{messages}} once and at its end.')
+        if target is not None:
+            raise RecipeError(
+                f"The target is {target!r}, but {{messages}} learns the assistant's turns by itself. "
+                "Leave data.target out, or write the template with fields."
+            )
+        return
+    if target is None:
+        return
+    places = [i for i, piece in enumerate(pieces) if piece == Field(target)]
+    if not places:
+        raise RecipeError(
+            f'The target {target!r} is not in the template "{source}".'
+            f"{did_you_mean(target, template.fields)} Put {{{target}}} where the answer stands."
+        )
+    if len(places) > 1:
+        raise RecipeError(
+            f'The template "{source}" shows the target {target!r} {len(places)} times, so the answer would '
+            "be read before it is asked for. Keep the last one."
+        )
+    after = pieces[places[0] + 1 :]
+    if not all(isinstance(piece, Text) for piece in after):
+        raise RecipeError(
+            f'In the template "{source}" a field or soft slot stands after the target {target!r}. '
+            "The target comes last; only fixed text may follow it."
+        )
