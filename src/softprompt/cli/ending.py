@@ -78,7 +78,9 @@ def _usage(error: TyperException) -> str:
         not error.message or error.message == context.get_help()
     ):  # `softprompt` alone: its help has been shown
         return "no verb was given."
-    return f"{error.format_message().rstrip('.')}. `{context.command_path} --help` shows what there is."
+    said = error.format_message().rstrip()
+    said += "" if said.endswith((".", "?")) else "."
+    return f"{said} `{context.command_path} --help` shows what there is."
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,92 @@
+"""`softprompt info`: what this machine is, what is installed, and what that makes of `auto`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from softprompt.cli.screen import emit, fact, screen, size
+
+REQUIRED = ("torch", "transformers", "datasets", "safetensors", "huggingface_hub")
+OPTIONAL = {
+    "peft": "lora",
+    "fastapi": "serve",
+    "sacrebleu": "eval",
+    "matplotlib": "plot",
+    "tensorboard": "trackers",
+    "lm_eval": "lmeval",
+}
+
+
+def command(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Show versions, device and number format, and why they were chosen."""
+    record = machine(device, dtype)
+    if as_json:
+        return emit(record)
+    console = screen()
+    fact(console, "softprompt", f"{record['softprompt']} (Python {record['python']}, {record['platform']})")
+    for name, found in record["packages"].items():
+        missing = f"not installed (pip install 'softprompt[{OPTIONAL.get(name, '')}]')"
+        fact(console, name, found or missing)
+    fact(console, "processor", f"{record['processor']}, {record['cores']} cores, {record['threads']} threads in use")
+    fact(console, "memory", size(record["memory_bytes"]) if record["memory_bytes"] else "unknown")
+    fact(console, "device", record["device"])
+    fact(console, "dtype", f"{record['dtype']}: {record['dtype_reason']}")
+    fact(console, "hub", "offline (HF_HUB_OFFLINE)" if record["offline"] else "used for what is not here yet")
+    return None
+
+
+def machine(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
+    """Everything that `info` tells, as plain data."""
+    import torch
+
+    from softprompt.base.frozen_lm import choose_device, choose_dtype
+
+    chosen = choose_device(device)
+    number_format, reason = choose_dtype(dtype, chosen)
+    return {
+        "softprompt": _version("softprompt"),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in (*REQUIRED, *OPTIONAL)},
+        "processor": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory_bytes(),
+        "device": str(chosen),
+        "dtype": str(number_format).removeprefix("torch."),
+        "dtype_reason": reason,
+        "offline": os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
