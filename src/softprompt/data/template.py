@@ -105,7 +105,7 @@ class Template:
                 f'The template "{self}" has {len(self.inputs)} inputs ({named}), but one text was given. '
                 "Give each of them by name."
             )
-        return Example({name: text for name in self.inputs})
+        return Example(dict.fromkeys(self.inputs, text))
 
     def __str__(self) -> str:
         """The source, with every slot's length written out: parsing it again gives the same pieces."""

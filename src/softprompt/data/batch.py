@@ -1,0 +1,438 @@
+"""Rows of text to token ids and labels, and rows to batches; no row's result depends on its neighbours."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from softprompt.data import chat
+from softprompt.data.chat import Unlabelled as Unlabelled
+from softprompt.data.example import Example
+from softprompt.data.template import Field, Messages, Soft, Template, Text, did_you_mean
+from softprompt.data.tokenizer import Habits as Habits
+from softprompt.data.tokenizer import Tokenizer as Tokenizer
+from softprompt.data.tokenizer import first_token_bytes, habits, tokens
+from softprompt.errors import DataError
+
+Overflow = Literal["error", "truncate", "drop"]
+End = Literal["auto", "always", "never"]
+
+
+@dataclass(slots=True)
+class Encoded:
+    """One row, position by position (S = virtual and text positions together).
+
+    `ids` holds 0 at virtual positions; `soft` holds -1 at tokens, else the row of the prompt; `trained` marks the
+    tokens that are predicted and counted. `text_bytes` are the UTF-8 bytes that the trained tokens stand for
+    (an end token stands for none). `cut` counts the tokens that truncation took away. `special` counts the
+    tokenizer's own tokens at the start of the text (BOS), `end` those appended after it (EOS).
+    """
+
+    ids: list[int]
+    soft: list[int]
+    trained: list[bool]
+    row: int
+    text_bytes: int
+    cut: int = 0
+    special: int = 0
+    end: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(self.trained)
+
+
+@dataclass(frozen=True)
+class EncodedSet:
+    """Rows ready to batch, and what was done to the others: rows shortened, tokens cut from them, rows left out."""
+
+    encoded: list[Encoded]
+    truncated: int = 0
+    cut_tokens: int = 0
+    dropped: int = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(one) for one in self.encoded]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows side by side, filled up on the right: ids and soft int64 [B, S], trained bool [B, S], lengths [B]."""
+
+    ids_BS: Tensor
+    soft_BS: Tensor
+    trained_BS: Tensor
+    lengths_B: Tensor
+    rows: tuple[int, ...]
+    text_bytes: int = 0
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(
+            self,
+            ids_BS=self.ids_BS.to(device),
+            soft_BS=self.soft_BS.to(device),
+            trained_BS=self.trained_BS.to(device),
+            lengths_B=self.lengths_B.to(device),
+        )
+
+
+def encode(
+    template: Template,
+    example: Example,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int | None = None,
+    on_overflow: Overflow = "error",
+    end: End = "auto",
+    generation: bool = False,
+    base_only: bool = False,
+    score_first: bool = True,
+    habit: Habits | None = None,
+) -> Encoded | None:
+    """Lay out one row as the template says.
+
+    The text between two slots is tokenised as one string, with two cuts that make training read exactly what
+    generation will: the target is tokenised by itself, and white space just before it goes with it. The tokenizer's
+    own start tokens (BOS) stand before the first text, so after a slot in front, and are never trained; neither is
+    the very first position, which nothing predicts.
+
+    `end` appends a trained EOS: auto does so after a target or an open chat turn, and after plain text only where
+    the tokenizer does so by itself. `generation` stops where the answer starts. `base_only` leaves the slots out
+    and changes nothing else: what the base alone reads. `score_first=False` leaves the first token unscored, so that
+    a row has the same scored tokens with a prompt before it and without.
+
+    `max_length` bounds all positions, virtual ones included. Longer rows raise DataError, return None (drop), or are
+    shortened (truncate): the longest field loses its end, never the target or fixed text; of a chat the oldest turns
+    after the system's go. Text of no target that was shortened gets no end token.
+
+    Raises Unlabelled (a DataError) when no token of the row would be trained, DataError for a missing field.
+    """
+    habit = habit or habits(tokenizer)
+    layout = _Layout(template, tokenizer, habit, end, generation)
+    found = layout.lay(example)
+    if max_length is not None and len(found) > max_length:
+        if on_overflow == "drop":
+            return None
+        if on_overflow == "error":
+            raise _too_long(
+                example, template, len(found), max_length, "Set data.on_overflow to truncate or drop"
+            )
+        found = _shortened(layout, example, len(found), max_length)
+    if not generation and found.trained_tokens - found.end < 1:
+        raise _unlabelled(template, example)
+    if base_only:
+        found = _without_slots(found)
+    if not len(found):
+        raise DataError(
+            f"{example.where} is empty, and there is nothing to start generation from. Give some text."
+        )
+    return _first_unscored(found, layout, example, only_head=score_first) if not generation else found
+
+
+def encode_all(
+    template: Template,
+    examples: Iterable[Example],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int | None = None,
+    on_overflow: Overflow = "error",
+    end: End = "auto",
+    generation: bool = False,
+    base_only: bool = False,
+    score_first: bool = True,
+) -> EncodedSet:
+    """Every row by `encode`, with counts of what was shortened or left out.
+
+    Raises DataError as `encode` does, and when no row is left.
+    """
+    habit = habits(tokenizer)
+    encoded: list[Encoded] = []
+    dropped = 0
+    for example in examples:
+        one = encode(
+            template,
+            example,
+            tokenizer,
+            max_length=max_length,
+            on_overflow=on_overflow,
+            end=end,
+            generation=generation,
+            base_only=base_only,
+            score_first=score_first,
+            habit=habit,
+        )
+        if one is None:
+            dropped += 1
+        else:
+            encoded.append(one)
+    if not encoded:
+        raise DataError(
+            f"No row is left: all {dropped} are longer than {max_length} positions and data.on_overflow is drop. "
+            "Raise data.max_length, or set data.on_overflow to truncate."
+            if dropped
+            else "There is no row to encode. Give at least one."
+        )
+    cut = [one.cut for one in encoded if one.cut]
+    return EncodedSet(encoded, truncated=len(cut), cut_tokens=sum(cut), dropped=dropped)
+
+
+def collate(encoded: Sequence[Encoded], pad_id: int = 0) -> Batch:
+    """Rows to one batch, right-padded to its longest. `pad_id` fills ids only; soft is -1 and trained False there."""
+    longest = max(len(one) for one in encoded)
+    ids_BS = torch.full((len(encoded), longest), pad_id, dtype=torch.int64)
+    soft_BS = torch.full((len(encoded), longest), -1, dtype=torch.int64)
+    trained_BS = torch.zeros((len(encoded), longest), dtype=torch.bool)
+    for b, one in enumerate(encoded):
+        ids_BS[b, : len(one)] = torch.tensor(one.ids, dtype=torch.int64)
+        soft_BS[b, : len(one)] = torch.tensor(one.soft, dtype=torch.int64)
+        trained_BS[b, : len(one)] = torch.tensor(one.trained, dtype=torch.bool)
+    lengths_B = torch.tensor([len(one) for one in encoded], dtype=torch.int64)
+    return Batch(
+        ids_BS,
+        soft_BS,
+        trained_BS,
+        lengths_B,
+        tuple(one.row for one in encoded),
+        sum(one.text_bytes for one in encoded),
+    )
+
+
+def epoch_order(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """Indices in batches for one epoch, each index once; the same seed and epoch give the same order.
+
+    Rows of alike length (within about a tenth) come together, so little is spent on padding; the order of the
+    batches, and which of them is the smaller one, are drawn.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    blurred = [length * rng.uniform(0.95, 1.05) for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: blurred[i])
+    full, rest = divmod(len(order), batch_size)
+    sizes = [batch_size] * full
+    if rest:
+        sizes.insert(rng.randint(0, full), rest)
+    batches, start = [], 0
+    for size in sizes:
+        batches.append(order[start : start + size])
+        start += size
+    rng.shuffle(batches)
+    return batches
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A stretch of one kind: a slot (`soft` rows), or text that is trained or only read."""
+
+    text: str = ""
+    trained: bool = False
+    soft: int = 0
+    ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    template: Template
+    tokenizer: Tokenizer
+    habit: Habits
+    end: End
+    generation: bool
+
+    def lay(self, example: Example, *, shortened: bool = False) -> Encoded:
+        runs, wants_end = self._runs(example)
+        found = Encoded([], [], [], example.row, 0)
+        rows, has_text = 0, False
+        before: tuple[int, ...] | None = None if self.template.chat else self.habit.before
+        for run in runs:
+            if run.soft:
+                found.ids += [0] * run.soft
+                found.soft += range(rows, rows + run.soft)
+                found.trained += [False] * run.soft
+                rows += run.soft
+                continue
+            if before is not None:
+                _append(found, before, trained=False)
+                found.special, before = len(before), None
+            ids = (
+                run.ids
+                if run.ids is not None
+                else tokens(self.tokenizer, run.text, self.habit, continues=has_text)
+            )
+            _append(found, ids, trained=run.trained)
+            found.text_bytes += len(run.text.encode()) if run.trained else 0
+            has_text = has_text or bool(run.text)
+        if wants_end and not (shortened and self.template.target is None):
+            self._append_end(found)
+        return found
+
+    def _append_end(self, found: Encoded) -> None:
+        eos = self.tokenizer.eos_token_id
+        if eos is not None:
+            _append(found, [int(eos)], trained=True)
+            found.end = 1
+        elif self.end == "always":
+            raise DataError(
+                "data.end is always, but the base's tokenizer has no end token. Set it to auto or never."
+            )
+
+    def _runs(self, example: Example) -> tuple[list[_Run], bool]:
+        """The row as runs, neighbours of one kind joined; and whether an end token is wanted."""
+        target = self.template.target
+        runs: list[_Run] = []
+        trained = target is None and not self.generation
+        wants_end = self.end == "always" or (
+            self.end == "auto" and (target is not None or self.tokenizer.eos_token_id in self.habit.after)
+        )
+        for piece in self.template.pieces:
+            match piece:
+                case Soft(length):
+                    runs.append(_Run(soft=length))
+                case Text(text):
+                    _join(runs, text, trained)
+                case Field(name) if name == target:
+                    space = _take_space(runs)
+                    if self.generation:
+                        _join(runs, "", False)
+                        break
+                    trained = True
+                    runs.append(_Run(space + _field(example, name), True))
+                case Field(name):
+                    _join(runs, _field(example, name), trained)
+                case Messages():
+                    found = chat.turns(example, self.tokenizer, generation=self.generation)
+                    runs += [_Run(turn.text, turn.said_by_assistant, ids=turn.ids) for turn in found]
+                    wants_end = self.end == "always" or (self.end == "auto" and found[-1].open)
+        return runs, wants_end and not self.generation
+
+
+def _append(found: Encoded, ids: Iterable[int], *, trained: bool) -> None:
+    ids = list(ids)
+    found.ids += ids
+    found.soft += [-1] * len(ids)
+    found.trained += [trained] * len(ids)
+
+
+def _join(runs: list[_Run], text: str, trained: bool) -> None:
+    last = runs[-1] if runs else None
+    if last is not None and not last.soft and last.trained == trained and last.ids is None:
+        runs[-1] = replace(last, text=last.text + text)
+    else:
+        runs.append(_Run(text, trained))
+
+
+def _take_space(runs: list[_Run]) -> str:
+    """Cut the white space off the end of the last run and hand it over."""
+    if not runs or runs[-1].soft:
+        return ""
+    text = runs[-1].text
+    kept = text.rstrip()
+    runs[-1] = replace(runs[-1], text=kept)
+    return text[len(kept) :]
+
+
+def _field(example: Example, name: str) -> str:
+    try:
+        return example.fields[name]
+    except KeyError:
+        known = sorted(example.fields)
+        raise DataError(
+            f"{example.where} has no text for {{{name}}}; it has: {', '.join(known) or 'nothing'}."
+            f"{did_you_mean(name, known)} Name its column in data.column or data.fields, or change data.template."
+        ) from None
+
+
+def _without_slots(found: Encoded) -> Encoded:
+    keep = [s < 0 for s in found.soft]
+    return replace(
+        found,
+        ids=[one for one, kept in zip(found.ids, keep, strict=True) if kept],
+        soft=[one for one, kept in zip(found.soft, keep, strict=True) if kept],
+        trained=[one for one, kept in zip(found.trained, keep, strict=True) if kept],
+    )
+
+
+def _first_unscored(found: Encoded, layout: _Layout, example: Example, *, only_head: bool) -> Encoded:
+    """Unmark position 0, which nothing predicts; and the first token wherever it stands unless `only_head`."""
+    at = 0 if only_head else next(i for i, row in enumerate(found.soft) if row < 0)
+    if not found.trained[at]:
+        return found
+    text = next(run.text for run in layout._runs(example)[0] if not run.soft and run.text)
+    trained = list(found.trained)
+    trained[at] = False
+    lost = first_token_bytes(layout.tokenizer, text, layout.habit, continues=False)
+    if not any(trained[: len(trained) - found.end]):
+        raise Unlabelled(
+            f"{example.where}: its only trained token stands first, where nothing predicts it. "
+            "Give longer text, or put something before it in data.template."
+        )
+    return replace(found, trained=trained, text_bytes=max(0, found.text_bytes - lost))
+
+
+def _shortened(layout: _Layout, example: Example, length: int, limit: int) -> Encoded:
+    """The row with as much of its longest field, then of the next, as fits into `limit` positions."""
+    if layout.template.chat:
+        return _fewer_turns(layout, example, length, limit)
+    fields = dict(example.fields)
+    for name in sorted(layout.template.inputs, key=lambda one: -len(fields.get(one, ""))):
+        text = fields[name]
+
+        def laid(keep: int, name: str = name, text: str = text) -> Encoded:
+            fields[name] = text[:keep].rstrip()
+            return layout.lay(replace(example, fields=fields), shortened=True)
+
+        fits, over = 1, 2
+        if len(laid(fits)) > limit:
+            continue
+        while over < len(text) and len(laid(over)) <= limit:
+            fits, over = over, over * 2
+        over = min(over, len(text))
+        while over - fits > 1:
+            middle = (fits + over) // 2
+            fits, over = (middle, over) if len(laid(middle)) <= limit else (fits, middle)
+        found = laid(fits)
+        return replace(found, cut=length - len(found))
+    raise _too_long(
+        example, layout.template, length, limit, "Fixed text and target alone are too long: shorten them"
+    )
+
+
+def _fewer_turns(layout: _Layout, example: Example, length: int, limit: int) -> Encoded:
+    messages = example.messages or ()
+    system = messages[:1] if messages and messages[0].role == "system" else ()
+    rest = messages[len(system) :]
+    for start in range(1, len(rest)):
+        left = rest[start:]
+        if left[0].role != "user" or (not layout.generation and all(one.role != "assistant" for one in left)):
+            continue
+        found = layout.lay(replace(example, messages=(*system, *left)), shortened=True)
+        if len(found) <= limit:
+            return replace(found, cut=length - len(found))
+    raise _too_long(
+        example, layout.template, length, limit, "Its last exchange alone is too long: leave the row out"
+    )
+
+
+def _too_long(example: Example, template: Template, length: int, limit: int, advice: str) -> DataError:
+    virtual = (
+        f" ({template.soft_length} virtual, {length - template.soft_length} of text)"
+        if template.soft_length
+        else ""
+    )
+    return DataError(
+        f"{example.where} has {length:,} positions{virtual}; the limit is {limit:,}. {advice}, "
+        "or raise data.max_length as far as the base's context allows."
+    )
+
+
+def _unlabelled(template: Template, example: Example) -> Unlabelled:
+    what = f"its target {{{template.target}}} is empty" if template.target else "its text is empty"
+    if template.chat:
+        what = "the assistant's turns are empty"
+    return Unlabelled(f"{example.where} has no token to learn: {what}. Fill it in or leave the row out.")
