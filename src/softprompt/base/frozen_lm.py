@@ -1,0 +1,354 @@
+"""The base model: loaded, frozen, known by its fingerprint; and the three things anyone does with it: embed, hidden, head.
+
+Nothing here or anywhere else changes a weight: `weights_sha256` before and after proves it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from softprompt.base.nll import Head, token_nll
+from softprompt.base.placement import Prompted, place
+from softprompt.data.batch import Batch
+from softprompt.errors import BaseError
+from softprompt.prompt.soft_prompt import Fingerprint
+
+BUILTIN = Path(__file__).parent / "builtin"
+SAMPLED_VALUES = 65_536  # of each weight tensor go into the fingerprint: enough to tell any two models apart
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class FrozenLM:
+    """A causal language model that nobody trains. Make one with `load` or `wrap`."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        revision: str | None = None,
+        dtype_reason: str = "as given",
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.revision = revision
+        self.dtype_reason = dtype_reason
+        self.device: torch.device = next(model.parameters()).device
+        self._embedding: nn.Module = model.get_input_embeddings()
+        self.body: Any = _body(model, name)
+        self.head = _head(model, name)
+        self.dtype: torch.dtype = self.head.weight_VD.dtype
+        self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
+        config = model.config.get_text_config()
+        self.layers = int(config.num_hidden_layers)
+        self.vocabulary = int(self.embedding_VD.shape[0])
+        self.width = int(self.embedding_VD.shape[1])
+        # BLOOM and other ALiBi models have no table of positions, and so no hard end.
+        self.context: int | None = next(
+            (
+                int(size)
+                for key in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+                if (size := getattr(config, key, None))
+            ),
+            None,
+        )
+        kv_heads, head_width = self._check_against_transformers()
+        self.fingerprint = Fingerprint(
+            name=name,
+            revision=revision,
+            sha256=_sampled_sha256(model),
+            width=self.width,
+            layers=self.layers,
+            vocabulary=self.vocabulary,
+            kv_heads=kv_heads,
+            head_width=head_width,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str = "builtin",
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> FrozenLM:
+        """Load from a local folder, the local hub cache or the hub, in that order; `builtin` is the bundled base.
+
+        Raises BaseError where there is no such model, or where it is not one that a prompt can be placed in."""
+        where, name = _locate(name_or_path)
+        on = _device(device)
+        number_format, reason = _dtype(dtype, on)
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        with _quiet():
+            tokenizer, local = _from_local_first(transformers.AutoTokenizer, where, name, options)
+            model, _ = _from_local_first(
+                transformers.AutoModelForCausalLM,
+                where,
+                name,
+                options | {"dtype": number_format, "use_safetensors": None},
+                local_only=local,
+            )
+        found = revision or getattr(model.config, "_commit_hash", None)
+        return cls(model.to(on), tokenizer, name=name, revision=found, dtype_reason=reason)
+
+    @classmethod
+    def wrap(cls, model: Any, tokenizer: Any, name: str = "wrapped") -> FrozenLM:
+        """Take a transformers causal LM that is already in memory. It is frozen and put into eval mode, in place."""
+        return cls(model, tokenizer, name=name)
+
+    @property
+    def embedding_VD(self) -> Tensor:
+        """The input embedding table."""
+        weight: Tensor = self._embedding.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def parameters(self) -> int:
+        """How many weights there are; a tied matrix counts once."""
+        return sum(weight.numel() for weight in self.model.parameters())
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [...] to the vectors [..., D] that the first layer reads, scaled where the model scales them."""
+        with torch.no_grad():
+            vectors: Tensor = self._embedding(ids)
+        return vectors
+
+    def hidden(
+        self,
+        embeddings_BSD: Tensor,
+        mask_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        past: Any = None,
+    ) -> Tensor:
+        """Last hidden states [B, S, D], ready for the head.
+
+        `past` (a transformers cache) is read and extended in place, and `mask_BS` then covers it too. Without a mask
+        every position is real; without positions they follow from the cache's length."""
+        options: dict[str, Any] = {"use_cache": past is not None}
+        if past is not None:
+            options["past_key_values"] = past
+        if positions_BS is not None and self._takes_positions:
+            options["position_ids"] = positions_BS
+        output = self.body(inputs_embeds=embeddings_BSD, attention_mask=mask_BS, **options)
+        states: Tensor = output[0]
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] to logits [..., V], with the architecture's own scale and soft cap."""
+        return self.head.logits(hidden)
+
+    def token_nll(self, batch: Batch, prompt: Prompted = None) -> Tensor:
+        """Loss in nats of every trained token, float32 [N], in the order of the batch's rows and positions.
+
+        `prompt` is what is being learned or judged: vectors [P, D], a pair of keys and values [L, P, H, K] each, or
+        None for the untouched base. Differentiable towards it, and towards nothing else."""
+        placed = place(self, batch, prompt)
+        hidden_BSD = self.hidden(placed.embeddings_BSD, placed.mask_BS, placed.positions_BS, placed.past)
+        before_BS = batch.trained_BS[:, 1:]  # the state at s predicts the token at s + 1
+        return token_nll(hidden_BSD[:, :-1][before_BS], batch.ids_BS[:, 1:][before_BS], self.head)
+
+    def nll(self, batch: Batch, prompt: Prompted = None) -> tuple[Tensor, int]:
+        """Summed loss in nats, and the number of tokens it sums over."""
+        nll_N = self.token_nll(batch, prompt)
+        return nll_N.sum(), nll_N.numel()
+
+    def weights_sha256(self) -> str:
+        """Digest of every byte of every weight as it lies in memory now: equal before and after means untouched."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.named_parameters()):
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _check_against_transformers(self) -> tuple[int, int]:
+        """Our road (embed, body, head) must give the model's own logits; returns key/value heads and their width."""
+        ids_BT = (torch.arange(1, 6, device=self.device) * 7 % self.vocabulary)[None]
+        with torch.no_grad():
+            try:
+                theirs = self.model(input_ids=ids_BT, use_cache=True)
+                states_BTD = self.hidden(self.embed(ids_BT))
+            except Exception as error:
+                raise BaseError(
+                    f"{self.name}: {type(self.model).__name__} cannot read embeddings in place of tokens "
+                    f"({type(error).__name__}: {error}). Choose another base."
+                ) from error
+            ours_BTV = self.logits(states_BTD)
+        difference = (ours_BTV.float() - theirs.logits.float()).abs().max().item()
+        scale = theirs.logits.float().abs().max().item()
+        if not difference <= 16 * torch.finfo(self.dtype).eps * max(scale, 1.0):
+            raise BaseError(
+                f"{self.name}: {type(self.model).__name__} computes its logits in a way that softprompt does not know "
+                f"(they differ by {difference:.3g}). It is refused rather than trained wrongly; choose another base."
+            )
+        layers = getattr(theirs.past_key_values, "layers", [])
+        keys: list[Any] = [getattr(layer, "keys", None) for layer in layers]
+        if len(keys) != self.layers or any(not isinstance(key, Tensor) or key.dim() != 4 for key in keys):
+            raise BaseError(
+                f"{self.name}: {type(self.model).__name__} keeps a state that is not keys and values of every layer "
+                "(a recurrent or hybrid model). A prompt cannot be compiled for it; choose another base."
+            )
+        first: Tensor = keys[0]
+        return int(first.shape[1]), int(first.shape[3])
+
+
+def _locate(name_or_path: str) -> tuple[str, str]:
+    """Where to load from, and the name to remember."""
+    if name_or_path == "builtin":
+        return str(BUILTIN), "builtin"
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise BaseError(
+                f"{name_or_path}: found a folder without config.json, wanted a model as transformers saves it. "
+                "Check the path."
+            )
+        return str(path), str(name_or_path)
+    if path.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+        raise BaseError(
+            f"{name_or_path}: there is no such folder. Give a model's folder, its hub id, or `builtin`."
+        )
+    return name_or_path, name_or_path
+
+
+def _from_local_first(
+    loader: Any, where: str, name: str, options: dict[str, Any], local_only: bool = False
+) -> tuple[Any, bool]:
+    """Load without the network where that is possible; says whether it was."""
+    try:
+        return loader.from_pretrained(where, local_files_only=True, **options), True
+    except Exception as error:
+        offline = bool(os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"))
+        missing = isinstance(error, OSError) and not Path(where).is_dir()
+        if not missing or local_only or offline:
+            raise _load_error(name, error, offline and missing) from error
+    try:
+        return loader.from_pretrained(where, **options), False
+    except Exception as error:
+        raise _load_error(name, error, False) from error
+
+
+def _load_error(name: str, error: Exception, offline: bool) -> BaseError:
+    if offline:
+        return BaseError(
+            f"{name}: not a folder here, not in the local hub cache, and HF_HUB_OFFLINE forbids looking further. "
+            "Give a model's folder, `builtin`, or unset HF_HUB_OFFLINE."
+        )
+    text = str(error).strip().splitlines()
+    said = text[0] if text else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return BaseError(
+            f"{name}: brings code of its own. Pass trust_remote_code only if you trust its author."
+        )
+    if "Unrecognized configuration class" in str(error):
+        return BaseError(f"{name}: not a causal language model, which is what a prompt is learned on. {said}")
+    return BaseError(
+        f"{name}: cannot be loaded as a causal language model: {said} Check the name or the folder."
+    )
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BaseError(
+            f"device: found {wanted}, which this machine does not have. Take auto or cpu."
+        ) from error
+    return device
+
+
+def _dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The number format for this machine, and why."""
+    if wanted != "auto":
+        if wanted not in DTYPES:
+            raise BaseError(f"dtype: found {wanted}, wanted auto, {', '.join(DTYPES)}.")
+        if wanted == "float16" and device.type == "cpu":
+            raise BaseError("dtype: float16 is hundreds of times slower than bfloat16 on a CPU. Take auto.")
+        return DTYPES[wanted], "as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU computes in bfloat16"
+        return torch.float16, "this GPU has no bfloat16"
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return torch.bfloat16, "this CPU has bfloat16 instructions"
+    return torch.float32, f"this {device.type} has no fast bfloat16"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
+    checks = (
+        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+    return any(check is not None and check() for check in checks)
+
+
+def _body(model: Any, name: str) -> Any:
+    body = getattr(model, "base_model", None)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise BaseError(
+            f"{name}: {type(model).__name__} is an encoder-decoder. softprompt tunes causal (decoder-only) models."
+        )
+    if body is None or body is model:
+        raise BaseError(
+            f"{name}: {type(model).__name__} has no body apart from its head. Choose another base."
+        )
+    return body
+
+
+def _head(model: Any, name: str) -> Head:
+    layer = model.get_output_embeddings()
+    if layer is None or not isinstance(getattr(layer, "weight", None), Tensor):
+        raise BaseError(
+            f"{name}: {type(model).__name__} has no output layer over the vocabulary. Choose another base."
+        )
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
+    return Head(layer.weight, getattr(layer, "bias", None), scale, float(softcap) if softcap else None)
+
+
+def _sampled_sha256(model: Any) -> str:
+    """Digest of evenly spaced values of every weight, as bfloat16: independent of loading dtype, names and order."""
+    parts = []
+    for weight in model.parameters():
+        flat = weight.detach().reshape(-1)
+        stride = max(1, flat.numel() // SAMPLED_VALUES)
+        values = flat[::stride][:SAMPLED_VALUES].to(torch.bfloat16).cpu().contiguous()
+        shape = ",".join(map(str, weight.shape)).encode()
+        parts.append(hashlib.sha256(shape + values.view(torch.uint8).numpy().tobytes()).digest())
+    return hashlib.sha256(b"".join(sorted(parts))).hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' bars and advice from the terminal; errors still come as exceptions."""
+    log: Any = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

@@ -1,0 +1,84 @@
+"""Where a prompt goes: embeddings, mask and positions move together, and labels follow from the batch's own marks.
+
+A shallow prompt stands in the sequence itself, wherever the batch marks a soft position. A deep one stands before it, as
+keys and values of every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from softprompt.data.batch import Batch
+from softprompt.errors import PromptError
+
+if TYPE_CHECKING:
+    from softprompt.base.frozen_lm import FrozenLM
+
+DeepState: TypeAlias = tuple[Tensor, Tensor]
+"""Keys and values, [L, P, H, K] each."""
+
+Prompted: TypeAlias = Tensor | DeepState | None
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What the frozen body reads. The mask is None where every position is real."""
+
+    embeddings_BSD: Tensor
+    mask_BS: Tensor | None
+    positions_BS: Tensor | None = None
+    past: Any = None
+
+
+def place(lm: FrozenLM, batch: Batch, prompt: Prompted) -> Placed:
+    """Put `prompt` into `batch`: vectors [P, D] at its soft positions, keys and values before it, or None."""
+    embeddings_BSD = lm.embed(batch.ids_BS)
+    soft_BS = batch.soft_BS >= 0
+    mask_BS = _mask(batch)
+    if isinstance(prompt, Tensor):
+        _need(bool(soft_BS.any()), "a soft prompt was given, but the batch has no slot for it")
+        vectors_MD = prompt[batch.soft_BS[soft_BS]].to(embeddings_BSD.dtype)
+        return Placed(embeddings_BSD.index_put((soft_BS,), vectors_MD), mask_BS)
+    _need(not bool(soft_BS.any()), "the batch has soft positions, but no soft prompt was given")
+    if prompt is None:
+        return Placed(embeddings_BSD, mask_BS)
+    rows, length = batch.ids_BS.shape
+    prefix = prompt[0].shape[1]
+    if mask_BS is not None:
+        mask_BS = torch.cat([mask_BS.new_ones(rows, prefix), mask_BS], 1)
+    positions_BS = torch.arange(prefix, prefix + length, device=batch.ids_BS.device).expand(rows, -1)
+    return Placed(embeddings_BSD, mask_BS, positions_BS, prefix_cache(lm, prompt, rows))
+
+
+def prefix_cache(lm: FrozenLM, state: DeepState, rows: int) -> DynamicCache:
+    """Keys and values [L, P, H, K] as a transformers cache over `rows` rows, in the base's dtype, differentiable.
+
+    The cache is made without a config, so that layers with a sliding window keep all of it and mask by index."""
+    cache = DynamicCache()
+    keys_LPHK, values_LPHK = state
+    for layer, (keys_PHK, values_PHK) in enumerate(zip(keys_LPHK, values_LPHK, strict=True)):
+        cache.update(*(_rows(tensor, rows, lm) for tensor in (keys_PHK, values_PHK)), layer)
+    return cache
+
+
+def _rows(state_PHK: Tensor, rows: int, lm: FrozenLM) -> Tensor:
+    return state_PHK.to(lm.device, lm.dtype).transpose(0, 1)[None].expand(rows, -1, -1, -1)
+
+
+def _mask(batch: Batch) -> Tensor | None:
+    lengths: Sequence[int] = batch.lengths_B.tolist()
+    width = batch.ids_BS.shape[1]
+    if all(length == width for length in lengths):
+        return None
+    return (torch.arange(width, device=batch.ids_BS.device) < batch.lengths_B[:, None]).long()
+
+
+def _need(condition: bool, found: str) -> None:
+    if not condition:
+        raise PromptError(f"{found}. Encode the examples with the template that the prompt was made for.")
