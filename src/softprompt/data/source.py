@@ -1,0 +1,459 @@
+"""Where examples come from: a file, a folder, a data set on the hub, one that is bundled, or rows in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from softprompt.data.columns import Columns
+from softprompt.data.example import Example, Splits
+from softprompt.data.files import Raw, data_suffix, named_classes, quiet_datasets, read_file
+from softprompt.data.template import did_you_mean
+from softprompt.errors import DataError, SoftPromptError
+
+BUILTIN = Path(__file__).parent / "builtin"
+
+_ALIASES = {  # other names under which a split is found
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
+_HASHED_BYTES = 2**30  # larger files go without a revision rather than being read through
+
+Held = float | int | str | Path | None
+
+
+def load_splits(
+    source: str | Path | Sequence[Mapping[str, Any] | str],
+    *,
+    revision: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    column: str | None = None,
+    fields: Mapping[str, str] | None = None,
+    messages: str | None = None,
+    target: str | None = None,
+    limit: int | None = None,
+    validation: Held = None,
+    test: Held = None,
+    seed: int = 0,
+    encoding: str | None = None,
+    streaming: bool = False,
+) -> Splits:
+    """Read rows and part them into what is learned from, chosen by and judged on.
+
+    `source`: a file (csv, tsv, json, jsonl, parquet), a folder of such files named after their splits, a folder that
+    `datasets` saved, "builtin:NAME", a data set's id on the hub, or rows in memory. Local files come first.
+
+    Every column of text or numbers is a field under its own name. `column` is also {text}; `fields` gives columns
+    other names (template name to column; "instances.0.output" reaches into nested values); `messages` is the column
+    of chat turns (by itself where it is called messages or conversations). `column` and `target` must not be blank.
+
+    `limit` takes the first rows of `split`. `validation` and `test` are a share of those rows (0.1), a number of
+    them (50), the name of a split, or a file; shares and numbers are drawn by `seed`, in a way that adding a test
+    part leaves the validation part as it was. None takes the source's own split of that name if it has one, 0 none.
+    `streaming` with a `limit` reads a hub data set without downloading it all (local files are always read so).
+
+    Raises DataError for anything that cannot be read, found or held out.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"data.limit is {limit}; it must be at least 1. Leave it out to read every row.")
+    if streaming and limit is None:
+        raise DataError("data.streaming reads rows until data.limit, which is not set. Set data.limit.")
+    columns = Columns(column, dict(fields or {}), messages, target)
+    notes: list[str] = []
+    origin = _origin(source, revision, config, encoding, streaming, notes)
+    rows = columns.examples(origin.rows(split), origin.name, limit)
+    if limit is not None and len(rows) < limit:
+        notes.append(f"{origin.name} has {len(rows)} rows; data.limit asked for {limit}.")
+    drawn = _Draw(list(rows), seed)
+    held: dict[str, tuple[Example, ...]] = {}
+    for part, wanted in (("validation", validation), ("test", test)):
+        if isinstance(wanted, (bool, int, float)) and not wanted:
+            held[part] = ()
+        elif isinstance(wanted, (int, float)):
+            held[part] = drawn.take(_how_many(wanted, len(rows), part), part)
+        else:
+            other = None if wanted is None else _as_origin(wanted, origin, encoding, notes)
+            held[part] = _named(
+                part, wanted, origin, other, split, columns, limit if streaming else None, notes
+            )
+    train = drawn.rest()
+    for part, examples in held.items():
+        notes += _repeated(train, examples, part)
+    return Splits(
+        train, held["validation"], held["test"], origin.name, origin.revision, tuple(dict.fromkeys(notes))
+    )
+
+
+class _Origin(Protocol):
+    """A source that was found: its name for messages, what fixes its content, its splits and their rows."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def revision(self) -> str | None: ...
+
+    def splits(self) -> tuple[str, ...]: ...
+
+    def rows(self, split: str) -> Iterator[Raw]: ...
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Files on this machine, by split. A single file is a `train` split and nothing else."""
+
+    name: str
+    by_split: Mapping[str, tuple[Path, ...]]
+    encoding: str | None
+    notes: list[str]
+
+    @property
+    def revision(self) -> str | None:
+        paths = [path for paths in self.by_split.values() for path in paths]
+        if sum(path.stat().st_size for path in paths) > _HASHED_BYTES:
+            return None
+        digests = []
+        for path in paths:
+            with path.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        return "sha256:" + (
+            digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        )
+
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.by_split)
+
+    def rows(self, split: str) -> Iterator[Raw]:
+        for path in self.by_split[_split_name(split, self)]:
+            yield from read_file(path, encoding=self.encoding, notes=self.notes)
+
+
+@dataclass(frozen=True)
+class _Memory:
+    given: Sequence[Mapping[str, Any] | str]
+    name: str = "the given rows"
+    revision: str | None = None
+
+    def splits(self) -> tuple[str, ...]:
+        return ("train",)
+
+    def rows(self, split: str) -> Iterator[Raw]:
+        _split_name(split, self)
+        for number, one in enumerate(self.given):
+            if isinstance(one, str):
+                yield {"text": one}
+            elif isinstance(one, Mapping):
+                yield dict(one)
+            else:
+                raise DataError(
+                    f"The given rows: row {number} is {type(one).__name__}; "
+                    "wanted a text, or a mapping of column to value."
+                )
+
+
+@dataclass(frozen=True)
+class _Hub:
+    """What `datasets` loaded: splits by name, from the hub, its cache or a folder that it saved."""
+
+    name: str
+    parts: Mapping[str, Any]
+    asked: str | None = None
+    revision: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "revision", _commit(self.parts) or self.asked)
+
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.parts)
+
+    def rows(self, split: str) -> Iterator[Raw]:
+        part = self.parts[_split_name(split, self)]
+        features = part.features
+        if (
+            features
+        ):  # leave images, sound and arrays where they are: decoding them is slow and of no use here
+            plain = [
+                name
+                for name, one in features.items()
+                if not hasattr(one, "decode_example") or hasattr(one, "names")
+            ]
+            part = part.select_columns(plain)
+        with quiet_datasets():
+            try:
+                for raw in part:
+                    yield named_classes(dict(raw), features)
+            except SoftPromptError:
+                raise
+            except Exception as error:  # the network, pyarrow and fsspec raise many kinds
+                raise DataError(f"{self.name}: reading split {split!r} failed: {_lines(error)}.") from error
+
+
+def _origin(
+    source: str | Path | Sequence[Mapping[str, Any] | str],
+    revision: str | None,
+    config: str | None,
+    encoding: str | None,
+    streaming: bool,
+    notes: list[str],
+) -> _Origin:
+    if not isinstance(source, (str, Path)):
+        return _Memory(source)
+    written = str(source)
+    if not written.strip():
+        raise DataError(
+            "data.source is empty. Give a file, a folder, builtin:NAME, or a data set's id on the hub."
+        )
+    if written.startswith("builtin:"):
+        return _builtin(written.removeprefix("builtin:"), notes)
+    path = Path(written).expanduser()
+    if path.is_dir():
+        return _folder(path, written, config, encoding, notes)
+    if path.exists():
+        if data_suffix(path) is None:
+            raise DataError(
+                f"{written}: not a data file by its name. Wanted csv, tsv, json, jsonl or parquet."
+            )
+        return _Files(written, {"train": (path,)}, encoding, notes)
+    if isinstance(source, Path) or _reads_as_path(written):
+        raise DataError(
+            f"{written}: no such file or folder (looked in {Path.cwd()}).{_near(path)} Check data.source."
+        )
+    return _hub(written, revision, config, streaming)
+
+
+def _as_origin(wanted: str | Path, origin: _Origin, encoding: str | None, notes: list[str]) -> _Origin | None:
+    """The file that `wanted` names; None where it is the name of a split."""
+    written = str(wanted)
+    if isinstance(wanted, str) and (written in origin.splits() or written in sum(_ALIASES.values(), ())):
+        return None
+    if not (written.startswith("builtin:") or _reads_as_path(written) or Path(written).expanduser().exists()):
+        return None
+    other = _origin(wanted, None, None, encoding, False, notes)
+    both = (origin, other)
+    if all(isinstance(one, _Files) for one in both) and _same_file(*both):  # type: ignore[arg-type]
+        raise DataError(
+            f"{written} is the file that is learned from, so nothing would be held out. Give another file."
+        )
+    return other
+
+
+def _same_file(one: _Files, other: _Files) -> bool:
+    mine = {path.resolve() for path in one.by_split.get("train", ())}
+    return any(path.resolve() in mine for path in other.by_split.get("train", ()))
+
+
+def _named(
+    part: str,
+    wanted: str | Path | None,
+    origin: _Origin,
+    other: _Origin | None,
+    split: str,
+    columns: Columns,
+    limit: int | None,
+    notes: list[str],
+) -> tuple[Example, ...]:
+    """Rows held out in a split or file of their own."""
+    if wanted is not None and other is not None:
+        own = other.splits()
+        return columns.examples(other.rows(part if part in own else own[0]), other.name, limit)
+    name = (
+        next((one for one in _ALIASES[part] if one in origin.splits()), None)
+        if wanted is None
+        else str(wanted)
+    )
+    if wanted is not None and str(wanted) == "none":
+        return ()
+    if name is None or (wanted is None and name == split):
+        return ()
+    if _split_name(name, origin) == _split_name(split, origin):
+        raise DataError(
+            f"data.{part} is the split {name!r}, which is learned from. Name another, or a share such as 0.1."
+        )
+    try:
+        return columns.examples(origin.rows(name), f"{origin.name}, split {name}", limit)
+    except DataError as error:
+        if wanted is not None:
+            raise
+        notes.append(f"The split {name!r} is left out: {error}")
+        return ()
+
+
+class _Draw:
+    """Rows drawn without putting back, in an order that the seed alone fixes."""
+
+    def __init__(self, rows: list[Example], seed: int) -> None:
+        self._rows = rows
+        self._order = list(range(len(rows)))
+        random.Random(seed).shuffle(self._order)
+
+    def take(self, count: int, part: str) -> tuple[Example, ...]:
+        if count >= len(self._order):
+            raise DataError(
+                f"data.{part} takes {count} rows, but {len(self._order)} are left, and at least 1 must stay to learn "
+                f"from. Lower data.{part} or raise data.limit."
+            )
+        taken, self._order = sorted(self._order[:count]), self._order[count:]
+        return tuple(self._rows[i] for i in taken)
+
+    def rest(self) -> tuple[Example, ...]:
+        return tuple(self._rows[i] for i in sorted(self._order))
+
+
+def _how_many(wanted: float | int, rows: int, part: str) -> int:
+    if isinstance(wanted, bool) or wanted < 0 or (isinstance(wanted, float) and not wanted < 1):
+        raise DataError(
+            f"data.{part} is {wanted}; wanted a share between 0 and 1 such as 0.1, a whole number of rows, "
+            "the name of a split, or a file."
+        )
+    return wanted if isinstance(wanted, int) else max(1, round(wanted * rows))
+
+
+def _repeated(train: Iterable[Example], held: Iterable[Example], part: str) -> list[str]:
+    """A note on rows that are both learned from and held out."""
+    known = {(tuple(sorted(one.fields.items())), one.messages) for one in train}
+    same = sum((tuple(sorted(one.fields.items())), one.messages) in known for one in held)
+    return [f"{same} of the {part} rows are also among the training rows, word for word."] if same else []
+
+
+def _split_name(wanted: str, origin: _Origin) -> str:
+    """The split as the source calls it, or a DataError that names those it has."""
+    known = origin.splits()
+    for name in (wanted, *_ALIASES.get(wanted, ())):
+        if name in known:
+            return name
+    if isinstance(origin, _Files) and known == ("train",):
+        beside = next((path for paths in origin.by_split.values() for path in paths), Path()).with_stem(
+            wanted
+        )
+        hint = f" Did you mean the file {beside}?" if beside.exists() else ""
+        raise DataError(
+            f"{origin.name} is a single file and has no split {wanted!r}.{hint} "
+            "Give a file, a number of rows such as 50, or a share such as 0.1."
+        )
+    raise DataError(
+        f"{origin.name} has no split {wanted!r}; it has: {', '.join(known)}.{did_you_mean(wanted, known)}"
+    )
+
+
+def _builtin(name: str, notes: list[str]) -> _Origin:
+    known = sorted(
+        path.stem for path in BUILTIN.glob("*") if path.suffix == ".csv" or (path / "train.csv").is_file()
+    )
+    if name not in known:
+        raise DataError(
+            f"builtin:{name} is not bundled; these are: {', '.join(f'builtin:{one}' for one in known)}."
+            f"{did_you_mean(name, known)}"
+        )
+    if (BUILTIN / f"{name}.csv").is_file():
+        return _Files(f"builtin:{name}", {"train": (BUILTIN / f"{name}.csv",)}, "utf-8", notes)
+    return _Files(f"builtin:{name}", _split_files([BUILTIN / name]), "utf-8", notes)
+
+
+def _folder(path: Path, written: str, config: str | None, encoding: str | None, notes: list[str]) -> _Origin:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        with quiet_datasets() as datasets:
+            try:
+                loaded = datasets.load_from_disk(str(path))
+            except Exception as error:  # pyarrow and datasets raise many kinds
+                raise DataError(
+                    f"{written}: datasets cannot load it: {_lines(error)}. Save it again."
+                ) from error
+        return _Hub(written, loaded if isinstance(loaded, Mapping) else {"train": loaded})
+    by_split = _split_files([path / config] if config else [path, path / "data"])
+    if by_split:
+        return _Files(written, by_split, encoding, notes)
+    files = sorted(one for one in path.iterdir() if one.is_file() and data_suffix(one))
+    if len(files) == 1:
+        return _Files(written, {"train": (files[0],)}, encoding, notes)
+    seen = ", ".join(one.name for one in files[:6]) or "no data file"
+    raise DataError(
+        f"{written} is a folder with {seen}{', ...' if len(files) > 6 else ''}; wanted train.csv (or tsv, json, jsonl, "
+        "parquet), and validation and test beside it. Name one of its files, or rename them."
+    )
+
+
+def _split_files(folders: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
+    """Files called after splits (train.csv, train-00000-of-00002.parquet), in the first folder that has any."""
+    for folder in folders:
+        found: dict[str, list[Path]] = {}
+        for path in sorted(folder.glob("*")):
+            stem = re.sub(r"-\d+-of-\d+$", "", path.name.split(".")[0])
+            split = next((name for name, aliases in _ALIASES.items() if stem in aliases), None)
+            if split and path.is_file() and data_suffix(path):
+                found.setdefault(split, []).append(path)
+        if found:
+            return {name: tuple(paths) for name, paths in found.items()}
+    return {}
+
+
+def _hub(name: str, revision: str | None, config: str | None, streaming: bool) -> _Origin:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise DataError(
+            f"{name!r} is no file, no folder, and no data set's id (owner/name). Check data.source."
+        )
+    with quiet_datasets() as datasets:
+        try:
+            parts = datasets.load_dataset(name, name=config, revision=revision, streaming=streaming)
+        except Exception as error:  # the hub, its cache and its builders raise many kinds
+            raise DataError(_unavailable(name, config, error)) from error
+    return _Hub(name, parts, revision)
+
+
+def _unavailable(name: str, config: str | None, error: Exception) -> str:
+    local = f"or save its rows as a csv file and set data.source (--data) to that file.{_near(Path(name))}"
+    if isinstance(error, ValueError) and ("Config name" in str(error) or "BuilderConfig" in str(error)):
+        return f"{name}: data.config is {config or 'not set'}: {_lines(error, 3)}. Set data.config to one of these."
+    switches = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    offline = "Offline" in str(error) or any(os.environ.get(one, "0") not in ("", "0") for one in switches)
+    if offline:
+        return (
+            f"{name} is no file or folder here, and as a data set of the hub it is not in the local cache while the "
+            "hub is switched off (HF_HUB_OFFLINE or HF_DATASETS_OFFLINE). Switch it on for the first download, "
+            + local
+        )
+    return (
+        f"{name} is no file or folder here, and loading it from the hub failed: {_lines(error)}. "
+        "Check its id, the network, and your access (hf auth login), " + local
+    )
+
+
+def _commit(parts: Mapping[str, Any]) -> str | None:
+    """The commit that `datasets` downloaded from, as the addresses of the files tell it."""
+    for part in parts.values():
+        for address in getattr(getattr(part, "info", None), "download_checksums", None) or {}:
+            found = re.search(r"@([0-9a-f]{40})/", str(address))
+            if found:
+                return found[1]
+    return None
+
+
+def _reads_as_path(written: str) -> bool:
+    return (
+        data_suffix(Path(written)) is not None
+        or written.startswith((".", "/", "~"))
+        or "\\" in written
+        or written.count("/") > 1
+    )
+
+
+def _near(path: Path) -> str:
+    """A file beside `path` that was perhaps meant."""
+    folder = path.expanduser().parent
+    if not folder.is_dir():
+        return ""
+    hint = did_you_mean(path.name, [one.name for one in islice(folder.iterdir(), 2000)])
+    return hint if hint else ""
+
+
+def _lines(error: BaseException, count: int = 1) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[:count]).rstrip(".") or type(error).__name__
