@@ -90,8 +90,8 @@ class FrozenLM:
 
         Raises BaseError where there is no such model, or where it is not one that a prompt can be placed in."""
         where, name = _locate(name_or_path)
-        on = _device(device)
-        number_format, reason = _dtype(dtype, on)
+        on = choose_device(device)
+        number_format, reason = choose_dtype(dtype, on)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         with _quiet():
             tokenizer, local = _from_local_first(transformers.AutoTokenizer, where, name, options)
@@ -260,7 +260,7 @@ def _load_error(name: str, error: Exception, offline: bool) -> BaseError:
     )
 
 
-def _device(wanted: str) -> torch.device:
+def choose_device(wanted: str) -> torch.device:
     if wanted == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -275,7 +275,7 @@ def _device(wanted: str) -> torch.device:
     return device
 
 
-def _dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The number format for this machine, and why."""
     if wanted != "auto":
         if wanted not in DTYPES:
