@@ -9,7 +9,7 @@ from typing import Any
 # `tune` is not among them, since softprompt.tune is the package: from softprompt.tune.loop import tune.
 _HOMES = {
     "CompiledPrompt": "softprompt.base.compiled",
-    "DecodeSettings": "softprompt.base.decode",
+    "DecodeSettings": "softprompt.base.sampling",
     "DeepPrompt": "softprompt.prompt.soft_prompt",
     "Example": "softprompt.data.example",
     "FrozenLM": "softprompt.base.frozen_lm",

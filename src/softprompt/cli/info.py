@@ -37,7 +37,11 @@ def command(
     for name, found in record["packages"].items():
         missing = f"not installed (pip install 'softprompt[{OPTIONAL.get(name, '')}]')"
         fact(console, name, found or missing)
-    fact(console, "processor", f"{record['processor']}, {record['cores']} cores, {record['threads']} threads in use")
+    fact(
+        console,
+        "processor",
+        f"{record['processor']}, {record['cores']} cores, {record['threads']} threads in use",
+    )
     fact(console, "memory", size(record["memory_bytes"]) if record["memory_bytes"] else "unknown")
     fact(console, "device", record["device"])
     fact(console, "dtype", f"{record['dtype']}: {record['dtype_reason']}")

@@ -1,0 +1,172 @@
+"""`softprompt generate`: continue texts with the base alone, with a prompt, or with several side by side."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from softprompt.cli import asked
+from softprompt.cli.screen import emit, screen
+from softprompt.errors import PromptError, RecipeError
+
+if TYPE_CHECKING:
+    from softprompt.base.decode import Generation
+    from softprompt.base.frozen_lm import FrozenLM
+    from softprompt.base.sampling import DecodeSettings
+    from softprompt.prompt.soft_prompt import Prompt
+
+
+def command(
+    texts: Annotated[
+        list[str], typer.Argument(metavar="TEXT...", help="What to continue; - reads standard input.")
+    ],
+    base: asked.Base = None,
+    prompts: Annotated[
+        list[Path] | None, typer.Option("--prompt", help="A prompt's folder; give it again for more prompts.")
+    ] = None,
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side", help="Show the base's own answer beside the prompt's.")
+    ] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest continuation in tokens.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest text in tokens, input included, soft prompt not counted.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; higher draws more freely.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that make up this share.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0 for all.")] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 weighs down tokens that occurred.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends the continuation; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    n: Annotated[int, typer.Option("--n", "-n", help="Continuations for each text.")] = 1,
+    base_revision: asked.Revision = None,
+    dtype: asked.Dtype = "auto",
+    device: asked.Device = "auto",
+    trust_remote_code: asked.TrustRemoteCode = False,
+    as_json: asked.AsJson = False,
+) -> None:
+    """Continue texts with the base, with one prompt or with several."""
+    folders = prompts or []
+    if side_by_side and not folders:
+        raise RecipeError("--side-by-side needs a prompt to stand beside the base. Add --prompt FOLDER.")
+    from softprompt.base.sampling import DecodeSettings
+
+    settings = DecodeSettings(
+        max_new_tokens=max_new_tokens,
+        max_length=max_length,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+        n=n,
+    )
+    from softprompt.base.frozen_lm import FrozenLM
+    from softprompt.store.artifact import load_prompt
+
+    loaded = [load_prompt(folder) for folder in folders]
+    lm = FrozenLM.load(
+        base or own_base(loaded),
+        revision=base_revision,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    for folder, prompt in zip(folders, loaded, strict=True):
+        prompt.base.demand(lm.fingerprint, str(folder))
+    inputs = [sys.stdin.read() if text == "-" else text for text in texts]
+    rows = answers(lm, inputs, loaded, settings, with_base=side_by_side or not loaded)
+    if as_json:
+        emit(
+            {
+                "outputs": [
+                    {
+                        "prompt": one.prompt,
+                        "input": one.input,
+                        "text": one.text,
+                        "tokens": one.tokens,
+                        "finish_reason": one.finish_reason,
+                    }
+                    for one in rows
+                ]
+            }
+        )
+    elif len(loaded) + side_by_side > 1:
+        show_side_by_side(screen(), rows)
+    else:
+        for one in rows:
+            # To the letter, so that it can be piped; the input stands before what follows it.
+            print(one.input + one.text)
+
+
+def own_base(prompts: Sequence[Prompt]) -> str:
+    """The base that the prompts name, or the bundled one without prompts."""
+    names = {prompt.base.name for prompt in prompts} - {""}
+    if len(names) > 1:
+        raise PromptError(
+            f"The prompts were learned on {', '.join(sorted(names))}. Use prompts of one base together."
+        )
+    if prompts and not names:
+        raise PromptError(
+            f"{prompts[0].name} does not say which base it was learned on. Name it with --base."
+        )
+    return names.pop() if names else "builtin"
+
+
+def answers(
+    lm: FrozenLM,
+    inputs: Sequence[str],
+    prompts: Sequence[Prompt],
+    settings: DecodeSettings,
+    *,
+    with_base: bool,
+) -> list[Generation]:
+    """Each input continued by the base (if wanted) and by each prompt, in that order, in one batch.
+
+    Beside a prompt, the base reads the same template without its soft slots, so that only the vectors differ."""
+    from softprompt.base.compiled import compile_prompt
+    from softprompt.base.decode import generate
+
+    columns = [compile_prompt(lm, prompt) for prompt in prompts]
+    if with_base:
+        layout = columns[0].template if columns else None
+        columns.insert(0, compile_prompt(lm, None, template=layout))
+    rows = generate(
+        lm,
+        [text for text in inputs for _ in columns],
+        [column for _ in inputs for column in columns],
+        settings,
+    )
+    given = [text for text in inputs for _ in columns for _ in range(settings.n)]
+    return [replace(one, input=text) for one, text in zip(rows, given, strict=True)]
+
+
+def show_side_by_side(console: Console, rows: Sequence[Generation]) -> None:
+    """A table for each input: who answered, and how."""
+    inputs = list(dict.fromkeys(one.input for one in rows))
+    for given in inputs:
+        table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column()
+        table.add_row("input", Text(given, "italic"))
+        for one in rows:
+            if one.input == given:
+                table.add_row(one.prompt or "base", Text(one.text.strip() or "(nothing)"))
+        console.print(table)
+        console.print()

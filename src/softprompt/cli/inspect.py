@@ -1,0 +1,157 @@
+"""`softprompt inspect`: what a prompt is, and roughly what its vectors lie near to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from softprompt.cli import asked
+from softprompt.cli.screen import emit, fact, heading, screen, size
+from softprompt.errors import BaseError
+
+if TYPE_CHECKING:
+    from softprompt.base.frozen_lm import FrozenLM
+    from softprompt.prompt.soft_prompt import Prompt, SoftPrompt
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(metavar="PROMPT", help="The prompt's folder.")],
+    base: asked.Base = None,
+    base_revision: asked.Revision = None,
+    nearest: Annotated[int, typer.Option(min=1, help="Vocabulary tokens to name for each vector.")] = 5,
+    as_json: asked.AsJson = False,
+) -> None:
+    """Show what a prompt is: its origin, template, sizes and nearest tokens."""
+    from softprompt.base.frozen_lm import FrozenLM
+    from softprompt.store.artifact import load_prompt, prompt_bytes
+
+    prompt = load_prompt(folder)
+    record = describe(prompt, folder, prompt_bytes(folder))
+    unavailable = None
+    try:
+        lm = FrozenLM.load(base or prompt.base.name or "builtin", revision=base_revision)
+        prompt.base.demand(lm.fingerprint, str(folder))
+        if prompt.kind == "soft":
+            record["vectors"] = against_vocabulary(lm, prompt, nearest)  # type: ignore[arg-type]
+    except BaseError as error:
+        if base is not None:
+            raise
+        unavailable = str(error)  # the prompt can be read without its base, its neighbours cannot
+    if as_json:
+        emit(record | {"base_unavailable": unavailable})
+        return
+    show(record, unavailable)
+
+
+def describe(prompt: Prompt, folder: Path, bytes: int) -> dict[str, Any]:
+    """What the files alone tell."""
+    return {
+        "path": str(folder),
+        "name": prompt.name,
+        "kind": prompt.kind,
+        "length": prompt.length,
+        "shape": [list(tensor.shape) for tensor in prompt.tensors.values()],
+        "bytes": bytes,
+        "template": prompt.template,
+        "target": prompt.target,
+        "base": {
+            "name": prompt.base.name,
+            "revision": prompt.base.revision,
+            "sha256": prompt.base.sha256,
+            "width": prompt.base.width,
+            "layers": prompt.base.layers,
+            "vocabulary": prompt.base.vocabulary,
+        },
+        "notes": dict(prompt.notes),
+    }
+
+
+def against_vocabulary(lm: FrozenLM, prompt: SoftPrompt, nearest: int) -> dict[str, Any]:
+    """Norms of the vectors beside those of the table, and the tokens of highest cosine similarity."""
+    import torch
+
+    table_VD = lm.embedding_VD.detach().float().cpu()
+    norms_V = table_VD.norm(dim=1).sort().values
+    rows_PD = prompt.embeddings_PD
+    cosine_PV = (
+        torch.nn.functional.normalize(rows_PD, dim=1) @ torch.nn.functional.normalize(table_VD, dim=1).T
+    )
+    top = cosine_PV.topk(min(nearest, table_VD.shape[0]), dim=1)
+    return {
+        "table_norm_median": float(norms_V.median()),
+        "table_norm_range": [float(norms_V[len(norms_V) // 100]), float(norms_V[-1 - len(norms_V) // 100])],
+        "rows": [
+            {
+                "norm": float(rows_PD[row].norm()),
+                "nearest": [
+                    {"token": lm.tokenizer.decode([int(token)]), "cosine": round(float(cosine), 4)}
+                    for token, cosine in zip(top.indices[row], top.values[row], strict=True)
+                ],
+            }
+            for row in range(rows_PD.shape[0])
+        ],
+    }
+
+
+def show(record: dict[str, Any], unavailable: str | None) -> None:
+    console = screen()
+    base = record["base"]
+    heading(console, f"prompt {record['name']}")
+    fact(console, "where", f"{record['path']} ({size(record['bytes'])} of vectors)")
+    fact(console, "kind", f"{record['kind']}, {record['length']} virtual tokens")
+    fact(
+        console,
+        "template",
+        repr(record["template"]) if record["template"] else "none: it stands before the text",
+    )
+    fact(console, "learns", f"the field {record['target']}" if record["target"] else "all text")
+    sizes = f"width {base['width']}, {base['layers']} layers" if base["width"] else "sizes not recorded"
+    fact(console, "base", f"{base['name'] or 'not recorded'} ({sizes})")
+    fact(console, "revision", base["revision"] or "none")
+    fact(console, "fingerprint", base["sha256"] or "not recorded: any base of these sizes is accepted")
+    for name, value in record["notes"].items():
+        if isinstance(value, dict):
+            heading(console, name)
+            for inner, one in _flat(value):
+                fact(console, inner, one)
+        else:
+            fact(console, name, value)
+    if unavailable:
+        heading(console, "vectors")
+        console.print(Text(f"not compared with the base: {unavailable}"), soft_wrap=True)
+        return
+    if "vectors" not in record:
+        return
+    vectors = record["vectors"]
+    low, high = vectors["table_norm_range"]
+    heading(console, "vectors against the base's embedding table")
+    fact(
+        console,
+        "table norms",
+        f"median {vectors['table_norm_median']:.3f}, most from {low:.3f} to {high:.3f}",
+    )
+    table = Table(
+        "row",
+        "norm",
+        "nearest tokens by cosine (a hint only: a vector may mean what no token means)",
+        box=None,
+    )
+    for place, row in enumerate(vectors["rows"]):
+        near = "  ".join(f"{one['token']!r} {one['cosine']:.2f}" for one in row["nearest"])
+        table.add_row(str(place), f"{row['norm']:.3f}", Text(near))
+    console.print(table)
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested notes as lines: recipe.tune.epochs."""
+    lines: list[tuple[str, Any]] = []
+    for name, one in value.items():
+        if isinstance(one, dict):
+            lines += _flat(one, f"{prefix}{name}.")
+        elif one not in (None, [], {}):
+            lines.append((f"{prefix}{name}", one))
+    return lines

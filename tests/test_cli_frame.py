@@ -1,0 +1,159 @@
+"""The command line's frame: quick, quiet, one message for each failure, and exit codes by kind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from softprompt import errors
+from softprompt.cli import ending
+from softprompt.cli.app import VERBS, main
+from softprompt.cli.screen import plain, size
+
+
+def test_help_names_every_verb_and_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from softprompt.cli.app import main; code = main(['--help']);"
+        "heavy = {'torch', 'transformers', 'datasets', 'pydantic', 'numpy'} & set(sys.modules);"
+        "sys.exit(f'loaded {heavy}, code {code}' if heavy or code else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(f" {verb} " in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_explains_itself_without_torch(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    assert VERBS[verb].split(":")[0].split(",")[0] in " ".join(capsys.readouterr().out.split())
+
+
+def test_importing_the_package_loads_nothing_heavy_and_offers_its_names() -> None:
+    code = (
+        "import sys, softprompt; assert 'FrozenLM' in dir(softprompt);"
+        "sys.exit(bool({'torch', 'transformers', 'pydantic', 'rich'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_public_name_can_be_imported() -> None:
+    import softprompt
+
+    assert list(softprompt.__all__) == sorted(
+        softprompt.__all__, key=lambda name: (name.startswith("_"), name)
+    )
+    for name in softprompt.__all__:
+        assert getattr(softprompt, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = softprompt.nonsense
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["tunee"], "Did you mean 'tune'?"),
+        (["tune", "--learning-rte", "3"], "--learning-rte"),
+        (["generate"], "TEXT"),
+        (["generate", "--top-k", "many", "x"], "--top-k"),
+        (["recipe", "--nonsense"], "`softprompt recipe --help`"),
+    ],
+)
+def test_wrong_usage_is_one_message_and_code_2(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert told in shown.err
+    assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.SoftPromptError("x"), 1),
+        (errors.NotFinite("x"), 1),
+        (errors.SaveError("x"), 1),
+        (errors.RecipeError("x"), 2),
+        (errors.MissingExtra("x"), 2),
+        (errors.DataError("x"), 3),
+        (errors.OutOfMemory("x"), 4),
+        (errors.BaseError("x"), 5),
+        (errors.WrongBase("x"), 5),
+        (errors.DamagedPrompt("x"), 5),
+        (errors.GateFailed("x"), 100),
+        (KeyboardInterrupt(), 130),
+        (MemoryError(), 4),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 4),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1),
+        (ZeroDivisionError("division by zero"), 1),
+    ],
+)
+def test_each_kind_of_failure_has_its_exit_code_and_no_traceback(
+    error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    assert ending.exit_code(fail) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("softprompt: ")
+    assert "Traceback" not in shown.err
+
+
+def test_a_full_disk_is_told_with_its_file_and_what_to_do() -> None:
+    message, _ = ending.told(OSError(errno.ENOSPC, "No space left on device", "runs/x"))
+    assert message == "the system refused: runs/x: No space left on device. Free some space, and run again."
+
+
+def test_a_traceback_comes_only_when_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = ["tune", "nowhere.yaml"]
+    assert main(wrong) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    for arguments in (["--traceback", *wrong], [*wrong, "--traceback"]):
+        assert main(arguments) == 2
+        assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("SOFTPROMPT_TRACEBACK", "1")
+    assert main(wrong) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_json_for_machines_has_null_for_what_is_not_known() -> None:
+    assert json.loads(json.dumps(plain({"nll": math.nan, "best": [1, math.inf]}))) == {
+        "nll": None,
+        "best": [1, None],
+    }
+
+
+def test_sizes_are_told_in_units_of_a_thousand() -> None:
+    assert [size(999), size(25_600), size(3_500_000), size(2.5e9)] == [
+        "999 bytes",
+        "25.6 KB",
+        "3.5 MB",
+        "2.50 GB",
+    ]
+
+
+def test_the_starting_recipe_is_valid_and_says_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    from softprompt.tune.recipe import Recipe
+    from softprompt.tune.recipe_text import read_mapping
+
+    assert main(["recipe"]) == 0
+    shown = capsys.readouterr().out
+    assert read_mapping(shown, "recipe")["base"].value == "builtin"
+    flags = {"--data": "builtin:roles"}
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "r.yaml"
+        path.write_text(shown)
+        assert Recipe.load(path) == Recipe.from_flags(flags)
