@@ -24,6 +24,7 @@ Auto: TypeAlias = Literal["auto"]
 Count: TypeAlias = Annotated[int, Field(ge=1)]
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
 NotNegative: TypeAlias = Annotated[float, Field(ge=0)]
+Rows: TypeAlias = Annotated[int, Field(ge=0)]
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -65,12 +66,12 @@ class Data(Section):
         None, "How a row becomes text, such as `{soft:20} {text}` or `Tweet: {text} Complaint? {label}`."
     )
     limit: Count | None = setting(None, "Learn from the first N rows alone.", flag="--limit")
-    validation: Share | Count | str | None = setting(
+    validation: Share | Rows | str | None = setting(
         None,
-        "Held out to choose the best step: a share (0.1), a number of rows (50), a split's name or a file. "
-        "Without it, the source's own validation split if it has one.",
+        "Held out to choose the best step: a share (0.1), a number of rows (50; 0 for none), a split's name or a "
+        "file. Without it, the source's own validation split if it has one.",
     )
-    test: Share | Count | str | None = setting(
+    test: Share | Rows | str | None = setting(
         None,
         "Held out to the end: given like `validation`. Without it, the source's own test split if it has one.",
     )
@@ -90,7 +91,7 @@ class Data(Section):
         "Whether the end-of-text token is appended and learned: auto means after a target or an assistant's turn.",
     )
     encoding: str | None = setting(None, "The file's text encoding; without it, UTF-8.")
-    streaming: bool = setting(False, "Read row by row, for a source that does not fit into memory.")
+    streaming: bool = setting(False, "Read only the first `limit` rows of a hub data set, rather than downloading all of it.")
 
 
 class Prompt(Section):
@@ -99,7 +100,9 @@ class Prompt(Section):
     kind: Literal["soft", "deep"] = setting(
         "soft", "soft: vectors in front of the first layer. deep: keys and values for every layer."
     )
-    length: Count = setting(20, "How many virtual tokens.", flag="--length")
+    length: Count | None = setting(
+        None, "How many virtual tokens; without it as many as `init_text` has, else 20.", flag="--length"
+    )
     init: Literal["auto", "random", "vocabulary", "text", "labels"] = setting(
         "auto",
         "Where it starts: random at the embedding table's scale, rows of the most frequent vocabulary, the "
