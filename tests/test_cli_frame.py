@@ -44,9 +44,7 @@ def test_importing_the_package_loads_nothing_heavy_and_offers_its_names() -> Non
 def test_every_public_name_can_be_imported() -> None:
     import softprompt
 
-    assert list(softprompt.__all__) == sorted(
-        softprompt.__all__, key=lambda name: (name.startswith("_"), name)
-    )
+    assert list(softprompt.__all__) == sorted(softprompt.__all__)
     for name in softprompt.__all__:
         assert getattr(softprompt, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):

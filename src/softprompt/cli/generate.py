@@ -112,7 +112,7 @@ def command(
     else:
         for one in rows:
             # To the letter, so that it can be piped; the input stands before what follows it.
-            print(one.input + one.text)
+            print(f"{one.input}{one.text}")
 
 
 def own_base(prompts: Sequence[Prompt]) -> str:
@@ -164,7 +164,7 @@ def show_side_by_side(console: Console, rows: Sequence[Generation]) -> None:
         table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(style="dim", no_wrap=True)
         table.add_column()
-        table.add_row("input", Text(given, "italic"))
+        table.add_row("input", Text(str(given), "italic"))
         for one in rows:
             if one.input == given:
                 table.add_row(one.prompt or "base", Text(one.text.strip() or "(nothing)"))

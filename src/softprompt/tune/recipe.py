@@ -63,7 +63,9 @@ class Data(Section):
         None, "The template's field that is to be learned; without it the loss counts the whole text."
     )
     template: str | None = setting(
-        None, "How a row becomes text, such as `{soft:20} {text}` or `Tweet: {text} Complaint? {label}`."
+        None,
+        "How a row becomes text, such as `{soft:20} {text}` or `Tweet: {text} Complaint? {label}`; without it, "
+        "the soft prompt stands right before the text.",
     )
     limit: Count | None = setting(None, "Learn from the first N rows alone.", flag="--limit")
     validation: Share | Rows | str | None = setting(
@@ -91,7 +93,9 @@ class Data(Section):
         "Whether the end-of-text token is appended and learned: auto means after a target or an assistant's turn.",
     )
     encoding: str | None = setting(None, "The file's text encoding; without it, UTF-8.")
-    streaming: bool = setting(False, "Read only the first `limit` rows of a hub data set, rather than downloading all of it.")
+    streaming: bool = setting(
+        False, "Read only the first `limit` rows of a hub data set, rather than downloading all of it."
+    )
 
 
 class Prompt(Section):
@@ -123,7 +127,9 @@ class Tune(Section):
     epochs: Count = setting(5, "How often every row is seen.", flag="--epochs")
     max_steps: Count | None = setting(None, "Stop after this many steps, whatever `epochs` says.")
     batch_size: Count | Auto = setting(
-        "auto", "Rows a step; auto starts from 8, and halves where memory runs out.", flag="--batch-size"
+        "auto",
+        "Rows a step; auto is 8. Where memory runs out, it is halved and two are added up for a step.",
+        flag="--batch-size",
     )
     optimizer: Literal["adamw", "adafactor"] = setting("adamw", "The rule that moves the prompt.")
     schedule: Literal["linear", "cosine", "constant"] = setting(
