@@ -23,6 +23,10 @@ Overflow = Literal["error", "truncate", "drop"]
 End = Literal["auto", "always", "never"]
 
 
+class TooLong(DataError):
+    """A row that has more positions than the limit, and cannot or shall not be shortened."""
+
+
 @dataclass(slots=True)
 class Encoded:
     """One row, position by position (S = virtual and text positions together).
@@ -110,14 +114,13 @@ def encode(
     and changes nothing else: what the base alone reads. `score_first=False` leaves the first token unscored, so that
     a row has the same scored tokens with a prompt before it and without.
 
-    `max_length` bounds all positions, virtual ones included. Longer rows raise DataError, return None (drop), or are
+    `max_length` bounds all positions, virtual ones included. Longer rows raise TooLong, return None (drop), or are
     shortened (truncate): the longest field loses its end, never the target or fixed text; of a chat the oldest turns
     after the system's go. Text of no target that was shortened gets no end token.
 
-    Raises Unlabelled (a DataError) when no token of the row would be trained, DataError for a missing field.
+    Raises TooLong, Unlabelled when no token of the row would be trained, DataError for a missing field.
     """
-    habit = habit or habits(tokenizer)
-    layout = _Layout(template, tokenizer, habit, end, generation)
+    layout = _Layout(template, tokenizer, habit or habits(tokenizer), end, generation)
     found = layout.lay(example)
     if max_length is not None and len(found) > max_length:
         if on_overflow == "drop":
@@ -127,7 +130,8 @@ def encode(
                 example, template, len(found), max_length, "Set data.on_overflow to truncate or drop"
             )
         found = _shortened(layout, example, len(found), max_length)
-    if not generation and found.trained_tokens - found.end < 1:
+    learned = template.fields if template.target is None else (template.target,)
+    if not generation and not template.chat and not any(example.fields[name].strip() for name in learned):
         raise _unlabelled(template, example)
     if base_only:
         found = _without_slots(found)
@@ -419,13 +423,13 @@ def _fewer_turns(layout: _Layout, example: Example, length: int, limit: int) -> 
     )
 
 
-def _too_long(example: Example, template: Template, length: int, limit: int, advice: str) -> DataError:
+def _too_long(example: Example, template: Template, length: int, limit: int, advice: str) -> TooLong:
     virtual = (
         f" ({template.soft_length} virtual, {length - template.soft_length} of text)"
         if template.soft_length
         else ""
     )
-    return DataError(
+    return TooLong(
         f"{example.where} has {length:,} positions{virtual}; the limit is {limit:,}. {advice}, "
         "or raise data.max_length as far as the base's context allows."
     )
@@ -433,6 +437,4 @@ def _too_long(example: Example, template: Template, length: int, limit: int, adv
 
 def _unlabelled(template: Template, example: Example) -> Unlabelled:
     what = f"its target {{{template.target}}} is empty" if template.target else "its text is empty"
-    if template.chat:
-        what = "the assistant's turns are empty"
     return Unlabelled(f"{example.where} has no token to learn: {what}. Fill it in or leave the row out.")

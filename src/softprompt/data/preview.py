@@ -1,0 +1,156 @@
+"""What exactly will be trained: every token of a few rows by its part in the loss, and counts over all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+from softprompt.data.batch import Encoded, End, Overflow, TooLong, Unlabelled, encode
+from softprompt.data.example import Example
+from softprompt.data.template import Template
+from softprompt.data.tokenizer import Tokenizer, habits
+from softprompt.errors import DataError
+
+Kind = Literal["soft", "context", "trained", "special"]
+
+_WINDOW = 8  # tokens before one that are decoded with it: spaces and letters can depend on them
+
+
+@dataclass(frozen=True)
+class Token:
+    """One position. `soft`: a virtual token, its text the number of its row, its id None; `context`: read only;
+    `trained`: predicted and counted in the loss (an end token too); `special`: the tokenizer's own start token.
+    """
+
+    text: str
+    kind: Kind
+    id: int | None
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row token by token, and how many tokens truncation took from it."""
+
+    row: int
+    tokens: tuple[Token, ...]
+    cut: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Counts are over all `examples`; `tokens` are real tokens, virtual ones are `soft_positions`.
+
+    `too_long` rows (with on_overflow error) and `unlabelled` ones (no token to learn) would stop a run; `dropped` ones
+    are left out by it. `lengths` are quantiles of the positions a row has. `problems` holds the first message of each.
+    """
+
+    template: str
+    target: str | None
+    shown: tuple[ShownRow, ...]
+    examples: int
+    tokens: int
+    trained_tokens: int
+    soft_positions: int
+    truncated: int
+    cut_tokens: int
+    dropped: int
+    too_long: int
+    unlabelled: int
+    lengths: dict[str, int]
+    problems: tuple[str, ...]
+
+
+def preview(
+    template: Template,
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    show: int = 3,
+    max_length: int | None = None,
+    on_overflow: Overflow = "error",
+    end: End = "auto",
+) -> Preview:
+    """Encode every row as a run would and tell what came of it; the first `show` good rows token by token.
+
+    Rows that a run would refuse are counted instead. Raises DataError only where no row could be encoded at all,
+    such as for a field that does not exist.
+    """
+    habit = habits(tokenizer)
+    encoded: list[Encoded] = []
+    dropped = 0
+    too_long: list[str] = []
+    unlabelled: list[str] = []
+    for example in examples:
+        try:
+            one = encode(
+                template,
+                example,
+                tokenizer,
+                max_length=max_length,
+                on_overflow=on_overflow,
+                end=end,
+                habit=habit,
+            )
+        except TooLong as error:
+            too_long.append(str(error))
+            continue
+        except Unlabelled as error:
+            unlabelled.append(str(error))
+            continue
+        if one is None:
+            dropped += 1
+        else:
+            encoded.append(one)
+    if not examples:
+        raise DataError("There is no row to show. Give at least one.")
+    soft = sum(row >= 0 for one in encoded for row in one.soft)
+    cut = [one.cut for one in encoded if one.cut]
+    return Preview(
+        template=str(template),
+        target=template.target,
+        shown=tuple(ShownRow(one.row, tuple(_tokens(one, tokenizer)), one.cut) for one in encoded[:show]),
+        examples=len(examples),
+        tokens=sum(map(len, encoded)) - soft,
+        trained_tokens=sum(one.trained_tokens for one in encoded),
+        soft_positions=soft,
+        truncated=len(cut),
+        cut_tokens=sum(cut),
+        dropped=dropped,
+        too_long=len(too_long),
+        unlabelled=len(unlabelled),
+        lengths=_quantiles(map(len, encoded)),
+        problems=tuple(chain(too_long[:1], unlabelled[:1])),
+    )
+
+
+def _tokens(one: Encoded, tokenizer: Tokenizer) -> Iterable[Token]:
+    start = 0  # of the text that stands together, that is, behind the last slot
+    special_left = one.special
+    for s, (token, row, trained) in enumerate(zip(one.ids, one.soft, one.trained, strict=True)):
+        if row >= 0:
+            start = s + 1
+            yield Token(str(row), "soft", None)
+            continue
+        kind: Kind = "trained" if trained else "context"
+        if special_left:
+            kind, special_left = "special", special_left - 1
+        first = max(start, s - _WINDOW)
+        yield Token(_written(one.ids[first:s], token, tokenizer), kind, token)
+
+
+def _written(before: list[int], token: int, tokenizer: Tokenizer) -> str:
+    """What `token` adds to the text of the tokens before it; "\ufffd" for an unfinished letter."""
+    head = str(tokenizer.decode(before, clean_up_tokenization_spaces=False)) if before else ""
+    both = str(tokenizer.decode([*before, token], clean_up_tokenization_spaces=False))
+    return both[len(head.rstrip("\ufffd")) :]
+
+
+def _quantiles(lengths: Iterable[int]) -> dict[str, int]:
+    ordered = sorted(lengths)
+    if not ordered:
+        return {}
+    last = len(ordered) - 1
+    places = {"shortest": 0.0, "median": 0.5, "p95": 0.95, "longest": 1.0}
+    return {name: ordered[round(last * share)] for name, share in places.items()}
