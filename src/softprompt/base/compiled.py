@@ -225,6 +225,13 @@ def text_state(lm: FrozenLM, text: str, length: int) -> tuple[Tensor, Tensor]:
     return _stacked(state.keys, "keys").float(), _stacked(state.values, "values").float()
 
 
+def vectors_state(lm: FrozenLM, vectors_PD: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [L, P, H, K] of a shallow prompt's vectors: a deep prompt that starts where it stands."""
+    marks = range(-1, -1 - len(vectors_PD), -1)
+    state = _read(lm, list(marks), vectors_PD.to(lm.device, lm.dtype))
+    return _stacked(state.keys, "keys").float(), _stacked(state.values, "values").float()
+
+
 def _head(lm: FrozenLM, compiled: CompiledPrompt) -> list[int]:
     """Marks of what stands before a row's own text. The tokenizer may join its end with that text: rows see to that."""
     pieces = compiled.template.pieces

@@ -20,12 +20,12 @@ Choice = Usable | CompiledPrompt
 class Generation:
     """One continuation.
 
-    `prompt` is the prompt's name (None: the base alone), `tokens` the number of new tokens with an end token among
+    `prompt` is the prompt's name (None: the base alone), `input` what was given, as one text, `tokens` the number of new tokens with an end token among
     them. `log_probability` sums the chosen tokens' in nats; None where it was not asked for.
     """
 
     prompt: str | None
-    input: str | Example
+    input: str
     text: str
     tokens: int
     finish_reason: FinishReason
@@ -108,7 +108,26 @@ def generation(name: str | None, given: str | Example, one: Request) -> Generati
     assert one.finish_reason is not None
     rated = sum(one.log_probabilities) if one.settings.rated else None
     return Generation(
-        name, given, one.text, len(one.token_ids), one.finish_reason, tuple(one.token_ids), one.sample, rated
+        name,
+        _shown(given),
+        one.text,
+        len(one.token_ids),
+        one.finish_reason,
+        tuple(one.token_ids),
+        one.sample,
+        rated,
+    )
+
+
+def _shown(given: str | Example) -> str:
+    """An input as one text: its only field, its last message, or its fields by name."""
+    if isinstance(given, str):
+        return given
+    if given.messages:
+        return given.messages[-1].content
+    fields = given.fields
+    return (
+        next(iter(fields.values())) if len(fields) == 1 else "\n".join(f"{k}: {v}" for k, v in fields.items())
     )
 
 

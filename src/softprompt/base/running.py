@@ -188,6 +188,7 @@ class Running:
         self._positions_B[:rows] += 1
         return self._chosen(self.lm.logits(hidden_B1D[:, -1]), 0)
 
+    @torch.inference_mode()
     def cancel(self, one: Request) -> None:
         """Let a row leave now. What it has said so far stays in the request; a row that is done is left alone."""
         place = next((b for b, slot in enumerate(self._slots) if slot.request is one), None)

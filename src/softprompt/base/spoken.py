@@ -31,6 +31,8 @@ class Spoken:
 
     def add(self, token: int) -> bool:
         """Take one more token; says whether a stop text is complete."""
+        if self._stopped:
+            return True
         self.ids.append(token)
         self._follow(final=False)
         self._tell(final=False)

@@ -1,0 +1,435 @@
+"""Every row is continued as if it were alone, and as transformers itself would continue it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from softprompt.base.compiled import CompiledPrompt, compile_prompt, prefill, text_state
+from softprompt.base.conversation import Conversation
+from softprompt.base.decode import Choice, DecodeSettings, generate
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.limits import longest_text
+from softprompt.base.running import Running, position_bytes, request
+from softprompt.base.sampling import draw, kept, penalised
+from softprompt.base.scoring import score
+from softprompt.base.spoken import Spoken
+from softprompt.data.example import Example
+from softprompt.data.template import Template
+from softprompt.errors import DataError, OutOfMemory, RecipeError
+from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
+from tiny_models import tiny_model, tiny_tokenizer
+
+TEXTS = [
+    "Tweet: my order never came",
+    "hello",
+    "I want you to act as a logistician. ",
+    "thank you for the quick help",
+]
+TEN = DecodeSettings(max_new_tokens=10, ignore_end=True)
+
+
+@pytest.fixture(scope="module")
+def lm() -> FrozenLM:
+    return FrozenLM.wrap(tiny_model("Gemma 2 (sliding window)"), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def prompts(lm: FrozenLM) -> list[Choice]:
+    """One of each kind, of different lengths."""
+    vectors = lm.embed(torch.arange(40, 57)) * 1.1
+    return [
+        None,
+        SoftPrompt(vectors[:5], lm.fingerprint, "{soft:5}{text}", name="short"),
+        SoftPrompt(vectors, lm.fingerprint, "{soft:17} {text}", name="long"),
+        SoftPrompt(vectors[5:8], lm.fingerprint, "Tweet: {text}{soft:3} Complaint?", name="infix"),
+        DeepPrompt(*text_state(lm, "Classify the text: ", 6), lm.fingerprint, name="deep"),
+        "Answer with the label alone. ",
+        Template.parse("Tweet: {text} Complaint?"),
+    ]
+
+
+def ids_of(lm: FrozenLM, text: str) -> list[int]:
+    return list(lm.tokenizer(text)["input_ids"])
+
+
+def theirs(lm: FrozenLM, ids: list[int], **settings: object) -> list[int]:
+    """The new tokens of transformers' own generate."""
+    ids_1T = torch.tensor([ids])
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **settings}
+    found = lm.model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), **options)
+    return found[0, len(ids) :].tolist()
+
+
+def test_the_base_alone_says_what_transformers_generate_says(lm: FrozenLM) -> None:
+    for text, one in zip(TEXTS, generate(lm, TEXTS, None, TEN), strict=True):
+        assert list(one.token_ids) == theirs(lm, ids_of(lm, text))
+        assert (one.prompt, one.input, one.tokens, one.finish_reason) == (None, text, 10, "length")
+
+
+def test_a_text_prompt_says_what_the_joined_text_says(lm: FrozenLM) -> None:
+    for text, one in zip(TEXTS, generate(lm, TEXTS, "Classify: ", TEN), strict=True):
+        assert list(one.token_ids) == theirs(lm, ids_of(lm, "Classify: " + text))
+
+
+@pytest.mark.parametrize("batch_rows", [28, 3])
+def test_rows_with_different_prompts_are_each_as_if_alone(
+    lm: FrozenLM, prompts: list[Choice], batch_rows: int
+) -> None:
+    rows = [(text, prompt) for text in TEXTS for prompt in prompts]
+    together = generate(
+        lm, [text for text, _ in rows], [prompt for _, prompt in rows], TEN, batch_rows=batch_rows
+    )
+    for (text, prompt), one in zip(rows, together, strict=True):
+        (alone,) = generate(lm, [text], prompt, TEN)
+        assert alone == one
+
+
+def test_rows_that_join_and_leave_at_any_time_are_each_as_if_alone(
+    lm: FrozenLM, prompts: list[Choice]
+) -> None:
+    compiled = [compile_prompt(lm, prompt) for prompt in prompts]
+    rng = random.Random(0)
+    running = Running(lm, max_rows=5)
+    waiting = [
+        request(
+            lm, rng.choice(compiled), rng.choice(TEXTS), DecodeSettings(max_new_tokens=rng.randint(1, 25))
+        )
+        for _ in range(30)
+    ]
+    everyone = list(waiting)
+    while waiting or len(running):
+        room = min(running.max_rows - len(running), len(waiting), rng.randint(0, 3))
+        running.admit([waiting.pop() for _ in range(room)])
+        assert len(running) <= 5
+        running.step()
+    for one in everyone:
+        alone = request(lm, compiled[0], one.row.marks, one.settings, row=one.row)
+        solo = Running(lm, max_rows=1)
+        solo.admit([alone])
+        while len(solo):
+            solo.step()
+        assert (alone.token_ids, alone.text, alone.finish_reason) == (
+            one.token_ids,
+            one.text,
+            one.finish_reason,
+        )
+
+
+def test_a_cancelled_row_leaves_and_its_neighbours_do_not_notice(lm: FrozenLM) -> None:
+    base = compile_prompt(lm, None)
+    first, second, third = (request(lm, base, text, TEN) for text in TEXTS[:3])
+    running = Running(lm, max_rows=3)
+    running.admit([first, second, third])
+    running.step()
+    running.cancel(first)
+    assert (first.finish_reason, len(first.token_ids), len(running)) == ("cancelled", 2, 2)
+    while len(running):
+        running.step()
+    assert [second.token_ids, third.token_ids] == [theirs(lm, ids_of(lm, text)) for text in TEXTS[1:3]]
+    running.cancel(first)  # it is gone already: nothing happens
+    assert first.finish_reason == "cancelled"
+
+
+def test_memory_is_bounded_and_counted_in_bytes(lm: FrozenLM) -> None:
+    # 2 layers x 2 key/value heads x 8 wide x keys and values x 4 bytes
+    assert position_bytes(lm) == 2 * 2 * 8 * 2 * 4
+    base = compile_prompt(lm, None)
+    texts = [text * times for times in (1, 3) for text in TEXTS]
+    limit = 3 * 90 * position_bytes(lm)
+    running, most = Running(lm, max_rows=8, memory_bytes=limit), 0
+    waiting = [request(lm, base, text, TEN) for text in texts]
+    everyone = list(waiting)
+    while waiting or len(running):
+        while waiting and running.fits([waiting[-1]]):
+            running.admit([waiting.pop()])
+        most = max(most, running.bytes)
+        running.step()
+    assert 0 < most <= limit
+    assert [one.token_ids for one in everyone] == [theirs(lm, ids_of(lm, text)) for text in texts]
+
+
+def test_a_row_that_can_never_fit_is_refused(lm: FrozenLM) -> None:
+    with pytest.raises(OutOfMemory, match="Lower max_new_tokens"):
+        generate(lm, TEXTS[:1], None, DecodeSettings(max_new_tokens=80), memory_bytes=2000)
+
+
+@pytest.mark.parametrize("penalty", [1.5, 0.8])
+def test_the_repetition_penalty_is_that_of_transformers(lm: FrozenLM, penalty: float) -> None:
+    settings = DecodeSettings(max_new_tokens=10, repetition_penalty=penalty, ignore_end=True)
+    mixed = [settings, TEN, settings, settings]
+    for text, how, one in zip(TEXTS, mixed, generate(lm, TEXTS, None, mixed), strict=True):
+        assert list(one.token_ids) == theirs(lm, ids_of(lm, text), repetition_penalty=how.repetition_penalty)
+
+
+def test_the_penalty_weighs_a_repeated_id_down_once() -> None:
+    logits = penalised(torch.tensor([[2.0, -2.0, 1.0]]), torch.tensor([[0, 1, 0, 0]]), torch.tensor([2.0]))
+    assert logits.tolist() == [[1.0, -4.0, 1.0]]
+
+
+def test_max_length_counts_the_text_and_not_the_virtual_tokens(lm: FrozenLM, prompts: list[Choice]) -> None:
+    given = len(ids_of(lm, TEXTS[0]))
+    for prompt in (None, prompts[1]):
+        (one,) = generate(lm, TEXTS[:1], prompt, DecodeSettings(max_length=given + 7, ignore_end=True))
+        assert (one.tokens, one.finish_reason) == (7, "length")
+    assert list(one.token_ids) != theirs(lm, ids_of(lm, TEXTS[0]), max_new_tokens=7)
+    with pytest.raises(DataError, match=f"{given} tokens and max_length is {given}"):
+        generate(lm, TEXTS[:1], None, DecodeSettings(max_length=given))
+
+
+def test_an_end_token_ends_a_row(lm: FrozenLM) -> None:
+    free = theirs(lm, ids_of(lm, TEXTS[0]))
+    end = next(token for place, token in enumerate(free) if place > 2 and token not in free[:place])
+    lm.model.generation_config.eos_token_id = [end]
+    try:
+        one, other = generate(lm, [TEXTS[0], TEXTS[1]], None, DecodeSettings(max_new_tokens=10))
+    finally:
+        lm.model.generation_config.eos_token_id = 1
+    assert list(one.token_ids) == free[: free.index(end) + 1]
+    assert one.finish_reason == "stop"
+    expected = theirs(lm, ids_of(lm, TEXTS[1]))
+    assert list(other.token_ids) == (expected[: expected.index(end) + 1] if end in expected else expected)
+
+
+def test_a_stop_text_ends_a_row_and_is_cut_off(lm: FrozenLM) -> None:
+    (free,) = generate(lm, TEXTS[:1], None, TEN)
+    stop = free.text[5:8]
+    told: list[str] = []
+    settings = DecodeSettings(max_new_tokens=10, ignore_end=True, stop=[stop, "never said"])
+    (one,) = generate(lm, TEXTS[:1], None, settings, on_text=lambda _, piece: told.append(piece))
+    assert one.text == free.text[: free.text.index(stop)]
+    assert one.finish_reason == "stop"
+    assert one.tokens < free.tokens
+    assert "".join(told) == one.text
+
+
+def test_streamed_pieces_make_up_each_text(lm: FrozenLM) -> None:
+    told = dict.fromkeys(range(len(TEXTS)), "")
+
+    def tell(place: int, piece: str) -> None:
+        told[place] += piece
+
+    for place, one in enumerate(generate(lm, TEXTS, None, TEN, on_text=tell)):
+        assert told[place] == one.text
+
+
+def test_text_is_told_when_its_characters_are_whole_and_no_stop_text_can_have_begun() -> None:
+    tokenizer = tiny_tokenizer()
+    told: list[str] = []
+    spoken = Spoken(tokenizer, [], ["END"], told.append)
+    ids = list(tokenizer("é!E")["input_ids"])  # é is two bytes, two tokens here
+    assert len(ids) == 4
+    assert [spoken.add(token) for token in ids] == [False] * 4
+    assert told == ["é", "!"]  # the E may begin END
+    assert [spoken.add(token) for token in tokenizer("NDy")["input_ids"]] == [False, True, True]
+    assert spoken.finish() == "é!"
+    assert "".join(told) == "é!"
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.7), (40, 0.5)])
+def test_what_may_be_drawn_is_what_transformers_keeps(top_k: int, top_p: float) -> None:
+    logits_BV = torch.randn(6, 320, generator=torch.Generator().manual_seed(0)) * 3
+    seen_BN = torch.tensor([[3, 5, 3]] * 6)
+    warpers = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.5), TemperatureLogitsWarper(0.7)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    expected_BV = warpers(seen_BN, logits_BV.clone()).softmax(1)
+    six = torch.ones(6)
+    ours_BV = kept(penalised(logits_BV, seen_BN, six * 1.5), six * 0.7, (six * top_k).long(), six * top_p)
+    torch.testing.assert_close(ours_BV, expected_BV)
+
+
+def test_rows_of_one_batch_may_leave_out_different_tokens() -> None:
+    logits_BV = torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 3)
+    found = kept(logits_BV, torch.ones(3), torch.tensor([1, 3, 0]), torch.ones(3))
+    assert (found > 0).sum(1).tolist() == [1, 3, 4]
+
+
+def test_a_token_is_drawn_where_the_summed_probabilities_pass_the_number() -> None:
+    probabilities = torch.tensor([[0.5, 0.0, 0.25, 0.25]] * 5)
+    found = draw(probabilities, torch.tensor([0.0, 0.49, 0.5, 0.76, 0.999999]))
+    assert found.tolist() == [0, 0, 2, 3, 3]
+
+
+def test_a_drawn_row_is_the_same_alone_and_in_any_batch(lm: FrozenLM, prompts: list[Choice]) -> None:
+    warm = DecodeSettings(max_new_tokens=10, temperature=1.0, top_p=0.9, seed=7, ignore_end=True)
+    mixed = [warm, TEN, warm, warm]
+    chosen = [prompts[1], None, prompts[4], prompts[5]]
+    together = generate(lm, TEXTS, chosen, mixed)
+    for text, prompt, how, one in zip(TEXTS, chosen, mixed, together, strict=True):
+        assert generate(lm, [text], prompt, how) == [one]
+    other = generate(
+        lm, TEXTS, chosen, DecodeSettings(max_new_tokens=10, temperature=1.0, seed=8, ignore_end=True)
+    )
+    assert [one.token_ids for one in other] != [one.token_ids for one in together]
+
+
+def test_n_texts_are_drawn_and_the_likeliest_are_kept(lm: FrozenLM) -> None:
+    drawn = generate(
+        lm, TEXTS[:2], None, DecodeSettings(max_new_tokens=8, temperature=1.5, n=5, log_probabilities=True)
+    )
+    assert [one.input for one in drawn] == [TEXTS[0]] * 5 + [TEXTS[1]] * 5
+    assert [one.sample for one in drawn[:5]] == [0, 1, 2, 3, 4]
+    assert len({one.token_ids for one in drawn[:5]}) > 1
+    best = generate(lm, TEXTS[:2], None, DecodeSettings(max_new_tokens=8, temperature=1.5, n=2, best_of=5))
+    for place in (0, 1):
+        group = drawn[place * 5 : place * 5 + 5]
+        ranked = sorted(group, key=lambda one: -(one.log_probability or 0) / one.tokens)
+        assert best[place * 2 : place * 2 + 2] == ranked[:2]
+
+
+def test_log_probabilities_are_those_of_the_models_own_logits(lm: FrozenLM) -> None:
+    (one,) = generate(
+        lm, TEXTS[:1], None, DecodeSettings(max_new_tokens=5, log_probabilities=True, ignore_end=True)
+    )
+    ids = ids_of(lm, TEXTS[0])
+    with torch.no_grad():
+        logits = lm.model(input_ids=torch.tensor([[*ids, *one.token_ids]])).logits[0].log_softmax(-1)
+    expected = sum(float(logits[len(ids) - 1 + i, token]) for i, token in enumerate(one.token_ids))
+    assert one.log_probability == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": -1.0}, "temperature: found -1.0"),
+        ({"top_p": 0.0}, "top_p: found 0.0"),
+        ({"top_k": -3}, "top_k"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"stop": ("",)}, "stop"),
+        ({"n": 3}, "at temperature 0"),
+        ({"n": 3, "best_of": 2, "temperature": 1.0}, r"at least n \(3\)"),
+    ],
+)
+def test_impossible_settings_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        DecodeSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_row_ends_with_the_bases_context(lm: FrozenLM) -> None:
+    assert longest_text(lm) == 128
+    ids = [5] * 120
+    base = compile_prompt(lm, None)
+    one = request(lm, base, ids, DecodeSettings(max_new_tokens=50))
+    assert one.limit == 8
+    with pytest.raises(DataError, match="130 positions, and wrapped has 128"):
+        request(lm, base, [5] * 130, TEN)
+
+
+def test_lengths_that_change_the_angles_of_every_row_are_not_reached() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = tiny_model(
+        "Phi-3 (sliding window)",
+        original_max_position_embeddings=32,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors},
+    )
+    lm = FrozenLM.wrap(model, tiny_tokenizer())
+    assert longest_text(lm) == 32
+
+
+def test_as_many_prompts_as_inputs_are_wanted(lm: FrozenLM) -> None:
+    with pytest.raises(DataError, match="found 2 for 4 inputs"):
+        generate(lm, TEXTS, ["a", "b"])
+
+
+@pytest.mark.parametrize("kind", range(7))
+def test_a_conversation_goes_on_as_if_everything_were_read_again(
+    lm: FrozenLM, prompts: list[Choice], kind: int
+) -> None:
+    talk = Conversation(lm, prompts[kind])
+    for text in (TEXTS[0], " What else?", " And the dog?"):
+        before = talk.marks
+        answer = talk.say(text, DecodeSettings(max_new_tokens=6, ignore_end=True))
+        marks = talk.marks[: len(talk.marks) - 6]
+        again = Running(lm, max_rows=1)
+        fresh = request(lm, talk.prompt, marks, DecodeSettings(max_new_tokens=6, ignore_end=True))
+        again.admit([fresh])
+        while len(again):
+            again.step()
+        assert tuple(fresh.token_ids) == answer.token_ids
+        assert marks[: len(before)] == before
+        assert talk.state.length == len(talk.marks) - 1  # the last token was never read
+    assert talk.bytes == talk.state.length * position_bytes(lm)
+
+
+def own_log_probabilities(lm: FrozenLM, context: Sequence[int], ids: Sequence[int]) -> list[float]:
+    with torch.no_grad():
+        logits = lm.model(input_ids=torch.tensor([[*context, *ids]])).logits[0].log_softmax(-1)
+    return [float(logits[len(context) - 1 + place, token]) for place, token in enumerate(ids)]
+
+
+def test_a_continuation_is_scored_as_the_model_scores_it(lm: FrozenLM) -> None:
+    labels = [" complaint", " no complaint", "!", " the quick brown fox"]
+    for text, label, found in zip(TEXTS, labels, score(lm, TEXTS, labels), strict=True):
+        # White space before the label belongs to it, as in training.
+        head, tail = text.rstrip(), text[len(text.rstrip()) :] + label
+        expected = own_log_probabilities(lm, ids_of(lm, head), ids_of(lm, tail))
+        assert found.token_ids == tuple(ids_of(lm, tail))
+        assert list(found.token_log_probabilities) == pytest.approx(expected, abs=1e-4)
+        assert found.log_probability == pytest.approx(sum(expected), abs=1e-4)
+        assert found.text_bytes == len(tail)
+
+
+def test_scores_under_a_prompt_of_real_tokens_are_those_of_the_tokens(lm: FrozenLM) -> None:
+    ids = ids_of(lm, "Classify: ")
+    prompt = SoftPrompt(
+        lm.embed(torch.tensor(ids)), lm.fingerprint, f"{{soft:{len(ids)}}}{{text}} {{label}}", "label"
+    )
+    (found,) = score(lm, [TEXTS[0]], "complaint", prompt)
+    expected = own_log_probabilities(lm, ids + ids_of(lm, TEXTS[0]), ids_of(lm, " complaint"))
+    assert list(found.token_log_probabilities) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_whole_text_is_scored_from_its_second_token_on(lm: FrozenLM) -> None:
+    (found,) = score(lm, [TEXTS[0]])
+    ids = ids_of(lm, TEXTS[0])
+    assert list(found.token_log_probabilities) == pytest.approx(
+        own_log_probabilities(lm, ids[:1], ids[1:]), abs=1e-4
+    )
+
+
+def test_every_row_is_scored_as_if_alone(lm: FrozenLM, prompts: list[Choice]) -> None:
+    rows = [(text, prompt) for text in TEXTS for prompt in prompts]
+    found = score(lm, [text for text, _ in rows], " complaint", [prompt for _, prompt in rows], batch_rows=5)
+    for (text, prompt), one in zip(rows, found, strict=True):
+        (alone,) = score(lm, [text], " complaint", prompt)
+        assert alone.token_ids == one.token_ids
+        assert list(alone.token_log_probabilities) == pytest.approx(
+            list(one.token_log_probabilities), abs=1e-4
+        )
+
+
+def test_the_greedy_answer_is_recognised(lm: FrozenLM) -> None:
+    base = compile_prompt(lm, None)
+    row = base.row(base.marks(lm, TEXTS[1]))
+    with torch.no_grad():
+        best = int(lm.logits(prefill(lm, [row]).hidden_BTD[0, -1]).argmax())
+    said = lm.tokenizer.decode([best])
+    assert ids_of(lm, said) == [best]
+    likely, unlikely = score(lm, [TEXTS[1]] * 2, [said, "x" if said != "x" else "y"])
+    assert (likely.greedy, unlikely.greedy) == (True, False)
+
+
+def test_a_row_by_name_of_its_fields_is_continued_like_its_text(lm: FrozenLM) -> None:
+    (text,) = generate(lm, ["hello"], None, TEN)
+    (row,) = generate(lm, [Example({"tweet": "hello"})], None, TEN)
+    assert row == text
+
+
+def test_a_compiled_prompt_is_taken_as_it_is(lm: FrozenLM, prompts: list[Choice]) -> None:
+    compiled = compile_prompt(lm, prompts[2])  # type: ignore[arg-type]
+    assert isinstance(compiled, CompiledPrompt)
+    assert generate(lm, TEXTS, compiled, TEN) == generate(lm, TEXTS, prompts[2], TEN)
