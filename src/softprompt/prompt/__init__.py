@@ -1,1 +1,1 @@
-"""What is learned: the vectors, where they start, the forms they are trained in. Imports torch and nothing of the base."""
+"""What is learned: the vectors, their starts, the forms they are trained in. Knows torch, and nothing of the base."""

@@ -1,0 +1,1 @@
+"""How good a prompt is: metrics with their error, and every row kept."""
