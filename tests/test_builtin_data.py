@@ -124,7 +124,11 @@ def test_no_row_stands_twice_in_a_set(name: str) -> None:
 @pytest.mark.parametrize("name", SIZES)
 def test_no_two_rows_are_near_copies(name: str) -> None:
     bodies = [(row[BODY[name]], grams(row[BODY[name]])) for _, row in all_rows(name)]
-    near = [(a, b) for (a, one), (b, other) in combinations(bodies, 2) if one & other and overlap(one, other) >= NEAR]
+    near = [
+        (a, b)
+        for (a, one), (b, other) in combinations(bodies, 2)
+        if one & other and overlap(one, other) >= NEAR
+    ]
     assert near == []
 
 
