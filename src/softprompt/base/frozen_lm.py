@@ -178,8 +178,16 @@ class FrozenLM:
         """Our road (embed, body, head) must give the model's own logits; returns key/value heads and their width."""
         ids_BT = (torch.arange(1, 6, device=self.device) * 7 % self.vocabulary)[None]
         with torch.no_grad():
+            theirs = self.model(input_ids=ids_BT, use_cache=True)
+            layers = getattr(getattr(theirs, "past_key_values", None), "layers", [])
+            keys: list[Any] = [getattr(layer, "keys", None) for layer in layers]
+            if len(keys) != self.layers or any(not isinstance(key, Tensor) or key.dim() != 4 for key in keys):
+                raise BaseError(
+                    f"{self.name}: {type(self.model).__name__} keeps a state that is not keys and values of every "
+                    "layer (a recurrent or hybrid model, or one without a cache). A prompt cannot be compiled for it; "
+                    "choose another base."
+                )
             try:
-                theirs = self.model(input_ids=ids_BT, use_cache=True)
                 states_BTD = self.hidden(self.embed(ids_BT))
             except Exception as error:
                 raise BaseError(
@@ -193,13 +201,6 @@ class FrozenLM:
             raise BaseError(
                 f"{self.name}: {type(self.model).__name__} computes its logits in a way that softprompt does not know "
                 f"(they differ by {difference:.3g}). It is refused rather than trained wrongly; choose another base."
-            )
-        layers = getattr(theirs.past_key_values, "layers", [])
-        keys: list[Any] = [getattr(layer, "keys", None) for layer in layers]
-        if len(keys) != self.layers or any(not isinstance(key, Tensor) or key.dim() != 4 for key in keys):
-            raise BaseError(
-                f"{self.name}: {type(self.model).__name__} keeps a state that is not keys and values of every layer "
-                "(a recurrent or hybrid model). A prompt cannot be compiled for it; choose another base."
             )
         first: Tensor = keys[0]
         return int(first.shape[1]), int(first.shape[3])
@@ -302,11 +303,13 @@ def cpu_has_bfloat16() -> bool:
 
 def _body(model: Any, name: str) -> Any:
     body = getattr(model, "base_model", None)
+    if body is model:  # Llama 4 names its body otherwise
+        body = getattr(model, "model", None)
     if getattr(model.config, "is_encoder_decoder", False):
         raise BaseError(
             f"{name}: {type(model).__name__} is an encoder-decoder. softprompt tunes causal (decoder-only) models."
         )
-    if body is None or body is model:
+    if body is None:
         raise BaseError(
             f"{name}: {type(model).__name__} has no body apart from its head. Choose another base."
         )
