@@ -48,10 +48,11 @@ def turns(example: Example, tokenizer: Tokenizer, *, generation: bool = False) -
         )
     if generation and messages[-1].role == "assistant":
         messages = messages[:-1]
-    if not generation and all(message.role != "assistant" for message in messages):
+    if not generation and not any(one.role == "assistant" and one.content.strip() for one in messages):
         roles = ", ".join(dict.fromkeys(message.role for message in messages))
-        raise DataError(
-            f"{example.where} has no turn of the role 'assistant' (it has {roles}): nothing to learn."
+        raise Unlabelled(
+            f"{example.where} has no token to learn: no turn of the role 'assistant' says anything (it has {roles}). "
+            "Leave the row out, or name the roles as the base's chat template does."
         )
     try:
         return _by_rendering(messages, tokenizer, example, generation)
@@ -126,6 +127,11 @@ def _by_marks(messages: Sequence[Message], tokenizer: Tokenizer, example: Exampl
             start = stop
     while cut and not cut[-1].said_by_assistant:
         cut.pop()
+    if not cut:
+        raise DataError(
+            f"{example.where}: the {{% generation %}} marks of the base's chat template take in none of these turns. "
+            "Mend the marks, or use a template of fields."
+        )
     return cut
 
 
