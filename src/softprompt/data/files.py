@@ -207,7 +207,7 @@ def _jsonl(text: io.TextIOBase, path: Path) -> Iterator[Raw]:
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
+            found = json.loads(line.rstrip("\r\n"))
         except json.JSONDecodeError as error:
             if number == 1 and line.lstrip()[0] == "[":  # a list over several lines, under the name of .jsonl
                 yield from _json(io.StringIO(line + text.read()), path)

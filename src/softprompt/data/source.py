@@ -327,7 +327,8 @@ def _repeated(train: Iterable[Example], held: Iterable[Example], part: str) -> l
 def _split_name(wanted: str, origin: _Origin) -> str:
     """The split as the source calls it, or a DataError that names those it has."""
     known = origin.splits()
-    for name in (wanted, *_ALIASES.get(wanted, ())):
+    alike = next((names for names in _ALIASES.values() if wanted in names), ())
+    for name in (wanted, *alike):
         if name in known:
             return name
     if isinstance(origin, _Files) and known == ("train",):
