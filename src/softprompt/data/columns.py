@@ -37,6 +37,7 @@ class Columns:
         Raises DataError when there is no row, a column is missing, or cells that have to be text are not.
         """
         found: list[Example] = []
+        learned = self.target or "text"  # the rest is only read, and may be blank
         blank: dict[str, list[int]] = {}
         for number, raw in enumerate(islice(rows, limit)):
             if number == 0:
@@ -47,7 +48,7 @@ class Columns:
                 fields.pop(field, None)
                 if text is not None:
                     fields[field] = text
-                if not (text or "").strip() and (text is None or field in ("text", self.target)):
+                if text is None or (field == learned and not text.strip()):
                     blank.setdefault(column, []).append(number)
             for key, text in fields.items():
                 if not text.isascii():
