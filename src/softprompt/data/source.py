@@ -54,8 +54,8 @@ def load_splits(
 
     Every column of text or numbers is a field under its own name. `column` is also {text}; `fields` gives columns
     other names (template name to column; "instances.0.output" reaches into nested values); `messages` is the column
-    of chat turns (by itself where it is called messages or conversations). What is learned (`target`, else `column`) must not be
-    blank.
+    of chat turns (by itself where it is called messages or conversations). What is learned (`target`, else `column`)
+    must not be blank.
 
     `limit` takes the first rows of `split`. `validation` and `test` are a share of those rows (0.1), a number of
     them (50), the name of a split, or a file; shares and numbers are drawn by `seed`, in a way that adding a test
