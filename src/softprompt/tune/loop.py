@@ -254,6 +254,8 @@ class _Run:
                 baseline_nll=self.nll_base,
             )
         )
+        for note in plan.splits.notes:
+            self.tell(Said(note))
         if plan.train.truncated:
             self.tell(
                 Said(f"{plan.train.truncated} texts were cut, by {plan.train.cut_tokens} tokens in all.")
