@@ -92,7 +92,9 @@ class Data(Section):
         "auto",
         "Whether the end-of-text token is appended and learned: auto means after a target or an assistant's turn.",
     )
-    encoding: str | None = setting(None, "The file's text encoding; without it, it is detected, and a guess is said.")
+    encoding: str | None = setting(
+        None, "The file's text encoding; without it, it is detected, and a guess is said."
+    )
     streaming: bool = setting(
         False, "Read only the first `limit` rows of a hub data set, rather than downloading all of it."
     )
