@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softprompt.base.compiled import compile_prompt, prefill, text_state
+from softprompt.base.compiled import compile_prompt, text_state
 from softprompt.base.decode import DecodeSettings, generate
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.prefill import prefill
 from softprompt.data.template import Template
 from softprompt.errors import DataError, PromptError, WrongBase
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
@@ -161,7 +162,7 @@ def test_a_prompt_of_another_base_is_refused_though_its_sizes_agree(lm: FrozenLM
 
 def test_a_template_of_another_length_is_refused(lm: FrozenLM) -> None:
     prompt = SoftPrompt(torch.randn(4, 32), lm.fingerprint, "{soft:5}{text}", name="greet")
-    with pytest.raises(PromptError, match=r"4 virtual tokens.*room for 5"):
+    with pytest.raises(PromptError, match=r"greet has 4 virtual tokens.*has 5 virtual tokens"):
         compile_prompt(lm, prompt)
 
 

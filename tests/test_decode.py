@@ -15,11 +15,12 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from softprompt.base.compiled import CompiledPrompt, compile_prompt, prefill, text_state
+from softprompt.base.compiled import CompiledPrompt, compile_prompt, text_state
 from softprompt.base.conversation import Conversation
 from softprompt.base.decode import Choice, DecodeSettings, generate
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.limits import longest_text
+from softprompt.base.prefill import prefill
 from softprompt.base.running import Running, position_bytes, request
 from softprompt.base.sampling import draw, kept, penalised
 from softprompt.base.scoring import score

@@ -221,6 +221,50 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "nanochat": ("nanochat", LLAMA_LIKE),
+    "CTRL": ("ctrl", {**GPT, "dff": 48}),
+    "GPT-NeoX Japanese": ("gpt_neox_japanese", {**COMMON, "intermediate_multiple_size": 2}),
+    "VaultGemma (sliding window)": (
+        "vaultgemma",
+        {**HEADS_OF_8, **SLIDING_AND_FULL, "query_pre_attn_scalar": 8},
+    ),
+    "Ministral 3": ("ministral3", HEADS_OF_8),
+    "HunYuan": ("hunyuan_v1_dense", HEADS_OF_8),
+    "PhiMoE (experts)": ("phimoe", {**LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Jais 2": ("jais2", HEADS_OF_8),
+    "GLM-4 MoE (experts)": (
+        "glm4_moe",
+        {
+            **HEADS_OF_8,
+            **EXPERTS,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "MiniCPM3 (latent heads)": ("minicpm3", {**LLAMA_LIKE, **LATENT}),
+    "MiniMax-M2 (experts)": (
+        "minimax_m2",
+        {**HEADS_OF_8, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 4},
+    ),
+    "HyperCLOVA X": ("hyperclovax", HEADS_OF_8),
+    "DBRX (experts)": (
+        "dbrx",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 128,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+            "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+        },
+    ),
+    "Gemma 4 (sliding window, heads of two widths)": (
+        "gemma4_text",
+        {**HEADS_OF_8, **SLIDING_AND_FULL, "hidden_size_per_layer_input": 0, "global_head_dim": 16},
+    ),
 }
 
 # What has no key/value state of its text positions, or more than that: refused by name.
@@ -264,9 +308,44 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         "lfm2",
         {**LLAMA_LIKE, "layer_types": ["conv", "full_attention"], "block_ff_dim": 48},
     ),
+    "Jamba (Mamba layers)": (
+        "jamba",
+        {
+            **LLAMA_LIKE,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 4,
+            "expert_layer_offset": 3,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "Bamba (Mamba layers)": (
+        "bamba",
+        {**LLAMA_LIKE, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
+    ),
+    "Gemma 3n (vectors for each token in every layer)": (
+        "gemma3n_text",
+        {
+            **HEADS_OF_8,
+            **SLIDING_AND_FULL,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 0,
+            "laurel_rank": 4,
+        },
+    ),
+    "Gemma 4 (vectors for each token in every layer)": (
+        "gemma4_text",
+        {
+            **HEADS_OF_8,
+            **SLIDING_AND_FULL,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+        },
+    ),
+    "BERT as a decoder": ("bert", {**COMMON, "intermediate_size": 48, "is_decoder": True}),
     "XLNet": ("xlnet", {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
     "OpenAI GPT": ("openai-gpt", GPT),
-    "CTRL": ("ctrl", {**GPT, "dff": 48}),
 }
 
 

@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.state import EMPTY, State, batch_cache, row_state
+from softprompt.base.prefill import Row, prefill
+from softprompt.base.proof import demand_exact
+from softprompt.base.state import EMPTY, State, row_state
 from softprompt.data.batch import Encoded, End, encode
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Messages, Soft, Template, Text
 from softprompt.data.tokenizer import Habits, habits, tokens
-from softprompt.errors import DataError, PromptError
+from softprompt.errors import DataError, PromptError, RecipeError
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
 
 Usable = SoftPrompt | DeepPrompt | str | Template | None
@@ -112,67 +113,6 @@ class CompiledPrompt:
         return Row(self.state.first(used), tuple(marks), self.vectors_PD)
 
 
-@dataclass(frozen=True)
-class Row:
-    """A sequence: the part whose state is known, and the marks of all of it."""
-
-    state: State
-    marks: tuple[int, ...]
-    vectors_PD: Tensor | None = None
-
-    @property
-    def rest(self) -> int:
-        """Positions that are still to be computed."""
-        return len(self.marks) - self.state.length
-
-
-@dataclass(frozen=True)
-class Prefilled:
-    """One forward pass over rows that differ in prompt and length.
-
-    Row b's real columns of `cache` are `columns - rows[b].state.length` up to `columns + rows[b].rest`;
-    `hidden_BTD[b, t]` is the state at its position `rows[b].state.length + t`.
-    """
-
-    cache: DynamicCache
-    columns: int
-    hidden_BTD: Tensor
-    rows: tuple[Row, ...]
-
-    def span(self, b: int) -> tuple[int, int]:
-        """First column of row b, and the one after its last."""
-        return self.columns - self.rows[b].state.length, self.columns + self.rows[b].rest
-
-
-def prefill(lm: FrozenLM, rows: Sequence[Row]) -> Prefilled:
-    """Compute the rest of every row in one pass: [left pad][known state][rest][right pad]."""
-    cache, columns = batch_cache([row.state for row in rows])
-    device = lm.device
-    longest = max(row.rest for row in rows)
-    rests = [row.marks[row.state.length :] for row in rows]
-    ids_BT = torch.tensor(
-        [[max(mark, 0) for mark in rest] + [0] * (longest - len(rest)) for rest in rests], device=device
-    )
-    embeddings_BTD = lm.embed(ids_BT)
-    for b, (row, rest) in enumerate(zip(rows, rests, strict=True)):
-        soft = [(t, -1 - mark) for t, mark in enumerate(rest) if mark < 0]
-        if soft:
-            if row.vectors_PD is None:
-                raise PromptError(
-                    "The row has soft positions, but its prompt has no vectors. Use a soft prompt for it."
-                )
-            places, indices = zip(*soft, strict=True)
-            embeddings_BTD[b, list(places)] = row.vectors_PD[list(indices)].to(embeddings_BTD.dtype)
-    known_B1 = torch.tensor([[row.state.length] for row in rows], device=device)
-    rest_B1 = torch.tensor([[row.rest] for row in rows], device=device)
-    column_S = torch.arange(columns + longest, device=device)
-    mask_BS = ((column_S >= columns - known_B1) & (column_S < columns + rest_B1)).long()
-    # Padding repeats the last real position, so that no table of positions is ever read past its end.
-    positions_BT = known_B1 + torch.minimum(torch.arange(longest, device=device)[None], rest_B1 - 1)
-    hidden_BTD = lm.hidden(embeddings_BTD, mask_BS, positions_BT, past=cache)
-    return Prefilled(cache, columns, hidden_BTD, tuple(rows))
-
-
 @torch.no_grad()
 def compile_prompt(
     lm: FrozenLM, prompt: Usable, *, template: Template | str | None = None, name: str | None = None
@@ -185,6 +125,7 @@ def compile_prompt(
 
     Raises WrongBase for a prompt that was learned on another base, PromptError or DataError where it cannot stand.
     """
+    demand_exact(lm)
     habit = habits(lm.tokenizer)
     if isinstance(prompt, str):
         prompt = Template((Text(prompt), Field("text")) if prompt else (Field("text"),))
@@ -195,13 +136,7 @@ def compile_prompt(
         compiled = CompiledPrompt(EMPTY, name, "none" if name is None else "text", habit, layout)
         return replace(compiled, state=_read(lm, _head(lm, compiled)))
     prompt.base.demand(lm.fingerprint, prompt.name)
-    source = template if template is not None else prompt.template or f"{{soft:{prompt.length}}}{{text}}"
-    layout = Template.parse(source, target=prompt.target) if isinstance(source, str) else source
-    if layout.soft_length != prompt.length:
-        raise PromptError(
-            f'{prompt.name}: {prompt.length} virtual tokens, but the template "{layout}" has room for '
-            f"{layout.soft_length}. Make them equal."
-        )
+    layout = _layout(prompt, template)
     if isinstance(prompt, DeepPrompt):
         keys, values = (
             tuple(tensor.to(lm.device, lm.dtype).transpose(1, 2).contiguous())
@@ -212,6 +147,15 @@ def compile_prompt(
     vectors_PD = prompt.embeddings_PD.to(lm.device, lm.dtype)
     compiled = CompiledPrompt(EMPTY, name or prompt.name, "soft", habit, layout, vectors_PD)
     return replace(compiled, state=_read(lm, _head(lm, compiled), vectors_PD))
+
+
+def _layout(prompt: SoftPrompt | DeepPrompt, template: Template | str | None) -> Template:
+    source = prompt.template if template is None else str(template)
+    target = template.target if isinstance(template, Template) else prompt.target
+    try:
+        return Template.parse(source or "{text}", target=target, length=prompt.length)
+    except RecipeError as error:
+        raise PromptError(f"{prompt.name} has {prompt.length} virtual tokens. {error}") from error
 
 
 def text_state(lm: FrozenLM, text: str, length: int) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from softprompt.base.compiled import CompiledPrompt, Row, Usable, compile_prompt
+from softprompt.base.compiled import CompiledPrompt, Usable, compile_prompt
 from softprompt.base.decode import Generation, generation, run
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.prefill import Row
 from softprompt.base.running import GREEDY, Running, request
 from softprompt.base.sampling import DecodeSettings
 from softprompt.base.state import EMPTY, State

@@ -20,8 +20,9 @@ Choice = Usable | CompiledPrompt
 class Generation:
     """One continuation.
 
-    `prompt` is the prompt's name (None: the base alone), `input` what was given, as one text, `tokens` the number of new tokens with an end token among
-    them. `log_probability` sums the chosen tokens' in nats; None where it was not asked for.
+    `prompt` is the prompt's name (None: the base alone), `input` what was given, as one text, `tokens` the number of
+    new tokens with an end token among them. `log_probability` sums the chosen tokens' in nats; None where it was not
+    asked for.
     """
 
     prompt: str | None

@@ -309,6 +309,11 @@ def _body(model: Any, name: str) -> Any:
         raise BaseError(
             f"{name}: {type(model).__name__} is an encoder-decoder. softprompt tunes causal (decoder-only) models."
         )
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
+        raise BaseError(
+            f"{name}: {type(model).__name__} looks up a vector for each token in every layer, and a soft prompt's "
+            "vectors are no tokens. Choose another base."
+        )
     if body is None:
         raise BaseError(
             f"{name}: {type(model).__name__} has no body apart from its head. Choose another base."

@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from softprompt.base.compiled import CompiledPrompt, Row, prefill
+from softprompt.base.compiled import CompiledPrompt
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.limits import longest_text
+from softprompt.base.prefill import Row, prefill
 from softprompt.base.sampling import DecodeSettings, draw, kept, penalised, row_generator
 from softprompt.base.spoken import Spoken
 from softprompt.base.state import EMPTY, RunningCache, State, room, row_state

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from softprompt.base.compiled import CompiledPrompt, Row, compile_prompt, prefill
+from softprompt.base.compiled import CompiledPrompt, compile_prompt
 from softprompt.base.decode import Choice, one_each
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.nll import BLOCK_LOGITS
+from softprompt.base.prefill import Row, prefill
 from softprompt.data.batch import End
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Template
