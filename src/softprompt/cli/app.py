@@ -77,16 +77,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback = "--traceback" in options or os.environ.get("SOFTPROMPT_TRACEBACK") == "1"
     if "--traceback" in options:
         arguments.remove("--traceback")  # it may stand behind the verb too
-    _quiet_libraries()
+    _prepare_libraries()
     command = typer.main.get_command(app)
     return exit_code(
         lambda: command.main(arguments, prog_name="softprompt", standalone_mode=False), traceback=traceback
     )
 
 
-def _quiet_libraries() -> None:
-    """Libraries' bars and warnings would bury what the command says; a variable that is already set wins."""
+def _prepare_libraries() -> None:
+    """Set, before they are imported, what libraries read from the environment; a variable that is set already wins."""
     for name, value in {
+        # Threads that spin while they wait make a run 20 times slower as soon as another program wants a core.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # Libraries' bars and warnings would bury what the command says.
         "TRANSFORMERS_VERBOSITY": "error",
         "DATASETS_VERBOSITY": "error",
         "HF_HUB_VERBOSITY": "error",

@@ -74,9 +74,7 @@ def _usage(error: TyperException) -> str:
     context = getattr(error, "ctx", None)
     if context is None:
         return error.format_message()
-    if (
-        not error.message or error.message == context.get_help()
-    ):  # `softprompt` alone: its help has been shown
+    if type(error).__name__ == "NoArgsIsHelpError":  # `softprompt` alone: its help has been shown
         return "no verb was given."
     said = error.format_message().rstrip()
     said += "" if said.endswith((".", "?")) else "."

@@ -23,6 +23,7 @@ class ShowProgress:
         self.console = console
         self.live = console.is_terminal
         self.validated = ""
+        self.saved: str | None = None
         self.last_plain = -math.inf
         self.bar = Progress(
             TextColumn("step"),
@@ -67,7 +68,7 @@ class ShowProgress:
                     f"out of memory: from here on {event.batch_size} rows at a time, {event.accumulation} times a step"
                 )
             case Saved():
-                pass  # the command says where, and how to use it
+                self.saved = event.path  # the command says so, and how to use it
             case Stopped():
                 self._line(_end(event))
             case Said():

@@ -2,85 +2,138 @@
 
 from __future__ import annotations
 
-import inspect
-from pathlib import Path
-from typing import Annotated, Any
+import math
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from softprompt.cli import asked
-from softprompt.tune.recipe import Recipe, Setting, settings
+from softprompt.cli.flags import takes_recipe
+from softprompt.cli.preview import show_preview
+from softprompt.cli.progress import ShowProgress
+from softprompt.cli.screen import emit, fact, figure, heading, screen, size
+from softprompt.tune.recipe import Recipe
+
+if TYPE_CHECKING:
+    from softprompt.base.frozen_lm import FrozenLM
+    from softprompt.tune.loop import Tuned
+    from softprompt.tune.plan import Plan
 
 
-def command(**given: Any) -> None:
+@takes_recipe
+def command(
+    recipe: Recipe,
+    *,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be trained, and how, without training.")
+    ] = False,
+    as_json: asked.AsJson = False,
+) -> None:
     """Learn a soft prompt from a recipe, or from flags alone."""
-    path, overrides = given.pop("recipe"), given.pop("overrides") or []
-    dry_run, as_json = given.pop("dry_run"), given.pop("as_json")
-    flags = {one.flag: given[_name(one)] for one in settings() if one.flag}
-    recipe = Recipe.from_flags(flags, overrides, path=path)
-    from softprompt.cli.tuning import plan, run
-
+    console = screen(as_json=as_json)
     if dry_run:
-        plan(recipe, as_json=as_json)
+        record = show_plan(console, recipe)
     else:
-        run(recipe, as_json=as_json)
+        record = learn(console, recipe).record
+        show_result(console, record)
+    if as_json:
+        emit(record)
 
 
-def _name(one: Setting) -> str:
-    assert one.flag is not None
-    return one.flag.removeprefix("--").replace("-", "_")
+def learn(console: Console, recipe: Recipe, lm: FrozenLM | None = None) -> Tuned:
+    """Run the recipe with its progress on the screen. After Ctrl-C, say what was kept before it goes on."""
+    from softprompt.tune.loop import tune
+
+    with ShowProgress(console) as progress:
+        try:
+            return tune(recipe, lm=lm, on_event=progress)
+        except KeyboardInterrupt:
+            if progress.saved is not None:
+                console.print(
+                    f"The best prompt so far is kept in {progress.saved}.", markup=False, soft_wrap=True
+                )
+            raise
 
 
-def _metavar(one: Setting) -> str:
-    """The kind of value in a word: N, NUMBER|auto, TEXT, or the choices."""
-    words = one.wanted
-    for start, short in {"a whole number": "N", "a number": "NUMBER", "text": "TEXT"}.items():
-        if words.startswith(start):
-            return f"{short}|auto" if words.endswith("or auto") else short
-    return words.removeprefix("one of ").replace(", ", "|")
-
-
-def _signature() -> inspect.Signature:
-    """The verb's parameters: a flag for every setting that declares one, and the few that are no settings."""
-    parameters = {
-        "recipe": Annotated[Path | None, typer.Argument(metavar="RECIPE.yaml", show_default=False)],
-        **{
-            _name(one): Annotated[
-                str | None,
-                typer.Option(
-                    one.flag,
-                    help=one.help,
-                    metavar=_metavar(one),
-                    show_default=False if one.default is None else str(one.default),
-                ),
-            ]
-            for one in settings()
-            if one.flag
-        },
-        "overrides": Annotated[
-            list[str] | None,
-            typer.Option(
-                "--set",
-                metavar="KEY=VALUE",
-                help="Any setting of the recipe; `softprompt recipe` lists them.",
-            ),
-        ],
-        "dry_run": Annotated[
-            bool, typer.Option("--dry-run", help="Show what would be trained, and how, without training.")
-        ],
-        "as_json": asked.AsJson,
-    }
-    return inspect.Signature(
-        [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=False if name in ("dry_run", "as_json") else None,
-                annotation=annotation,
-            )
-            for name, annotation in parameters.items()
-        ]
+def show_result(console: Console, record: dict[str, Any]) -> None:
+    """Losses before and after, where the prompt lies, and what to do next."""
+    judged = "held-out loss" if record["judged_on"] == "validation" else "training loss"
+    heading(console, "result")
+    fact(
+        console,
+        judged,
+        f"{figure(record['nll_before'])} at the start, {figure(record['nll_after'])} at the best step "
+        f"({record['best_step']} of {record['steps']}); base alone {figure(record['nll_base'])} nats per token",
     )
+    pace = record["tokens"] / record["seconds"] if record["seconds"] else math.nan
+    fact(console, "work", f"{record['tokens']:,} tokens in {record['seconds']:.0f} s ({pace:,.0f} tokens/s)")
+    fact(console, "peak memory", size(record["peak_memory_bytes"]))
+    fact(console, "prompt", f"{record['path']} ({size(record['prompt_bytes'])} of vectors)")
+    where = shlex.quote(str(record["path"]))
+    base = "" if record["base"] == "builtin" else f" --base {shlex.quote(str(record['base']))}"
+    heading(console, "next")
+    console.print(
+        f'softprompt generate{base} --prompt {where} --side-by-side "..."', markup=False, soft_wrap=True
+    )
+    console.print(f"softprompt inspect {where}", markup=False, soft_wrap=True)
 
 
-command.__signature__ = _signature()  # type: ignore[attr-defined]
+def show_plan(console: Console, recipe: Recipe) -> dict[str, Any]:
+    """All that a run would do, without its first step."""
+    from softprompt.data.preview import preview
+    from softprompt.tune.plan import make_plan
+
+    plan = make_plan(recipe)
+    show_base(console, plan.lm)
+    heading(console, "what would be trained")
+    data = recipe.data
+    shown = preview(
+        plan.template,
+        plan.splits.train,
+        plan.lm.tokenizer,
+        show=2,
+        max_length=data.max_length or plan.lm.context,
+        on_overflow=data.on_overflow,
+        end=data.end,
+    )
+    show_preview(console, shown)
+    heading(console, "how")
+    record = planned(plan)
+    for name in ("steps", "batch_size", "learning_rate", "trained_tokens", "judged_on"):
+        fact(console, name.replace("_", " "), record[name])
+    fact(console, "rows", f"{record['examples']} to learn from, {record['validation_examples']} to choose by")
+    fact(console, "would write", recipe.out)
+    return record
+
+
+def planned(plan: Plan) -> dict[str, Any]:
+    """A plan as plain data."""
+    return {
+        "dry_run": True,
+        "base": asked.describe_base(plan.lm),
+        "template": str(plan.template),
+        "virtual_tokens": plan.template.soft_length,
+        "examples": len(plan.train.encoded),
+        "validation_examples": len(plan.splits.validation),
+        "test_examples": len(plan.splits.test),
+        "trained_tokens": plan.trained_tokens,
+        "truncated_rows": plan.train.truncated,
+        "dropped_rows": plan.train.dropped,
+        "judged_on": plan.judged_on,
+        "steps": plan.steps,
+        "batch_size": plan.batch_size,
+        "learning_rate": plan.learning_rate,
+        "path": plan.recipe.out,
+    }
+
+
+def show_base(console: Console, lm: FrozenLM) -> None:
+    """The base: its size, frozen, its number format and why, its fingerprint."""
+    told = asked.describe_base(lm)
+    heading(console, f"the base: {told['name']}")
+    fact(console, "size", f"{lm.parameters:,} weights, all frozen: {lm.layers} layers, width {lm.width}")
+    fact(console, "vocabulary", f"{lm.vocabulary:,} tokens")
+    fact(console, "dtype", f"{told['dtype']} on {told['device']}: {told['dtype_reason']}")
+    fact(console, "fingerprint", told["fingerprint"])

@@ -1,0 +1,222 @@
+"""`softprompt demo`: the whole path, offline, on the bundled base and data, with everything it rests on shown."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from softprompt.cli import asked
+from softprompt.cli.generate import answers, show_side_by_side
+from softprompt.cli.preview import show_preview
+from softprompt.cli.screen import emit, fact, figure, heading, screen
+from softprompt.cli.tune import learn, show_base
+from softprompt.tune.recipe import Recipe
+
+if TYPE_CHECKING:
+    from softprompt.base.frozen_lm import FrozenLM
+    from softprompt.data.example import Example
+    from softprompt.prompt.soft_prompt import Prompt
+    from softprompt.tune.loop import Tuned
+
+INPUTS = (
+    "I want you to act as a gardener. ",
+    "I want you to act as a logistician. ",
+    "I want you to act as a history teacher. ",
+)
+SECOND_TASK_UNTIL_SECONDS = (
+    60  # on a machine that is busy with other work the demo still ends within two minutes
+)
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="The folder that the two prompts are written to.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the start and of the rows' order.")] = 0,
+    as_json: asked.AsJson = False,
+) -> None:
+    """The whole path in under two minutes, offline: load, tune, compare before and after."""
+    began = time.perf_counter()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the hub, and a demo must not hang on a network
+    console = screen(as_json=as_json)
+    record = show(console, out, seed, began) | {"seconds": time.perf_counter() - began}
+    console.print()
+    console.print(f"done in {record['seconds']:.0f} s", style="bold")
+    if as_json:
+        emit(record)
+
+
+def show(console: Console, out: Path, seed: int, began: float) -> dict[str, Any]:
+    """Both tasks on one frozen base; what was measured, as plain data."""
+    from softprompt.base.frozen_lm import FrozenLM
+    from softprompt.base.sampling import DecodeSettings
+
+    lm = FrozenLM.load("builtin")
+    sha256_before = lm.weights_sha256()
+    show_base(console, lm)
+    fact(console, "sha256", f"{sha256_before} (every byte of every weight, before)")
+
+    heading(console, "what the base answers by itself")
+    decoding = DecodeSettings(max_new_tokens=24, repetition_penalty=1.3)
+    show_side_by_side(console, answers(lm, INPUTS, [], decoding, with_base=True))
+
+    tuned = first_task(console, lm, roles_recipe(out, seed))
+    heading(console, "the same inputs, before and after")
+    show_side_by_side(console, answers(lm, INPUTS, [tuned.prompt], decoding, with_base=True))
+    before, after, rows = held_out(lm, tuned.prompt)
+    fact(
+        console,
+        "held-out loss",
+        f"{figure(before)} before, {figure(after)} after: nats per token, {rows} test rows",
+    )
+
+    sorting: dict[str, Any] | None = None
+    if time.perf_counter() - began < SECOND_TASK_UNTIL_SECONDS:
+        sorting = second_task(console, lm, messages_recipe(out, seed))
+    else:
+        heading(console, "task 2 is left out, since this machine is slow or busy")
+
+    sha256_after = lm.weights_sha256()
+    path, bytes = tuned.record["path"], tuned.record["prompt_bytes"]
+    heading(console, "what is left of it")
+    fact(console, "sha256 before", sha256_before)
+    same = "identical" if sha256_after == sha256_before else "DIFFERENT"
+    fact(console, "sha256 after", f"{sha256_after} ({same})")
+    fact(console, "prompt", f"{path} ({bytes:,} bytes of vectors, for {lm.parameters:,} frozen weights)")
+    if sorting is not None:
+        fact(console, "prompt", f"{sorting['path']} ({sorting['bytes']:,} bytes of vectors)")
+    next_commands(console, path, sorting["path"] if sorting is not None else None)
+    return {
+        "base": asked.describe_base(lm),
+        "base_sha256_before": sha256_before,
+        "base_sha256_after": sha256_after,
+        "heldout_nll_before": before,
+        "heldout_nll_after": after,
+        "heldout_rows": rows,
+        "prompt_path": path,
+        "prompt_bytes": bytes,
+        "tune": tuned.record,
+        "messages": sorting,
+    }
+
+
+def roles_recipe(out: Path, seed: int) -> Recipe:
+    """All text of role prompts is learned, as in the tutorial."""
+    return Recipe(
+        out=str(out / "roles"),
+        data={"source": "builtin:roles", "column": "prompt", "template": "{soft:20}{text}"},
+        prompt={"init": "vocabulary"},
+        tune={"learning_rate": 0.03, "epochs": 4, "batch_size": 8, "seed": seed},
+    )
+
+
+def messages_recipe(out: Path, seed: int) -> Recipe:
+    """The label alone is learned."""
+    return Recipe(
+        out=str(out / "messages"),
+        data={
+            "source": "builtin:messages",
+            "template": "Message: {text} Kind:{soft:10} {label}",  # the slot stands right before the answer
+            "target": "label",
+        },
+        prompt={"init": "labels"},
+        tune={"learning_rate": 0.1, "epochs": 3, "batch_size": 8, "seed": seed},
+    )
+
+
+def first_task(console: Console, lm: FrozenLM, recipe: Recipe) -> Tuned:
+    """What will be trained, then the training."""
+    heading(console, "task 1: role prompts. What will be trained")
+    preview(console, lm, recipe, rows=1)
+    heading(console, "task 1: learning")
+    return learn(console, recipe, lm)
+
+
+def second_task(console: Console, lm: FrozenLM, recipe: Recipe) -> dict[str, Any]:
+    """Sorting messages: accuracy on the test rows with the base alone and with the prompt."""
+    from softprompt.tune.plan import read_splits
+
+    heading(console, "task 2: sorting messages, on the same base. What will be trained")
+    preview(console, lm, recipe, rows=1)
+    heading(console, "task 2: learning")
+    tuned = learn(console, recipe, lm)
+    test = read_splits(recipe).test
+    before, after = accuracy(lm, None, tuned.prompt, test), accuracy(lm, tuned.prompt, tuned.prompt, test)
+    fact(
+        console,
+        "test rows right",
+        f"{before:.3f} before, {after:.3f} after (n={len(test)}, label generated freely)",
+    )
+    return {
+        "path": tuned.record["path"],
+        "bytes": tuned.record["prompt_bytes"],
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "rows": len(test),
+    }
+
+
+def preview(console: Console, lm: FrozenLM, recipe: Recipe, rows: int) -> None:
+    from softprompt.data.preview import preview as look
+    from softprompt.tune.plan import read_splits, settle_template
+
+    show_preview(
+        console, look(settle_template(recipe, lm), read_splits(recipe).train, lm.tokenizer, show=rows)
+    )
+
+
+def held_out(lm: FrozenLM, prompt: Prompt) -> tuple[float, float, int]:
+    """Loss of the base alone and with the prompt, on the same tokens of the test rows, which chose nothing."""
+    from softprompt.data.batch import encode_all
+    from softprompt.data.source import load_splits
+    from softprompt.data.template import Template
+    from softprompt.evaluate.loss import mean_nll
+
+    test = load_splits("builtin:roles", column="prompt").test
+    template = Template.parse(prompt.template)
+    base, tuned = (
+        encode_all(template, test, lm.tokenizer, base_only=base_only, score_first=False).encoded
+        for base_only in (True, False)
+    )
+    vectors = next(iter(prompt.tensors.values())).to(lm.device)
+    return mean_nll(lm, base), mean_nll(lm, tuned, vectors), len(test)
+
+
+def accuracy(lm: FrozenLM, prompt: Prompt | None, layout: Prompt, test: Sequence[Example]) -> float:
+    """Share of test rows whose label is generated to the letter, out of the whole vocabulary."""
+    from softprompt.base.compiled import compile_prompt
+    from softprompt.base.decode import generate
+    from softprompt.base.sampling import DecodeSettings
+    from softprompt.data.template import Template
+
+    template = Template.parse(layout.template, target=layout.target)
+    compiled = (
+        compile_prompt(lm, prompt) if prompt is not None else compile_prompt(lm, None, template=template)
+    )
+    written = generate(lm, test, compiled, DecodeSettings(max_new_tokens=4), batch_rows=32)
+    right = sum(
+        one.text.strip() == example.fields[str(layout.target)]
+        for one, example in zip(written, test, strict=True)
+    )
+    return right / len(test)
+
+
+def next_commands(console: Console, roles: str, messages: str | None) -> None:
+    heading(console, "next commands to try")
+    sort = [f'softprompt generate --prompt {shlex.quote(messages)} "Where is my parcel?"'] if messages else []
+    for line in (
+        f'softprompt generate --prompt {shlex.quote(roles)} --side-by-side "I want you to act as a baker. "',
+        *sort,
+        f"softprompt inspect {shlex.quote(roles)}",
+        "softprompt tune --data YOUR.csv --column YOUR_COLUMN --out runs/mine",
+        "softprompt recipe > mine.yaml",
+    ):
+        console.print(Text(line), soft_wrap=True)

@@ -1,0 +1,101 @@
+"""`softprompt preview`: every token of a few rows by its part in the loss, and counts over all rows."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from softprompt.cli import asked
+from softprompt.cli.flags import takes_recipe
+from softprompt.cli.screen import emit, fact, screen
+from softprompt.tune.recipe import Recipe
+
+if TYPE_CHECKING:
+    from softprompt.data.preview import Preview, ShownRow
+
+STYLES = {"soft": "bold cyan", "context": "dim", "trained": "green", "special": "magenta"}
+WORDS = {"soft": "soft", "context": "read only", "trained": "trained", "special": "start token"}
+
+
+@takes_recipe
+def command(
+    recipe: Recipe,
+    *,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 3,
+    as_json: asked.AsJson = False,
+) -> None:
+    """Show exactly what would be trained: tokens, soft slots, what the loss counts."""
+    from softprompt.base.frozen_lm import FrozenLM
+    from softprompt.data.preview import preview
+    from softprompt.tune.plan import read_splits, settle_template
+
+    data = recipe.data
+    splits = read_splits(recipe)
+    lm = FrozenLM.load(
+        recipe.base,
+        revision=recipe.base_revision,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    shown = preview(
+        settle_template(recipe, lm),
+        splits.train,
+        lm.tokenizer,
+        show=rows,
+        max_length=data.max_length or lm.context,
+        on_overflow=data.on_overflow,
+        end=data.end,
+    )
+    show_preview(screen(as_json=as_json), shown)
+    if as_json:
+        emit(shown)
+
+
+def show_preview(console: Console, shown: Preview) -> None:
+    """A line for each stretch of one kind, its tokens parted by |, so that it reads without colours too."""
+    fact(console, "template", repr(shown.template))
+    fact(console, "learns", f"the field {shown.target}" if shown.target else "all text")
+    for row in shown.shown:
+        _show_row(console, row)
+    lengths = ", ".join(f"{name} {length}" for name, length in shown.lengths.items())
+    console.print()
+    fact(console, "rows", shown.examples)
+    fact(console, "tokens", f"{shown.tokens:,} of text, {shown.trained_tokens:,} of them trained; {lengths}")
+    fact(console, "virtual tokens", f"{shown.soft_positions:,} positions over all rows")
+    fact(console, "truncated", f"{shown.truncated} rows, by {shown.cut_tokens} tokens in all")
+    fact(console, "dropped", f"{shown.dropped} rows")
+    fact(
+        console,
+        "too long",
+        f"{shown.too_long} rows" + (" (a run would refuse them)" if shown.too_long else ""),
+    )
+    fact(
+        console,
+        "unlabelled",
+        f"{shown.unlabelled} rows" + (" (a run would refuse them)" if shown.unlabelled else ""),
+    )
+    for problem in shown.problems:
+        console.print(Text(problem, "red"), soft_wrap=True)
+
+
+def _show_row(console: Console, row: ShownRow) -> None:
+    console.print()
+    cut = f", {row.cut} tokens cut" if row.cut else ""
+    console.print(Text(f"row {row.row}: {len(row.tokens)} positions{cut}", "bold"))
+    for kind, group in groupby(row.tokens, key=lambda token: token.kind):
+        tokens = list(group)
+        line = Text(f"  {WORDS[kind]:<12}", "dim")
+        if kind == "soft":
+            first, last = tokens[0].text, tokens[-1].text
+            line.append(f"[{len(tokens)} virtual tokens: {first} to {last}]", STYLES[kind])
+        else:
+            for token in tokens:
+                line.append("|", "dim")
+                line.append(token.text.replace("\n", "\\n"), STYLES[kind])
+            line.append("|", "dim")
+        console.print(line, soft_wrap=False)
