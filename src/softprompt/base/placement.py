@@ -1,7 +1,7 @@
 """Where a prompt goes: embeddings, mask and positions move together, and labels follow from the batch's own marks.
 
-A shallow prompt stands in the sequence itself, wherever the batch marks a soft position. A deep one stands before it, as
-keys and values of every layer.
+A shallow prompt stands in the sequence itself, wherever the batch marks a soft position. A deep one stands before it,
+as keys and values of every layer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def place(lm: FrozenLM, batch: Batch, prompt: Prompted) -> Placed:
     mask_BS = _mask(batch)
     if isinstance(prompt, Tensor):
         _need(bool(soft_BS.any()), "a soft prompt was given, but the batch has no slot for it")
-        vectors_MD = prompt[batch.soft_BS[soft_BS]].to(embeddings_BSD.dtype)
+        # Not prompt[...]: on many threads its gradient sums in any order, and a run could not be repeated to the bit.
+        vectors_MD = torch.nn.functional.embedding(batch.soft_BS[soft_BS], prompt).to(embeddings_BSD.dtype)
         return Placed(embeddings_BSD.index_put((soft_BS,), vectors_MD), mask_BS)
     _need(not bool(soft_BS.any()), "the batch has soft positions, but no soft prompt was given")
     if prompt is None:
@@ -63,7 +64,7 @@ def prefix_cache(lm: FrozenLM, state: DeepState, rows: int) -> DynamicCache:
     cache = DynamicCache()
     keys_LPHK, values_LPHK = state
     for layer, (keys_PHK, values_PHK) in enumerate(zip(keys_LPHK, values_LPHK, strict=True)):
-        cache.update(*(_rows(tensor, rows, lm) for tensor in (keys_PHK, values_PHK)), layer)
+        cache.update(_rows(keys_PHK, rows, lm), _rows(values_PHK, rows, lm), layer)
     return cache
 
 

@@ -1,34 +1,34 @@
-"""The forms in which a prompt is trained: whatever is trained, a call gives the plain prompt it stands for."""
+"""The forms in which a prompt is trained: whatever is trained, a call gives the plain prompt that it stands for.
+
+Saving folds: only that plain prompt is kept, so inference knows nothing of forms.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
-Plain = Tensor | tuple[Tensor, Tensor]
+Plain: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """Vectors [P, D], or keys and values [L, P, H, K] each."""
 
 
-class Form(Protocol):
-    """What the optimiser moves (`parameters`), and the prompt that it stands for now (a call; differentiable)."""
+class Form(nn.Module):
+    """What the optimiser moves (`parameters()`), and the plain prompt that it stands for now (a call; differentiable).
 
-    @property
-    def parameters(self) -> Sequence[Tensor]: ...
+    All float32 on the CPU: a prompt is small, and only its plain value and its gradient travel to the base."""
 
-    def __call__(self) -> Plain: ...
+    def forward(self) -> Plain:
+        raise NotImplementedError
 
 
-class Direct:
+class Direct(Form):
     """The prompt itself is trained: vectors, or keys and values."""
 
     def __init__(self, start: Plain) -> None:
+        super().__init__()
         tensors = (start,) if isinstance(start, Tensor) else start
-        self.parameters = [tensor.detach().float().clone().requires_grad_() for tensor in tensors]
+        self.values = nn.ParameterList(tensor.detach().float().cpu().clone() for tensor in tensors)
 
-    def __call__(self) -> Plain:
-        if len(self.parameters) == 1:
-            return self.parameters[0]
-        keys_LPHK, values_LPHK = self.parameters
-        return keys_LPHK, values_LPHK
+    def forward(self) -> Plain:
+        return self.values[0] if len(self.values) == 1 else (self.values[0], self.values[1])

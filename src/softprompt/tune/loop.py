@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Encoded, collate, epoch_order
+from softprompt.data.batch import Encoded, epoch_order
 from softprompt.data.example import Splits
-from softprompt.errors import NotFinite, OutOfMemory
+from softprompt.errors import NotFinite
 from softprompt.evaluate.loss import mean_nll
-from softprompt.prompt.reparam import Form, Plain
+from softprompt.prompt.reparam import Plain
 from softprompt.prompt.soft_prompt import DeepPrompt, Prompt, SoftPrompt
 from softprompt.store.artifact import prompt_bytes, save_prompt
+from softprompt.tune.checkpoint import Checkpoints, demand_same, identity
 from softprompt.tune.events import BatchHalved, Event, Said, Saved, Started, Stepped, Stopped, Validated
-from softprompt.tune.optim import OPTIMIZERS, rate_factor
+from softprompt.tune.gradient import Gradients
+from softprompt.tune.learner import Learner, is_finite
 from softprompt.tune.plan import Plan, make_plan, start
 from softprompt.tune.recipe import Recipe
 from softprompt.tune.records import RunFolder, peak_memory_bytes, versions
@@ -42,85 +43,101 @@ def tune(
     lm: FrozenLM | None = None,
     splits: Splits | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
+    resume: bool = False,
 ) -> Tuned:
     """Learn a prompt as `recipe` says and save the best validated one in `recipe.out`.
 
     `lm` and `splits` stand in for what the recipe would load. Held-out loss is measured before the first step too, so
     the result is never worse there than its start. On Ctrl-C, a loss that is not finite or any other failure, the
-    best prompt so far is saved before the exception goes on. Raises the errors of softprompt.errors.
+    best prompt so far is saved before the exception goes on. With `resume`, a run that was killed goes on from its
+    last checkpoint, and ends as if nothing had happened. Raises the errors of softprompt.errors.
     """
-    plan = make_plan(recipe, lm=lm, splits=splits)
-    form = start(plan)
-    folder = RunFolder(Path(recipe.out), recipe)
-
-    def tell(event: Event) -> None:
-        folder(event)
-        on_event(event)
-
-    run = _Run(plan, form, tell)
+    run = Run(make_plan(recipe, lm=lm, splits=splits), on_event)
     try:
-        return run.save(run.learn())
+        run.begin(resume)
+        for rows in run.batches():
+            run.learn_from(rows)
+            if run.validation_is_due:
+                run.validate()
+            run.checkpoint()
+        return run.save(run.ending)
     except BaseException as error:
         if run.step:  # else there is nothing worth keeping, and a former prompt in that folder stays
             run.save("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
     finally:
-        folder.close()
+        run.folder.close()
 
 
-class _Run:
-    """One run's moving parts. `best` is the prompt of the best held-out loss so far, which is what gets saved."""
+class Run:
+    """One run's moving parts: what is learned (`learner`), from what (`plan`), and what is told about it."""
 
-    def __init__(self, plan: Plan, form: Form, tell: Callable[[Event], None]) -> None:
-        self.plan, self.form, self.tell = plan, form, tell
+    def __init__(self, plan: Plan, on_event: Callable[[Event], None]) -> None:
+        self.plan, self.on_event = plan, on_event
         tune = plan.recipe.tune
-        self.optimiser = OPTIMIZERS[tune.optimizer](form.parameters, plan.learning_rate, tune.weight_decay)
-        self.micro = plan.batch_size
+        out = Path(plan.recipe.out)
+        self.learner = Learner(start(plan), tune, plan.learning_rate, plan.steps)
+        self.gradients = Gradients(plan.lm, plan.batch_size, self._halved)
+        self.checkpoints = Checkpoints(out, tune, lambda text: self.tell(Said(text)))
+        self.folder = RunFolder(out, plan.recipe)
         self.began = time.perf_counter()
-        self.step, self.best_step, self.tokens, self.learning_seconds = 0, 0, 0, 0.0
-        self.nll_base = self.nll_start = self.nll_best = math.nan
-        self.best: Plain = _detached(form())
-        self.without_gain = 0
+        self.tokens, self.seconds_learning, self.seconds_before = 0, 0.0, 0.0
+        self.nll_base = math.nan
+        self.ending = "finished"
 
-    def learn(self) -> str:
-        """Run all steps; says why it ended."""
-        plan, tune = self.plan, self.plan.recipe.tune
-        self.nll_base = mean_nll(plan.lm, plan.held_out_base, batch_size=self.micro)
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.learner.step
+
+    def tell(self, event: Event) -> None:
+        """Record an event, and hand it on."""
+        trouble = self.folder(event)
+        self.on_event(event)
+        if trouble:
+            self.on_event(Said(trouble))
+
+    def begin(self, resume: bool) -> None:
+        """Measure the base and the start, or take up where a killed run's last checkpoint stands."""
+        state = self.checkpoints.newest() if resume else None
+        if state is not None:
+            demand_same(state["run"], self._identity(), self.plan.recipe.out)
+            self._restore(state)
+            self._announce()
+            self.tell(Said(f"Goes on after step {self.step} of {self.plan.steps}."))
+            return
+        if resume:
+            self.tell(
+                Said(f"{self.checkpoints.folder}: no checkpoint to go on from, so the run starts anew.")
+            )
+        self.nll_base = mean_nll(self.plan.lm, self.plan.held_out_base, batch_size=self.gradients.rows)
         self._announce()
         self.validate()
-        self.nll_start = self.nll_best
-        lengths = plan.train.lengths
-        valid_every = tune.valid_every_steps or plan.steps_per_epoch
+
+    def batches(self) -> Iterator[list[Encoded]]:
+        """The rows of every step that is still to come, epoch by epoch, until patience ends."""
+        plan, encoded = self.plan, self.plan.train.encoded
         while self.step < plan.steps:
-            epoch = self.step // plan.steps_per_epoch
-            order = epoch_order(lengths, plan.batch_size, seed=tune.seed, epoch=epoch)
-            for indices in order[self.step % plan.steps_per_epoch :][: plan.steps - self.step]:
-                self.learn_from([plan.train.encoded[index] for index in indices])
-                last = self.step == plan.steps
-                if last or (self.step % valid_every == 0 and plan.judged_on == "validation"):
-                    self.validate()
-                    if tune.patience and self.without_gain >= tune.patience and not last:
-                        return "patience"
-        return "finished"
+            epoch, done = divmod(self.step, plan.steps_per_epoch)
+            order = epoch_order(plan.train.lengths, plan.batch_size, seed=plan.recipe.tune.seed, epoch=epoch)
+            for indices in order[done:]:
+                if self.step == plan.steps:
+                    return
+                if self.learner.out_of_patience:
+                    self.ending = "patience"
+                    return
+                yield [encoded[index] for index in indices]
 
     def learn_from(self, rows: Sequence[Encoded]) -> None:
         """One optimiser step on `rows`: the mean loss of their trained tokens, however they are split to fit."""
-        plan, tune = self.plan, self.plan.recipe.tune
-        began = time.perf_counter()
-        rate = plan.learning_rate * rate_factor(tune.schedule, self.step + 1, plan.steps, tune.warmup)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        nll = self.backward(rows)
-        norm = torch.nn.utils.clip_grad_norm_(self.form.parameters, tune.clip or math.inf)
-        if not math.isfinite(nll) or not bool(torch.isfinite(norm)):
+        learner, began = self.learner, time.perf_counter()
+        rate = learner.rate
+        (nll,) = self.gradients([learner.form], [rows])
+        if not math.isfinite(nll) or not learner.move():
             raise NotFinite(self._not_finite(rows, nll, rate))
-        self.optimiser.step()
-        self.optimiser.zero_grad()
-        self.step += 1
-        tokens = sum(place < 0 for row in rows for place in row.soft)
-        self.tokens += tokens
-        self.learning_seconds += time.perf_counter() - began
-        pace = self.tokens / self.learning_seconds
+        self.tokens += sum(place < 0 for row in rows for place in row.soft)
+        self.seconds_learning += time.perf_counter() - began
+        plan, pace = self.plan, self.tokens / self.seconds_learning
         ahead = plan.text_tokens * plan.steps / plan.steps_per_epoch - self.tokens
         self.tell(
             Stepped(
@@ -134,109 +151,93 @@ class _Run:
             )
         )
 
-    def backward(self, rows: Sequence[Encoded]) -> float:
-        """Gradient of the rows' mean loss; where memory runs out, in halves of the batch from then on."""
-        while True:
-            try:
-                return self._backward(rows)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                self.optimiser.zero_grad()
-                largest = min(self.micro, len(rows))
-                if largest == 1:
-                    raise OutOfMemory(
-                        f"{max(map(len, rows))} positions of one row do not fit into memory. Shorten the text with "
-                        "data.max_length and data.on_overflow: truncate, or take a smaller base."
-                    ) from error
-                self.micro = math.ceil(largest / 2)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            self.tell(BatchHalved(self.micro, math.ceil(self.plan.batch_size / self.micro)))
-
-    def _backward(self, rows: Sequence[Encoded]) -> float:
-        tokens = sum(row.trained_tokens for row in rows)
-        total = 0.0
-        for first in range(0, len(rows), self.micro):
-            batch = collate(rows[first : first + self.micro]).to(self.plan.lm.device)
-            nll, _ = self.plan.lm.nll(batch, _to(self.form(), self.plan.lm.device))
-            (nll / tokens).backward()  # type: ignore[no-untyped-call]
-            total += nll.item()
-        return total / tokens
+    @property
+    def validation_is_due(self) -> bool:
+        """After the last step; and on the way, where there are rows to judge by."""
+        every = self.plan.recipe.tune.valid_every_steps or self.plan.steps_per_epoch
+        on_the_way = self.plan.judged_on == "validation" and self.step % every == 0
+        return on_the_way or self.step == self.plan.steps
 
     def validate(self) -> None:
         """Measure held-out loss, and keep the prompt if it is the best so far (or the last, with none held out)."""
-        prompt = _detached(self.form())
+        prompt = self.learner.now()
         nll = mean_nll(
-            self.plan.lm, self.plan.held_out, _to(prompt, self.plan.lm.device), batch_size=self.micro
+            self.plan.lm, self.plan.held_out, self._on_device(prompt), batch_size=self.gradients.rows
         )
-        judged = self.plan.judged_on == "validation"
-        best = math.isnan(self.nll_best) or nll < self.nll_best or (not judged and math.isfinite(nll))
-        if best:
-            self.best, self.best_step, self.nll_best, self.without_gain = prompt, self.step, nll, 0
-        else:
-            self.without_gain += 1
+        best = self.learner.judge(nll, prompt, always=self.plan.judged_on == "training")
         self.tell(Validated(step=self.step, nll=nll, best=best))
+
+    def checkpoint(self) -> None:
+        """Keep all that a killed run needs, from time to time and after the last step."""
+        if self.step == self.plan.steps or self.checkpoints.due(self.step):
+            self.checkpoints.keep(self.step, self._state())
 
     def save(self, reason: str) -> Tuned:
         """Write the best prompt and tell where."""
-        plan = self.plan
-        if (
-            plan.judged_on == "training"
-            and self.best_step < self.step
-            and _finite(latest := _detached(self.form()))
-        ):
-            self.best, self.best_step = (
-                latest,
-                self.step,
-            )  # nothing is held out, so the latest is the best known
-            self.nll_best = math.nan
+        plan, learner = self.plan, self.learner
+        if plan.judged_on == "training" and learner.best_step < self.step and is_finite(learner.now()):
+            # Nothing is held out, so the latest is the best known.
+            learner.best, learner.best_step, learner.nll_best = learner.now(), self.step, math.nan
         out = Path(plan.recipe.out)
         record: dict[str, Any] = {
             "path": str(out),
             "base": plan.lm.name,
             "judged_on": plan.judged_on,
             "nll_base": self.nll_base,
-            "nll_before": self.nll_start,
-            "nll_after": self.nll_best,
-            "best_step": self.best_step,
+            "nll_before": learner.nll_start,
+            "nll_after": learner.nll_best,
+            "best_step": learner.best_step,
             "steps": self.step,
             "tokens": self.tokens,
-            "seconds": time.perf_counter() - self.began,
+            "seconds": self._seconds(),
             "peak_memory_bytes": peak_memory_bytes(plan.lm.device),
             "learning_rate": plan.learning_rate,
             "batch_size": plan.batch_size,
-            "accumulation": math.ceil(plan.batch_size / self.micro),
+            "accumulation": math.ceil(plan.batch_size / self.gradients.rows),
             "truncated_rows": plan.train.truncated,
             "dropped_rows": plan.train.dropped,
             "stopped": reason,
         }
-        prompt = self._prompt(record)
+        prompt = as_prompt(plan, learner.best, record)
         save_prompt(prompt, out)
         record["prompt_bytes"] = prompt_bytes(out)
-        self.tell(Stopped(reason, self.step, self.best_step, self.nll_best))
+        self.tell(Stopped(reason, self.step, learner.best_step, learner.nll_best))
         self.tell(Saved(str(out), record["prompt_bytes"]))
         return Tuned(prompt, record)
 
-    def _prompt(self, record: dict[str, Any]) -> Prompt:
-        plan = self.plan
-        common: dict[str, Any] = {
-            "base": plan.lm.fingerprint,
-            "template": str(plan.template),
-            "target": plan.template.target,
-            "name": Path(plan.recipe.out).resolve().name,
-            "notes": {
-                "made": datetime.now(UTC).isoformat(timespec="seconds"),
-                "data": {"source": plan.splits.source, "revision": plan.splits.revision},
-                "metrics": {key: value for key, value in record.items() if key not in ("path", "base")},
-                "recipe": plan.recipe.model_dump(),
-                "versions": versions(),
-            },
+    def _state(self) -> dict[str, Any]:
+        return {
+            "run": self._identity(),
+            "learner": self.learner.state(),
+            "rows_at_a_time": self.gradients.rows,
+            "nll_base": self.nll_base,
+            "tokens": self.tokens,
+            "seconds_learning": self.seconds_learning,
+            "seconds": self._seconds(),
+            "recorded_bytes": self.folder.recorded_bytes,
         }
-        if isinstance(self.best, Tensor):
-            return SoftPrompt(self.best, **common)
-        keys_LPHK, values_LPHK = self.best
-        return DeepPrompt(keys_LPHK, values_LPHK, **common)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.learner.restore(state["learner"])
+        self.gradients.rows = state["rows_at_a_time"]
+        self.nll_base, self.tokens = state["nll_base"], state["tokens"]
+        self.seconds_learning, self.seconds_before = state["seconds_learning"], state["seconds"]
+        self.folder.go_on_from(state["recorded_bytes"])
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def _identity(self) -> dict[str, str]:
+        return identity(self.plan.recipe, self.plan.lm.fingerprint.sha256, self.plan.rows_sha256())
+
+    def _on_device(self, prompt: Plain) -> Plain:
+        device = self.plan.lm.device
+        return (
+            prompt.to(device) if isinstance(prompt, Tensor) else (prompt[0].to(device), prompt[1].to(device))
+        )
+
+    def _halved(self, rows: int) -> None:
+        self.tell(BatchHalved(rows, math.ceil(self.plan.batch_size / rows)))
 
     def _announce(self) -> None:
         plan = self.plan
@@ -245,33 +246,26 @@ class _Run:
                 steps=plan.steps,
                 epochs=plan.steps / plan.steps_per_epoch,
                 batch_size=plan.batch_size,
-                accumulation=1,
+                accumulation=math.ceil(plan.batch_size / self.gradients.rows),
                 learning_rate=plan.learning_rate,
                 examples=len(plan.train.encoded),
                 validation_examples=len(plan.splits.validation),
                 trained_tokens=plan.trained_tokens,
-                prompt_values=sum(parameter.numel() for parameter in self.form.parameters),
+                prompt_values=sum(parameter.numel() for parameter in self.learner.parameters),
                 baseline_nll=self.nll_base,
             )
         )
-        for note in plan.splits.notes:
-            self.tell(Said(note))
-        if plan.train.truncated:
-            self.tell(
-                Said(f"{plan.train.truncated} texts were cut, by {plan.train.cut_tokens} tokens in all.")
-            )
-        if plan.train.dropped:
-            self.tell(Said(f"{plan.train.dropped} rows were left out because they are too long."))
-        if plan.judged_on == "training":
-            self.tell(Said("Nothing is held out: losses before and after are those of the training rows."))
+        for text in plan.remarks():
+            self.tell(Said(text))
 
     def _not_finite(self, rows: Sequence[Encoded], nll: float, rate: float) -> str:
         """Which rows break the loss, seen one by one."""
-        prompt = _to(_detached(self.form()), self.plan.lm.device)
+        prompt = self._on_device(self.learner.now())
         bad = [
             row.row for row in rows if not math.isfinite(mean_nll(self.plan.lm, [row], prompt, batch_size=1))
         ] or [row.row for row in rows]
-        kept = f", and the prompt of step {self.best_step} is in {self.plan.recipe.out}" if self.step else ""
+        best_step, out = self.learner.best_step, self.plan.recipe.out
+        kept = f", and the prompt of step {best_step} is in {out}" if self.step else ""
         return (
             f"Step {self.step + 1}: the loss or its gradient is not finite (loss {nll}, rate {rate:.3g}) on the rows "
             f"{', '.join(map(str, bad))} of the data. The step was refused{kept}. Lower tune.learning_rate, or load "
@@ -279,25 +273,21 @@ class _Run:
         )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in said for words in ("can't allocate memory", "not enough memory", "out of memory")
-    )
-
-
-def _detached(prompt: Plain) -> Plain:
-    if isinstance(prompt, Tensor):
-        return prompt.detach().clone()
-    return prompt[0].detach().clone(), prompt[1].detach().clone()
-
-
-def _to(prompt: Plain, device: torch.device) -> Plain:
-    if isinstance(prompt, Tensor):
-        return prompt.to(device)
-    return prompt[0].to(device), prompt[1].to(device)
-
-
-def _finite(prompt: Plain) -> bool:
-    tensors = (prompt,) if isinstance(prompt, Tensor) else prompt
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+def as_prompt(plan: Plan, learned: Plain, record: dict[str, Any]) -> Prompt:
+    """A plain prompt with all that belongs to it: base, template, how it was made and what was measured."""
+    common: dict[str, Any] = {
+        "base": plan.lm.fingerprint,
+        "template": str(plan.template),
+        "target": plan.template.target,
+        "name": Path(plan.recipe.out).resolve().name,
+        "notes": {
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "data": {"source": plan.splits.source, "revision": plan.splits.revision},
+            "metrics": {key: value for key, value in record.items() if key not in ("path", "base")},
+            "recipe": plan.recipe.model_dump(),
+            "versions": versions(),
+        },
+    }
+    if isinstance(learned, Tensor):
+        return SoftPrompt(learned, **common)
+    return DeepPrompt(*learned, **common)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -17,6 +19,7 @@ from softprompt.data.batch import Encoded, EncodedSet, encode_all
 from softprompt.data.example import Example, Splits
 from softprompt.data.source import load_splits
 from softprompt.data.template import Template
+from softprompt.data.tokenizer import habits
 from softprompt.errors import RecipeError
 from softprompt.prompt import init
 from softprompt.prompt.reparam import Direct, Form, Plain
@@ -59,6 +62,23 @@ class Plan:
     def text_tokens(self) -> int:
         """Tokens of text read in one epoch, virtual ones not counted."""
         return sum(place < 0 for row in self.train.encoded for place in row.soft)
+
+    def rows_sha256(self) -> str:
+        """Digest of every row that is learned from or judged by, as encoded."""
+        rows = [(one.ids, one.soft, one.trained) for one in (*self.train.encoded, *self.held_out)]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def remarks(self) -> list[str]:
+        """What the one who waits should know of the data, in sentences."""
+        train = self.train
+        said = list(self.splits.notes)
+        if train.truncated:
+            said.append(f"{train.truncated} texts were cut, by {train.cut_tokens} tokens in all.")
+        if train.dropped:
+            said.append(f"{train.dropped} rows were left out because they are too long.")
+        if self.judged_on == "training":
+            said.append("Nothing is held out: losses before and after are those of the training rows.")
+        return said
 
 
 def make_plan(recipe: Recipe, *, lm: FrozenLM | None = None, splits: Splits | None = None) -> Plan:
@@ -133,7 +153,7 @@ def settle_template(recipe: Recipe, lm: FrozenLM) -> Template:
     source = data.template or ("{soft}{messages}" if data.messages else "{soft}{text}")
     length = prompt.length
     if length is None and not re.search(r"\{soft:\d+\}", source):
-        length = len(_text_ids(lm, prompt.init_text)) if prompt.init_text else LENGTH
+        length = len(_start_ids(lm, prompt.init_text)) if prompt.init_text else LENGTH
     template = Template.parse(source, target=data.target, length=length)
     if prompt.kind == "deep" and not re.match(r"\{soft:\d+\}(?!.*\{soft)", str(template)):
         raise RecipeError(
@@ -170,7 +190,7 @@ def _vocabulary(plan: Plan, generator: torch.Generator) -> Tensor:
 
 
 def _text(plan: Plan, generator: torch.Generator) -> Tensor:
-    ids = _text_ids(plan.lm, plan.recipe.prompt.init_text or "")
+    ids = _start_ids(plan.lm, plan.recipe.prompt.init_text or "")
     return init.token_embeddings(_embedded(plan.lm, ids), plan.template.soft_length)
 
 
@@ -208,6 +228,11 @@ DEEP_STARTS: dict[str, Callable[[Plan, torch.Generator], Plain]] = {
 
 def _embedded(lm: FrozenLM, ids: Sequence[int]) -> Tensor:
     return lm.embed(torch.tensor(ids, device=lm.device)).float().cpu()
+
+
+def _start_ids(lm: FrozenLM, text: str) -> list[int]:
+    """The text as the base wants any text to begin: behind a start token (BOS) where its tokenizer puts one."""
+    return [*habits(lm.tokenizer).before, *_text_ids(lm, text)]
 
 
 def _text_ids(lm: FrozenLM, text: str) -> list[int]:

@@ -147,6 +147,10 @@ class Tune(Section):
     patience: Count | None = setting(
         None, "Stop after this many measurements without a better one; without it, run to the end."
     )
+    checkpoint_steps: Count | None = setting(
+        None, "Write a checkpoint every so many steps, for `--resume`; without it, by time alone."
+    )
+    checkpoint_seconds: Positive = setting(60.0, "Write a checkpoint after so many seconds without one.")
 
 
 class Recipe(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import resource
@@ -25,27 +26,42 @@ class RunFolder:
     """`recipe.yaml`, written at the start, and `metrics.jsonl`, a line an event."""
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
-        self.folder = folder
+        self.path = folder / METRICS
+        self.recorded_bytes = 0
+        self._whole = True
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
-            self._metrics = (folder / METRICS).open("w", encoding="utf-8")
+            self._file = self.path.open("ab")
         except OSError as error:
             raise SaveError(
                 f"{folder}: the run cannot be recorded there ({error.strerror}). Choose another folder with --out."
             ) from error
 
-    def __call__(self, event: Event) -> None:
-        line = json.dumps({"event": type(event).__name__, **asdict(event)}, ensure_ascii=False)
+    def __call__(self, event: Event) -> str | None:
+        """Record an event. Where that fails the run goes on; the first time, the answer says why."""
+        if not self.recorded_bytes:
+            self._file.truncate(0)  # of a former run
+        figures = {name: number_or_none(value) for name, value in asdict(event).items()}
+        line = json.dumps({"event": type(event).__name__, **figures}, ensure_ascii=False) + "\n"
         try:
-            self._metrics.write(line + "\n")
-            self._metrics.flush()
+            self._file.write(line.encode())
+            self._file.flush()
         except OSError as error:
-            raise SaveError(f"{self.folder / METRICS}: cannot be written ({error.strerror}).") from error
+            first, self._whole = self._whole, False
+            return f"{self.path}: cannot be written ({error.strerror}); the run goes on." if first else None
+        self.recorded_bytes += len(line.encode())
+        return None
+
+    def go_on_from(self, recorded_bytes: int) -> None:
+        """Forget what was recorded after a checkpoint was written, so that no step stands there twice."""
+        self.recorded_bytes = min(recorded_bytes, self.path.stat().st_size)
+        self._file.truncate(self.recorded_bytes)
 
     def close(self) -> None:
         """Close the file; what was recorded stays."""
-        self._metrics.close()
+        with contextlib.suppress(OSError):  # a full disk was told of before
+            self._file.close()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -78,6 +94,6 @@ def _git_revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def number_or_none(value: float) -> Any:
+def number_or_none(value: Any) -> Any:
     """A figure for JSON, which has no NaN: None where it is unknown."""
     return value if value == value else None

@@ -1,0 +1,117 @@
+"""The one thing that the base is asked for in learning: the loss of some rows, and its gradient at the prompt.
+
+The gradient is taken at a copy of the plain prompt, in pieces that fit into memory, and goes from there to the trained
+form. Several prompts can share a pass: each row of the batch reads its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.data.batch import Encoded, collate
+from softprompt.errors import OutOfMemory
+from softprompt.prompt.reparam import Form, Plain
+
+
+class Gradients:
+    """`rows` are at most so many at a time; where memory runs out they are halved, and `halved` is told."""
+
+    def __init__(self, lm: FrozenLM, rows: int, halved: Callable[[int], None] = lambda rows: None) -> None:
+        self.lm, self.rows, self.halved = lm, rows, halved
+
+    def __call__(self, forms: Sequence[Form], rows: Sequence[Sequence[Encoded]]) -> list[float]:
+        """Add to each form's gradient that of the mean loss of its own rows. Mean losses, in nats per trained token.
+
+        Raises OutOfMemory where even one row does not fit."""
+        prompts = [form() for form in forms]
+        while True:
+            leaves = [_leaf(prompt, self.lm.device) for prompt in prompts]
+            try:
+                losses = self._at(leaves, rows)
+                break
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._halve(rows, error)
+        for prompt, leaf in zip(prompts, leaves, strict=True):
+            tensors, gradients = _tensors(prompt), [_gradient(one) for one in _tensors(leaf)]
+            torch.autograd.backward(tensors, gradients)
+        return losses
+
+    def _at(self, leaves: Sequence[Plain], rows: Sequence[Sequence[Encoded]]) -> list[float]:
+        tokens = [sum(row.trained_tokens for row in own) for own in rows]
+        losses = [0.0] * len(leaves)
+        for prompt, pieces in _shared(leaves, rows):
+            for first in range(0, len(pieces), self.rows):
+                piece = pieces[first : first + self.rows]
+                batch = collate([row for _, row in piece]).to(self.lm.device)
+                nll_N = self.lm.token_nll(batch, prompt)
+                owners = [r for r, row in piece for _ in range(row.trained_tokens)]
+                share_N = torch.tensor([1 / tokens[r] for r in owners], device=nll_N.device)
+                (nll_N * share_N).sum().backward()  # type: ignore[no-untyped-call]
+                counts = [row.trained_tokens for _, row in piece]
+                for (r, _), own in zip(piece, torch.split(nll_N.detach().double(), counts), strict=True):
+                    losses[r] += float(own.sum())
+        return [loss / count for loss, count in zip(losses, tokens, strict=True)]
+
+    def _halve(self, rows: Sequence[Sequence[Encoded]], error: BaseException) -> None:
+        largest = min(self.rows, sum(map(len, rows)))
+        if largest == 1:
+            longest = max(len(row) for own in rows for row in own)
+            raise OutOfMemory(
+                f"{longest} positions of one row do not fit into memory. Shorten the text with "
+                "data.max_length and data.on_overflow: truncate, or take a smaller base."
+            ) from error
+        self.rows = math.ceil(largest / 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.halved(self.rows)
+
+
+def _shared(
+    leaves: Sequence[Plain], rows: Sequence[Sequence[Encoded]]
+) -> list[tuple[Plain, list[tuple[int, Encoded]]]]:
+    """Which rows can go through the base together, and the prompt that they read: (prompt, [(owner, row)])."""
+    owned = [[(r, row) for row in own] for r, own in enumerate(rows)]
+    if len(leaves) == 1:
+        return [(leaves[0], owned[0])]
+    vectors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if len(vectors) < len(leaves):  # keys and values stand before a whole batch: a pass for each prompt
+        return list(zip(leaves, owned, strict=True))
+    # One long prompt, of which every row reads its owner's part.
+    starts = [sum(len(one) for one in vectors[:r]) for r in range(len(vectors))]
+    together = [(r, _moved(row, starts[r])) for own in owned for r, row in own]
+    together.sort(key=lambda piece: len(piece[1]))  # alike lengths side by side: little padding
+    return [(torch.cat(vectors), together)]
+
+
+def _moved(row: Encoded, start: int) -> Encoded:
+    return replace(row, soft=[place if place < 0 else place + start for place in row.soft])
+
+
+def _leaf(prompt: Plain, device: torch.device) -> Plain:
+    if isinstance(prompt, Tensor):
+        return prompt.detach().to(device).clone().requires_grad_()
+    return tuple(tensor.detach().to(device).clone().requires_grad_() for tensor in prompt)  # type: ignore[return-value]
+
+
+def _tensors(prompt: Plain) -> tuple[Tensor, ...]:
+    return (prompt,) if isinstance(prompt, Tensor) else prompt
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad.cpu()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in said for words in ("can't allocate memory", "not enough memory", "out of memory")
+    )

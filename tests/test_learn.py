@@ -1,0 +1,327 @@
+"""Learning as a whole: what comes out, what is kept, and what happens when something breaks on the way."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.data.batch import epoch_order
+from softprompt.data.example import Example, Splits
+from softprompt.errors import NotFinite, OutOfMemory
+from softprompt.evaluate.loss import mean_nll
+from softprompt.store.artifact import load_prompt
+from softprompt.tune.events import BatchHalved, Event, Stepped, Stopped, Validated
+from softprompt.tune.gradient import Gradients
+from softprompt.tune.loop import Run, Tuned, tune
+from softprompt.tune.plan import make_plan
+from softprompt.tune.recipe import Recipe
+from tiny_models import tiny_model, tiny_tokenizer
+
+WORDS = ["order", "never", "came", "thank", "you", "quick", "help", "lazy", "dog", "nobody"]
+
+
+def rows(first: int, count: int) -> tuple[Example, ...]:
+    """Short texts of unlike lengths in which each word follows from the one before."""
+    return tuple(
+        Example({"text": " ".join(WORDS[(n + i) % 10] for i in range(3 + n % 4))}, row=n)
+        for n in range(first, first + count)
+    )
+
+
+SPLITS = Splits(rows(0, 12), rows(12, 6), (), "made for the tests")
+
+
+def lm_of(architecture: str = "Llama", *, bos: bool = False) -> FrozenLM:
+    return FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer(bos=bos), name="tiny")
+
+
+def recipe(out: Path, *overrides: str) -> Recipe:
+    settings = ["data.source=x", f"out={out}", "tune.batch_size=4", "tune.epochs=3", "tune.learning_rate=0.2"]
+    return Recipe.from_flags({}, [*settings, "prompt.length=4", *overrides])
+
+
+def learn(out: Path, *overrides: str, lm: FrozenLM | None = None, splits: Splits = SPLITS) -> Tuned:
+    return tune(recipe(out, *overrides), lm=lm or lm_of(), splits=splits)
+
+
+def vectors(tuned: Tuned) -> torch.Tensor:
+    return next(iter(tuned.prompt.tensors.values()))
+
+
+def uphill(lm: FrozenLM) -> FrozenLM:
+    """A base whose gradient points the wrong way: every step makes the prompt worse."""
+    token_nll = lm.token_nll
+
+    def turned(batch: Any, prompt: Any = None) -> torch.Tensor:
+        nll_N: torch.Tensor = token_nll(batch, prompt)
+        return 2 * nll_N.detach() - nll_N if nll_N.requires_grad else nll_N
+
+    lm.token_nll = turned  # type: ignore[method-assign]
+    return lm
+
+
+@pytest.mark.parametrize("kind", ["soft", "deep"])
+def test_held_out_loss_falls_and_both_figures_are_reported(tmp_path: Path, kind: str) -> None:
+    lm = lm_of()
+    tuned = learn(tmp_path / "p", f"prompt.kind={kind}", "tune.epochs=10", lm=lm)
+    record = tuned.record
+    assert record["nll_after"] < record["nll_before"] - 0.3
+    held_out = make_plan(recipe(tmp_path / "q", f"prompt.kind={kind}"), lm=lm, splits=SPLITS).held_out
+    learned: Any = list(tuned.prompt.tensors.values())
+    again = mean_nll(lm, held_out, learned[0] if kind == "soft" else tuple(learned))
+    assert again == pytest.approx(record["nll_after"], abs=1e-6)
+
+
+def test_the_base_is_the_same_to_the_byte_after_learning(tmp_path: Path) -> None:
+    lm = lm_of()
+    before = lm.weights_sha256()
+    learn(tmp_path / "p", lm=lm)
+    assert lm.weights_sha256() == before
+
+
+def test_the_best_validated_step_is_kept_and_never_one_worse_than_the_start(tmp_path: Path) -> None:
+    seen: list[Event] = []
+    tuned = tune(recipe(tmp_path / "p"), lm=uphill(lm_of()), splits=SPLITS, on_event=seen.append)
+    measured = {event.step: event.nll for event in seen if isinstance(event, Validated)}
+    assert tuned.record["nll_after"] == min(measured.values())
+    assert measured[tuned.record["best_step"]] == tuned.record["nll_after"]
+    assert tuned.record["nll_after"] <= tuned.record["nll_before"] == measured[0]
+    assert tuned.record["best_step"] == 0
+
+
+def test_the_saved_prompt_is_the_one_that_is_returned(tmp_path: Path) -> None:
+    tuned = learn(tmp_path / "p")
+    assert torch.equal(vectors(tuned), next(iter(load_prompt(tmp_path / "p").tensors.values())))
+
+
+@pytest.mark.parametrize("init", ["random", "vocabulary"])
+def test_the_same_seed_gives_the_same_prompt_to_the_bit_and_another_seed_another(
+    tmp_path: Path, init: str
+) -> None:
+    one, same = (learn(tmp_path / name, f"prompt.init={init}") for name in "ab")
+    other = learn(tmp_path / "c", f"prompt.init={init}", "tune.seed=1")
+    assert torch.equal(vectors(one), vectors(same))
+    assert not torch.equal(vectors(one), vectors(other))
+
+
+@pytest.mark.parametrize("kind", ["soft", "deep"])
+def test_pieces_of_a_batch_add_up_to_the_gradient_of_the_whole(tmp_path: Path, kind: str) -> None:
+    plan = make_plan(recipe(tmp_path, f"prompt.kind={kind}"), lm=lm_of(), splits=SPLITS)
+    found = []
+    for pieces in (12, 5):
+        run = Run(plan, lambda event: None)
+        (loss,) = Gradients(plan.lm, pieces)([run.learner.form], [plan.train.encoded])
+        found.append((loss, [parameter.grad for parameter in run.learner.parameters]))
+        run.folder.close()
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
+    for whole, summed in zip(found[0][1], found[1][1], strict=True):
+        assert whole is not None
+        assert summed is not None
+        torch.testing.assert_close(whole, summed, atol=1e-6, rtol=1e-4)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_all_its_trained_tokens(tmp_path: Path) -> None:
+    """Not the mean of the rows' means: long rows weigh as much as their tokens."""
+    lm = lm_of()
+    plan = make_plan(recipe(tmp_path), lm=lm, splits=SPLITS)
+    run = Run(plan, lambda event: None)
+    start = run.learner.now()
+    assert isinstance(start, torch.Tensor)
+    (loss,) = run.gradients([run.learner.form], [plan.train.encoded])
+    total = 0.0
+    for one in plan.train.encoded:
+        embeddings_SD = lm.embed(torch.tensor(one.ids))
+        embeddings_SD[:4] = start
+        labels = [token if trained else -100 for token, trained in zip(one.ids, one.trained, strict=True)]
+        output = lm.model(inputs_embeds=embeddings_SD[None], labels=torch.tensor([labels]))
+        total += output.loss.item() * one.trained_tokens
+    assert loss == pytest.approx(total / plan.trained_tokens, abs=1e-5)
+    run.folder.close()
+
+
+def failing_above(lm: FrozenLM, rows: int, error: Exception) -> None:
+    """Let the base run out of memory on batches of more than `rows` rows."""
+    hidden = lm.hidden
+
+    def limited(embeddings_BSD: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        if embeddings_BSD.requires_grad and len(embeddings_BSD) > rows:
+            raise error
+        return hidden(embeddings_BSD, *rest, **named)
+
+    lm.hidden = limited  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+    ids=["GPU", "CPU", "Python"],
+)
+def test_a_batch_that_does_not_fit_is_halved_and_learns_the_same(tmp_path: Path, error: Exception) -> None:
+    whole = learn(tmp_path / "whole", "tune.epochs=1")
+    lm = lm_of()
+    failing_above(lm, 1, error)
+    seen: list[Event] = []
+    halved = tune(recipe(tmp_path / "p", "tune.epochs=1"), lm=lm, splits=SPLITS, on_event=seen.append)
+    assert [event for event in seen if isinstance(event, BatchHalved)] == [
+        BatchHalved(2, 2),
+        BatchHalved(1, 4),
+    ]
+    assert halved.record["accumulation"] == 4
+    torch.testing.assert_close(vectors(whole), vectors(halved), atol=1e-4, rtol=1e-3)
+
+
+def test_a_row_that_does_not_fit_by_itself_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
+    lm = lm_of()
+    failing_above(lm, 0, torch.OutOfMemoryError("out of memory"))
+    with pytest.raises(OutOfMemory, match=r"one row do not fit into memory\. Shorten"):
+        learn(tmp_path / "p", lm=lm)
+
+
+def test_another_failure_of_the_base_is_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
+    lm = lm_of()
+    failing_above(lm, 0, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        learn(tmp_path / "p", lm=lm)
+
+
+def breaking_at(lm: FrozenLM, step: int, effect: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Let something happen in the backward pass of step `step`."""
+    token_nll, calls = lm.token_nll, 0
+
+    def broken(batch: Any, prompt: Any = None) -> torch.Tensor:
+        nonlocal calls
+        nll_N: torch.Tensor = token_nll(batch, prompt)
+        if nll_N.requires_grad:
+            calls += 1
+            if calls == step:
+                return effect(nll_N)
+        return nll_N
+
+    lm.token_nll = broken  # type: ignore[method-assign]
+
+
+def test_a_step_that_is_not_finite_is_refused_with_its_rows_and_the_best_prompt_is_kept(
+    tmp_path: Path,
+) -> None:
+    lm = lm_of()
+    breaking_at(lm, 6, lambda nll_N: nll_N * math.nan)
+    settings = recipe(tmp_path / "p")
+    plan = make_plan(settings, lm=lm, splits=SPLITS)
+    second = epoch_order(plan.train.lengths, 4, seed=0, epoch=1)[2]
+    with pytest.raises(NotFinite) as error:
+        tune(settings, lm=lm, splits=SPLITS)
+    named = [plan.train.encoded[index].row for index in second]
+    assert f"on the rows {', '.join(map(str, named))} of the data" in str(error.value)
+    assert "Step 6" in str(error.value)
+    assert str(tmp_path / "p") in str(error.value)
+    kept = load_prompt(tmp_path / "p")
+    assert kept.notes["metrics"]["best_step"] == 3
+    assert kept.notes["metrics"]["stopped"] == "failed"
+
+
+def test_only_the_rows_that_break_the_loss_are_named(tmp_path: Path) -> None:
+    lm = lm_of()
+    plan = make_plan(recipe(tmp_path / "p"), lm=lm, splits=SPLITS)
+    poison = lm.tokenizer("dog", add_special_tokens=False)["input_ids"][-1]
+    bad = sorted(row.row for row in plan.train.encoded if poison in row.ids)
+    assert 0 < len(bad) < 12
+    with torch.no_grad():
+        lm.embedding_VD[poison] = math.inf
+    held_out = Splits(
+        SPLITS.train, tuple(row for row in SPLITS.validation if "dog" not in row.fields["text"]), (), "x"
+    )
+    with pytest.raises(NotFinite) as error:
+        learn(tmp_path / "p", "tune.batch_size=12", lm=lm, splits=held_out)
+    named = str(error.value).partition("on the rows ")[2].partition(" of the data")[0]
+    assert sorted(map(int, named.split(", "))) == bad
+
+
+def test_ctrl_c_keeps_the_best_prompt_so_far(tmp_path: Path) -> None:
+    def interrupt(nll_N: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    lm = lm_of()
+    breaking_at(lm, 5, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "p", lm=lm)
+    kept = load_prompt(tmp_path / "p")
+    assert (kept.notes["metrics"]["steps"], kept.notes["metrics"]["stopped"]) == (4, "interrupted")
+
+
+def test_nothing_is_saved_when_nothing_was_learned_and_a_former_prompt_stays(tmp_path: Path) -> None:
+    former = learn(tmp_path / "p", "tune.epochs=1")
+    for name in ("p", "new"):
+        lm = lm_of()
+        breaking_at(lm, 1, lambda nll_N: nll_N * math.nan)
+        with pytest.raises(NotFinite):
+            learn(tmp_path / name, lm=lm)
+    assert not (tmp_path / "new" / "adapter_model.safetensors").exists()
+    assert torch.equal(vectors(former), next(iter(load_prompt(tmp_path / "p").tensors.values())))
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "GPT-2", "BLOOM (ALiBi)", "Gemma 2 (sliding window)"])
+@pytest.mark.parametrize("bos", [False, True], ids=["", "with a start token"])
+def test_a_text_start_scores_at_step_0_as_the_text_itself_put_in_place(
+    tmp_path: Path, architecture: str, bos: bool
+) -> None:
+    """Against transformers' own loss on the tokens of the text and of the row."""
+    lm = lm_of(architecture, bos=bos)
+    text = "thank you for the quick help"
+    tuned = learn(tmp_path / "p", f"prompt.init_text={text}", "prompt.length=null", "tune.max_steps=1", lm=lm)
+    ids = lm.tokenizer(text)["input_ids"]
+    assert tuned.prompt.length == len(ids)
+    total, count = 0.0, 0
+    for example in SPLITS.validation:
+        row = lm.tokenizer(example.fields["text"])["input_ids"]
+        unscored = len(ids) + 1  # the text and the row's first token
+        labels = torch.tensor([[-100] * unscored + row[1:]])
+        output = lm.model(input_ids=torch.tensor([ids + row]), labels=labels)
+        total += output.loss.item() * (len(row) - 1)
+        count += len(row) - 1
+    if bos:  # the row's start token stands between, and its first word is scored too
+        assert lm.tokenizer(example.fields["text"])["input_ids"][0] == lm.tokenizer.bos_token_id
+    assert tuned.record["nll_before"] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_patience_ends_a_run_that_no_longer_gains(tmp_path: Path) -> None:
+    seen: list[Event] = []
+    settings = recipe(tmp_path / "p", "tune.patience=2", "tune.epochs=20")
+    tune(settings, lm=uphill(lm_of()), splits=SPLITS, on_event=seen.append)
+    stopped = [event for event in seen if isinstance(event, Stopped)]
+    assert [(event.reason, event.step) for event in stopped] == [("patience", 6)]
+
+
+def test_with_nothing_held_out_the_latest_prompt_is_kept_and_the_output_says_by_what_it_was_judged(
+    tmp_path: Path,
+) -> None:
+    tuned = learn(tmp_path / "p", splits=Splits(SPLITS.train, (), (), "x"))
+    assert tuned.record["judged_on"] == "training"
+    assert tuned.record["best_step"] == tuned.record["steps"] == 9
+
+
+def test_metrics_are_lines_of_plain_json_with_every_step(tmp_path: Path) -> None:
+    learn(tmp_path / "p")
+    lines = (tmp_path / "p" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    events = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in lines
+    ]
+    assert [event["step"] for event in events if event["event"] == Stepped.__name__] == list(range(1, 10))
+    assert events[-1]["event"] == "Saved"
+
+
+def test_a_run_that_is_started_again_forgets_the_figures_of_the_one_before(tmp_path: Path) -> None:
+    for _ in range(2):
+        learn(tmp_path / "p", "tune.epochs=1")
+    lines = (tmp_path / "p" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sum(json.loads(line)["event"] == "Started" for line in lines) == 1
