@@ -176,6 +176,40 @@ def vectors_state(lm: FrozenLM, vectors_PD: Tensor) -> tuple[Tensor, Tensor]:
     return _stacked(state.keys, "keys").float(), _stacked(state.values, "values").float()
 
 
+def as_deep(lm: FrozenLM, prompt: SoftPrompt | DeepPrompt) -> DeepPrompt:
+    """The same prompt as keys and values for every layer, exact: what its vectors, and text before them, compile to.
+
+    Its template is the old one with what was compiled left out. Raises PromptError where text of the row stands
+    before a slot, or where layers differ in their heads.
+    """
+    if isinstance(prompt, DeepPrompt):
+        return prompt
+    compiled = compile_prompt(lm, prompt)
+    pieces = compiled.template.pieces
+    last = max(place for place, piece in enumerate(pieces) if isinstance(piece, Soft))
+    if any(isinstance(piece, Field | Messages) for piece in pieces[:last]):
+        raise PromptError(
+            f'{prompt.name}: in its template "{compiled.template}" a field stands before a slot, so what the vectors '
+            "compile to differs from row to row. Export the vectors themselves (embeddings)."
+        )
+    length = max(place for place, mark in enumerate(compiled.state.marks) if mark < 0) + 1
+    if length > prompt.length and compiled.habit.before:
+        raise PromptError(
+            f'{prompt.name}: in its template "{compiled.template}" text stands before the slot, and this base puts a '
+            "start token before it, which readers of keys and values would put in again. Export the vectors themselves."
+        )
+    state = compiled.state.first(length)
+    return DeepPrompt(
+        _stacked(state.keys, "keys"),
+        _stacked(state.values, "values"),
+        prompt.base,
+        str(Template((Soft(length), *pieces[last + 1 :]))),
+        prompt.target,
+        prompt.name,
+        prompt.notes,
+    )
+
+
 def _head(lm: FrozenLM, compiled: CompiledPrompt) -> list[int]:
     """Marks of what stands before a row's own text. The tokenizer may join its end with that text: rows see to that."""
     pieces = compiled.template.pieces

@@ -23,6 +23,7 @@ VERBS = {
     "generate": "Continue texts with the base, with one prompt or with several.",
     "preview": "Show exactly what would be trained: tokens, soft slots, what the loss counts.",
     "inspect": "Show what a prompt is: its origin, template, sizes and nearest tokens.",
+    "export": "Write a prompt in the forms that PEFT, vLLM and other programs read.",
     "info": "Show versions, device and number format, and why they were chosen.",
     "recipe": "Write a recipe to start from, with every setting explained.",
 }

@@ -1,0 +1,105 @@
+"""`softprompt export`: a prompt in the forms that other programs read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from softprompt.cli import asked
+from softprompt.cli.screen import emit, fact, heading, screen
+from softprompt.errors import PromptError, RecipeError
+
+if TYPE_CHECKING:
+    from softprompt.base.frozen_lm import FrozenLM
+    from softprompt.prompt.soft_prompt import Prompt
+
+FORMS = {
+    "peft": "PEFT's PROMPT_TUNING (or PREFIX_TUNING for a deep prompt)",
+    "peft-prefix": "PEFT's PREFIX_TUNING: the keys and values that the prompt compiles to",
+    "vectors": "one .safetensors file of the vectors, for vLLM's prompt embeddings and others",
+    "merged": "a copy of the base with the vectors as added tokens",
+}
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(metavar="PROMPT", help="The prompt's folder.")],
+    to: Annotated[str, typer.Option("--to", help=", ".join(FORMS) + ".")],
+    out: Annotated[Path, typer.Option("--out", help="Where to write: a folder, or a file for vectors.")],
+    base: asked.Base = None,
+    base_revision: asked.Revision = None,
+    dtype: asked.Dtype = "auto",
+    device: asked.Device = "auto",
+    trust_remote_code: asked.TrustRemoteCode = False,
+    as_json: asked.AsJson = False,
+) -> None:
+    """Write a prompt in a form that other programs read."""
+    if to not in FORMS:
+        raise RecipeError(f"--to: found {to}, wanted one of {', '.join(FORMS)}.")
+    from softprompt.store.artifact import load_prompt
+
+    prompt = load_prompt(folder)
+
+    def loaded() -> FrozenLM:
+        from softprompt.base.frozen_lm import FrozenLM
+
+        return FrozenLM.load(
+            base or prompt.base.name,
+            revision=base_revision,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+
+    advice = {"peft": to_peft, "peft-prefix": to_prefix, "vectors": to_vectors, "merged": to_merged}[to](
+        prompt, out, loaded
+    )
+    if as_json:
+        emit({"prompt": str(folder), "to": to, "path": str(out)})
+        return
+    console = screen()
+    heading(console, f"prompt {prompt.name} exported")
+    fact(console, "form", FORMS[to])
+    fact(console, "where", out)
+    fact(console, "use", advice)
+
+
+def to_peft(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM]) -> str:
+    from softprompt.data.template import Soft, Template
+    from softprompt.store.artifact import save_prompt
+
+    pieces = Template.parse(prompt.template or "{text}", target=prompt.target, length=prompt.length).pieces
+    if pieces[0] != Soft(prompt.length):
+        raise PromptError(
+            f'{prompt.name}: its template is "{prompt.template}", and PEFT puts a prompt before everything else. '
+            "Export it to peft-prefix, vectors or merged."
+        )
+    save_prompt(prompt, out)
+    return "peft.PeftModel.from_pretrained(model, FOLDER); pad on the right, PEFT is wrong on the left"
+
+
+def to_prefix(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM]) -> str:
+    from softprompt.base.compiled import as_deep
+    from softprompt.store.artifact import save_prompt
+
+    save_prompt(as_deep(loaded(), prompt), out)
+    return "peft.PeftModel.from_pretrained(model, FOLDER); pad on either side"
+
+
+def to_vectors(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM]) -> str:
+    from softprompt.store.export import save_vectors
+
+    save_vectors(prompt, out)
+    return f"examples/vllm_prompt_embeds.py --prompt {out} TEXT"
+
+
+def to_merged(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM]) -> str:
+    from softprompt.base.merged import merge_prompt
+    from softprompt.prompt.soft_prompt import SoftPrompt
+
+    if not isinstance(prompt, SoftPrompt):
+        raise PromptError(f"{prompt.name}: a deep prompt is not made of tokens. Export it to peft instead.")
+    names = merge_prompt(loaded(), prompt, out)
+    return f"load it like any model; the prompt is {names[0]} to {names[-1]}"

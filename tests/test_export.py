@@ -1,0 +1,211 @@
+"""Each export is read by the program it is made for, and gives what the prompt gives here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from softprompt.base.compiled import as_deep, compile_prompt
+from softprompt.base.decode import DecodeSettings, generate
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.merged import merge_prompt
+from softprompt.base.prefill import prefill
+from softprompt.cli.app import main
+from softprompt.errors import PromptError
+from softprompt.prompt.soft_prompt import SoftPrompt
+from softprompt.store.artifact import load_prompt, save_prompt
+from softprompt.store.export import save_vectors
+from tiny_models import tiny_model, tiny_tokenizer
+
+TEXTS = ["Tweet: my order never came", "hello", "thank you for the quick help"]
+EIGHT = DecodeSettings(max_new_tokens=8, ignore_end=True)
+SOME = ["BLOOM (ALiBi)", "GPT-2", "Llama", "Gemma 3 (sliding window)", "OPT", "Granite", "GPT-J"]
+
+
+def base(architecture: str = "Llama", *, bos: bool = False) -> FrozenLM:
+    return FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer(bos=bos), name=architecture)
+
+
+def prompt_for(lm: FrozenLM, template: str = "{soft:6}{text}") -> SoftPrompt:
+    noise = torch.randn(6, lm.width, generator=torch.Generator().manual_seed(3))
+    vectors_PD = lm.embed(torch.arange(40, 46)).float()
+    return SoftPrompt(vectors_PD + 0.3 * vectors_PD.std() * noise, lm.fingerprint, template, name="greet")
+
+
+def our_logits(lm: FrozenLM, prompt: SoftPrompt, text: str) -> torch.Tensor:
+    compiled = compile_prompt(lm, prompt)
+    row = compiled.row(compiled.marks(lm, text))
+    with torch.no_grad():
+        return lm.logits(prefill(lm, [row]).hidden_BTD[0, -1])
+
+
+def left_padded(lm: FrozenLM, texts: list[str]) -> dict[str, torch.Tensor]:
+    lm.tokenizer.padding_side = "left"
+    found = lm.tokenizer(texts, return_tensors="pt", padding=True)
+    return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
+
+
+@pytest.mark.parametrize("architecture", SOME)
+def test_peft_computes_the_same_from_the_compiled_prompt(architecture: str, tmp_path: Path) -> None:
+    lm = base(architecture)
+    prompt = prompt_for(lm)
+    save_prompt(as_deep(lm, prompt), tmp_path)
+    theirs = PeftModel.from_pretrained(tiny_model(architecture), tmp_path)
+    assert theirs.peft_config["default"].peft_type == "PREFIX_TUNING"
+    with torch.no_grad():
+        for text in TEXTS:
+            logits = theirs(**lm.tokenizer(text, return_tensors="pt")).logits[0, -1]
+            torch.testing.assert_close(logits, our_logits(lm, prompt, text), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["GPT-2", "Llama", "BLOOM (ALiBi)", "OPT"])
+def test_peft_says_the_same_from_the_compiled_prompt_padded_on_the_left(
+    architecture: str, tmp_path: Path
+) -> None:
+    lm = base(architecture)
+    prompt = prompt_for(lm)
+    save_prompt(as_deep(lm, prompt), tmp_path)
+    theirs = PeftModel.from_pretrained(tiny_model(architecture), tmp_path)
+    batch = left_padded(lm, TEXTS)
+    found = theirs.generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ours = generate(lm, TEXTS, prompt, EIGHT)
+    assert [list(one.token_ids) for one in ours] == found[:, batch["input_ids"].shape[1] :].tolist()
+
+
+def test_the_compiled_prompt_loaded_again_says_the_same_here(tmp_path: Path) -> None:
+    for bos, template in (
+        (False, "{soft:6} {text}"),
+        (True, "{soft:6}{text}"),
+        (False, "Tweet: {soft:6} {text}"),
+    ):
+        lm = base(bos=bos)
+        prompt = prompt_for(lm, template)
+        again = load_prompt(save_prompt(as_deep(lm, prompt), tmp_path), base=lm.fingerprint)
+        assert again.kind == "deep"
+        said = [one.token_ids for one in generate(lm, TEXTS, again, EIGHT)]
+        assert said == [one.token_ids for one in generate(lm, TEXTS, prompt, EIGHT)]
+
+
+def test_what_cannot_be_keys_and_values_alone_is_refused() -> None:
+    lm = base()
+    with pytest.raises(PromptError, match="differs from row to row"):
+        as_deep(lm, prompt_for(lm, "{text}{soft:6} go"))
+    lm = base(bos=True)
+    with pytest.raises(PromptError, match="start token"):
+        as_deep(lm, prompt_for(lm, "Tweet: {soft:6} {text}"))
+
+
+@pytest.mark.parametrize("architecture", SOME)
+def test_transformers_says_the_same_from_the_vectors(architecture: str, tmp_path: Path) -> None:
+    lm = base(architecture)
+    prompt = prompt_for(lm)
+    path = save_vectors(prompt, tmp_path / "greet.safetensors")
+    vectors_PD = safetensors.torch.load_file(path)["prompt_embeds"]
+    for text, ours in zip(TEXTS, generate(lm, TEXTS, prompt, EIGHT), strict=True):
+        ids = torch.tensor(lm.tokenizer(text)["input_ids"])
+        whole = torch.cat([vectors_PD, lm.model.get_input_embeddings()(ids)])[None]
+        found = lm.model.generate(
+            inputs_embeds=whole,
+            attention_mask=torch.ones(whole.shape[:2], dtype=torch.long),
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert found[0].tolist() == list(ours.token_ids)
+
+
+def test_the_file_of_vectors_says_where_they_stand(tmp_path: Path) -> None:
+    lm = base()
+    path = save_vectors(prompt_for(lm), tmp_path / "deep" / "greet.safetensors")
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["template"] == "{soft:6}{text}"
+    assert json.loads(metadata["base"])["sha256"] == lm.fingerprint.sha256
+    with pytest.raises(PromptError, match="keys and values"):
+        save_vectors(as_deep(lm, prompt_for(lm)), tmp_path / "no.safetensors")
+
+
+@pytest.mark.parametrize("architecture", SOME)
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_merged_copy_of_the_base_says_the_same_in_plain_transformers(
+    architecture: str, bos: bool, tmp_path: Path
+) -> None:
+    lm = base(architecture, bos=bos)
+    before = lm.weights_sha256()
+    prompt = prompt_for(lm)
+    names = merge_prompt(lm, prompt, tmp_path)
+    assert names == [f"<|greet-{row}|>" for row in range(6)]
+    assert lm.weights_sha256() == before
+    assert len(lm.tokenizer) == 320
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for text, ours in zip(TEXTS, generate(lm, TEXTS, prompt, EIGHT), strict=True):
+        found = tokenizer(text, return_tensors="pt")
+        ids = found["input_ids"]
+        assert ids[0].tolist() == [*range(320, 326), *lm.tokenizer(text)["input_ids"]]
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, -1]
+        torch.testing.assert_close(logits[:320], our_logits(lm, prompt, text), atol=2e-5, rtol=1e-4)
+        said = model.generate(
+            input_ids=ids,
+            attention_mask=found["attention_mask"],
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert said[0, ids.shape[1] :].tolist() == list(ours.token_ids)
+        assert tokenizer.decode(ids[0], skip_special_tokens=True) == text
+
+
+def test_a_slot_elsewhere_is_written_into_the_text_of_a_merged_copy(tmp_path: Path) -> None:
+    lm = base()
+    prompt = prompt_for(lm, "Tweet: {text}{soft:6} Complaint?")
+    names = merge_prompt(lm, prompt, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = tokenizer(f"Tweet: {TEXTS[1]}{''.join(names)} Complaint?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, -1, :320]
+    torch.testing.assert_close(logits, our_logits(lm, prompt, TEXTS[1]), atol=2e-5, rtol=1e-4)
+
+
+def test_a_name_that_is_a_token_already_is_refused(tmp_path: Path) -> None:
+    lm = base()
+    merge_prompt(lm, prompt_for(lm), tmp_path)
+    grown = FrozenLM.load(str(tmp_path), dtype="float32")
+    with pytest.raises(PromptError, match="another name"):
+        merge_prompt(grown, prompt_for(grown), tmp_path / "again")
+
+
+def test_the_verb_writes_every_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lm = base("GPT-2")
+    lm.model.save_pretrained("base")
+    lm.tokenizer.save_pretrained("base")
+    lm = FrozenLM.load("base", dtype="float32")
+    prompt = prompt_for(lm)
+    save_prompt(prompt, "greet")
+    for to, out in (("peft", "a"), ("peft-prefix", "b"), ("vectors", "c.safetensors"), ("merged", "d")):
+        arguments = ["export", "greet", "--to", to, "--out", out, "--dtype", "float32", "--json"]
+        assert main(arguments) == 0
+        assert json.loads(capsys.readouterr().out) == {"prompt": "greet", "to": to, "path": out}
+        assert Path(out).exists()
+    said = [one.token_ids for one in generate(lm, TEXTS, prompt, EIGHT)]
+    for folder in ("a", "b"):
+        assert [one.token_ids for one in generate(lm, TEXTS, load_prompt(folder), EIGHT)] == said
+    assert main(["export", "greet", "--to", "gguf", "--out", "e"]) == 2
+    assert "wanted one of peft" in capsys.readouterr().err
+    save_prompt(prompt_for(lm, "{text}{soft:6} go"), "infix")
+    assert main(["export", "infix", "--to", "peft", "--out", "e"]) == 5
+    assert not Path("e").exists()
