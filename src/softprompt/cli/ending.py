@@ -29,6 +29,8 @@ def exit_code(call: Callable[[], Any], *, traceback: bool = False) -> int:
     """Call, and say in one message what went wrong. With `traceback`, also where."""
     try:
         result = call()
+        if result == INTERRUPTED:  # typer turns Ctrl-C into this code
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except TyperException as error:
         return _say(_usage(error), 2)

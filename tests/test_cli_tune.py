@@ -1,0 +1,301 @@
+"""`tune` and `preview` as people and machines use them; and what they say to bad input: one message, a code by kind,
+no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from softprompt.cli.app import main
+from softprompt.store.artifact import load_prompt
+
+Run = Callable[..., dict[str, Any]]
+Refused = Callable[..., str]
+
+ROWS = [
+    "I want you to act as a baker. Tell me how to bake bread.",
+    "I want you to act as a pilot. Tell me where we fly.",
+    "I want you to act as a farmer. Tell me when to sow.",
+    "I want you to act as a doctor. Tell me what I have.",
+]
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four rows in rows.csv, in a folder of its own that is the working folder."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt\n" + "".join(f"{row}\n" for row in ROWS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """A command that must succeed, with --json: the one object on its stdout."""
+
+    def call(*arguments: str) -> dict[str, Any]:
+        code = main([*arguments, "--json"])
+        shown = capsys.readouterr()
+        assert code == 0, shown.err
+        record: dict[str, Any] = json.loads(shown.out)
+        return record
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """A command that must fail with this code: its message, which is all that it says, without a traceback."""
+
+    def call(code: int, *arguments: str) -> str:
+        assert main(list(arguments)) == code, capsys.readouterr()
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err + shown.out
+        assert shown.err.count("softprompt: ") == 1
+        return shown.err.removeprefix("softprompt: ").strip()
+
+    return call
+
+
+QUICK = ("--column", "prompt", "--epochs", "1", "--batch-size", "2", "--length", "3")
+
+
+def test_tune_from_flags_alone_writes_a_prompt_and_tells_machines_what_came_of_it(
+    rows: Path, run: Run
+) -> None:
+    record = run("tune", "--data", "rows.csv", *QUICK, "--out", "out", "--set", "data.validation=1")
+    assert record["path"] == "out"
+    assert record["steps"] == 2  # three rows are left to learn from, two a step
+    assert 0 <= record["best_step"] <= 2
+    assert record["nll_after"] <= record["nll_before"]
+    assert record["tokens"] > 0 < record["seconds"]
+    assert record["peak_memory_bytes"] > 1e6
+    assert record["stopped"] == "finished"
+    prompt = load_prompt("out")
+    assert (prompt.kind, prompt.length, prompt.template) == ("soft", 3, "{soft:3}{text}")
+    assert prompt.base.name == "builtin"
+    assert record["prompt_bytes"] == Path("out/adapter_model.safetensors").stat().st_size
+
+
+def test_what_tune_writes_can_be_generated_with_and_inspected(rows: Path, run: Run) -> None:
+    run("tune", "--data", "rows.csv", *QUICK, "--out", "out")
+    (one,) = run("generate", "--prompt", "out", "I want", "--max-new-tokens", "3")["outputs"]
+    assert (one["prompt"], one["input"]) == ("out", "I want")
+    told = run("inspect", "out")
+    assert told["notes"]["recipe"]["tune"]["epochs"] == 1
+    assert told["notes"]["metrics"]["steps"] == 2
+
+
+def test_flags_win_over_set_and_set_over_the_file(rows: Path, run: Run) -> None:
+    Path("r.yaml").write_text(
+        "base: builtin\ndata: {source: rows.csv, column: prompt}\nprompt: {length: 2}\n"
+        "tune: {epochs: 9, batch_size: 4, learning_rate: 5e-3}\nout: from_file\n"
+    )
+    record = run(
+        "tune", "r.yaml", "--set", "tune.epochs=3", "--set", "out=from_set", "--epochs", "2", "--dry-run"
+    )
+    assert (record["steps"], record["batch_size"], record["learning_rate"]) == (2, 4, 0.005)
+    assert (record["virtual_tokens"], record["path"]) == (2, "from_set")
+
+
+def test_a_dry_run_shows_everything_and_writes_nothing(
+    rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(os.listdir())
+    assert main(["tune", "--data", "rows.csv", *QUICK, "--out", "out", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    for told in (
+        "6 layers",
+        "fingerprint",
+        "[3 virtual tokens: 0 to 2]",
+        "trained",
+        "steps",
+        "unlabelled",
+        "would write",
+    ):
+        assert told in shown
+    assert sorted(os.listdir()) == before
+
+
+def test_people_see_progress_the_losses_the_place_and_the_next_commands(
+    rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", "--data", "rows.csv", *QUICK, "--out", "out", "--set", "data.validation=1"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for told in ("2 steps", "loss", "lr", "tokens/s", "left", "held-out loss", "base alone", "peak memory"):
+        assert told in shown
+    assert "softprompt generate --prompt out --side-by-side" in shown
+
+
+def test_preview_tells_soft_read_and_trained_tokens_apart(rows: Path, run: Run) -> None:
+    Path("kinds.csv").write_text("text,label\nwhere is it,delivery\nthank you,thanks\n")
+    arguments = ["preview", "--data", "kinds.csv", "--set", "data.target=label", "--rows", "1"]
+    record = run(*arguments, "--set", "data.template={soft:2}Say: {text} Kind: {label}")
+    (row,) = record["shown"]
+    kinds = [token["kind"] for token in row["tokens"]]
+    assert kinds[:2] == ["soft", "soft"]
+    assert (
+        "".join(token["text"] for token in row["tokens"] if token["kind"] == "context")
+        == "Say: where is it Kind:"
+    )
+    trained = [token["text"] for token in row["tokens"] if token["kind"] == "trained"]
+    assert "".join(trained[:-1]) == " delivery"
+    assert (record["examples"], record["truncated"], record["unlabelled"]) == (2, 0, 0)
+
+
+def test_preview_counts_what_a_run_would_refuse(rows: Path, run: Run) -> None:
+    Path("uneven.csv").write_text("text\nshort\n" + "long " * 40 + "\n")
+    record = run("preview", "--data", "uneven.csv", "--column", "text", "--max-length", "30", "--length", "2")
+    assert (record["too_long"], record["truncated"], record["dropped"]) == (1, 0, 0)
+    for how, counted in (("truncate", "truncated"), ("drop", "dropped")):
+        again = run(
+            "preview", "--data", "uneven.csv", "--column", "text", "--max-length", "30", "--length", "2",
+            "--set", f"data.on_overflow={how}",
+        )  # fmt: skip
+        assert (again[counted], again["too_long"]) == (1, 0)
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_is_refused(rows: Path, refused: Refused) -> None:
+    assert "nowhere.csv" in refused(3, "tune", "--data", "nowhere.csv", "--column", "prompt")
+
+
+def test_a_missing_column_is_refused_with_the_one_that_was_meant(rows: Path, refused: Refused) -> None:
+    message = refused(3, "tune", "--data", "rows.csv", "--column", "promt")
+    assert "promt" in message
+    assert "Did you mean 'prompt'?" in message
+
+
+def test_empty_data_is_refused(rows: Path, refused: Refused) -> None:
+    Path("empty.csv").write_text("prompt\n")
+    assert "empty.csv" in refused(3, "tune", "--data", "empty.csv", "--column", "prompt")
+    Path("nothing.csv").write_text("")
+    assert "nothing.csv" in refused(3, "tune", "--data", "nothing.csv", "--column", "prompt")
+
+
+def test_a_row_without_a_trained_token_is_refused_by_its_number(rows: Path, refused: Refused) -> None:
+    Path("blank.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "c", "label": "   "}\n')
+    message = refused(
+        3,
+        "tune",
+        "--data",
+        "blank.jsonl",
+        "--set",
+        "data.template={text} {label}",
+        "--set",
+        "data.target=label",
+    )
+    assert "rows 1, counted from 0" in message
+
+
+def test_a_text_longer_than_the_limit_is_refused_with_the_ways_out(
+    rows: Path, refused: Refused, run: Run
+) -> None:
+    arguments = ["tune", "--data", "rows.csv", *QUICK, "--max-length", "10", "--out", "out"]
+    message = refused(3, *arguments)
+    assert "limit is 10" in message
+    assert "truncate or drop" in message
+    assert not Path("out").exists()
+    assert run(*arguments, "--set", "data.on_overflow=truncate")["truncated_rows"] == 4
+
+
+def test_an_unknown_base_is_refused(rows: Path, refused: Refused) -> None:
+    arguments = ("--data", "rows.csv", *QUICK, "--out", "out")
+    assert "no-such-model" in refused(5, "tune", "--base", "someone/no-such-model", *arguments)
+    Path("hollow").mkdir()
+    assert "config.json" in refused(5, "tune", "--base", "hollow", *arguments)
+    assert not Path("out").exists()
+
+
+def test_an_unknown_key_is_refused_with_its_file_and_line(rows: Path, refused: Refused) -> None:
+    Path("r.yaml").write_text("data:\n  source: rows.csv\n  colum: prompt\n")
+    assert refused(2, "tune", "r.yaml") == "r.yaml:3: data.colum: unknown setting. Did you mean data.column?"
+    assert refused(2, "tune", "--set", "tune.epoch=3", "--data", "x").endswith("Did you mean tune.epochs?")
+
+
+def test_a_flag_of_the_wrong_kind_is_refused_with_the_flag(rows: Path, refused: Refused) -> None:
+    message = refused(2, "tune", "--data", "rows.csv", "--epochs", "many")
+    assert message == "--epochs: tune.epochs: found 'many' (text), wanted a whole number of at least 1."
+
+
+def test_no_data_at_all_is_refused_with_the_flag_to_give(refused: Refused) -> None:
+    assert "--data" in refused(2, "tune")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_a_usable_prompt(
+    rows: Path, refused: Refused
+) -> None:
+    arguments = ("--data", "rows.csv", *QUICK, "--epochs", "4", "--out", "out", "--set", "data.validation=1")
+    message = refused(1, "tune", *arguments, "--learning-rate", "1e30")
+    assert "not finite" in message
+    assert "tune.learning_rate" in message
+    assert load_prompt("out").length == 3
+
+
+def disk_is_full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_while_saving_is_one_message_and_leaves_no_half_prompt(
+    rows: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", disk_is_full)
+    message = refused(1, "tune", "--data", "rows.csv", *QUICK, "--out", "out")
+    assert "out: could not be written (No space left on device)" in message
+    left = {path.name for path in Path("out").iterdir()}
+    assert left <= {"recipe.yaml", "metrics.jsonl"}  # the run's own records, no part of a prompt
+
+
+def test_a_full_disk_while_saving_leaves_the_former_prompt_whole(
+    rows: Path, run: Run, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("tune", "--data", "rows.csv", *QUICK, "--out", "out")
+    run(*arguments)
+    files = ("adapter_config.json", "adapter_model.safetensors", "softprompt.json", "README.md")
+    before = [Path("out", name).read_bytes() for name in files]
+    monkeypatch.setattr(os, "fsync", disk_is_full)
+    refused(1, *arguments, "--seed", "5")
+    assert [Path("out", name).read_bytes() for name in files] == before
+    assert load_prompt("out").length == 3
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_training(rows: Path, refused: Refused) -> None:
+    Path("taken").write_text("a file, not a folder")
+    assert "taken" in refused(1, "tune", "--data", "rows.csv", *QUICK, "--out", "taken")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_ctrl_c_keeps_the_best_prompt_so_far_and_exits_with_130(rows: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "softprompt", "tune", "--data", "rows.csv", *QUICK, "--epochs", "100000",
+         "--out", "out", "--set", "data.validation=1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs tests in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert process.stdout is not None
+    shown = ""
+    for line in process.stdout:
+        shown += line
+        if "best so far" in line and not line.startswith("step 0 "):
+            break
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors == "softprompt: interrupted.\n"
+    assert "The best prompt so far is kept in out" in rest
+    assert load_prompt("out").notes["metrics"]["stopped"] == "interrupted"
+    assert load_prompt("out").notes["metrics"]["best_step"] >= 1
