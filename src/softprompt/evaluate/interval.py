@@ -1,0 +1,181 @@
+"""How sure a figure is: standard errors by leaving rows out, and paired differences with their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+Counts = Mapping[str, float]
+Total = Callable[[Counts], float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure, its standard error, and the number of rows it was measured on. What is not known is nan."""
+
+    value: float
+    stderr: float
+    n: int
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return f"unknown (n={self.n})"
+        spread = "unknown" if math.isnan(self.stderr) else f"{self.stderr:.3f}"
+        return f"{self.value:.3f} ± {spread} (n={self.n})"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One side less the other on the same rows, and the interval that covers the truth in 95 of 100 such studies."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def sure(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+
+def jackknife(counts: Sequence[Counts], total: Total) -> Estimate:
+    """`total` of the summed counts, with the spread that leaving out one row at a time shows (Efron and Stein 1981).
+
+    For a mean this is the usual standard error exactly; for ratios and F1 it is their linear approximation.
+    """
+    n = len(counts)
+    if n == 0:
+        return Estimate(math.nan, math.nan, 0)
+    summed = _sum(counts)
+    return Estimate(total(summed), _spread(_left_out(counts, summed, total)), n)
+
+
+def mean_over_seeds(seeds: Sequence[Sequence[Counts]], total: Total) -> Estimate:
+    """The mean of runs that differ in their seed alone, all on the same rows.
+
+    The standard error joins what other rows would change and what other seeds would change.
+    """
+    _need_pairs(seeds)
+    values, left_out = _by_seed(seeds, total)
+    rows = _spread(left_out)
+    return Estimate(_mean(values), _joined(rows, _seed_error(values)), len(seeds[0]))
+
+
+def paired_difference(
+    ours: Sequence[Sequence[Counts]], theirs: Sequence[Sequence[Counts]], total: Total
+) -> Difference:
+    """Ours less theirs: the same rows, and the same seeds in the same order; one run stands for all seeds.
+
+    The interval is Student's, from the rows' spread of the difference joined with the seeds' (degrees of freedom by
+    Satterthwaite 1946). Raises ValueError where rows or seeds do not pair.
+    """
+    pairs = max(len(ours), len(theirs))
+    if len(ours) not in (1, pairs) or len(theirs) not in (1, pairs):
+        raise ValueError(f"{len(ours)} runs cannot be paired with {len(theirs)}: wanted the same seeds.")
+    _need_pairs([*ours, *theirs])
+    n = len(ours[0])
+    our_values, our_left_out = _by_seed(ours, total)
+    their_values, their_left_out = _by_seed(theirs, total)
+    differences = [
+        our_values[min(k, len(ours) - 1)] - their_values[min(k, len(theirs) - 1)] for k in range(pairs)
+    ]
+    value = _mean(differences)
+    rows = _spread([a - b for a, b in zip(our_left_out, their_left_out, strict=True)])
+    seeds = _seed_error(differences)
+    error = _joined(rows, seeds)
+    if not math.isfinite(error):
+        return Difference(value, math.nan, math.nan, n)
+    if error == 0:
+        return Difference(value, value, value, n)
+    freedom = error**4 / (rows**4 / (n - 1) + (seeds**4 / (pairs - 1) if pairs > 1 else 0.0))
+    reach = student_quantile(0.975, freedom) * error
+    return Difference(value, value - reach, value + reach, n)
+
+
+def student_quantile(share: float, freedom: float) -> float:
+    """The value that Student's t stays below with probability `share` (0.5 to 1), for 1 or more degrees of freedom."""
+    if freedom > 1e6:
+        freedom = 1e6
+    # With t = sqrt(f) * tan(a) the density becomes cos(a)^(f-1), smooth on a bounded range: Simpson, then bisection.
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        if 0.5 + scale * _simpson(lambda a: math.cos(a) ** (freedom - 1), angle, freedom) < share:
+            low = angle
+        else:
+            high = angle
+    return math.sqrt(freedom) * math.tan((low + high) / 2)
+
+
+def _simpson(density: Callable[[float], float], end: float, freedom: float) -> float:
+    # The density is about 1/sqrt(freedom) wide, and what lies far out adds nothing.
+    end = min(end, 12 / math.sqrt(freedom))
+    steps = 200
+    width = end / steps
+    inner = sum((4 if i % 2 else 2) * density(i * width) for i in range(1, steps))
+    return (density(0.0) + inner + density(end)) * width / 3
+
+
+def _by_seed(seeds: Sequence[Sequence[Counts]], total: Total) -> tuple[list[float], list[float]]:
+    """Each seed's value; and for every row, the seeds' mean value without it."""
+    sums = [_sum(counts) for counts in seeds]
+    values = [total(summed) for summed in sums]
+    each = [_left_out(counts, summed, total) for counts, summed in zip(seeds, sums, strict=True)]
+    return values, [_mean(row) for row in zip(*each, strict=True)]
+
+
+def _left_out(counts: Sequence[Counts], summed: Counts, total: Total) -> list[float]:
+    known: dict[tuple[tuple[str, float], ...], float] = {}  # rows of equal counts leave the same rest
+    values = []
+    for one in counts:
+        key = tuple(sorted(one.items()))
+        if key not in known:
+            rest = dict(summed)
+            for name, count in one.items():
+                rest[name] -= count
+            known[key] = total(rest)
+        values.append(known[key])
+    return values
+
+
+def _spread(left_out: Sequence[float]) -> float:
+    n = len(left_out)
+    if n < 2:
+        return math.nan
+    mean = _mean(left_out)
+    return math.sqrt((n - 1) / n * math.fsum((value - mean) ** 2 for value in left_out))
+
+
+def _seed_error(values: Sequence[float]) -> float:
+    k = len(values)
+    if k < 2:
+        return 0.0
+    mean = _mean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (k - 1) / k)
+
+
+def _joined(rows: float, seeds: float) -> float:
+    return math.hypot(rows, seeds)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _sum(counts: Sequence[Counts]) -> dict[str, float]:
+    parts: dict[str, list[float]] = {}
+    for one in counts:
+        for name, count in one.items():
+            parts.setdefault(name, []).append(count)
+    return {name: math.fsum(values) for name, values in parts.items()}
+
+
+def _need_pairs(runs: Sequence[Sequence[Counts]]) -> None:
+    sizes = {len(run) for run in runs}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(
+            f"runs of {sorted(sizes)} rows cannot be paired: wanted the same rows, at least one."
+        )

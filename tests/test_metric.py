@@ -1,0 +1,202 @@
+"""Figures against hand arithmetic and the packages that define them."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import sys
+
+import pytest
+
+from softprompt.errors import MissingExtra, RecipeError
+from softprompt.evaluate import interval, metric, overlap
+from softprompt.evaluate.metric import METRICS, Estimate, confusion, metrics_named
+from softprompt.evaluate.rows import Row
+
+
+def row(said: str | None, wanted: str, index: int = 0, **more: float) -> Row:
+    return Row(index, index, "?", wanted, said, **more)  # type: ignore[arg-type]
+
+
+def rows(*pairs: tuple[str | None, str]) -> list[Row]:
+    return [row(said, wanted, index) for index, (said, wanted) in enumerate(pairs)]
+
+
+def loss(nll: float, tokens: int, text_bytes: int) -> Row:
+    return Row(0, 0, "?", "x", None, nll=nll, tokens=tokens, text_bytes=text_bytes)
+
+
+SAID_AND_WANTED = [
+    ("the cat sat on the mat", "a cat sat on a mat"),
+    ("It's 7 o'clock, isn't it?", "It is seven o'clock."),
+    ("", "something at all"),
+    ("nothing alike", "quite other words here"),
+    ("Blue Spice is a coffee shop in the city centre.", "Blue Spice is a coffee shop in city centre ."),
+]
+
+
+def test_an_estimate_prints_its_error_and_n_and_what_is_unknown_says_so() -> None:
+    assert str(Estimate(0.75, 0.031, 200)) == "0.750 ± 0.031 (n=200)"
+    assert str(Estimate(math.nan, math.nan, 3)) == "unknown (n=3)"
+    assert str(Estimate(1.0, math.nan, 1)) == "1.000 ± unknown (n=1)"
+
+
+def test_accuracy_is_a_mean_with_the_usual_standard_error() -> None:
+    found = METRICS["accuracy"].estimate(rows(("a", "a"), (" b ", "b"), ("a", "b"), ("c", "c")))
+    assert found.value == 0.75
+    assert found.stderr == pytest.approx(statistics.stdev([1, 1, 0, 1]) / 2)
+    assert found.n == 4
+
+
+def test_macro_f1_by_hand() -> None:
+    # a: hit 2, missed 0, wrong 1 -> 4/5; b: hit 1, missed 1, wrong 0 -> 2/3; c: missed 1, wrong 0 -> 0.
+    given = rows(("a", "a"), ("a", "a"), ("b", "b"), ("a", "b"), ("nonsense", "c"))
+    assert METRICS["macro_f1"].estimate(given).value == pytest.approx((4 / 5 + 2 / 3 + 0) / 3)
+
+
+def test_macro_f1_weighs_labels_and_accuracy_weighs_rows() -> None:
+    given = rows(*[("often", "often")] * 9, ("often", "rare"))
+    assert METRICS["accuracy"].estimate(given).value == 0.9
+    assert METRICS["macro_f1"].estimate(given).value == pytest.approx((18 / 19) / 2)
+
+
+def test_the_confusion_table_counts_rows_by_wanted_and_said_label() -> None:
+    found = confusion(rows(("a", "a"), ("b", "a"), ("b", "b"), ("something else", "b")))
+    assert found.labels == ("a", "b")
+    assert found.table == ((1, 1), (0, 1))
+    assert found.other == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "same"),
+    [
+        ("So it is 18.\n#### 18", "9 * 2 = <<9*2=18>>18\n#### 18", True),
+        ("The answer is 1,800 dollars.", "#### 1800", True),
+        ("#### $18.00", "#### 18", True),
+        ("#### -3", "#### 3", False),
+        ("18 apples and 2 pears", "#### 18", False),
+        ("no number", "#### 18", False),
+        ("", "no number wanted", False),
+        ("#### 5 of 7", "#### 5", True),
+    ],
+)
+def test_numbers_are_compared_by_value_after_gsm8ks_mark_or_at_the_end(
+    said: str, wanted: str, same: bool
+) -> None:
+    assert METRICS["numeric_match"].estimate(rows((said, wanted))).value == float(same)
+
+
+def test_token_f1_by_hand() -> None:
+    # Articles and punctuation fall away: "cat sat" and "cat ran far" share 1 word of 2 and 3.
+    assert overlap.word_f1("The cat sat.", "a cat ran far") == pytest.approx(2 * 1 / (2 + 3))
+    assert overlap.word_f1("the", "a") == 1.0
+    assert overlap.word_f1("word", "the") == 0.0
+
+
+def test_rouge_l_by_hand_and_as_the_rouge_score_package_has_it() -> None:
+    assert overlap.rouge_l("police killed the gunman", "police kill the gunman") == pytest.approx(3 / 4)
+    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="compares with rouge-score if installed")
+    theirs = scorer.RougeScorer(["rougeL"])
+    for said, wanted in SAID_AND_WANTED:
+        assert overlap.rouge_l(said, wanted) == pytest.approx(theirs.score(wanted, said)["rougeL"].fmeasure)
+
+
+def test_bleu_and_chrf_are_sacrebleus_corpus_figures() -> None:
+    sacrebleu = pytest.importorskip("sacrebleu", reason="compares with sacrebleu if installed")
+    said, wanted = (list(side) for side in zip(*SAID_AND_WANTED, strict=True))
+    given = rows(*SAID_AND_WANTED)
+    bleu = METRICS["bleu"].estimate(given)
+    assert bleu.value == pytest.approx(sacrebleu.corpus_bleu(said, [wanted]).score)
+    assert METRICS["chrf"].estimate(given).value == pytest.approx(sacrebleu.corpus_chrf(said, [wanted]).score)
+    one_left_out = [
+        sacrebleu.corpus_bleu(said[:i] + said[i + 1 :], [wanted[:i] + wanted[i + 1 :]]).score
+        for i in range(len(said))
+    ]
+    assert bleu.stderr == pytest.approx(statistics.pstdev(one_left_out) * math.sqrt(len(said) - 1))
+
+
+def test_bleu_without_sacrebleu_says_what_to_install_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "sacrebleu"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
+    metric._sacrebleu.cache_clear()
+    with pytest.raises(MissingExtra, match=r"pip install 'softprompt\[eval\]'") as told:
+        metrics_named(["bleu"])
+    assert "\n" not in str(told.value)
+
+
+def test_loss_and_perplexity_per_token_and_per_byte_by_hand() -> None:
+    given = [loss(2.0, 4, 10), loss(4.0, 4, 20)]  # 6 nats, 8 tokens, 30 bytes
+    found = {name: METRICS[name].estimate(given).value for name in METRICS if METRICS[name].needs == "loss"}
+    assert found == pytest.approx(
+        {
+            "nll": 0.75,
+            "perplexity": math.exp(0.75),
+            "bits_per_byte": 0.2 / math.log(2),
+            "byte_perplexity": math.exp(0.2),
+        }
+    )
+
+
+def test_what_was_not_measured_is_nan_and_never_zero() -> None:
+    answered, scored = rows(("a", "a")), [loss(1.0, 1, 1)]
+    for name, one in METRICS.items():
+        missing = answered if one.needs == "loss" else scored
+        assert math.isnan(one.estimate(missing).value), name
+        assert math.isnan(one.estimate([]).value), name
+
+
+def test_an_unknown_metric_is_refused_with_the_one_that_was_meant() -> None:
+    with pytest.raises(RecipeError, match="Did you mean 'accuracy'"):
+        metrics_named(["acuracy"])
+
+
+# Student's table: degrees of freedom, and the value that 97.5 % stay below.
+@pytest.mark.parametrize(
+    ("freedom", "value"),
+    [(1, 12.706), (2, 4.3027), (3, 3.1824), (10, 2.2281), (30, 2.0423), (120, 1.9799), (1e9, 1.95996)],
+)
+def test_students_quantiles_are_those_of_the_table(freedom: float, value: float) -> None:
+    assert interval.student_quantile(0.975, freedom) == pytest.approx(value, rel=1e-4)
+
+
+def test_a_paired_difference_is_the_t_interval_of_the_row_differences() -> None:
+    ours = rows(("a", "a"), ("a", "a"), ("a", "a"), ("b", "a"), ("a", "a"))
+    theirs = rows(("a", "a"), ("b", "a"), ("b", "a"), ("b", "a"), ("a", "a"))
+    found = METRICS["accuracy"].difference([ours], [theirs])
+    differences = [0, 1, 1, 0, 0]
+    reach = 2.7764 * statistics.stdev(differences) / math.sqrt(5)  # Student's table, 4 degrees of freedom
+    assert found.value == pytest.approx(0.4)
+    assert (found.low, found.high) == pytest.approx((0.4 - reach, 0.4 + reach), rel=1e-4)
+    assert not found.sure
+
+
+def test_pairs_tell_a_difference_that_two_separate_intervals_would_hide() -> None:
+    rng = random.Random(0)
+    hard = [rng.random() < 0.5 for _ in range(200)]
+    ours = rows(*[("b" if one else "a", "a") for one in hard])
+    theirs = rows(*[("b" if one or i % 20 == 0 else "a", "a") for i, one in enumerate(hard)])
+    apart = METRICS["accuracy"].estimate(ours), METRICS["accuracy"].estimate(theirs)
+    assert apart[0].value - apart[1].value < 2 * math.hypot(apart[0].stderr, apart[1].stderr)
+    assert METRICS["accuracy"].difference([ours], [theirs]).sure
+
+
+def test_the_spread_between_seeds_widens_the_interval() -> None:
+    steady = rows(*[("a", "a")] * 6, *[("b", "a")] * 4)
+    better = rows(*[("a", "a")] * 9, ("b", "a"))
+    worse = rows(*[("a", "a")] * 3, *[("b", "a")] * 7)
+    calm = METRICS["accuracy"].over_seeds([steady, steady])
+    wild = METRICS["accuracy"].over_seeds([better, worse])
+    assert calm.value == pytest.approx(wild.value)
+    assert calm.stderr == pytest.approx(METRICS["accuracy"].estimate(steady).stderr)
+    assert wild.stderr > 1.5 * calm.stderr
+
+
+def test_runs_on_other_rows_are_refused_and_not_compared() -> None:
+    ours, theirs = rows(("a", "a"), ("b", "b")), rows(("a", "a"), ("b", "c"))
+    with pytest.raises(ValueError, match="different rows"):
+        METRICS["accuracy"].difference([ours], [theirs])
+    with pytest.raises(ValueError, match="same seeds"):
+        METRICS["accuracy"].difference([ours] * 2, [ours] * 3)
