@@ -29,6 +29,9 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be trained, and how, without training.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was killed, from its last checkpoint.")
+    ] = False,
     as_json: asked.AsJson = False,
 ) -> None:
     """Learn a soft prompt from a recipe, or from flags alone."""
@@ -36,19 +39,19 @@ def command(
     if dry_run:
         record = show_plan(console, recipe)
     else:
-        record = learn(console, recipe).record
+        record = learn(console, recipe, resume=resume).record
         show_result(console, record)
     if as_json:
         emit(record)
 
 
-def learn(console: Console, recipe: Recipe, lm: FrozenLM | None = None) -> Tuned:
+def learn(console: Console, recipe: Recipe, lm: FrozenLM | None = None, *, resume: bool = False) -> Tuned:
     """Run the recipe with its progress on the screen. After Ctrl-C, say what was kept before it goes on."""
     from softprompt.tune.loop import tune
 
     with ShowProgress(console) as progress:
         try:
-            return tune(recipe, lm=lm, on_event=progress)
+            return tune(recipe, lm=lm, on_event=progress, resume=resume)
         except KeyboardInterrupt:
             if progress.saved is not None:
                 console.print(

@@ -1,0 +1,278 @@
+"""A run that was killed goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from softprompt.cli.app import main
+from softprompt.errors import RecipeError, SaveError
+from softprompt.store import artifact
+from softprompt.store.artifact import load_prompt
+from softprompt.tune.events import Event, Said, Stepped
+from softprompt.tune.loop import Tuned, tune
+from test_learn import SPLITS, breaking_at, lm_of, recipe, vectors
+from tiny_models import tiny_model, tiny_tokenizer
+
+OFTEN = ("tune.checkpoint_steps=2", "tune.epochs=4")
+
+
+def learn(out: Path, *overrides: str, resume: bool = False, lm: Any = None) -> tuple[Tuned, list[Event]]:
+    seen: list[Event] = []
+    settings = recipe(out, *OFTEN, *overrides)
+    tuned = tune(settings, lm=lm or lm_of(), splits=SPLITS, on_event=seen.append, resume=resume)
+    return tuned, seen
+
+
+def cut_short(out: Path, *overrides: str, step: int = 8) -> None:
+    """A run that ends without warning in the middle of step `step`."""
+
+    def end(nll_N: torch.Tensor) -> torch.Tensor:
+        raise SystemExit
+
+    lm = lm_of()
+    breaking_at(lm, step, end)
+    with pytest.raises(SystemExit):
+        learn(out, *overrides, lm=lm)
+
+
+def said(events: list[Event]) -> str:
+    return "\n".join(event.text for event in events if isinstance(event, Said))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("prompt.kind=deep",),
+        ("tune.optimizer=adafactor",),
+        ("tune.schedule=cosine", "tune.valid_every_steps=2"),
+        ("tune.patience=1",),
+    ],
+    ids=["soft", "deep", "Adafactor", "cosine", "patience"],
+)
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    whole, _ = learn(tmp_path / "whole", *overrides)
+    cut_short(tmp_path / "cut", *overrides)
+    resumed, events = learn(tmp_path / "cut", *overrides, resume=True)
+    assert torch.equal(vectors(whole), vectors(resumed))
+    assert "Goes on after step 6 of 12" in said(events)
+    same = ("nll_base", "nll_before", "nll_after", "best_step", "steps", "tokens", "accumulation")
+    assert {name: resumed.record[name] for name in same} == {name: whole.record[name] for name in same}
+    steps = [event.step for event in events if isinstance(event, Stepped)]
+    assert steps == list(range(7, whole.record["steps"] + 1))
+
+
+def test_the_record_of_a_resumed_run_holds_every_step_once(tmp_path: Path) -> None:
+    learn(tmp_path / "whole")
+    cut_short(tmp_path / "cut")
+    learn(tmp_path / "cut", resume=True)
+    counts = [
+        (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").count('"event": "Stepped"')
+        for name in ("whole", "cut")
+    ]
+    assert counts == [12, 12]
+
+
+def test_the_two_newest_are_kept(tmp_path: Path) -> None:
+    learn(tmp_path / "p")
+    found = sorted(path.name for path in (tmp_path / "p" / "checkpoints").iterdir())
+    assert found == ["000000010.checkpoint", "000000012.checkpoint"]
+
+
+def test_resuming_what_is_finished_gives_it_again(tmp_path: Path) -> None:
+    whole, _ = learn(tmp_path / "p")
+    again, events = learn(tmp_path / "p", resume=True)
+    assert torch.equal(vectors(whole), vectors(again))
+    assert not [event for event in events if isinstance(event, Stepped)]
+
+
+def test_resuming_where_nothing_is_starts_anew_and_says_so(tmp_path: Path) -> None:
+    _, events = learn(tmp_path / "p", resume=True)
+    assert "no checkpoint to go on from, so the run starts anew" in said(events)
+    assert sum(isinstance(event, Stepped) for event in events) == 12
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other bytes", "foreign"])
+def test_a_damaged_newest_checkpoint_is_told_of_and_the_one_before_taken(tmp_path: Path, damage: str) -> None:
+    whole, _ = learn(tmp_path / "whole")
+    cut_short(tmp_path / "cut")
+    newest = tmp_path / "cut" / "checkpoints" / "000000006.checkpoint"
+    content = newest.read_bytes()
+    newest.write_bytes(
+        {
+            "cut": content[: len(content) // 2],
+            "empty": b"",
+            "other bytes": content[:-9] + b"\0" * 9,
+            "foreign": b"something else",
+        }[damage]
+    )
+    resumed, events = learn(tmp_path / "cut", resume=True)
+    assert f"{newest} is damaged" in said(events)
+    assert "the one before is taken" in said(events)
+    assert "Goes on after step 4" in said(events)
+    assert torch.equal(vectors(whole), vectors(resumed))
+
+
+def test_when_all_are_damaged_the_run_starts_anew(tmp_path: Path) -> None:
+    whole, _ = learn(tmp_path / "whole")
+    cut_short(tmp_path / "cut")
+    for path in (tmp_path / "cut" / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    resumed, events = learn(tmp_path / "cut", resume=True)
+    assert "the run starts anew" in said(events)
+    assert torch.equal(vectors(whole), vectors(resumed))
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_every_difference_named(tmp_path: Path) -> None:
+    cut_short(tmp_path / "p")
+    with pytest.raises(RecipeError) as error:
+        learn(tmp_path / "p", "tune.learning_rate=0.1", "tune.seed=3", resume=True)
+    assert "tune.learning_rate was 0.2, is 0.1" in str(error.value)
+    assert "tune.seed was 0, is 3" in str(error.value)
+    assert "leave out --resume" in str(error.value)
+
+
+def test_a_checkpoint_made_on_other_rows_is_refused(tmp_path: Path) -> None:
+    cut_short(tmp_path / "p")
+    other = type(SPLITS)(SPLITS.train[:-1] + SPLITS.validation[:1], SPLITS.validation, (), "x")
+    with pytest.raises(RecipeError, match="the data was"):
+        tune(recipe(tmp_path / "p", *OFTEN), lm=lm_of(), splits=other, resume=True)
+
+
+def test_a_new_run_leaves_a_former_ones_checkpoints_until_its_own_first(tmp_path: Path) -> None:
+    cut_short(tmp_path / "p", step=8)
+    cut_short(tmp_path / "p", step=2)
+    names = {path.name for path in (tmp_path / "p" / "checkpoints").iterdir()}
+    assert names == {"000000004.checkpoint", "000000006.checkpoint"}
+    cut_short(tmp_path / "p", step=3)
+    names = {path.name for path in (tmp_path / "p" / "checkpoints").iterdir()}
+    assert names == {"000000002.checkpoint"}
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = learn(tmp_path / "whole")
+
+    def full(folder: Path, files: Any) -> None:
+        raise SaveError(f"{folder}: could not be written (No space left on device).")
+
+    monkeypatch.setattr("softprompt.tune.checkpoint.write_together", full)
+    tuned, events = learn(tmp_path / "p")
+    assert "No checkpoint of step 2: " in said(events)
+    assert "No space left on device" in said(events)
+    assert torch.equal(vectors(whole), vectors(tuned))
+
+
+def test_a_disk_that_is_full_at_the_end_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt could not be written, but the last checkpoint could: free space, resume."""
+    whole, _ = learn(tmp_path / "whole")
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artifact, "_card", full)
+        with pytest.raises(OSError, match="No space left"):
+            learn(tmp_path / "p")
+    resumed, events = learn(tmp_path / "p", resume=True)
+    assert not [event for event in events if isinstance(event, Stepped)]
+    assert torch.equal(vectors(whole), vectors(resumed))
+
+
+DRIVER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.tune.loop import tune
+from test_checkpoint import SPLITS, recipe
+base, out, seed = sys.argv[1:]
+lm = FrozenLM.load(base, dtype="float32")
+draw = random.Random(int(seed))
+settings = recipe(Path(out), "tune.checkpoint_steps=1", "tune.epochs=12", "tune.valid_every_steps=5")
+kills, began = 0, time.monotonic()
+while True:
+    child = os.fork()
+    if child == 0:
+        tune(settings, lm=lm, splits=SPLITS, resume=True)
+        os._exit(0)
+    if time.monotonic() - began < 8:  # then it is let run to its end
+        time.sleep(draw.uniform(0.0, 0.6))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFEXITED(status):
+        print(kills, os.WEXITSTATUS(status))
+        break
+    kills += 1
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+def test_a_run_killed_many_times_at_any_moment_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """kill -9 to a real process, at moments drawn at random: while loading, learning, writing or saving."""
+    base = tmp_path / "base"
+    tiny_model().save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER, encoding="utf-8")
+    found, environment = [], os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    for name in ("killed", "undisturbed"):
+        if name == "undisturbed":
+            script.write_text(DRIVER.replace("began < 8", "began < 0"), encoding="utf-8")
+        arguments = [sys.executable, str(script), str(base), str(tmp_path / name), "7"]
+        done = subprocess.run(
+            arguments, env=environment, capture_output=True, text=True, check=True, timeout=200
+        )
+        kills, status = map(int, done.stdout.split())
+        assert status == 0
+        assert kills >= 5 if name == "killed" else kills == 0
+        found.append(load_prompt(tmp_path / name))
+    assert torch.equal(*(next(iter(prompt.tensors.values())) for prompt in found))
+    figures = [prompt.notes["metrics"] for prompt in found]
+    assert figures[0]["nll_after"] == figures[1]["nll_after"]
+
+
+def test_the_command_goes_on_with_resume_after_kill_9(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, data = tmp_path / "base", tmp_path / "rows.csv"
+    tiny_model().save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    rows = [example.fields["text"] for example in (*SPLITS.train, *SPLITS.validation)]
+    data.write_text("text\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    given = ["tune", "--base", str(base), "--data", str(data), "--column", "text", "--length", "4"]
+    given += ["--epochs", "12", "--set", "tune.checkpoint_steps=2", "--set", "dtype=float32"]
+    given += ["--set", "data.validation=4"]
+    killed = [*given, "--out", str(tmp_path / "killed")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "softprompt", *killed], env=environment, stdout=subprocess.DEVNULL
+    )
+    limit = time.monotonic() + 120
+    while not list(tmp_path.glob("killed/checkpoints/*.checkpoint")) and time.monotonic() < limit:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main([*killed, "--resume"]) == 0
+        assert "Goes on after step" in capsys.readouterr().out
+        assert main([*given, "--out", str(tmp_path / "whole")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    one, other = (next(iter(load_prompt(tmp_path / name).tensors.values())) for name in ("killed", "whole"))
+    assert torch.equal(one, other)
