@@ -22,6 +22,7 @@ VERBS = {
     "tune": "Learn a soft prompt from a recipe, or from flags alone.",
     "generate": "Continue texts with the base, with one prompt or with several.",
     "preview": "Show exactly what would be trained: tokens, soft slots, what the loss counts.",
+    "evaluate": "Measure the base, a text or a learned prompt on held-out rows.",
     "inspect": "Show what a prompt is: its origin, template, sizes and nearest tokens.",
     "export": "Write a prompt in the forms that PEFT, vLLM and other programs read.",
     "info": "Show versions, device and number format, and why they were chosen.",
