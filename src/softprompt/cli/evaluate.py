@@ -39,6 +39,7 @@ def command(
     data: Annotated[
         str | None, typer.Option(help="What to judge on, as in `tune`.", show_default="the prompt's own data")
     ] = None,
+    column: Annotated[str | None, typer.Option(help="The text column, where all text is scored.")] = None,
     split: Annotated[
         str | None,
         typer.Option(help="The split to judge on.", show_default="test, else validation, else train"),
