@@ -158,6 +158,7 @@ def _layout(prompt: SoftPrompt | DeepPrompt, template: Template | str | None) ->
         raise PromptError(f"{prompt.name} has {prompt.length} virtual tokens. {error}") from error
 
 
+@torch.no_grad()
 def text_state(lm: FrozenLM, text: str, length: int) -> tuple[Tensor, Tensor]:
     """Keys and values [L, P, H, K] of a real text: the best start known for a deep prompt (P is `length`).
 
@@ -176,6 +177,7 @@ def vectors_state(lm: FrozenLM, vectors_PD: Tensor) -> tuple[Tensor, Tensor]:
     return _stacked(state.keys, "keys").float(), _stacked(state.values, "values").float()
 
 
+@torch.no_grad()
 def as_deep(lm: FrozenLM, prompt: SoftPrompt | DeepPrompt) -> DeepPrompt:
     """The same prompt as keys and values for every layer, exact: what its vectors, and text before them, compile to.
 
