@@ -33,7 +33,7 @@ class ShowProgress:
             console=console,
             disable=not self.live,
         )
-        self.task = self.bar.add_task("", total=None)
+        self.task = self.bar.add_task("loading the base and the data", total=None)
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -47,7 +47,7 @@ class ShowProgress:
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
-                self.bar.update(self.task, total=event.steps)
+                self.bar.update(self.task, total=event.steps, description="measuring the held-out loss")
                 self._line(_plan(event))
             case Stepped():
                 text = _step(event) + self.validated
