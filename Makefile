@@ -39,6 +39,7 @@ imports: $(DEV)
 # The pages that derive from the code. `make check` compares them in the tests.
 docs: $(DEV)
 	$(BIN)/softprompt recipe --markdown > docs/recipe.md
+	$(OFFLINE) $(BIN)/python tests/test_architectures.py
 
 setup: $(DEV)
 
