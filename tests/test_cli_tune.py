@@ -299,3 +299,29 @@ def test_ctrl_c_keeps_the_best_prompt_so_far_and_exits_with_130(rows: Path) -> N
     assert "The best prompt so far is kept in out" in rest
     assert load_prompt("out").notes["metrics"]["stopped"] == "interrupted"
     assert load_prompt("out").notes["metrics"]["best_step"] >= 1
+
+
+def test_the_tutorials_recipe_runs_on_local_copies(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    """To the letter but for the base, which here is the bundled one in a folder, and the epochs: one of five."""
+    from softprompt.base.frozen_lm import BUILTIN
+
+    monkeypatch.chdir(tmp_path)
+    recipe = Path(__file__).parent.parent / "examples" / "tutorial.yaml"
+    local = (
+        "--set",
+        f"base={BUILTIN}",
+        "--set",
+        f"data.source={shared_data}/awesome-chatgpt-prompts/prompts.csv",
+    )
+    plan = run("tune", str(recipe), *local, "--dry-run")
+    assert (plan["examples"], plan["virtual_tokens"], plan["learning_rate"]) == (50, 4, 0.005)
+    assert plan["steps"] == 35  # five epochs of 50 rows, 8 a step
+    record = run("tune", str(recipe), *local, "--epochs", "1")
+    assert record["steps"] == 7
+    assert record["nll_after"] < record["nll_before"]
+    arguments = ("--max-length", "100", "--repetition-penalty", "1.5", "I want you to act as a logistician. ")
+    (one,) = run("generate", "--base", str(BUILTIN), "--prompt", "runs/tutorial", *arguments)["outputs"]
+    assert one["prompt"] == "tutorial"
+    assert one["text"]

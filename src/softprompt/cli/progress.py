@@ -23,6 +23,7 @@ class ShowProgress:
         self.console = console
         self.live = console.is_terminal
         self.validated = ""
+        self.judged = "held-out"
         self.saved: str | None = None
         self.last_plain = -math.inf
         self.bar = Progress(
@@ -47,7 +48,10 @@ class ShowProgress:
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
-                self.bar.update(self.task, total=event.steps, description="measuring the held-out loss")
+                self.judged = "held-out" if event.validation_examples else "training rows'"
+                self.bar.update(
+                    self.task, total=event.steps, description="measuring the loss before the first step"
+                )
                 self._line(_plan(event))
             case Stepped():
                 text = _step(event) + self.validated
@@ -59,10 +63,10 @@ class ShowProgress:
                     self.last_plain = now
                     self._line(f"step {event.step}/{event.steps}  {text}")
             case Validated():
-                self.validated = f"  held-out {event.nll:.3f}"
+                self.validated = f"  {self.judged} {event.nll:.3f}"
                 if not self.live:
                     kept = "  best so far, kept" if event.best else ""
-                    self._line(f"step {event.step}  held-out loss {event.nll:.4f}{kept}")
+                    self._line(f"step {event.step}  {self.judged} loss {event.nll:.4f}{kept}")
             case BatchHalved():
                 self._line(
                     f"out of memory: from here on {event.batch_size} rows at a time, {event.accumulation} times a step"
@@ -104,7 +108,7 @@ def _end(event: Stopped) -> str:
         "interrupted": "interrupted",
     }.get(event.reason, event.reason)
     best = (
-        f"; best held-out loss {event.best_nll:.4f} at step {event.best_step}"
+        f"; best loss {event.best_nll:.4f} at step {event.best_step}"
         if event.best_nll == event.best_nll
         else ""
     )
