@@ -1,6 +1,6 @@
 """One exactness matrix over the architectures: every road to a token's logits gives the same logits.
 
-Run `python tests/test_architectures.py` to write docs/exactness.md from a run of the same checks.
+`make docs` writes docs/exactness.md from a run of the same checks.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ def page() -> str:
         "checked against the model's own forward pass over tokens, without a cache and alone. Each figure is the",
         f"largest difference of any logit, log-probability or loss (all about 1 in size; the limit is {TOLERANCE:g}).",
         "Sliding windows and chunks are 8 positions, shorter than the texts. Wherever tokens are generated they are",
-        "the same tokens. Written by `python tests/test_architectures.py`; the tests check that it is current.",
+        "the same tokens. Written by `make docs`; the tests check that it is current.",
         "",
         *(f"- **{name}**: {(check.__doc__ or '').strip()}" for name, check in CHECKS.items()),
         "",
@@ -331,7 +331,7 @@ def test_the_published_matrix_is_current() -> None:
         return re.sub(r"\d(\.\d+)?e[+-]\d\d|differ by [\d.]+", "#", text)
 
     assert without_figures(PAGE.read_text()) == without_figures(page()), (
-        "run python tests/test_architectures.py"
+        "run make docs"
     )
 
 
