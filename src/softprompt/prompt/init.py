@@ -70,5 +70,21 @@ def class_labels(
     return rows
 
 
+def resized(rows_PX: Tensor, length: int) -> Tensor:
+    """Another prompt's rows, repeated or cut at the end to `length` (transfer: Vu et al. 2022)."""
+    rows_PX = rows_PX.detach().float().cpu()
+    return rows_PX[torch.arange(length) % len(rows_PX)].clone()
+
+
+def mean(prompts: Sequence[Tensor], length: int) -> Tensor:
+    """The mean of several prompts, each brought to `length` rows first."""
+    return torch.stack([resized(rows_PX, length) for rows_PX in prompts]).mean(0)
+
+
+def concatenation(prompts: Sequence[Tensor], length: int) -> Tensor:
+    """Several prompts one after another, then repeated or cut to `length` rows."""
+    return resized(torch.cat([rows_PX.detach().float().cpu() for rows_PX in prompts]), length)
+
+
 def _rows(embedding_VD: Tensor, count: int) -> Tensor:
     return embedding_VD[:count].float().cpu()

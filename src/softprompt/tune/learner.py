@@ -21,7 +21,8 @@ class Learner:
     def __init__(self, form: Form, settings: Tune, learning_rate: float, steps: int) -> None:
         self.form, self.settings, self.learning_rate, self.steps = form, settings, learning_rate, steps
         self.parameters = list(form.parameters())
-        self.optimiser = OPTIMIZERS[settings.optimizer](self.parameters, learning_rate, settings.weight_decay)
+        groups = [{"params": [one], "factor": factor} for one, factor in form.rate_factors()]
+        self.optimiser = OPTIMIZERS[settings.optimizer](groups, learning_rate, settings.weight_decay)
         self.step, self.best_step, self.without_gain = 0, 0, 0
         self.nll_start = self.nll_best = math.nan
         self.best: Plain = self.now()
@@ -44,7 +45,7 @@ class Learner:
         finite = bool(torch.isfinite(norm))
         if finite:
             for group in self.optimiser.param_groups:
-                group["lr"] = self.rate
+                group["lr"] = self.rate * group["factor"]
             self.optimiser.step()
             self.step += 1
         self.optimiser.zero_grad()

@@ -24,9 +24,10 @@ from softprompt.tune.checkpoint import Checkpoints, demand_same, identity
 from softprompt.tune.events import BatchHalved, Event, Said, Saved, Started, Stepped, Stopped, Validated
 from softprompt.tune.gradient import Gradients
 from softprompt.tune.learner import Learner, is_finite
-from softprompt.tune.plan import Plan, make_plan, start
+from softprompt.tune.plan import Plan, make_plan
 from softprompt.tune.recipe import Recipe
 from softprompt.tune.records import RunFolder, peak_memory_bytes, versions
+from softprompt.tune.starts import start
 
 
 @dataclass(frozen=True)

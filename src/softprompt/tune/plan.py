@@ -6,27 +6,19 @@ import hashlib
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from softprompt.base.compiled import text_state, vectors_state
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import Encoded, EncodedSet, encode_all
 from softprompt.data.example import Example, Splits
 from softprompt.data.source import load_splits
 from softprompt.data.template import Template
-from softprompt.data.tokenizer import habits
 from softprompt.errors import RecipeError
-from softprompt.prompt import init
-from softprompt.prompt.reparam import Direct, Form, Plain
 from softprompt.tune.optim import automatic_rate
 from softprompt.tune.recipe import Recipe
+from softprompt.tune.starts import natural_length
 
-LENGTH = 20  # Lester et al. 2021: little is gained beyond 20 vectors
 BATCH_SIZE = 8
 
 
@@ -153,7 +145,7 @@ def settle_template(recipe: Recipe, lm: FrozenLM) -> Template:
     source = data.template or ("{soft}{messages}" if data.messages else "{soft}{text}")
     length = prompt.length
     if length is None and not re.search(r"\{soft:\d+\}", source):
-        length = len(_start_ids(lm, prompt.init_text)) if prompt.init_text else LENGTH
+        length = natural_length(recipe, lm)
     template = Template.parse(source, target=data.target, length=length)
     if prompt.kind == "deep" and not re.match(r"\{soft:\d+\}(?!.*\{soft)", str(template)):
         raise RecipeError(
@@ -162,91 +154,11 @@ def settle_template(recipe: Recipe, lm: FrozenLM) -> Template:
     return template
 
 
-def start(plan: Plan) -> Form:
-    """The trained form at its starting values."""
-    recipe = plan.recipe
-    name = recipe.prompt.init
-    if name == "auto":
-        name = "text" if recipe.prompt.init_text else "vocabulary"
-    generator = torch.Generator().manual_seed(recipe.tune.seed)
-    starts: Mapping[str, Callable[[Plan, torch.Generator], Plain]] = (
-        DEEP_STARTS if recipe.prompt.kind == "deep" else STARTS
-    )
-    return Direct(starts[name](plan, generator))
-
-
-def _random(plan: Plan, generator: torch.Generator) -> Tensor:
-    return init.random_at_scale(plan.lm.embedding_VD, plan.template.soft_length, generator)
-
-
-def _vocabulary(plan: Plan, generator: torch.Generator) -> Tensor:
-    rows = init.sampled_vocabulary(
-        torch.arange(plan.lm.vocabulary)[:, None].float(),
-        plan.template.soft_length,
-        generator,
-        plan.lm.tokenizer.all_special_ids,
-    )
-    return plan.lm.embed(rows[:, 0].long().to(plan.lm.device)).float().cpu()
-
-
-def _text(plan: Plan, generator: torch.Generator) -> Tensor:
-    ids = _start_ids(plan.lm, plan.recipe.prompt.init_text or "")
-    return init.token_embeddings(_embedded(plan.lm, ids), plan.template.soft_length)
-
-
-def _labels(plan: Plan, generator: torch.Generator) -> Tensor:
-    target = plan.template.target or ""
-    counted = Counter(example.fields[target] for example in plan.splits.train)
-    vectors = [
-        _embedded(plan.lm, _text_ids(plan.lm, " " + label.strip())) for label, _ in counted.most_common()
-    ]
-    return init.class_labels(vectors, plan.lm.embedding_VD, plan.template.soft_length, generator)
-
-
-def _read_by_base(
-    start: Callable[[Plan, torch.Generator], Tensor],
-) -> Callable[[Plan, torch.Generator], Plain]:
-    """A deep start: the keys and values that the base holds after reading a shallow one."""
-    return lambda plan, generator: vectors_state(plan.lm, start(plan, generator))
-
-
-def _text_read_by_base(plan: Plan, generator: torch.Generator) -> Plain:
-    return text_state(plan.lm, plan.recipe.prompt.init_text or "", plan.template.soft_length)
-
-
-STARTS: dict[str, Callable[[Plan, torch.Generator], Tensor]] = {
-    "random": _random,
-    "vocabulary": _vocabulary,
-    "text": _text,
-    "labels": _labels,
-}
-DEEP_STARTS: dict[str, Callable[[Plan, torch.Generator], Plain]] = {
-    **{name: _read_by_base(vectors) for name, vectors in STARTS.items()},
-    "text": _text_read_by_base,
-}
-
-
-def _embedded(lm: FrozenLM, ids: Sequence[int]) -> Tensor:
-    return lm.embed(torch.tensor(ids, device=lm.device)).float().cpu()
-
-
-def _start_ids(lm: FrozenLM, text: str) -> list[int]:
-    """The text as the base wants any text to begin: behind a start token (BOS) where its tokenizer puts one."""
-    return [*habits(lm.tokenizer).before, *_text_ids(lm, text)]
-
-
-def _text_ids(lm: FrozenLM, text: str) -> list[int]:
-    ids: list[int] = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise RecipeError(f"prompt.init_text: found {text!r}, which has no token. Give some text.")
-    return ids
-
-
 def _batch_size(recipe: Recipe) -> int:
     return BATCH_SIZE if recipe.tune.batch_size == "auto" else recipe.tune.batch_size
 
 
 def _rate(recipe: Recipe, lm: FrozenLM) -> float:
     if recipe.tune.learning_rate == "auto":
-        return automatic_rate(lm.embedding_VD, recipe.tune.optimizer)
+        return automatic_rate(lm.embedding_VD)
     return recipe.tune.learning_rate

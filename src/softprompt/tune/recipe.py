@@ -107,17 +107,33 @@ class Prompt(Section):
         "soft", "soft: vectors in front of the first layer. deep: keys and values for every layer."
     )
     length: Count | None = setting(
-        None, "How many virtual tokens; without it as many as `init_text` has, else 20.", flag="--length"
+        None,
+        "How many virtual tokens; without it as many as `init_text` or `init_from` has, else 20.",
+        flag="--length",
     )
-    init: Literal["auto", "random", "vocabulary", "text", "labels"] = setting(
-        "auto",
-        "Where it starts: random at the embedding table's scale, rows of the most frequent vocabulary, the "
-        "embeddings of `init_text`, or those of the class labels. auto means text where `init_text` is given, "
-        "else vocabulary.",
-        flag="--init",
+    init: Literal["auto", "random", "vocabulary", "text", "labels", "prompt", "mean", "concatenation"] = (
+        setting(
+            "auto",
+            "Where it starts: random at the embedding table's scale, rows of the most frequent vocabulary, the "
+            "embeddings of `init_text`, or those of the class labels; or the first prompt of `init_from`, the mean or "
+            "the concatenation of them all. auto means text where `init_text` is given, prompt where `init_from` is, "
+            "else vocabulary.",
+            flag="--init",
+        )
     )
     init_text: str | None = setting(None, "The text whose embeddings `init: text` starts from.")
-    form: Literal["direct"] = setting("direct", "The form that is trained: the vectors themselves.")
+    init_from: list[str] = setting([], "Folders of prompts of the same base to start from.")
+    form: Literal["direct", "residual", "mlp", "lstm", "low_rank", "superposition", "multitask"] = setting(
+        "direct",
+        "The form that is trained, and folded into a plain prompt on saving: direct is the vectors themselves; "
+        "residual, mlp and lstm put a small network behind them; low_rank, superposition and multitask train fewer "
+        "numbers.",
+    )
+    form_width: Count | None = setting(
+        None,
+        "Size of the form: hidden width of a network, rank, or how many embeddings are superposed; without it, the "
+        "form's own.",
+    )
 
 
 class Tune(Section):
@@ -220,6 +236,10 @@ class Recipe(Section):
         if self.prompt.init == "text" and not self.prompt.init_text:
             raise ValueError(
                 "prompt.init is text, but prompt.init_text is empty. Give the text to start from."
+            )
+        if self.prompt.init in ("prompt", "mean", "concatenation") and not self.prompt.init_from:
+            raise ValueError(
+                f"prompt.init is {self.prompt.init}, but prompt.init_from is empty. Name folders of learned prompts."
             )
         if self.prompt.init == "labels" and self.data.target is None:
             raise ValueError(
@@ -368,6 +388,8 @@ def _wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return options[0] if len(options) == 1 else f"one of {', '.join(options)}"
     if get_origin(annotation) is dict:
         return "a mapping of names to texts"
+    if get_origin(annotation) is list:
+        return "a list of texts"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     words = {"ge": "of at least {}", "gt": "above {}", "le": "of at most {}", "lt": "below {}"}
     limits = [

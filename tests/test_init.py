@@ -1,0 +1,142 @@
+"""Where a prompt starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from softprompt.data.example import Example, Splits
+from softprompt.errors import RecipeError, WrongBase
+from softprompt.prompt import init
+from softprompt.tune.plan import make_plan
+from softprompt.tune.starts import start
+from test_learn import SPLITS, learn, lm_of, recipe, vectors
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def started(out: Path, *overrides: str, lm: Any = None, splits: Splits = SPLITS) -> torch.Tensor:
+    """The prompt at step 0."""
+    plan = make_plan(recipe(out, *overrides), lm=lm or lm_of(), splits=splits)
+    found = start(plan)()
+    return found.detach() if isinstance(found, torch.Tensor) else found[0].detach()
+
+
+def test_a_random_start_has_the_tables_own_scale() -> None:
+    table_VD = torch.randn(5_000, 16, generator=generator()) * 0.02 + 0.01
+    found_PD = init.random_at_scale(table_VD, 2_000, generator())
+    assert found_PD.std().item() == pytest.approx(0.02, rel=0.02)
+    assert found_PD.mean().item() == pytest.approx(0.01, abs=0.0005)
+
+
+def test_sampled_vocabulary_is_different_rows_of_the_table_without_special_ones() -> None:
+    table_VD = torch.arange(12.0)[:, None].expand(12, 4)
+    found_PD = init.sampled_vocabulary(table_VD, 8, generator(), leave_out=[0, 1, 2])
+    rows = found_PD[:, 0].tolist()
+    assert len(set(rows)) == 8
+    assert set(rows) <= set(range(3, 12))
+
+
+def test_more_samples_than_tokens_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"found 13, but the base has 12 tokens"):
+        init.sampled_vocabulary(torch.ones(12, 4), 13, generator())
+
+
+def test_labels_come_first_each_as_the_mean_of_its_tokens_the_most_frequent_first(tmp_path: Path) -> None:
+    lm = lm_of()
+    labels = ["complaint", "no complaint", "complaint"]
+    rows = tuple(Example({"text": "my order", "label": one}, row=n) for n, one in enumerate(labels))
+    found_PD = started(
+        tmp_path, "prompt.init=labels", "data.target=label", "data.template={soft}{text} {label}",
+        lm=lm, splits=Splits(rows, rows[:1], (), "x"),
+    )  # fmt: skip
+    for place, label in enumerate(("complaint", "no complaint")):
+        ids = lm.tokenizer(" " + label)["input_ids"]
+        torch.testing.assert_close(found_PD[place], lm.embed(torch.tensor(ids)).mean(0))
+
+
+def test_a_deep_text_start_is_the_state_that_transformers_keeps_of_the_text(tmp_path: Path) -> None:
+    lm = lm_of()
+    text = "thank you for the quick help"
+    plan = make_plan(
+        recipe(tmp_path, "prompt.kind=deep", f"prompt.init_text={text}", "prompt.length=null"),
+        lm=lm,
+        splits=SPLITS,
+    )
+    keys_LPHK, values_LPHK = start(plan)()
+    with torch.no_grad():
+        cache = lm.model(torch.tensor([lm.tokenizer(text)["input_ids"]]), use_cache=True).past_key_values
+    for layer in range(2):
+        torch.testing.assert_close(keys_LPHK[layer].detach(), cache.layers[layer].keys[0].transpose(0, 1))
+        torch.testing.assert_close(values_LPHK[layer].detach(), cache.layers[layer].values[0].transpose(0, 1))
+
+
+@pytest.fixture
+def learned(tmp_path: Path) -> list[Any]:
+    """Two prompts of 4 and 3 vectors, on disk as a and b."""
+    return [
+        learn(tmp_path / name, f"prompt.length={length}", "tune.epochs=1", f"tune.seed={seed}")
+        for name, length, seed in (("a", 4, 0), ("b", 3, 1))
+    ]
+
+
+def test_another_prompt_is_taken_over_as_it_is(tmp_path: Path, learned: list[Any]) -> None:
+    found = started(tmp_path / "c", f"prompt.init_from=[{tmp_path / 'b'}]", "prompt.length=null")
+    assert torch.equal(found, vectors(learned[1]))
+
+
+def test_a_run_that_starts_from_a_prompt_starts_at_its_loss(tmp_path: Path, learned: list[Any]) -> None:
+    again = learn(tmp_path / "c", f"prompt.init_from=[{tmp_path / 'a'}]")
+    assert again.record["nll_before"] == pytest.approx(learned[0].record["nll_after"], abs=1e-6)
+
+
+def test_the_mean_of_two_prompts_is_that_of_their_rows(tmp_path: Path, learned: list[Any]) -> None:
+    both = f"prompt.init_from=[{tmp_path / 'a'}, {tmp_path / 'b'}]"
+    found = started(tmp_path / "c", both, "prompt.init=mean", "prompt.length=3")
+    torch.testing.assert_close(found, (vectors(learned[0])[:3] + vectors(learned[1])) / 2)
+
+
+def test_a_concatenation_is_as_long_as_its_parts_together(tmp_path: Path, learned: list[Any]) -> None:
+    both = f"prompt.init_from=[{tmp_path / 'a'}, {tmp_path / 'b'}]"
+    found = started(tmp_path / "c", both, "prompt.init=concatenation", "prompt.length=null")
+    assert torch.equal(found, torch.cat([vectors(learned[0]), vectors(learned[1])]))
+
+
+def test_a_deep_prompt_starts_from_a_soft_ones_state(tmp_path: Path, learned: list[Any]) -> None:
+    """So the deep run starts at the very loss of the soft prompt."""
+    deep = learn(
+        tmp_path / "c", f"prompt.init_from=[{tmp_path / 'a'}]", "prompt.kind=deep", "tune.max_steps=1"
+    )
+    assert deep.record["nll_before"] == pytest.approx(learned[0].record["nll_after"], abs=1e-5)
+
+
+def test_deep_prompts_have_a_mean_but_no_concatenation(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        learn(tmp_path / name, "prompt.kind=deep", "tune.max_steps=1", f"tune.seed={seed}")
+    both = ("prompt.kind=deep", f"prompt.init_from=[{tmp_path / 'a'}, {tmp_path / 'b'}]")
+    found = [started(tmp_path / "c", both[0], f"prompt.init_from=[{tmp_path / name}]") for name in "ab"]
+    torch.testing.assert_close(started(tmp_path / "c", *both, "prompt.init=mean"), (found[0] + found[1]) / 2)
+    with pytest.raises(RecipeError, match="whose keys belong to their positions"):
+        started(tmp_path / "c", *both, "prompt.init=concatenation")
+
+
+def test_a_soft_prompt_cannot_start_from_a_deep_one(tmp_path: Path) -> None:
+    learn(tmp_path / "a", "prompt.kind=deep", "tune.max_steps=1")
+    with pytest.raises(RecipeError, match="is a deep prompt, which has no vectors"):
+        started(tmp_path / "c", f"prompt.init_from=[{tmp_path / 'a'}]")
+
+
+@pytest.mark.usefixtures("learned")
+def test_a_prompt_of_another_base_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WrongBase):
+        started(tmp_path / "c", f"prompt.init_from=[{tmp_path / 'a'}]", lm=lm_of("GPT-2"))
+
+
+def test_a_start_from_prompts_without_prompts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"prompt\.init is mean, but prompt\.init_from is empty"):
+        recipe(tmp_path, "prompt.init=mean")

@@ -1,0 +1,146 @@
+"""Trained forms: each starts at its start, learns, and folds to exactly what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from softprompt.evaluate.loss import mean_nll
+from softprompt.prompt.reparam import FORMS, SharedTimesLowRank, as_plain, as_rows
+from softprompt.store.artifact import load_prompt
+from softprompt.tune.learner import Learner
+from softprompt.tune.loop import tune
+from softprompt.tune.plan import make_plan
+from softprompt.tune.recipe import Tune
+from test_learn import SPLITS, learn, lm_of, recipe, vectors
+
+P, D = 3, 8
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def plain(deep: bool) -> Any:
+    if not deep:
+        return torch.randn(P, D, generator=generator())
+    return tuple(torch.randn(2, P, 2, 4, generator=generator()) + n for n in range(2))
+
+
+def made(name: str, deep: bool = False) -> Any:
+    start = plain(deep)
+    table_mW = torch.randn(6, as_rows(start).shape[1], generator=generator())
+    return FORMS[name](start, table_mW, 4, generator())
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("deep", [False, True], ids=["soft", "deep"])
+def test_a_form_starts_exactly_at_its_start(name: str, deep: bool) -> None:
+    start, found = plain(deep), made(name, deep)()
+    if not deep:
+        start, found = (start,), (found,)
+    for wanted, given in zip(start, found, strict=True):
+        assert torch.equal(wanted, given)
+
+
+def test_rows_and_plain_prompts_are_each_others_inverse() -> None:
+    keys_LPHK, values_LPHK = plain(True)
+    rows_PW = as_rows((keys_LPHK, values_LPHK))
+    assert rows_PW.shape == (P, 2 * 2 * 4 * 2)
+    back = as_plain(rows_PW, tuple(keys_LPHK.shape))
+    assert torch.equal(back[0], keys_LPHK)
+    assert torch.equal(back[1], values_LPHK)
+    torch.testing.assert_close(rows_PW[1].sum(), keys_LPHK[:, 1].sum() + values_LPHK[:, 1].sum())
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_forms_gradient_is_that_of_finite_differences(name: str) -> None:
+    form = made(name).double()
+    weights_PD = torch.randn(P, D, generator=generator()).double()
+    for parameter in form.parameters():  # away from the start, where much is 0
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator()).double()
+    parameters = list(form.parameters())
+
+    def value(*moved: torch.Tensor) -> torch.Tensor:
+        named = dict(zip([name for name, _ in form.named_parameters()], moved, strict=True))
+        found: torch.Tensor = torch.func.functional_call(form, named)
+        return (found * weights_PD).sum()
+
+    assert torch.autograd.gradcheck(value, parameters, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_parameter_has_a_rate_of_its_own_once(name: str) -> None:
+    form = made(name)
+    listed = [id(parameter) for parameter, _ in form.rate_factors()]
+    assert sorted(listed) == sorted(id(parameter) for parameter in form.parameters())
+    assert all(factor > 0 for _, factor in form.rate_factors())
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("kind", ["soft", "deep"])
+def test_what_is_saved_scores_exactly_as_what_was_trained(tmp_path: Path, name: str, kind: str) -> None:
+    lm = lm_of()
+    settings = recipe(tmp_path / "p", f"prompt.form={name}", f"prompt.kind={kind}", "prompt.form_width=6")
+    tuned = tune(settings, lm=lm, splits=SPLITS)
+    assert tuned.record["nll_after"] < tuned.record["nll_before"] - 0.005
+    loaded: Any = tuple(load_prompt(tmp_path / "p", base=lm.fingerprint).tensors.values())
+    held_out = make_plan(settings, lm=lm, splits=SPLITS).held_out
+    found = mean_nll(lm, held_out, loaded[0] if kind == "soft" else loaded)
+    assert found == pytest.approx(tuned.record["nll_after"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_learns_the_same_again_and_from_its_state(name: str) -> None:
+    def moved(learner: Learner, steps: int) -> Learner:
+        for _ in range(steps):
+            learner.form().sum().backward()  # type: ignore[union-attr]
+            assert learner.move()
+        return learner
+
+    def fresh() -> Learner:
+        return Learner(made(name), Tune(), 0.1, 6)
+
+    whole, cut, resumed = moved(fresh(), 6), moved(fresh(), 3), fresh()
+    resumed.restore(cut.state())
+    assert torch.equal(moved(resumed, 3).now(), whole.now())  # type: ignore[arg-type]
+
+
+def test_tasks_share_one_part_and_keep_their_own() -> None:
+    one, other = SharedTimesLowRank.of_tasks(plain(False), 2, 2, generator())
+    optimiser = torch.optim.SGD({*one.parameters(), *other.parameters()}, lr=0.1)
+    one.rows().square().sum().backward()
+    optimiser.step()
+    assert torch.equal(one.shared_PW, other.shared_PW)
+    assert not torch.equal(one.left_Pr, other.left_Pr)
+    torch.testing.assert_close(other.rows(), one.shared_PW)
+
+
+def test_the_multitask_form_is_pefts() -> None:
+    """PEFT's MultitaskPromptEmbedding with the same numbers gives the same prompt."""
+    from peft.tuners.multitask_prompt_tuning.model import MultitaskPromptEmbedding
+
+    (form,) = SharedTimesLowRank.of_tasks(plain(False), 1, 2, generator())
+    with torch.no_grad():
+        form.right_rW += torch.randn(2, D, generator=generator())
+    config = peft.MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=P, token_dim=D, num_tasks=1, num_ranks=2,
+        num_transformer_submodules=1, prompt_tuning_init="RANDOM",
+    )  # fmt: skip
+    theirs = MultitaskPromptEmbedding(config, torch.nn.Embedding(4, D))
+    with torch.no_grad():
+        theirs.embedding.weight.copy_(form.shared_PW)
+        theirs.prefix_task_cols[0] = form.left_Pr
+        theirs.prefix_task_rows[0] = form.right_rW
+        found = theirs(torch.arange(P)[None], torch.tensor([0]))[0]
+    torch.testing.assert_close(found, form.rows().detach())
+
+
+def test_a_form_is_no_part_of_what_is_stored(tmp_path: Path) -> None:
+    tuned = learn(tmp_path / "p", "prompt.form=residual", "tune.epochs=1")
+    assert list(tuned.prompt.tensors) == ["embeddings_PD"]
+    assert vectors(tuned).shape == (4, 32)
