@@ -1,4 +1,4 @@
-"""The one thing that the base is asked for in learning: the loss of some rows, and its gradient at the prompt.
+"""What the base is asked for in learning: the loss of some rows, and its gradient at the prompt.
 
 The gradient is taken at a copy of the plain prompt, in pieces that fit into memory, and goes from there to the trained
 form. Several prompts can share a pass: each row of the batch reads its own.
@@ -44,6 +44,11 @@ class Gradients:
             torch.autograd.backward(tensors, gradients)
         return losses
 
+    def losses(self, prompts: Sequence[Plain], rows: Sequence[Sequence[Encoded]]) -> list[float]:
+        """Each prompt's mean loss on its own rows, in nats per trained token; no gradient."""
+        with torch.inference_mode():
+            return self._at([_moved_to(prompt, self.lm.device) for prompt in prompts], rows)
+
     def _at(self, leaves: Sequence[Plain], rows: Sequence[Sequence[Encoded]]) -> list[float]:
         tokens = [sum(row.trained_tokens for row in own) for own in rows]
         losses = [0.0] * len(leaves)
@@ -52,9 +57,10 @@ class Gradients:
                 piece = pieces[first : first + self.rows]
                 batch = collate([row for _, row in piece]).to(self.lm.device)
                 nll_N = self.lm.token_nll(batch, prompt)
-                owners = [r for r, row in piece for _ in range(row.trained_tokens)]
-                share_N = torch.tensor([1 / tokens[r] for r in owners], device=nll_N.device)
-                (nll_N * share_N).sum().backward()  # type: ignore[no-untyped-call]
+                if nll_N.requires_grad:
+                    owners = [r for r, row in piece for _ in range(row.trained_tokens)]
+                    share_N = torch.tensor([1 / tokens[r] for r in owners], device=nll_N.device)
+                    (nll_N * share_N).sum().backward()  # type: ignore[no-untyped-call]
                 counts = [row.trained_tokens for _, row in piece]
                 for (r, _), own in zip(piece, torch.split(nll_N.detach().double(), counts), strict=True):
                     losses[r] += float(own.sum())
@@ -75,24 +81,32 @@ class Gradients:
 
 
 def _shared(
-    leaves: Sequence[Plain], rows: Sequence[Sequence[Encoded]]
+    prompts: Sequence[Plain], rows: Sequence[Sequence[Encoded]]
 ) -> list[tuple[Plain, list[tuple[int, Encoded]]]]:
-    """Which rows can go through the base together, and the prompt that they read: (prompt, [(owner, row)])."""
-    owned = [[(r, row) for row in own] for r, own in enumerate(rows)]
-    if len(leaves) == 1:
-        return [(leaves[0], owned[0])]
-    vectors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if len(vectors) < len(leaves):  # keys and values stand before a whole batch: a pass for each prompt
-        return list(zip(leaves, owned, strict=True))
+    """Which rows can go through the base together, and the prompt that they read: (prompt, [(owner, row)]).
+
+    Rows of alike length come side by side, so that batches hold little padding."""
+    owned = [sorted(((r, row) for row in own), key=_length) for r, own in enumerate(rows)]
+    vectors = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
+    if len(prompts) == 1 or len(vectors) < len(prompts):
+        # Keys and values stand before a whole batch, so deep prompts take a pass each.
+        return list(zip(prompts, owned, strict=True))
     # One long prompt, of which every row reads its owner's part.
     starts = [sum(len(one) for one in vectors[:r]) for r in range(len(vectors))]
-    together = [(r, _moved(row, starts[r])) for own in owned for r, row in own]
-    together.sort(key=lambda piece: len(piece[1]))  # alike lengths side by side: little padding
-    return [(torch.cat(vectors), together)]
+    together = [(r, _shifted(row, starts[r])) for own in owned for r, row in own]
+    return [(torch.cat(vectors), sorted(together, key=_length))]
 
 
-def _moved(row: Encoded, start: int) -> Encoded:
+def _length(owned: tuple[int, Encoded]) -> int:
+    return len(owned[1])
+
+
+def _shifted(row: Encoded, start: int) -> Encoded:
     return replace(row, soft=[place if place < 0 else place + start for place in row.soft])
+
+
+def _moved_to(prompt: Plain, device: torch.device) -> Plain:
+    return prompt.to(device) if isinstance(prompt, Tensor) else (prompt[0].to(device), prompt[1].to(device))
 
 
 def _leaf(prompt: Plain, device: torch.device) -> Plain:

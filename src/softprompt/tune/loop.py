@@ -131,14 +131,18 @@ class Run:
 
     def learn_from(self, rows: Sequence[Encoded]) -> None:
         """One optimiser step on `rows`: the mean loss of their trained tokens, however they are split to fit."""
-        learner, began = self.learner, time.perf_counter()
-        rate = learner.rate
-        (nll,) = self.gradients([learner.form], [rows])
+        began = time.perf_counter()
+        (nll,) = self.gradients([self.learner.form], [rows])
+        self.move(rows, nll, time.perf_counter() - began)
+
+    def move(self, rows: Sequence[Encoded], nll: float, seconds: float) -> None:
+        """The step itself, with the gradient at hand; refused where anything is not finite."""
+        plan, learner, rate = self.plan, self.learner, self.learner.rate
         if not math.isfinite(nll) or not learner.move():
             raise NotFinite(self._not_finite(rows, nll, rate))
         self.tokens += sum(place < 0 for row in rows for place in row.soft)
-        self.seconds_learning += time.perf_counter() - began
-        plan, pace = self.plan, self.tokens / self.seconds_learning
+        self.seconds_learning += seconds
+        pace = self.tokens / self.seconds_learning
         ahead = plan.text_tokens * plan.steps / plan.steps_per_epoch - self.tokens
         self.tell(
             Stepped(
@@ -162,9 +166,11 @@ class Run:
     def validate(self) -> None:
         """Measure held-out loss, and keep the prompt if it is the best so far (or the last, with none held out)."""
         prompt = self.learner.now()
-        nll = mean_nll(
-            self.plan.lm, self.plan.held_out, self._on_device(prompt), batch_size=self.gradients.rows
-        )
+        (nll,) = self.gradients.losses([prompt], [self.plan.held_out])
+        self.judge(nll, prompt)
+
+    def judge(self, nll: float, prompt: Plain) -> None:
+        """Take note of the held-out loss of `prompt`."""
         best = self.learner.judge(nll, prompt, always=self.plan.judged_on == "training")
         self.tell(Validated(step=self.step, nll=nll, best=best))
 
@@ -231,12 +237,6 @@ class Run:
     def _identity(self) -> dict[str, str]:
         return identity(self.plan.recipe, self.plan.lm.fingerprint.sha256, self.plan.rows_sha256())
 
-    def _on_device(self, prompt: Plain) -> Plain:
-        device = self.plan.lm.device
-        return (
-            prompt.to(device) if isinstance(prompt, Tensor) else (prompt[0].to(device), prompt[1].to(device))
-        )
-
     def _halved(self, rows: int) -> None:
         self.tell(BatchHalved(rows, math.ceil(self.plan.batch_size / rows)))
 
@@ -261,10 +261,10 @@ class Run:
 
     def _not_finite(self, rows: Sequence[Encoded], nll: float, rate: float) -> str:
         """Which rows break the loss, seen one by one."""
-        prompt = self._on_device(self.learner.now())
-        bad = [
-            row.row for row in rows if not math.isfinite(mean_nll(self.plan.lm, [row], prompt, batch_size=1))
-        ] or [row.row for row in rows]
+        prompt = self.learner.now()
+        bad = [row.row for row in rows if not math.isfinite(self.gradients.losses([prompt], [[row]])[0])] or [
+            row.row for row in rows
+        ]
         best_step, out = self.learner.best_step, self.plan.recipe.out
         kept = f", and the prompt of step {best_step} is in {out}" if self.step else ""
         return (

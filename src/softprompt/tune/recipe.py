@@ -227,6 +227,15 @@ class Recipe(Section):
             tree.setdefault(section, {})
         return cls(_places=places, _origin=str(path) if path is not None else "recipe", **tree)
 
+    def changed(self, overrides: Sequence[str]) -> Self:
+        """The same recipe with `a.b=value` overrides applied in order."""
+        tree = self.model_dump()
+        places: dict[str, str] = {}
+        for override in overrides:
+            key, _, text = override.partition("=")
+            _put(type(self), tree, places, key.strip(), text, key.strip())
+        return type(self)(_places=places, **tree)
+
     def to_yaml(self) -> str:
         """Every setting, defaults included, as a file that `load` reads back to the same recipe."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,133 @@
+"""Many prompts in one pass: each row of a batch reads its own prompt, and the frozen base serves them all.
+
+Every prompt has its own start, order of rows, schedule, clipping, optimiser and best step, so that each becomes what it
+would have become alone (up to the rounding of sums in other batches).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.data.batch import Encoded
+from softprompt.data.example import Splits
+from softprompt.errors import RecipeError, SoftPromptError
+from softprompt.tune.events import Event
+from softprompt.tune.gradient import Gradients
+from softprompt.tune.loop import Run, Tuned
+from softprompt.tune.plan import make_plan, read_splits
+from softprompt.tune.recipe import Recipe
+
+
+class Together:
+    """Runs side by side over one base. Take them to a step with `advance`, drop some, go on, `save` the rest."""
+
+    def __init__(
+        self,
+        recipes: Sequence[Recipe],
+        *,
+        lm: FrozenLM | None = None,
+        splits: Splits | None = None,
+        on_event: Callable[[int, Event], None] = lambda run, event: None,
+        resume: bool = False,
+    ) -> None:
+        first = recipes[0]
+        for one in recipes[1:]:
+            for name in ("base", "base_revision", "dtype", "device"):
+                if getattr(one, name) != getattr(first, name):
+                    raise RecipeError(
+                        f"{name}: found {getattr(first, name)} and {getattr(one, name)}, but prompts side by side "
+                        "share one base. Run them one after another."
+                    )
+        read: dict[str, Splits] = {}
+        self.runs: list[Run] = []
+        for number, recipe in enumerate(recipes):
+            data = recipe.data.model_dump_json()
+            if splits is None and data not in read:
+                read[data] = read_splits(recipe)
+            plan = make_plan(recipe, lm=lm, splits=splits or read[data])
+            lm = plan.lm
+            self.runs.append(Run(plan, lambda event, number=number: on_event(number, event)))  # type: ignore[misc]
+        assert lm is not None
+        self.gradients = Gradients(lm, sum(run.plan.batch_size for run in self.runs))
+        self.active = list(range(len(self.runs)))
+        self.failed: dict[int, SoftPromptError] = {}
+        self.batches: list[Iterator[list[Encoded]]] = [run.batches() for run in self.runs]
+        for run in self.runs:
+            run.begin(resume)
+
+    def advance(self, share: float = 1.0) -> None:
+        """Take every active run to `share` of its steps, or to its own early end."""
+        while True:
+            rows: dict[int, list[Encoded]] = {}
+            for number in self.active:
+                run = self.runs[number]
+                if run.step < round(share * run.plan.steps):
+                    batch = next(self.batches[number], None)
+                    if batch is not None:
+                        rows[number] = batch
+            if not rows:
+                return
+            self._step(rows)
+
+    def drop(self, number: int) -> None:
+        """Take a run no further. Its best prompt so far is saved."""
+        self.active.remove(number)
+        if number not in self.failed:
+            self.runs[number].save("dropped")
+        self.runs[number].folder.close()
+
+    def save(self) -> dict[int, Tuned]:
+        """Save what is still active."""
+        found = {number: self.runs[number].save(self.runs[number].ending) for number in self.active}
+        self.close()
+        return found
+
+    def close(self) -> None:
+        """Close the records of every run."""
+        for run in self.runs:
+            run.folder.close()
+
+    def _step(self, rows: dict[int, list[Encoded]]) -> None:
+        began = time.perf_counter()
+        runs = {number: self.runs[number] for number in rows}
+        losses = self.gradients([run.learner.form for run in runs.values()], list(rows.values()))
+        seconds = (time.perf_counter() - began) / len(runs)
+        for (number, run), nll in zip(runs.items(), losses, strict=True):
+            try:
+                run.move(rows[number], nll, seconds)
+            except SoftPromptError as error:  # this run is over; the others know nothing of it
+                self.failed[number] = error
+                self.active.remove(number)
+        due = [run for number, run in runs.items() if number not in self.failed and run.validation_is_due]
+        prompts = [run.learner.now() for run in due]
+        held_out = self.gradients.losses(prompts, [run.plan.held_out for run in due]) if due else []
+        for run, prompt, nll in zip(due, prompts, held_out, strict=True):
+            run.judge(nll, prompt)
+        for number, run in runs.items():
+            if number not in self.failed:
+                run.checkpoint()
+
+
+def tune_together(
+    recipes: Sequence[Recipe],
+    *,
+    lm: FrozenLM | None = None,
+    splits: Splits | None = None,
+    on_event: Callable[[int, Event], None] = lambda run, event: None,
+    resume: bool = False,
+) -> list[Tuned]:
+    """Learn a prompt for each recipe, all in the same passes over one base. Like `tune` for each of them.
+
+    Deep prompts share the base and the loop, but take a pass each. Raises the first error of any run after the others
+    have ended and were saved."""
+    together = Together(recipes, lm=lm, splits=splits, on_event=on_event, resume=resume)
+    try:
+        together.advance()
+        found = together.save()
+    finally:
+        together.close()
+    if together.failed:
+        raise together.failed[min(together.failed)]
+    return [found[number] for number in range(len(recipes))]
