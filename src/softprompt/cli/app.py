@@ -36,7 +36,7 @@ class Verb(TyperCommand):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         module = import_module(f"softprompt.cli.{self.name}")
         app = typer.Typer(add_completion=False)
-        app.command(self.name)(module.command)
+        app.command(self.name, help=self.help)(module.command)
         return typer.main.get_command(app).make_context(info_name, args, parent=parent, **extra)
 
 
