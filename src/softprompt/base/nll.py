@@ -1,18 +1,24 @@
 """Cross-entropy through a frozen output layer: loss and gradient in one pass, never all logits at once.
 
-The head's weights never change, so the only gradient is the one towards the hidden state; it can be had together with
-the loss while a block of logits is still at hand (as in cut-cross-entropy, Wijmans et al. 2024).
+The head's weights never change, so the only gradient is the one towards the hidden state, and it can be had together
+with the loss: sum_v p_v w_v - w_target, over blocks of tokens and of vocabulary, with the sums rescaled whenever a
+larger logit turns up (as attention does in FlashAttention; for heads see cut-cross-entropy, Wijmans et al. 2024).
+Memory is one block, whatever the numbers of tokens and of vocabulary entries.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from softprompt.base.rates import product_dtype
+
 BLOCK_LOGITS = 2**24  # 16 M numbers: 250,880 x 64 tokens
+BLOCK_TOKENS = 512
+BLOCK_VOCABULARY = 4096  # 512 x 4,096 float32 are 8 MB: they stay in the cache between product, exp and product
 
 
 @dataclass(frozen=True)
@@ -34,38 +40,104 @@ class Head:
         return logits_NV
 
 
-def token_nll(hidden_ND: Tensor, targets_N: Tensor, head: Head) -> Tensor:
-    """Negative log-likelihood of each target in nats, float32 [N], differentiable towards `hidden_ND` alone."""
-    nll_N: Tensor = _FrozenHeadNll.apply(hidden_ND, targets_N, head)  # type: ignore[no-untyped-call]
+class Road(Protocol):
+    """A way to the loss of each token, float32 [N], and where wanted to its gradient, float32 [N, D]."""
+
+    def __call__(
+        self, hidden_ND: Tensor, targets_N: Tensor, head: Head, wants_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+def token_nll(hidden_ND: Tensor, targets_N: Tensor, head: Head, road: Road | None = None) -> Tensor:
+    """Negative log-likelihood of each target in nats, float32 [N], differentiable towards `hidden_ND` alone.
+
+    `road` is `dense` where none is given."""
+    nll_N: Tensor = _FrozenHeadNll.apply(hidden_ND, targets_N, head, road or dense)  # type: ignore[no-untyped-call]
     return nll_N
 
 
 class _FrozenHeadNll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: Head) -> Tensor:
-        wants_gradient = ctx.needs_input_grad[0]
-        nll_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
-        gradient_ND = torch.empty_like(hidden_ND) if wants_gradient else None
-        rows = max(1, BLOCK_LOGITS // head.weight_VD.shape[0])
-        for start in range(0, len(hidden_ND), rows):
-            block = slice(start, start + rows)
-            logits_nV = head.logits(hidden_ND[block]).float()
-            targets_n1 = targets_N[block, None]
-            logsum_n1 = logits_nV.logsumexp(-1, keepdim=True)
-            nll_N[block] = (logsum_n1 - logits_nV.gather(1, targets_n1))[:, 0]
-            if gradient_ND is not None:
-                slope_nV = (logits_nV - logsum_n1).exp_()
-                slope_nV.scatter_add_(1, targets_n1, -torch.ones_like(logsum_n1))
-                if head.softcap is not None:
-                    slope_nV *= 1 - (logits_nV / head.softcap) ** 2
-                if head.scale != 1.0:
-                    slope_nV *= head.scale
-                gradient_ND[block] = slope_nV.to(hidden_ND.dtype) @ head.weight_VD
-        ctx.save_for_backward(gradient_ND)
+    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: Head, road: Road) -> Tensor:
+        nll_N, gradient_ND = road(hidden_ND, targets_N, head, ctx.needs_input_grad[0])
+        if gradient_ND is not None:
+            ctx.save_for_backward(gradient_ND.to(hidden_ND.dtype))
         return nll_N
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
         (upstream_N,) = upstream
-        return gradient_ND * upstream_N[:, None].to(gradient_ND.dtype), None, None
+        return gradient_ND * upstream_N[:, None].to(gradient_ND.dtype), None, None, None
+
+
+def dense(
+    hidden_ND: Tensor, targets_N: Tensor, head: Head, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """All of the vocabulary, block by block: the exact loss and gradient, to the rounding of the products."""
+    nll_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
+    gradient_ND = hidden_ND.new_empty(hidden_ND.shape, dtype=torch.float32) if wants_gradient else None
+    for start in range(0, len(hidden_ND), BLOCK_TOKENS):
+        block = slice(start, start + BLOCK_TOKENS)
+        nll_N[block], found = _dense_block(hidden_ND[block], targets_N[block], head, wants_gradient)
+        if gradient_ND is not None:
+            gradient_ND[block] = found
+    return nll_N, gradient_ND
+
+
+def _dense_block(
+    hidden_nD: Tensor, targets_n: Tensor, head: Head, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    weight_VD = head.weight_VD
+    dtype = product_dtype(weight_VD.dtype, weight_VD.device)
+    hidden_nD = hidden_nD.to(dtype)
+    highest_n1 = hidden_nD.new_full((len(hidden_nD), 1), -torch.inf, dtype=torch.float32)
+    sum_n1 = torch.zeros_like(highest_n1)
+    pull_nD = hidden_nD.new_zeros(hidden_nD.shape, dtype=torch.float32)
+    for first in range(0, len(weight_VD), BLOCK_VOCABULARY):
+        weight_vD = weight_VD[first : first + BLOCK_VOCABULARY].to(dtype)
+        bias_v = None if head.bias_V is None else head.bias_V[first : first + BLOCK_VOCABULARY]
+        logits_nv = capped(torch.mm(hidden_nD, weight_vD.T).float(), head, bias_v)
+        higher_n1 = torch.maximum(highest_n1, logits_nv.amax(1, keepdim=True))
+        shrink_n1 = torch.exp(highest_n1 - higher_n1)
+        highest_n1 = higher_n1
+        slope_nv = slope(logits_nv, head) if wants_gradient else None
+        likely_nv = logits_nv.sub_(highest_n1).exp_()
+        sum_n1.mul_(shrink_n1).add_(likely_nv.sum(1, keepdim=True))
+        if wants_gradient:
+            pulling_nv = (likely_nv if slope_nv is None else likely_nv.mul_(slope_nv)).to(dtype)
+            pull_nD.mul_(shrink_n1)
+            if dtype == torch.float32:
+                pull_nD.addmm_(pulling_nv, weight_vD)
+            else:
+                pull_nD.add_(pulling_nv @ weight_vD)
+    target_nD = weight_VD[targets_n].float()
+    target_n1 = target_logits(hidden_nD, target_nD, targets_n, head)
+    nll_n = (highest_n1 + sum_n1.log() - target_n1)[:, 0]
+    if not wants_gradient:
+        return nll_n, None
+    slope_n1 = slope(target_n1, head)
+    pull_nD.div_(sum_n1).sub_(target_nD if slope_n1 is None else target_nD * slope_n1)
+    return nll_n, pull_nD.mul_(head.scale)
+
+
+def target_logits(hidden_nD: Tensor, target_nD: Tensor, targets_n: Tensor, head: Head) -> Tensor:
+    """The logit of each row's own target, float32 [n, 1]; `target_nD` are the targets' rows of the weight."""
+    raw_n1 = (hidden_nD.float() * target_nD).sum(1, keepdim=True)
+    return capped(raw_n1, head, None if head.bias_V is None else head.bias_V[targets_n][:, None])
+
+
+def capped(raw_nv: Tensor, head: Head, bias_v: Tensor | None) -> Tensor:
+    """Products to logits, in place: bias, scale and soft cap of the architecture."""
+    if bias_v is not None:
+        raw_nv.add_(bias_v)
+    if head.scale != 1.0:
+        raw_nv.mul_(head.scale)
+    if head.softcap is not None:
+        raw_nv.div_(head.softcap).tanh_().mul_(head.softcap)
+    return raw_nv
+
+
+def slope(logits_nv: Tensor, head: Head) -> Tensor | None:
+    """What a soft cap leaves of the gradient; None where there is no cap."""
+    return None if head.softcap is None else 1.0 - (logits_nv / head.softcap).square()

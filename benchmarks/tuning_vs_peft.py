@@ -1,0 +1,327 @@
+"""Seconds an epoch, memory and loss of the tutorial's recipe: PEFT with Trainer against softprompt.
+
+    python benchmarks/tuning_vs_peft.py                                # bloomz-560m's shape, one epoch, three rounds
+    python benchmarks/tuning_vs_peft.py --rows 16 --rounds 1           # a quick look
+    python benchmarks/tuning_vs_peft.py --base builtin --curves        # a trained base, loss curves side by side
+    python benchmarks/tuning_vs_peft.py --base llama-1b --device cuda  # on a GPU; also --batch-size 64
+
+Every arm runs in a process of its own and takes turns with the others. The rates of plain matrix products are measured
+in the same process just before, so that the share of the floor (FLOPs needed over the best rate) means that run.
+Random weights are fine for speed; what a run ends at is compared on trained bases, from the same start and with the
+same batches in the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from machine import matrix_rates, peak_bytes, rounds, write_result
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parents[1] / "shared" / "data"
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloomz-560m": ("bloom", {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250_880}),
+    "llama-1b": (
+        "llama",
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 8192,
+            "vocab_size": 128_256,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 8192,
+        },
+    ),
+    "tiny": ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 50_304}),
+}
+START = "Write what an assistant should act as. "
+ARMS = ("peft-fp32", "peft-bf16", "softprompt", "softprompt-int8")
+
+
+def texts(rows: int, seed: int = 0) -> list[str]:
+    """The tutorial's rows, or text of like lengths where the data set is not at hand."""
+    file = SHARED / "awesome-chatgpt-prompts" / "prompts_153rows_2023-03-07.csv"
+    if file.exists():
+        with file.open(encoding="utf-8") as lines:
+            return [row["prompt"] for row in csv.DictReader(lines)][:rows]
+    import random
+
+    drawn = random.Random(seed)
+    words = "I want you to act as a guide and to reply with one short answer only".split()
+    return [" ".join(drawn.choices(words, k=drawn.randint(45, 160))) for _ in range(rows)]
+
+
+def base_folder(base: str, work: Path) -> str:
+    """A folder to load from: a trained base's own, or random weights of a shape, written once."""
+    if base not in SHAPES:
+        return base
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = work / base
+    if not (folder / "tokenizer_config.json").exists():
+        kind, settings = SHAPES[base]
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **settings, pad_token_id=3, eos_token_id=2, bos_token_id=1)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder())
+        tokenizer.eos_token = tokenizer.eos_token or "<|endoftext|>"
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def tokenizer_folder() -> str:
+    found = SHARED / "tokenizers" / "gpt2"
+    return str(found if found.exists() else HERE.parent / "src" / "softprompt" / "base" / "builtin")
+
+
+def recipe_for(options: argparse.Namespace, folder: str, out: str) -> Any:
+    from softprompt.tune.recipe import Recipe
+
+    text_start = {"init": "text", "init_text": START}
+    return Recipe(
+        base=folder,
+        device=options.device,
+        out=out,
+        data={"source": "memory", "column": "text", "validation": 0},
+        prompt={"length": options.length} | (text_start if options.curves else {"init": "random"}),
+        tune={
+            "learning_rate": options.rate,
+            "epochs": options.epochs,
+            "batch_size": options.batch_size,
+            "warmup": 0.0,
+            **({"int8": "always"} if options.arm == "softprompt-int8" else {}),
+        },
+    )
+
+
+def run_softprompt(options: argparse.Namespace, folder: str) -> dict[str, Any]:
+    from softprompt.data.example import Example, Splits
+    from softprompt.tune.events import Event, Stepped
+    from softprompt.tune.loop import tune
+
+    rows = tuple(Example({"text": text}, row=i) for i, text in enumerate(texts(options.rows)))
+    losses: list[float] = []
+    pace = [0.0]
+
+    def told(event: Event) -> None:
+        if isinstance(event, Stepped):
+            losses.append(event.nll)
+            pace[0] = event.tokens_per_second
+
+    with tempfile.TemporaryDirectory() as out:
+        began = time.perf_counter()
+        tuned = tune(
+            recipe_for(options, folder, out), splits=Splits(rows, (), (), "memory", None), on_event=told
+        )
+        seconds = time.perf_counter() - began
+    tokens = tuned.record["tokens"]
+    return {
+        "epoch_seconds": tokens / pace[0] / options.epochs,
+        "tokens": tokens // options.epochs,
+        "losses": losses,
+        "whole_run_seconds": seconds,
+        "prompt": tuned.prompt.embeddings_PD.tolist() if options.curves else None,
+    }
+
+
+def run_peft(options: argparse.Namespace, folder: str, dtype: str) -> dict[str, Any]:
+    import torch
+    from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
+    from torch.utils.data import SequentialSampler
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForLanguageModeling,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    start = (
+        {
+            "prompt_tuning_init": PromptTuningInit.TEXT,
+            "prompt_tuning_init_text": START,
+            "tokenizer_name_or_path": folder,
+        }
+        if options.curves
+        else {"prompt_tuning_init": PromptTuningInit.RANDOM}
+    )
+    config = PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=options.length,
+        tokenizer_name_or_path=folder,
+        **{k: v for k, v in start.items() if k != "tokenizer_name_or_path"},
+    )
+    model = get_peft_model(model, config)
+    encoded = [dict(tokenizer(text)) for text in texts(options.rows)]
+    tokens = sum(len(one["input_ids"]) for one in encoded)
+    epochs = options.epochs
+    if options.curves:  # the very batches of softprompt, one after the other
+        from softprompt.data.batch import epoch_order
+
+        lengths = [len(one["input_ids"]) + options.length for one in encoded]
+        encoded = [
+            encoded[i]
+            for epoch in range(epochs)
+            for batch in epoch_order(lengths, options.batch_size, seed=0, epoch=epoch)
+            for i in batch
+        ]
+        epochs = 1
+
+    class InOrder(Trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, *given: Any, **named: Any) -> Any:
+            if options.curves:
+                return SequentialSampler(encoded)
+            return super()._get_train_sampler(*given, **named)
+
+    losses: list[float] = []
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **named: Any) -> None:
+            if logs and "loss" in logs:
+                losses.append(float(logs["loss"]))
+
+    with tempfile.TemporaryDirectory() as out:
+        trainer = InOrder(
+            model=model,
+            args=TrainingArguments(
+                output_dir=out,
+                use_cpu=options.device == "cpu",
+                per_device_train_batch_size=options.batch_size,
+                learning_rate=options.rate,
+                num_train_epochs=epochs,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                logging_steps=1,
+                bf16=dtype == "bfloat16" and options.device != "cpu",
+                seed=0,
+            ),
+            train_dataset=encoded,
+            data_collator=DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=False),
+            callbacks=[Watch()],
+        )
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+    weights = model.get_prompt_embedding_to_save("default").float()
+    return {
+        "epoch_seconds": seconds / options.epochs,
+        "tokens": tokens,
+        "losses": losses,
+        "whole_run_seconds": seconds,
+        "prompt": weights.tolist() if options.curves else None,
+    }
+
+
+def final_loss(options: argparse.Namespace, folder: str, prompt: Sequence[Sequence[float]]) -> float:
+    """Nats per token of all rows in float32 by transformers, whatever the prompt was learned with."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(options.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt_PD = torch.tensor(prompt, device=options.device)
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for text in texts(options.rows):
+            ids_T = torch.tensor(tokenizer(text)["input_ids"], device=options.device)
+            embedded_SD = torch.cat([prompt_PD, model.get_input_embeddings()(ids_T)])
+            logits_TV = model(inputs_embeds=embedded_SD[None]).logits[0, len(prompt_PD) - 1 : -1].float()
+            total += torch.nn.functional.cross_entropy(logits_TV, ids_T, reduction="sum").item()
+            count += len(ids_T)
+    return total / count
+
+
+def run_arm(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    folder = base_folder(options.base, Path(options.work))
+    if folder == "builtin":
+        folder = str(HERE.parent / "src" / "softprompt" / "base" / "builtin")
+    if options.arm == "prepare":
+        return {"folder": folder}
+    rates = matrix_rates(options.device)
+    arm = options.arm
+    found = (
+        run_softprompt(options, folder)
+        if arm.startswith("softprompt")
+        else run_peft(options, folder, {"peft-fp32": "float32", "peft-bf16": "bfloat16"}[arm])
+    )
+    found["peak_bytes"] = peak_bytes(options.device)
+    found["gflops"] = rates
+    config = json.loads((Path(folder) / "config.json").read_text())
+    del torch
+    found["floor_seconds"] = floor_flops(folder, found["tokens"] + options.length * options.rows) / (
+        max(rate for name, rate in rates.items() if name != "int8") * 1e9
+    )
+    found["share_of_floor"] = found["floor_seconds"] / found["epoch_seconds"]
+    found["architecture"] = config["architectures"][0]
+    if found["prompt"]:
+        found["final_loss"] = final_loss(options, folder, found.pop("prompt"))
+    return found
+
+
+def floor_flops(folder: str, tokens: int) -> float:
+    """4 a weight and token: the forward pass and the gradient towards the input; embedding look-ups are free."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    weights = {id(weight): weight.numel() for weight in model.parameters()}
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        weights.pop(id(model.get_input_embeddings().weight), None)
+    return 4.0 * sum(weights.values()) * tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="bloomz-560m", help=f"{', '.join(SHAPES)}, builtin or a folder")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=0.005)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--curves", action="store_true", help="same start and batches; compare final losses")
+    parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "softprompt-benchmarks"))
+    parser.add_argument("--note", default="", help="what else ran on the machine; kept in the result")
+    parser.add_argument("--name", default="", help="name of the result file")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm:
+        print("RESULT " + json.dumps(run_arm(options)))
+        return
+    Path(options.work).mkdir(parents=True, exist_ok=True)
+    given = [word for word in sys.argv[1:]]
+    rounds(__file__, given, ["prepare"], 1)
+    found = rounds(__file__, given, options.arms.split(","), options.rounds)
+    name = options.name or f"tuning_vs_peft_{Path(options.base).name}_{options.device}"
+    write_result(HERE / f"{name}.json", vars(options), found, against="peft-fp32", measure="epoch_seconds")
+
+
+if __name__ == "__main__":
+    main()
