@@ -177,7 +177,11 @@ class Run:
     def checkpoint(self) -> None:
         """Keep all that a killed run needs, from time to time and after the last step."""
         if self.step == self.plan.steps or self.checkpoints.due(self.step):
-            self.checkpoints.keep(self.step, self._state())
+            self.keep()
+
+    def keep(self) -> None:
+        """Write a checkpoint now."""
+        self.checkpoints.keep(self.step, self._state())
 
     def save(self, reason: str) -> Tuned:
         """Write the best prompt and tell where."""

@@ -57,19 +57,30 @@ class Together:
         for run in self.runs:
             run.begin(resume)
 
-    def advance(self, share: float = 1.0) -> None:
-        """Take every active run to `share` of its steps, or to its own early end."""
+    def advance(self, share: float = 1.0, numbers: Sequence[int] | None = None) -> None:
+        """Take the active runs, or those of `numbers`, to `share` of their steps, or to their own early end."""
         while True:
             rows: dict[int, list[Encoded]] = {}
             for number in self.active:
                 run = self.runs[number]
-                if run.step < round(share * run.plan.steps):
+                if (numbers is None or number in numbers) and run.step < round(share * run.plan.steps):
                     batch = next(self.batches[number], None)
                     if batch is not None:
                         rows[number] = batch
             if not rows:
                 return
             self._step(rows)
+
+    def losses(self) -> dict[int, float]:
+        """Held-out loss of every active run's prompt as it stands; the runs themselves take no note of it."""
+        runs = [self.runs[number] for number in self.active]
+        prompts, rows = [run.learner.now() for run in runs], [run.plan.held_out for run in runs]
+        return dict(zip(self.active, self.gradients.losses(prompts, rows) if runs else [], strict=True))
+
+    def checkpoint(self) -> None:
+        """Keep what every active run needs to go on, now."""
+        for number in self.active:
+            self.runs[number].keep()
 
     def drop(self, number: int) -> None:
         """Take a run no further. Its best prompt so far is saved."""
