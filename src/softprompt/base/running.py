@@ -199,9 +199,10 @@ class Running:
 
     def _chosen(self, logits_BV: Tensor, start: int) -> list[Request]:
         """Choose the next tokens of the rows from `start` on, and let go of those that are done."""
-        raw_BV = logits_BV.float()
-        logits_BV = raw_BV
         plan = self._plan
+        if plan.penalises or plan.rated or plan.warm:  # the likeliest of all needs no exact numbers
+            logits_BV = logits_BV.float()
+        raw_BV = logits_BV
         if plan.penalises:
             logits_BV = penalised(logits_BV, self._seen_BN[start : len(self._slots)], plan.penalty_B[start:])
         ids_B = logits_BV.argmax(1)
