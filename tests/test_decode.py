@@ -27,7 +27,7 @@ from softprompt.base.scoring import score
 from softprompt.base.spoken import Spoken
 from softprompt.data.example import Example
 from softprompt.data.template import Template
-from softprompt.errors import DataError, OutOfMemory, RecipeError
+from softprompt.errors import BaseError, DataError, OutOfMemory, RecipeError
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -434,3 +434,42 @@ def test_a_compiled_prompt_is_taken_as_it_is(lm: FrozenLM, prompts: list[Choice]
     compiled = compile_prompt(lm, prompts[2])  # type: ignore[arg-type]
     assert isinstance(compiled, CompiledPrompt)
     assert generate(lm, TEXTS, compiled, TEN) == generate(lm, TEXTS, prompts[2], TEN)
+
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_a_chat_goes_on_as_if_it_were_laid_out_and_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
+    lm = FrozenLM.wrap(tiny_model("Gemma 2 (sliding window)"), tokenizer)
+    prompt = SoftPrompt(lm.embed(torch.arange(40, 44)), lm.fingerprint, "{soft:4}{messages}", name="polite")
+    talk = Conversation(lm, prompt)
+    for turn in ("hello", "And the dog?"):
+        answer = talk.say(turn, TEN)
+        assert [message.role for message in talk.messages[-2:]] == ["user", "assistant"]
+        (anew,) = generate(lm, [Example({}, tuple(talk.messages[:-1]))], prompt, TEN)
+        assert anew.token_ids == answer.token_ids
+    assert talk.messages[2].content == "And the dog?"
+
+
+def test_an_unknown_architecture_proves_itself_when_it_is_first_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softprompt.base.proof.PROVEN", frozenset())
+    for architecture in ("BLOOM (ALiBi)", "OPT", "DeepSeek-V3 (latent heads, experts)"):
+        compile_prompt(FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer()), "hello")
+
+
+def test_an_architecture_that_ignores_the_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softprompt.base.proof.PROVEN", frozenset())
+    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), name="odd")
+    hidden = lm.hidden
+
+    def without_mask(embeddings: torch.Tensor, mask: object = None, *rest: object, past: object = None) -> object:
+        return hidden(embeddings, None, *rest, past=past)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lm, "hidden", without_mask)
+    with pytest.raises(BaseError, match=r"odd: LlamaForCausalLM gives other logits .* Choose another base"):
+        compile_prompt(lm, "hello")
