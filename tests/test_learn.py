@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from softprompt.base.decode import generate
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.sampling import DecodeSettings
 from softprompt.data.batch import epoch_order
 from softprompt.data.example import Example, Splits
 from softprompt.errors import NotFinite, OutOfMemory
 from softprompt.evaluate.loss import mean_nll
 from softprompt.store.artifact import load_prompt
-from softprompt.tune.events import BatchHalved, Event, Stepped, Stopped, Validated
+from softprompt.tune.events import BatchHalved, Event, Said, Stepped, Stopped, Validated
 from softprompt.tune.gradient import Gradients
 from softprompt.tune.loop import Run, Tuned, tune
 from softprompt.tune.plan import make_plan
@@ -325,3 +327,52 @@ def test_a_run_that_is_started_again_forgets_the_figures_of_the_one_before(tmp_p
         learn(tmp_path / "p", "tune.epochs=1")
     lines = (tmp_path / "p" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert sum(json.loads(line)["event"] == "Started" for line in lines) == 1
+
+
+def test_a_rate_can_be_found_and_its_cost_is_said(tmp_path: Path) -> None:
+    """The range reaches from a tenth to ten times the automatic rate; on this base the highest learns most."""
+    seen: list[Event] = []
+    settings = recipe(tmp_path / "p", "tune.learning_rate=find", "tune.epochs=10")
+    tuned = tune(settings, lm=lm_of(), splits=SPLITS, on_event=seen.append)
+    automatic = tune(recipe(tmp_path / "q", "tune.learning_rate=auto"), lm=lm_of(), splits=SPLITS)
+    (said,) = [event.text for event in seen if isinstance(event, Said) and "found in" in event.text]
+    assert "found in 5 x 5 steps and" in said
+    assert tuned.record["learning_rate"] == pytest.approx(10 * automatic.record["learning_rate"], rel=0.1)
+    assert f"Learning rate {tuned.record['learning_rate']:.2g}" in said
+
+
+def test_a_found_rate_is_not_looked_for_again_when_a_run_goes_on(tmp_path: Path) -> None:
+    settings = recipe(tmp_path / "p", "tune.learning_rate=find", "tune.checkpoint_steps=1")
+    whole = tune(settings, lm=lm_of(), splits=SPLITS)
+    seen: list[Event] = []
+    again = tune(settings, lm=lm_of(), splits=SPLITS, on_event=seen.append, resume=True)
+    assert not [event for event in seen if isinstance(event, Said) and "found in" in event.text]
+    assert again.record["learning_rate"] == whole.record["learning_rate"]
+
+
+def test_the_best_step_can_be_chosen_by_what_greedy_decoding_would_say(tmp_path: Path) -> None:
+    """Teacher-forced exact match counts the rows that greedy generation answers exactly."""
+    rows = tuple(
+        Example({"text": " ".join(WORDS[n % 10 :][:3]), "label": "q" if n % 3 else "z"}, row=n)
+        for n in range(12)
+    )
+    settings = (
+        "tune.select=exact_match",
+        "data.target=label",
+        "data.template={text}{soft}{label}",
+        "data.end=never",
+    )
+    lm = lm_of()
+    seen: list[Event] = []
+    tuned = tune(
+        recipe(tmp_path / "p", *settings, "tune.epochs=12"),
+        lm=lm,
+        splits=Splits(rows, rows, (), "x"),
+        on_event=seen.append,
+    )
+    scores = [event.score for event in seen if isinstance(event, Validated)]
+    assert tuned.record["score_after"] == max(scores)
+    assert tuned.record["score_after"] > tuned.record["score_before"] == scores[0]
+    said = generate(lm, rows, tuned.prompt, DecodeSettings(max_new_tokens=1))
+    right = [one.text == row.fields["label"] for one, row in zip(said, rows, strict=True)]
+    assert sum(right) / len(right) == tuned.record["score_after"]

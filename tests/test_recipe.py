@@ -91,7 +91,7 @@ def test_a_value_of_the_wrong_kind_says_line_found_and_wanted(tmp_path: Path) ->
         "recipe.yaml:5: tune.epochs: found 'many' (text), wanted a whole number of at least 1."
     )
     assert refusal(tmp_path, MINIMAL + "tune: {learning_rate: -1}\n") == (
-        "recipe.yaml:3: tune.learning_rate: found -1 (a number), wanted a number above 0, or auto."
+        "recipe.yaml:3: tune.learning_rate: found -1 (a number), wanted a number above 0, or one of auto, find."
     )
     assert refusal(tmp_path, MINIMAL + "  streaming: yes\n").endswith(
         "found 'yes' (text), wanted true or false."

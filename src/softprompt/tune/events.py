@@ -43,11 +43,14 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Validated:
-    """The held-out loss was measured; `best` says that this is the lowest so far, and that this prompt is kept."""
+    """The held-out loss was measured; `best` says that this is the best so far, and that this prompt is kept.
+
+    `score` is what the best is chosen by, where that is not the loss (`tune.select`)."""
 
     step: int
     nll: float
     best: bool
+    score: float = nan
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Learner:
         groups = [{"params": [one], "factor": factor} for one, factor in form.rate_factors()]
         self.optimiser = OPTIMIZERS[settings.optimizer](groups, learning_rate, settings.weight_decay)
         self.step, self.best_step, self.without_gain = 0, 0, 0
-        self.nll_start = self.nll_best = math.nan
+        self.nll_start = self.nll_best = self.score_start = self.score_best = math.nan
         self.best: Plain = self.now()
 
     @property
@@ -51,13 +51,19 @@ class Learner:
         self.optimiser.zero_grad()
         return finite
 
-    def judge(self, nll: float, prompt: Plain, *, always: bool = False) -> bool:
-        """Take note of the held-out loss of `prompt`; True if it is the best so far (or the latest, with `always`)."""
+    def judge(self, nll: float, prompt: Plain, *, score: float = math.nan, always: bool = False) -> bool:
+        """Take note of the held-out loss of `prompt`; True if it is the best so far (or the latest, with `always`).
+
+        A higher `score` is better whatever the loss; among equal scores, and without any, the lower loss is."""
         if math.isnan(self.nll_start):
-            self.nll_start = nll
-        best = math.isnan(self.nll_best) or nll < self.nll_best or (always and math.isfinite(nll))
+            self.nll_start, self.score_start = nll, score
+        first = math.isnan(self.nll_best)
+        scored = math.isfinite(score) and score != self.score_best
+        better = score > self.score_best if scored else nll < self.nll_best
+        best = first or better or (always and math.isfinite(nll))
         if best:
             self.best, self.best_step, self.nll_best, self.without_gain = prompt, self.step, nll, 0
+            self.score_best = score
         else:
             self.without_gain += 1
         return best
@@ -84,7 +90,16 @@ class Learner:
             setattr(self, name, state[name])
 
 
-_COUNTS = ("step", "best_step", "without_gain", "nll_start", "nll_best")
+_COUNTS = (
+    "step",
+    "learning_rate",
+    "best_step",
+    "without_gain",
+    "nll_start",
+    "nll_best",
+    "score_start",
+    "score_best",
+)
 
 
 def is_finite(prompt: Plain) -> bool:

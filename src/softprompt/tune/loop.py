@@ -22,7 +22,9 @@ from softprompt.prompt.soft_prompt import DeepPrompt, Prompt, SoftPrompt
 from softprompt.store.artifact import prompt_bytes, save_prompt
 from softprompt.tune.checkpoint import Checkpoints, demand_same, identity
 from softprompt.tune.events import BatchHalved, Event, Said, Saved, Started, Stepped, Stopped, Validated
+from softprompt.tune.find_rate import find_rate
 from softprompt.tune.gradient import Gradients
+from softprompt.tune.judge import SCORES
 from softprompt.tune.learner import Learner, is_finite
 from softprompt.tune.plan import Plan, make_plan
 from softprompt.tune.recipe import Recipe
@@ -112,6 +114,10 @@ class Run:
                 Said(f"{self.checkpoints.folder}: no checkpoint to go on from, so the run starts anew.")
             )
         self.nll_base = mean_nll(self.plan.lm, self.plan.held_out_base, batch_size=self.gradients.rows)
+        if self.plan.recipe.tune.learning_rate == "find":
+            found = find_rate(self.plan, self.gradients)
+            self.learner.learning_rate = found.rate
+            self.tell(Said(str(found)))
         self._announce()
         self.validate()
 
@@ -171,8 +177,12 @@ class Run:
 
     def judge(self, nll: float, prompt: Plain) -> None:
         """Take note of the held-out loss of `prompt`."""
-        best = self.learner.judge(nll, prompt, always=self.plan.judged_on == "training")
-        self.tell(Validated(step=self.step, nll=nll, best=best))
+        plan, select = self.plan, self.plan.recipe.tune.select
+        score = math.nan
+        if select in SCORES:
+            score = SCORES[select](plan.lm, plan.held_out, prompt, self.gradients.rows)
+        best = self.learner.judge(nll, prompt, score=score, always=plan.judged_on == "training")
+        self.tell(Validated(step=self.step, nll=nll, best=best, score=score))
 
     def checkpoint(self) -> None:
         """Keep all that a killed run needs, from time to time and after the last step."""
@@ -202,7 +212,10 @@ class Run:
             "tokens": self.tokens,
             "seconds": self._seconds(),
             "peak_memory_bytes": peak_memory_bytes(plan.lm.device),
-            "learning_rate": plan.learning_rate,
+            "selected_by": plan.recipe.tune.select,
+            "score_before": learner.score_start,
+            "score_after": learner.score_best,
+            "learning_rate": learner.learning_rate,
             "batch_size": plan.batch_size,
             "accumulation": math.ceil(plan.batch_size / self.gradients.rows),
             "truncated_rows": plan.train.truncated,
@@ -252,7 +265,7 @@ class Run:
                 epochs=plan.steps / plan.steps_per_epoch,
                 batch_size=plan.batch_size,
                 accumulation=math.ceil(plan.batch_size / self.gradients.rows),
-                learning_rate=plan.learning_rate,
+                learning_rate=self.learner.learning_rate,
                 examples=len(plan.train.encoded),
                 validation_examples=len(plan.splits.validation),
                 trained_tokens=plan.trained_tokens,

@@ -159,6 +159,6 @@ def _batch_size(recipe: Recipe) -> int:
 
 
 def _rate(recipe: Recipe, lm: FrozenLM) -> float:
-    if recipe.tune.learning_rate == "auto":
+    if isinstance(recipe.tune.learning_rate, str):  # auto, or the middle of what `find` tries
         return automatic_rate(lm.embedding_VD)
     return recipe.tune.learning_rate

@@ -139,8 +139,11 @@ class Prompt(Section):
 class Tune(Section):
     """How it is learned."""
 
-    learning_rate: Positive | Auto = setting(
-        "auto", "The highest step size; auto derives it from the embeddings' scale.", flag="--learning-rate"
+    learning_rate: Positive | Literal["auto", "find"] = setting(
+        "auto",
+        "The highest step size. auto derives it from the embeddings' scale; find tries five rates around that in "
+        "short runs first.",
+        flag="--learning-rate",
     )
     epochs: Count = setting(5, "How often every row is seen.", flag="--epochs")
     max_steps: Count | None = setting(None, "Stop after this many steps, whatever `epochs` says.")
@@ -159,6 +162,11 @@ class Tune(Section):
     seed: int = setting(0, "Seed of the start and of the rows' order.", flag="--seed", ge=0)
     valid_every_steps: Count | None = setting(
         None, "How often the held-out loss is measured; without it, after every epoch."
+    )
+    select: Literal["nll", "token_accuracy", "exact_match"] = setting(
+        "nll",
+        "What the best step is chosen by, on the held-out rows: loss; the share of trained tokens that are the most "
+        "likely ones; or of rows of which all are, which greedy decoding would say exactly.",
     )
     patience: Count | None = setting(
         None, "Stop after this many measurements without a better one; without it, run to the end."
