@@ -99,11 +99,12 @@ def rounds(
     for turn in range(count):
         for arm in arms if turn % 2 == 0 else list(reversed(arms)):
             done = subprocess.run(
-                [sys.executable, script, *arguments, "--arm", arm], capture_output=True, text=True, check=False
+                [sys.executable, script, *arguments, "--arm", arm],
+                capture_output=True,
+                text=True,
+                check=False,
             )
-            result = next(
-                (line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")), None
-            )
+            result = next((line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
             if result is None:
                 print(f"{arm}: failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}", file=sys.stderr)
                 raise SystemExit(1)
@@ -148,7 +149,7 @@ def write_result(
         ]
         for other in found
         for arm in found
-        if arm != other and (other == against or other.startswith("peft") or other.startswith("recomputed"))
+        if arm != other and (other == against or other.startswith(("peft", "recomputed")))
     }
     kept = {
         key: value
@@ -178,5 +179,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or None

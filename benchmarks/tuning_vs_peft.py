@@ -296,7 +296,9 @@ def floor_flops(folder: str, tokens: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default="bloomz-560m", help=f"{', '.join(SHAPES)}, builtin or a folder")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, default=50)
@@ -316,7 +318,7 @@ def main() -> None:
         print("RESULT " + json.dumps(run_arm(options)))
         return
     Path(options.work).mkdir(parents=True, exist_ok=True)
-    given = [word for word in sys.argv[1:]]
+    given = list(sys.argv[1:])
     rounds(__file__, given, ["prepare"], 1)
     found = rounds(__file__, given, options.arms.split(","), options.rounds)
     name = options.name or f"tuning_vs_peft_{Path(options.base).name}_{options.device}"
