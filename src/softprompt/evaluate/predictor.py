@@ -146,14 +146,13 @@ def _scored(
     if prompt.kind != "text" or layout.target is not None or layout.chat:
         return score(lm, list(examples), None, prompt, end=end, batch_rows=batch_rows)
     # All text is wanted: what stands in front of it is the prompt, and is not scored.
-    front = compile_prompt(lm, Template(prompt.template.pieces[:1]), name=prompt.name)
-    ends = bool(alone[0].end)
+    front = Template((*prompt.template.pieces[:1], Field("all")), "all")
     return score(
         lm,
-        [replace(one, fields={}) for one in examples],
-        [written_out(layout, one) for one in examples],
-        front,
-        end="always" if ends else "never",
+        [replace(one, fields={"all": written_out(layout, one)}) for one in examples],
+        None,
+        compile_prompt(lm, front, name=prompt.name),
+        end="always" if alone[0].end else "never",
         batch_rows=batch_rows,
     )
 

@@ -1,0 +1,1 @@
+"""Prompt tuning against its alternatives: the same data, the same budget, costs measured."""

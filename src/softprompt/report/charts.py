@@ -1,0 +1,276 @@
+"""Charts as inline SVG: no script, no network, colours from the page so that light, dark and print all work.
+
+Each is 440 units wide, which a phone shows at almost full size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH = 440
+FONT = 12
+CHARACTER = 6.6  # of the page's font at 12 units, on the wide side
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A figure with its interval; `arm` picks the colour."""
+
+    arm: str
+    label: str
+    value: float
+    low: float
+    high: float
+    told: str
+
+
+@dataclass(frozen=True)
+class Point:
+    arm: str
+    label: str
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Line:
+    arm: str
+    points: Sequence[tuple[float, float]]
+    faint: bool = False
+
+
+def bars(given: Sequence[Bar], *, title: str, axis: str) -> Markup:
+    """A row for each arm: its figure as a dot, its interval as a line."""
+    left = 14 + CHARACTER * max(len(one.label) for one in given)
+    row = 30
+    height = 12 + row * len(given) + 40
+    known = [v for one in given for v in (one.low, one.value, one.high) if math.isfinite(v)]
+    low, high, ticks = _ticks(
+        min([0.0, *known]) if min(known, default=0) >= 0 else min(known), max(known, default=1)
+    )
+    place = _scale(low, high, left, WIDTH - 16)
+    parts = [_grid_x(ticks, place, 8, height - 36, axis, height)]
+    for i, one in enumerate(given):
+        y = 12 + row * i + row / 2
+        parts.append(_text(0, y + 4, one.label, "name"))
+        if not math.isfinite(one.value):
+            parts.append(_text(left, y + 4, "unknown", "faint"))
+            continue
+        parts.append(
+            f'<g class="{_class(one.arm)}"><title>{escape(one.told)}</title>'
+            f'<line class="reach" x1="{place(one.low):.1f}" x2="{place(one.high):.1f}" y1="{y}" y2="{y}"/>'
+            f'<circle cx="{place(one.value):.1f}" cy="{y}" r="5"/></g>'
+        )
+    return _svg(height, title, parts)
+
+
+def scatter(given: Sequence[Point], *, title: str, x_axis: str, y_axis: str, better: str) -> Markup:
+    """Quality against a cost on a logarithmic axis. A cost of 0 stands at the left edge, marked so."""
+    height, top, bottom, left, right = 290, 14, 246, 44, WIDTH - 16
+    shown = [one for one in given if math.isfinite(one.x) and math.isfinite(one.y)]
+    if not shown:
+        return Markup("")
+    positive = [one.x for one in shown if one.x > 0]
+    first = math.floor(math.log10(min(positive))) if positive else 0
+    last = max(first + 1, math.ceil(math.log10(max(positive)))) if positive else 1
+    has_zero = len(positive) < len(shown)
+    start = left + (36 if has_zero else 8)
+    across = _scale(first, last, start, right)
+    values = [v for one in shown for v in (one.low, one.y, one.high) if math.isfinite(v)]
+    low, high, ticks = _ticks(min(values), max(values))
+    up = _scale(low, high, bottom, top)
+    parts = [_grid_y(ticks, up, left, right)]
+    every = max(1, math.ceil((last - first) / 6))
+    for power in range(first, last + 1, every):
+        x = across(power)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
+        parts.append(_text(x, bottom + 16, _power(power), "tick", "middle"))
+    if has_zero:
+        parts.append(_text(left + 8, bottom + 16, "0", "tick", "middle"))
+    parts.append(_text((left + right) / 2, height - 8, x_axis, "axis", "middle"))
+    parts.append(_text(0, 10, f"{y_axis} ({better} is better)", "axis"))
+    taken: list[tuple[float, float, float, float]] = []
+    dots = [(one, across(math.log10(one.x)) if one.x > 0 else left + 8.0, up(one.y)) for one in shown]
+    taken += [(x - 7, y - 7, x + 7, y + 7) for _, x, y in dots]
+    for one, x, y in dots:
+        parts.append(
+            f'<g class="{_class(one.arm)}"><title>{escape(one.label)}: {one.y:.3f} at {one.x:,.0f}</title>'
+        )
+        if math.isfinite(one.low) and math.isfinite(one.high):
+            parts.append(
+                f'<line class="reach" x1="{x:.1f}" x2="{x:.1f}" y1="{up(one.low):.1f}" y2="{up(one.high):.1f}"/>'
+            )
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
+        label_x, label_y, anchor = _free(x, y, one.label, taken, (left, top, right, bottom))
+        parts.append(_text(label_x, label_y, one.label, "mark", anchor) + "</g>")
+    return _svg(height, title, parts)
+
+
+def lines(given: Sequence[Line], *, title: str, x_axis: str, y_axis: str) -> Markup:
+    """Curves over steps, each named at its end."""
+    height, top, bottom, left = 290, 22, 246, 44
+    known = [(x, y) for one in given for x, y in one.points if math.isfinite(y)]
+    if not known:
+        return Markup("")
+    names = [one.arm for one in given if not one.faint]
+    right = WIDTH - 14 - CHARACTER * max((len(name) for name in names), default=0)
+    x_low, x_high, x_ticks = _ticks(min(x for x, _ in known), max(x for x, _ in known), 5)
+    y_low, y_high, y_ticks = _ticks(min(y for _, y in known), max(y for _, y in known))
+    across, up = _scale(x_low, x_high, left + 6, right), _scale(y_low, y_high, bottom, top)
+    parts = [_grid_y(y_ticks, up, left, right)]
+    for tick in x_ticks:
+        parts.append(_text(across(tick), bottom + 16, _tick(tick), "tick", "middle"))
+    parts.append(_text((left + right) / 2, height - 8, x_axis, "axis", "middle"))
+    parts.append(_text(0, 10, y_axis, "axis"))
+    ends: list[tuple[float, str]] = []
+    for one in given:
+        path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in one.points if math.isfinite(y))
+        kind = "faint-line" if one.faint else "line"
+        parts.append(f'<g class="{_class(one.arm)}"><polyline class="{kind}" points="{path}"/>')
+        if not one.faint:
+            x, y = one.points[-1]
+            parts.append(f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3"/>')
+            ends.append((up(y), one.arm))
+        parts.append("</g>")
+    last = -math.inf
+    for y, arm in sorted(ends):
+        last = max(y + 4, last + 14)
+        parts.append(f'<g class="{_class(arm)}">{_text(right + 8, last, arm, "mark")}</g>')
+    return _svg(height, title, parts)
+
+
+def norms(values: Sequence[float], low: float, middle: float, high: float, *, title: str) -> Markup:
+    """A prompt's norms, one bar a vector, with the embedding table's usual range behind them."""
+    height, top, bottom, left, right = 190, 20, 150, 44, WIDTH - 8
+    _, most, ticks = _ticks(0.0, max([*values, high]))
+    up = _scale(0.0, most, bottom, top)
+    width = (right - left) / len(values)
+    parts = [
+        f'<rect class="band" x="{left}" width="{right - left}" y="{up(high):.1f}" height="{up(low) - up(high):.1f}"/>',
+        _grid_y(ticks, up, left, right),
+        f'<line class="middle" x1="{left}" x2="{right}" y1="{up(middle):.1f}" y2="{up(middle):.1f}"/>',
+    ]
+    for i, value in enumerate(values):
+        parts.append(
+            f'<rect class="bar" x="{left + i * width + width * 0.15:.1f}" width="{width * 0.7:.1f}" '
+            f'y="{up(value):.1f}" height="{bottom - up(value):.1f}"><title>vector {i}: {value:.3f}</title></rect>'
+        )
+    every = max(1, len(values) // 10)
+    for i in range(0, len(values), every):
+        parts.append(_text(left + (i + 0.5) * width, bottom + 16, str(i), "tick", "middle"))
+    parts.append(_text((left + right) / 2, height - 8, "vector", "axis", "middle"))
+    parts.append(_text(0, 10, "norm; shaded: 98 of 100 tokens of the base's own table", "axis"))
+    return _svg(height, title, parts)
+
+
+def _svg(height: float, title: str, parts: Sequence[str]) -> Markup:
+    return Markup(
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">'
+        f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
+    )
+
+
+def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _class(arm: str) -> str:
+    known = ("base", "prompt", "few-shot", "soft", "deep", "lora", "full")
+    return f"arm arm-{arm}" if arm in known else f"arm arm-other-{sum(arm.encode()) % 4}"
+
+
+def _scale(low: float, high: float, start: float, end: float) -> _Scale:
+    return _Scale(low, high if high > low else low + 1, start, end)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def _ticks(low: float, high: float, count: int = 5) -> tuple[float, float, list[float]]:
+    """Round numbers that span low to high."""
+    if not high > low:
+        low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * one for one in (1, 2, 2.5, 5, 10) if power * one >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return first * step, last * step, [i * step for i in range(first, last + 1)]
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.10g}"
+
+
+def _power(power: int) -> str:
+    if power < 3:
+        return _tick(10.0**power)
+    for size, letter in ((9, "G"), (6, "M"), (3, "k")):
+        if power >= size:
+            return f"{10 ** (power - size):,}{letter}"
+    return ""
+
+
+def _grid_x(
+    ticks: Sequence[float], place: _Scale, top: float, bottom: float, axis: str, height: float
+) -> str:
+    parts = []
+    for tick in ticks:
+        x = place(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
+        parts.append(_text(x, bottom + 14, _tick(tick), "tick", "middle"))
+    parts.append(_text((place.start + place.end) / 2, height - 4, axis, "axis", "middle"))
+    return "".join(parts)
+
+
+def _grid_y(ticks: Sequence[float], up: _Scale, left: float, right: float) -> str:
+    return "".join(
+        f'<line class="grid" x1="{left}" x2="{right}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
+        + _text(left - 6, up(tick) + 4, _tick(tick), "tick", "end")
+        for tick in ticks
+    )
+
+
+def _free(
+    x: float,
+    y: float,
+    label: str,
+    taken: list[tuple[float, float, float, float]],
+    frame: tuple[float, float, float, float],
+) -> tuple[float, float, str]:
+    """Where a label stands clear of what is there already: right, left, above, below, further out."""
+    width = CHARACTER * len(label)
+    left, top, right, bottom = frame
+    for far in (0, 14, 28, 42):
+        for dx, dy, anchor in (
+            (9, 4 - far, "start"),
+            (-9, 4 - far, "end"),
+            (9, 4 + far, "start"),
+            (-9, 4 + far, "end"),
+            (0, -10 - far, "middle"),
+            (0, 19 + far, "middle"),
+        ):
+            start = x + dx - {"start": 0.0, "end": width, "middle": width / 2}[anchor]
+            box = (start, y + dy - 10, start + width, y + dy + 3)
+            inside = box[0] >= left and box[2] <= right + 12 and box[1] >= top - 8 and box[3] <= bottom
+            clear = all(
+                box[2] < other[0] or box[0] > other[2] or box[3] < other[1] or box[1] > other[3]
+                for other in taken
+            )
+            if inside and clear:
+                taken.append(box)
+                return x + dx, y + dy, anchor
+    return x + 9, y + 4, "start"

@@ -1,0 +1,72 @@
+"""Figures as people read them. What is not known says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+UNKNOWN = "unknown"
+
+
+def known(value: Any) -> bool:
+    """Whether a record's figure is a number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def number(value: Any, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if known(value) else UNKNOWN
+
+
+def count(value: Any) -> str:
+    """A whole number with its thousands parted: 6,836,736; a mean that is not whole keeps a digit."""
+    if not known(value):
+        return UNKNOWN
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 100 else f"{value:,.1f}"
+
+
+def size(value: Any) -> str:
+    """Bytes in units that people read."""
+    if not known(value):
+        return UNKNOWN
+    for unit in ("bytes", "KB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def seconds(value: Any) -> str:
+    if not known(value):
+        return UNKNOWN
+    if value < 0.95:
+        return f"{value:.2f} s"
+    if value < 120:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def estimate(one: Mapping[str, Any], *, rows: bool = False) -> str:
+    """0.750 ± 0.031"""
+    if not known(one.get("value")):
+        return UNKNOWN
+    digits = 1 if abs(one["value"]) >= 100 else 2 if abs(one["value"]) >= 10 else 3
+    spread = number(one.get("stderr"), digits)
+    return f"{one['value']:.{digits}f} ± {spread}" + (f" (n={one['n']})" if rows else "")
+
+
+def difference(one: Mapping[str, Any] | None) -> str:
+    """-0.120 [-0.180, -0.060]"""
+    if one is None or not known(one.get("value")):
+        return UNKNOWN
+    if one["low"] == one["high"] == one["value"] == 0:
+        return "none on any row"
+    return f"{one['value']:+.3f} [{number(one['low'])}, {number(one['high'])}]".replace("-", "\u2212")
+
+
+def sure(one: Mapping[str, Any] | None) -> bool:
+    """Whether the interval of a difference leaves zero out."""
+    return bool(
+        one and known(one.get("low")) and known(one.get("high")) and (one["low"] > 0 or one["high"] < 0)
+    )

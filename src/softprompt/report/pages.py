@@ -1,0 +1,575 @@
+"""What a page says, section by section, as plain records: HTML, Markdown and the rest only write them out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from softprompt.report import charts, figures
+from softprompt.report.limits import limits
+from softprompt.report.read import Run, Sample, Series
+from softprompt.report.verdict import against_base, verdict
+
+INTERVAL = 1.96  # standard errors to either side: 95 of 100
+
+
+@dataclass(frozen=True)
+class Table:
+    """`words` are the columns of running text, `best` the row that stands out."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    note: str = ""
+    words: Sequence[int] = ()
+    best: int = -1
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    svg: Markup
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    text: str
+    title: str = ""
+
+
+@dataclass
+class Section:
+    id: str
+    title: str
+    text: list[str] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    points: list[str] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+
+    @property
+    def long(self) -> bool:
+        """Whether it may run over several printed pages."""
+        return bool(self.samples or self.blocks)
+
+    @property
+    def some_same(self) -> bool:
+        return any(not one.differ for one in self.samples)
+
+    @property
+    def some_differ(self) -> bool:
+        return any(one.differ for one in self.samples)
+
+
+@dataclass
+class Page:
+    id: str
+    title: str
+    facts: str
+    verdict: str
+    sections: list[Section]
+
+
+def page(run: Run, number: int) -> Page:
+    """The page of one run."""
+    if run.kind == "tuning":
+        return _tuning(run, number)
+    record = run.record
+    sections = [
+        _quality(record),
+        _costs(record),
+        _against_cost(record),
+        _curves(run.validation, run.training),
+        _samples(run),
+        _confusion(record),
+        _health(record),
+        _anatomy(record),
+        _reproduce(record),
+        Section("limits", "Limits", points=limits(record)),
+    ]
+    return Page(
+        f"run{number}",
+        run.title,
+        _facts(record),
+        verdict(record),
+        [one for one in sections if one is not None],
+    )
+
+
+def _facts(record: Mapping[str, Any]) -> str:
+    data, base = record["data"], record["base"]
+    rows = data.get("rows", {})
+    parts = [
+        f"{figures.count(rows['train'])} rows learned from" if "train" in rows else "",
+        f"{figures.count(rows.get('judged'))} judged on ({data.get('judged_on')})",
+        f"base {base.get('name')}, {figures.count(base.get('parameters'))} weights, {base.get('dtype')}",
+        f"made {record['made'].replace('T', ' ').replace('Z', ' UTC')}" if record.get("made") else "",
+    ]
+    return "; ".join(one for one in parts if one) + "."
+
+
+def _quality(record: Mapping[str, Any]) -> Section:
+    summary = record["summary"]
+    arms, judge = summary["arms"], summary["judged_by"]
+    names = list(record["metrics"])
+    rows = []
+    for arm, one in arms.items():
+        rows.append(
+            [
+                arm,
+                record["arm_names"].get(arm, ""),
+                figures.estimate(one["metrics"][judge]),
+                "best" if arm == summary["best"] else figures.difference(one["against_best"]),
+                *([against_base(record, arm) or "\u2014"] if "base" in arms else []),
+                *(figures.estimate(one["metrics"][name]) for name in names if name != judge),
+                f"{one['seeds']}",
+            ]
+        )
+    for arm, reason in record.get("failed", {}).items():
+        rows.append([arm, f"failed: {reason}"])
+    head = [
+        "arm",
+        "what it is",
+        _named(judge, summary),
+        "difference to the best [95 %]",
+        *(["than the base"] if "base" in arms else []),
+        *(_named(name, arms[summary["best"]]["metrics"][name]) for name in names if name != judge),
+        "seeds",
+    ]
+    best = list(arms).index(summary["best"])
+    bars = []
+    for arm, one in arms.items():
+        figure = one["metrics"][judge]
+        value, error = _float(figure["value"]), _float(figure["stderr"])
+        reach = 0.0 if math.isnan(error) else INTERVAL * error
+        bars.append(
+            charts.Bar(arm, arm, value, value - reach, value + reach, figures.estimate(figure, rows=True))
+        )
+    chart = Chart(
+        f"{_named(judge, summary)}, {summary['better']} is better",
+        charts.bars(bars, title=f"{judge} of every arm with its interval", axis=_named(judge, summary)),
+        "Dots with 95 % intervals (1.96 standard errors). Whether two arms differ is told by the paired differences in "
+        "the table, not by whether these intervals touch.",
+    )
+    by_seed = [
+        [arm, *(figures.number(value) for value in one["metrics"][judge]["by_seed"])]
+        for arm, one in arms.items()
+        if len(one["metrics"][judge]["by_seed"]) > 1
+    ]
+    seeds = max((len(row) for row in by_seed), default=1) - 1
+    tables = [Table(head, rows, words=(1,), best=best)]
+    if by_seed:
+        tables.append(
+            Table(
+                ["arm", *(f"seed {i}" for i in range(seeds))],
+                by_seed,
+                title=f"{_named(judge, summary)} by seed",
+            )
+        )
+    return Section(
+        "quality",
+        "Quality",
+        text=[
+            "Value ± standard error over the judged rows (and over seeds, where there are several). Differences are "
+            "taken row by row on the very same rows; an interval that leaves out zero is told as sure."
+        ],
+        charts=[chart],
+        tables=tables,
+    )
+
+
+def _named(name: str, one: Mapping[str, Any]) -> str:
+    unit = one.get("unit") or ""
+    return f"{name.replace('_', ' ')}{f' ({unit})' if unit else ''}"
+
+
+def _costs(record: Mapping[str, Any]) -> Section | None:
+    arms = record["summary"]["arms"]
+    if not any(figures.known(one["stored_bytes"]) for one in arms.values()):
+        return None
+    learning = [
+        [
+            arm,
+            figures.count(one["trained_parameters"]),
+            figures.count(one["steps"]) if one["steps"] else "\u2014",
+            f"{one['rate']:.2g}" if figures.known(one["rate"]) else "\u2014",
+            figures.seconds(one["learning_seconds"]),
+            figures.seconds(one["learning_cpu_seconds"]),
+            figures.size(one["peak_learning_bytes"]),
+        ]
+        for arm, one in arms.items()
+    ]
+    using = [
+        [
+            arm,
+            figures.size(one["stored_bytes"]),
+            figures.count(one["added_tokens"]),
+            figures.count(one["decode_tokens_per_second"]),
+            figures.size(one["peak_judging_bytes"]),
+        ]
+        for arm, one in arms.items()
+    ]
+    before = next(iter(arms.values()))["general_before"]
+    kept = [
+        [
+            arm,
+            "yes" if one["base_unchanged"] else "no: a model of its own",
+            _change(one["general_on"], before),
+            _change(one["general_off"], before),
+        ]
+        for arm, one in arms.items()
+    ]
+    best = list(arms).index(record["summary"]["best"])
+    own = "each run in a process of its own" if record.get("own_process") else "all runs in one process"
+    return Section(
+        "costs",
+        "Costs",
+        tables=[
+            Table(
+                [
+                    "arm",
+                    "trained parameters",
+                    "steps",
+                    "learning rate",
+                    "wall time",
+                    "CPU time",
+                    "peak memory",
+                ],
+                learning,
+                title="To learn",
+                note=f"Means over seeds, {own}. Peak memory is the highest of the process while it learned, the base, "
+                "Python and its libraries included. Time includes choosing the best step on the validation rows.",
+                best=best,
+            ),
+            Table(
+                [
+                    "arm",
+                    "bytes kept for a task",
+                    "tokens added to a request",
+                    "new tokens a second",
+                    "peak memory",
+                ],
+                using,
+                title="To keep and to use",
+                note="Speed: 32 new tokens for each of 8 rows side by side, the reading of their texts included. A "
+                "prompt's own keys and values are computed once and shared.",
+                best=best,
+            ),
+            Table(
+                ["arm", "base bit for bit the same", "general text, task on", "general text, task off"],
+                kept,
+                title="What happens to everything else",
+                note=f"Loss on held-out general text in nats per token; the untouched base has {figures.number(before)}. "
+                "On: with the prompt in front, the adapter active or the tuned weights. Off: what other users of the "
+                "same model get; above zero is forgetting.",
+                best=best,
+            ),
+        ],
+    )
+
+
+def _change(value: Any, before: Any) -> str:
+    if not figures.known(value):
+        return figures.UNKNOWN
+    return f"{value:.3f} ({value - before:+.3f})".replace("-", "\u2212")
+
+
+def _against_cost(record: Mapping[str, Any]) -> Section | None:
+    summary = record["summary"]
+    arms, judge = summary["arms"], summary["judged_by"]
+    found = []
+    for key, title, axis in (
+        ("stored_bytes", "Quality against bytes kept for a task", "bytes"),
+        ("learning_seconds", "Quality against time to learn", "seconds of wall time"),
+        ("added_tokens", "Quality against tokens added to a request", "tokens"),
+        ("peak_learning_bytes", "Quality against peak memory while learning", "bytes"),
+    ):
+        points = []
+        for arm, one in arms.items():
+            figure = one["metrics"][judge]
+            value, error = _float(figure["value"]), _float(figure["stderr"])
+            cost = _float(one[key])
+            if key == "learning_seconds" and not one["trained_parameters"]:
+                cost = 0.0  # nothing was learned
+            points.append(
+                charts.Point(arm, arm, cost, value, value - INTERVAL * error, value + INTERVAL * error)
+            )
+        svg = charts.scatter(
+            points, title=title, x_axis=axis, y_axis=judge.replace("_", " "), better=summary["better"]
+        )
+        if svg:
+            found.append(Chart(title, svg))
+    return Section("tradeoff", "Quality against cost", charts=found) if found else None
+
+
+def _curves(validation: Sequence[Series], training: Sequence[Series]) -> Section | None:
+    found = []
+    for given, title, note in (
+        (validation, "Loss on the validation rows", "The step of the lowest loss is the one that is judged."),
+        (training, "Loss on the training batches", "Smoothed over about a tenth of the steps."),
+    ):
+        smooth = given is training
+        drawn = [
+            charts.Line(one.arm, _smoothed(one.points) if smooth else one.points, faint=one.seed > 0)
+            for one in sorted(given, key=lambda one: -one.seed)
+        ]
+        svg = charts.lines(drawn, title=title, x_axis="step", y_axis="nats per trained token")
+        if svg:
+            found.append(Chart(title, svg, note))
+    text = ["Thin lines are further seeds."] if any(one.seed for one in validation) else []
+    return Section("curves", "Learning curves", text=text, charts=found) if found else None
+
+
+def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    width = max(1, len(points) // 10)
+    groups = [points[max(0, i + 1 - width) : i + 1] for i in range(len(points))]
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def _samples(run: Run) -> Section | None:
+    if not run.samples:
+        return None
+    text = (
+        f"{len(run.samples)} of the {run.sampled_from} judged rows, those where the arms differ preferred; seed 0."
+        if run.samples[0].wanted
+        else "The first words of some judged rows, continued by each arm; seed 0, the likeliest token every time."
+    )
+    return Section("samples", "Before and after, side by side", text=[text], samples=run.samples)
+
+
+def _confusion(record: Mapping[str, Any]) -> Section | None:
+    tables: list[Table] = []
+    for arm in dict.fromkeys([record["summary"]["best"], *record["runs"]]):
+        if arm not in record["runs"]:
+            continue
+        found = record["runs"][arm][0].get("confusion")
+        if not found or len(found["labels"]) > 20 or len(tables) == 2:
+            continue
+        rows = [
+            [label, *(str(count) if count else "·" for count in (*counts, other))]
+            for label, counts, other in zip(found["labels"], found["table"], found["other"], strict=True)
+        ]
+        tables.append(Table(["wanted \\ said", *found["labels"], "other text"], rows, title=f"{arm}, seed 0"))
+    return (
+        Section(
+            "confusion",
+            "Which labels are mistaken for which",
+            text=["Rows are the wanted labels, columns what was said."],
+            tables=tables,
+        )
+        if tables
+        else None
+    )
+
+
+def _health(record: Mapping[str, Any]) -> Section | None:
+    found = record.get("health")
+    if not found:
+        return None
+    head = [
+        "rows",
+        "count",
+        "duplicates",
+        "shortest",
+        "median",
+        "95 %",
+        "longest",
+        "cut",
+        "left out",
+        "answers",
+    ]
+    rows, labels = [], []
+    for name, one in found["splits"].items():
+        lengths = one.get("lengths") or {}
+        rows.append(
+            [
+                name,
+                figures.count(one["rows"]),
+                figures.count(one["duplicates"]),
+                *(figures.count(lengths.get(key)) for key in ("shortest", "median", "p95", "longest")),
+                figures.count(one.get("truncated")),
+                figures.count(one.get("dropped")),
+                figures.count(one["answers"]) if "answers" in one else "\u2014",
+            ]
+        )
+        if "labels" in one:
+            labels.append((name, one["labels"]))
+    tables = [Table(head, rows, note="Lengths in positions, virtual tokens included.")]
+    if labels:
+        known = list(labels[0][1])
+        tables.append(
+            Table(
+                ["rows", *known],
+                [
+                    [name, *(figures.count(counts.get(label, 0)) for label in known)]
+                    for name, counts in labels
+                ],
+                title="Label balance",
+            )
+        )
+    points = [
+        f"{found['judged_also_trained']} judged rows ask the very same as a training row (case and blanks aside); "
+        f"{found['judged_also_validated']} the same as a validation row.",
+        f"{found['validation_also_trained']} validation rows ask the same as a training row.",
+    ]
+    if record.get("target"):
+        points.append(f"{found['contradictions']} inputs stand in the training rows with different answers.")
+    if found.get("labels_never_trained"):
+        points.append(
+            f"Labels that are judged but never trained: {', '.join(found['labels_never_trained'])}."
+        )
+    points += found.get("notes", [])
+    return Section("health", "Data health", tables=tables, points=points)
+
+
+def _anatomy(record: Mapping[str, Any]) -> Section | None:
+    section = Section("anatomy", "The prompt's anatomy")
+    for arm in ("soft", "deep"):
+        results = record["runs"].get(arm) or [{}]
+        found = results[0].get("anatomy")
+        if not found:
+            continue
+        if found["kind"] == "deep":
+            rows = [
+                [str(i), figures.number(one["keys"]), figures.number(one["values"])]
+                for i, one in enumerate(found["layers"])
+            ]
+            section.tables.append(
+                Table(
+                    ["layer", "keys", "values"],
+                    rows,
+                    title=f"Deep prompt, {found['length']} positions: mean norms",
+                )
+            )
+            continue
+        low, high = found["table_norm_range"]
+        values = [one["norm"] for one in found["vectors"]]
+        section.charts.append(
+            Chart(
+                f"Soft prompt: norms of its {found['length']} vectors (seed 0)",
+                charts.norms(values, low, found["table_norm_median"], high, title="Norms of the vectors"),
+            )
+        )
+        rows = [
+            [
+                str(i),
+                figures.number(one["norm"]),
+                "   ".join(f"{near['token']!r} {near['cosine']:.2f}" for near in one["nearest"]),
+            ]
+            for i, one in enumerate(found["vectors"])
+        ]
+        section.tables.append(
+            Table(
+                ["vector", "norm", "nearest tokens by cosine"],
+                rows,
+                title="Nearest tokens",
+                note="A hint and no translation: a vector may do what no token does, and a near token may mean nothing.",
+                words=(2,),
+            )
+        )
+    return section if section.tables or section.charts else None
+
+
+def _reproduce(record: Mapping[str, Any]) -> Section:
+    section = Section("reproduce", "How to reproduce")
+    if record.get("command"):
+        section.blocks.append(Block(record["command"], "Command"))
+    base, data = record["base"], record["data"]
+    lines = [
+        f"Base: {base.get('name')}, revision {base.get('revision') or 'none'}, fingerprint {base.get('sha256')}.",
+        f"Data: {data.get('source')}, revision {data.get('revision') or 'unknown'}.",
+        f"Template: {record['template']!r}, target {record.get('target') or 'none (all text)'}.",
+    ]
+    settings = record.get("settings")
+    if settings:
+        lines.append(f"Seeds: {', '.join(map(str, range(settings['seeds'])))}; rows held out by data.seed.")
+        lines.append(
+            f"Answers: {settings['answers']}{', calibrated' if settings['calibrated'] else ''}; "
+            f"few-shot examples: {settings['shots']}."
+        )
+        if settings.get("text"):
+            lines.append(f"The user's own text: {settings['text']!r}.")
+    if record.get("versions"):
+        lines.append(
+            "Versions: " + ", ".join(f"{name} {one}" for name, one in record["versions"].items()) + "."
+        )
+    found = record.get("machine")
+    if found:
+        lines.append(
+            f"Machine: {found['processor']}, {found['cores']} cores, {found['threads']} threads used, "
+            f"{found['device']}, {found['system']}."
+        )
+    section.points = lines
+    if settings:
+        section.blocks.append(
+            Block(yaml.safe_dump(settings["recipe"], sort_keys=False, allow_unicode=True).strip(), "Recipe")
+        )
+    return section
+
+
+def _tuning(run: Run, number: int) -> Page:
+    record = run.record
+    figures_of_run = record["metrics_of_run"]
+    rows = [
+        [label, figures.number(figures_of_run.get(key))]
+        for key, label in (
+            ("nll_base", "the base alone"),
+            ("nll_before", "the prompt at its start"),
+            ("nll_after", "the prompt that is kept"),
+        )
+    ]
+    result = Section(
+        "result",
+        "Result",
+        tables=[
+            Table(
+                [
+                    "held-out loss" if figures_of_run.get("judged_on") == "validation" else "training loss",
+                    "nats per token",
+                ],
+                rows,
+            )
+        ],
+        points=[
+            f"{figures.count(figures_of_run.get('steps'))} steps, the best was step "
+            f"{figures.count(figures_of_run.get('best_step'))}; {figures.seconds(figures_of_run.get('seconds'))}, peak memory "
+            f"{figures.size(figures_of_run.get('peak_memory_bytes'))}.",
+            "A run by itself says how far the loss fell, and not whether another way would do better: "
+            "softprompt compare does.",
+        ],
+    )
+    sections = [result, _curves(run.validation, run.training)]
+    blocks = [Block(record["recipe"].strip(), "Recipe")] if record["recipe"] else []
+    versions = ", ".join(f"{name} {one}" for name, one in record["versions"].items())
+    base = record["base"]
+    sections.append(
+        Section(
+            "reproduce",
+            "How to reproduce",
+            points=[
+                f"Base: {base.get('name')}, fingerprint {base.get('sha256') or 'unknown'}.",
+                f"Data: {record['data'].get('source')}, revision {record['data'].get('revision') or 'unknown'}.",
+                f"Versions: {versions or 'unknown'}.",
+            ],
+            blocks=blocks,
+        )
+    )
+    before, after = figures_of_run.get("nll_base"), figures_of_run.get("nll_after")
+    said = ""
+    if figures.known(before) and figures.known(after):
+        moved = "lowered" if after < before else "did not lower"
+        rows_of = "held-out" if figures_of_run.get("judged_on") == "validation" else "training"
+        said = f"The prompt {moved} the {rows_of} loss: {before:.3f} nats per token for the base alone, {after:.3f} with it."
+    facts = f"{record.get('prompt_kind') or 'soft'} prompt, {record.get('length') or 'unknown'} virtual tokens, base {base.get('name')}."
+    return Page(f"run{number}", run.title, facts, said, [one for one in sections if one is not None])
+
+
+def _float(value: Any) -> float:
+    return float(value) if figures.known(value) else math.nan

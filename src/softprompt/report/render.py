@@ -1,0 +1,172 @@
+"""The report's four forms, written side by side: one page of HTML, Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from softprompt.errors import SaveError
+from softprompt.report.pages import Page, Table, page
+from softprompt.report.read import Run, read_runs
+
+NAME = "report"
+
+
+def write_reports(folders: Sequence[Path], out: Path) -> list[Path]:
+    """Read the runs in `folders` and write report.html, .md, .csv and .json into `out`. Raises DataError, SaveError."""
+    runs = read_runs(folders)
+    pages = [page(run, number) for number, run in enumerate(runs, start=1)]
+    contents = {
+        "html": as_html(pages),
+        "md": as_markdown(pages),
+        "csv": as_csv(runs),
+        "json": as_json(runs, pages),
+    }
+    written = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for ending, content in contents.items():
+            path = out / f"{NAME}.{ending}"
+            draft = out / f".{path.name}.draft"
+            draft.write_text(content, encoding="utf-8")
+            draft.replace(path)
+            written.append(path)
+    except OSError as error:
+        raise SaveError(
+            f"{out}: the report cannot be written there ({error.strerror}). Choose --out."
+        ) from error
+    return written
+
+
+def as_html(pages: Sequence[Page]) -> str:
+    """One self-contained page: nothing is loaded from anywhere."""
+    title = pages[0].title if len(pages) == 1 else f"{len(pages)} runs"
+    return _template().render(title=f"softprompt: {title}", pages=pages)
+
+
+def as_markdown(pages: Sequence[Page]) -> str:
+    """The same without charts."""
+    lines: list[str] = []
+    for one in pages:
+        lines += [f"# {_escaped(one.title)}", "", _escaped(one.facts), ""]
+        if one.verdict:
+            lines += [f"**{_escaped(one.verdict)}**", ""]
+        for section in one.sections:
+            if not (section.text or section.tables or section.points or section.blocks or section.samples):
+                continue  # charts alone
+            if not (section.tables or section.points or section.blocks or section.samples):
+                continue
+            lines += [f"## {section.title}", ""]
+            for text in section.text:
+                lines += [_escaped(text), ""]
+            for table in section.tables:
+                lines += _markdown_table(table)
+            for sample in section.samples:
+                lines += [f"- {_one_line(sample.input) or '(no input)'}"]
+                if sample.wanted:
+                    lines.append(f"  - wanted: {_one_line(sample.wanted)}")
+                lines += [f"  - {arm}: {_one_line(said) or '(nothing)'}" for arm, said in sample.said.items()]
+            if section.samples:
+                lines.append("")
+            lines += [f"- {_escaped(text)}" for text in section.points]
+            if section.points:
+                lines.append("")
+            for block in section.blocks:
+                fence = "```"
+                lines += [*([f"{block.title}:", ""] if block.title else []), fence, block.text, fence, ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def as_csv(runs: Sequence[Run]) -> str:
+    """A line for each arm of each run, figures in full precision; unknown ones are empty."""
+    table: list[dict[str, Any]] = []
+    for run in runs:
+        for arm, one in run.record.get("summary", {}).get("arms", {}).items():
+            line: dict[str, Any] = {"run": run.title, "arm": arm, "seeds": one["seeds"]}
+            for name, figure in one["metrics"].items():
+                line |= {name: figure["value"], f"{name}_stderr": figure["stderr"], "n": figure["n"]}
+            for name in ("against_best", "against_base"):
+                if one.get(name):
+                    line |= {f"{name}_{key}": one[name][key] for key in ("value", "low", "high")}
+            costs = (key for key in one if key not in ("metrics", "against_best", "against_base", "seeds"))
+            table.append(line | {key: one[key] for key in costs})
+        if run.kind == "tuning":
+            table.append(
+                {"run": run.title, "arm": run.record.get("prompt_kind"), **run.record["metrics_of_run"]}
+            )
+    names = list(dict.fromkeys(name for line in table for name in line))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: "" if _unknown(value) else value for key, value in line.items()} for line in table)
+    return out.getvalue()
+
+
+def as_json(runs: Sequence[Run], pages: Sequence[Page]) -> str:
+    """The records, the verdicts and the samples."""
+    found = [
+        {
+            "title": run.title,
+            "kind": run.kind,
+            "verdict": one.verdict,
+            "record": run.record,
+            "samples": [{**asdict(sample), "differ": sample.differ} for sample in run.samples],
+        }
+        for run, one in zip(runs, pages, strict=True)
+    ]
+    return json.dumps(_plain(found), indent=1, ensure_ascii=False) + "\n"
+
+
+@cache
+def _template() -> jinja2.Template:
+    text = (Path(__file__).parent / "page.html.j2").read_text("utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(text)
+
+
+def _markdown_table(table: Table) -> list[str]:
+    lines = [f"### {table.title}", ""] if table.title else []
+    width = len(table.head)
+    lines.append("| " + " | ".join(map(_cell, table.head)) + " |")
+    lines.append("|" + "---|" * width)
+    for row in table.rows:
+        lines.append("| " + " | ".join(_cell(one) for one in [*row, *[""] * (width - len(row))]) + " |")
+    return [*lines, "", *([_escaped(table.note), ""] if table.note else [])]
+
+
+def _cell(text: str) -> str:
+    return _one_line(text).replace("|", "\\|")
+
+
+def _one_line(text: str) -> str:
+    return _escaped(" ".join(text.split()))
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown must not read as marks of its own."""
+    for mark in "\\`*_<[#":
+        text = text.replace(mark, "\\" + mark)
+    return text
+
+
+def _unknown(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if _unknown(value) else value

@@ -1,0 +1,96 @@
+"""The verdict: one sentence that follows from the numbers, and says no more than they do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from softprompt.report.figures import count, estimate, known, size, sure
+
+SPOKEN = {
+    "base": "the base as it is",
+    "prompt": "your own text",
+    "few-shot": "few-shot examples",
+    "soft": "the soft prompt",
+    "deep": "the deep prompt",
+    "lora": "LoRA",
+    "full": "full fine-tuning",
+}
+
+
+def verdict(record: Mapping[str, Any]) -> str:
+    """Which arm to take, by the judged figure and then by what it costs."""
+    summary = record["summary"]
+    arms: Mapping[str, Any] = summary["arms"]
+    best, judge = summary["best"], summary["judged_by"]
+    figure = arms[best]["metrics"][judge]
+    if not known(figure["value"]):
+        return f"No arm could be judged by {judge}: the figure is not known for any of them."
+    found = f"{_named(judge)} {estimate(figure, rows=True)}"
+    if len(arms) == 1:
+        return f"{_start(best)} reaches {found}; there is nothing to compare it with."
+    equals = [arm for arm in arms if arm != best and not sure(arms[arm]["against_best"])]
+    worse = [arm for arm in arms if arm != best and arm not in equals]
+    said = f"{_start(best)} has the best {_named(judge)}, {estimate(figure, rows=True)}"
+    if not equals:
+        return f"{said}, surely better than {_listed(worse)}.{_cost(arms, best)}"
+    cheapest = min([best, *equals], key=lambda arm: (arms[arm]["stored_bytes"], arms[arm]["added_tokens"]))
+    told = f", but it cannot be told from {_listed(equals)} on these rows"
+    better = (
+        f", while {'it is' if len(equals) else 'both are'} surely better than {_listed(worse)}"
+        if worse
+        else ""
+    )
+    if set(arms) - set(worse) == set(arms):
+        told = ", but no arm can be told from it on these rows"
+    choice = (
+        f"; of these, {SPOKEN.get(cheapest, cheapest)} costs the least to keep ({_kept(arms[cheapest])})"
+        if cheapest != best
+        else f"; of these, it also costs the least to keep ({_kept(arms[best])})"
+    )
+    return f"{said}{told}{better}{choice}."
+
+
+def against_base(record: Mapping[str, Any], arm: str) -> str:
+    """Whether an arm gained anything over the base alone, in words."""
+    one = record["summary"]["arms"][arm].get("against_base")
+    if one is None or arm == "base":
+        return ""
+    higher = record["summary"]["better"] == "higher"
+    if not sure(one):
+        return "not told from the base"
+    return "better than the base" if (one["value"] > 0) == higher else "worse than the base"
+
+
+def _cost(arms: Mapping[str, Any], best: str) -> str:
+    """What the best costs beside the dearest to keep."""
+    largest = max(arms, key=lambda arm: arms[arm]["stored_bytes"])
+    mine, theirs = arms[best]["stored_bytes"], arms[largest]["stored_bytes"]
+    if largest == best or not mine:
+        return f" It takes {_kept(arms[best])}."
+    times = theirs / mine
+    return (
+        f" It takes {_kept(arms[best])}, {times:,.0f} times less than {SPOKEN.get(largest, largest)}."
+        if times >= 2
+        else ""
+    )
+
+
+def _kept(arm: Mapping[str, Any]) -> str:
+    added = arm["added_tokens"]
+    tokens = f" and {count(added)} more tokens a request" if added else ""
+    return f"{size(arm['stored_bytes'])} a task{tokens}"
+
+
+def _start(arm: str) -> str:
+    said = SPOKEN.get(arm, arm)
+    return said[0].upper() + said[1:]
+
+
+def _named(judge: str) -> str:
+    return {"nll": "loss (nats per token)"}.get(judge, judge.replace("_", " "))
+
+
+def _listed(arms: Sequence[str]) -> str:
+    said = [SPOKEN.get(arm, arm) for arm in arms]
+    return said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
