@@ -330,9 +330,7 @@ def test_the_published_matrix_is_current() -> None:
     def without_figures(text: str) -> str:
         return re.sub(r"\d(\.\d+)?e[+-]\d\d|differ by [\d.]+", "#", text)
 
-    assert without_figures(PAGE.read_text()) == without_figures(page()), (
-        "run make docs"
-    )
+    assert without_figures(PAGE.read_text()) == without_figures(page()), "run make docs"
 
 
 if __name__ == "__main__":
