@@ -467,7 +467,9 @@ def test_an_architecture_that_ignores_the_mask_is_refused(monkeypatch: pytest.Mo
     lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), name="odd")
     hidden = lm.hidden
 
-    def without_mask(embeddings: torch.Tensor, mask: object = None, *rest: object, past: object = None) -> object:
+    def without_mask(
+        embeddings: torch.Tensor, mask: object = None, *rest: object, past: object = None
+    ) -> object:
         return hidden(embeddings, None, *rest, past=past)  # type: ignore[arg-type]
 
     monkeypatch.setattr(lm, "hidden", without_mask)
