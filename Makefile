@@ -1,5 +1,6 @@
 # make demo    the whole path on the bundled base, offline, in under two minutes
 # make test    every test
+# make format  puts the code into the form that `make check` wants
 # make check   what CI runs: lint, format, types, imports, docs and tests
 # Each sets up .venv by itself. PYTHON=python3.12 chooses the interpreter that it is made from.
 
@@ -15,7 +16,7 @@ DEV := $(VENV)/.installed-dev-$(STATE)
 # What tests and checks do must depend on this checkout alone: not on the hub, and not on a user's own settings.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH= PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: demo test check lint types imports docs setup clean
+.PHONY: demo test check lint format types imports docs setup clean
 
 demo: $(CORE)
 	$(OFFLINE) $(BIN)/softprompt demo
@@ -29,6 +30,10 @@ check: lint types imports
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 types: $(DEV)
 	$(BIN)/mypy
