@@ -326,8 +326,26 @@ def test_a_row_ends_with_the_bases_context(lm: FrozenLM) -> None:
     base = compile_prompt(lm, None)
     one = request(lm, base, ids, DecodeSettings(max_new_tokens=50))
     assert one.limit == 8
-    with pytest.raises(DataError, match="130 positions, and wrapped has 128"):
+    with pytest.raises(DataError, match="131 positions with its prompt, and wrapped has 128"):
         request(lm, base, [5] * 130, TEN)
+
+
+@pytest.mark.parametrize("architecture", ["MPT (ALiBi)", "GPT-Neo (local attention)", "GPT-2"])
+def test_rows_that_fit_alone_fit_together(architecture: str) -> None:
+    """A long prompt beside a long text: more columns than the base has positions, though no row has."""
+    lm = FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer())
+    long, short = compile_prompt(lm, "fox " * 45), compile_prompt(lm, None)
+    assert long.length > 80
+    text = "The quick brown fox. " * 9
+    assert long.length + len(ids_of(lm, text)) > 128
+    together = generate(lm, ["hello", text], [long, short], TEN)
+    assert together == generate(lm, ["hello"], long, TEN) + generate(lm, [text], short, TEN)
+    scored = score(lm, ["hello", text], " dog", [long, short])
+    alone = score(lm, ["hello"], " dog", long) + score(lm, [text], " dog", short)
+    for one, other in zip(scored, alone, strict=True):
+        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)
+    with pytest.raises(DataError, match="positions with its prompt"):
+        score(lm, [text], " dog", long)
 
 
 def test_lengths_that_change_the_angles_of_every_row_are_not_reached() -> None:

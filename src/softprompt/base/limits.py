@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.errors import DataError
 
 # These scale their angles by the longest row of a batch, so past this point a row's result would depend on its
 # neighbours and its cached keys would be of another scale than its new ones.
@@ -24,6 +25,15 @@ def longest_text(lm: FrozenLM) -> int | None:
             )
     known = [bound for bound in bounds if bound]
     return min(known) if known else None
+
+
+def demand_room(lm: FrozenLM, positions: int, where: str = "The text") -> None:
+    """Raise DataError where a sequence is longer than the base can read."""
+    most = longest_text(lm)
+    if most is not None and positions > most:
+        raise DataError(
+            f"{where} has {positions} positions with its prompt, and {lm.name} has {most}. Shorten the text."
+        )
 
 
 def _ropes(found: Any) -> Iterator[Mapping[str, Any]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.limits import longest_text
 from softprompt.base.state import State, batch_cache
 from softprompt.errors import PromptError
 
@@ -44,6 +45,22 @@ class Prefilled:
     def span(self, b: int) -> tuple[int, int]:
         """First column of row b, and the one after its last."""
         return self.columns - self.rows[b].state.length, self.columns + self.rows[b].rest
+
+
+def side_by_side(lm: FrozenLM, rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows in groups that one pass can read: known state and rest, each as long as the group's longest, fit the base.
+
+    Some architectures (MPT, GPT-Neo) have tables of that many columns, padding included."""
+    most = longest_text(lm)
+    groups: list[list[Row]] = []
+    for row in rows:
+        together = [*groups[-1], row] if groups else [row]
+        columns = max(one.state.length for one in together) + max(one.rest for one in together)
+        if groups and (most is None or columns <= most):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def prefill(lm: FrozenLM, rows: Sequence[Row]) -> Prefilled:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from softprompt.base.compiled import CompiledPrompt
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.limits import longest_text
-from softprompt.base.prefill import Row, prefill
+from softprompt.base.limits import demand_room, longest_text
+from softprompt.base.prefill import Prefilled, Row, prefill, side_by_side
 from softprompt.base.sampling import DecodeSettings, draw, kept, penalised, row_generator
 from softprompt.base.spoken import Spoken
 from softprompt.base.state import EMPTY, RunningCache, State, room, row_state
@@ -89,10 +89,7 @@ def request(
     limit = DEFAULT_NEW_TOKENS if limit is None else limit
     most = longest_text(lm)
     if most is not None:
-        if len(row.marks) >= most:
-            raise DataError(
-                f"The text with its prompt has {len(row.marks)} positions, and {lm.name} has {most}. Shorten the text."
-            )
+        demand_room(lm, len(row.marks) + 1, "The text with one new token")
         limit = min(limit, most - len(row.marks))
     return Request(row, settings, limit, sample, on_text, keep_state)
 
@@ -159,22 +156,26 @@ class Running:
         """Read the rows' texts in one pass and choose their first tokens; gives back those already done."""
         if not requests:
             return []
-        rows = list({id(one.row): one.row for one in requests}.values())
-        place = {id(row): b for b, row in enumerate(rows)}
-        done = prefill(self.lm, rows)
-        count = len(self._slots)
+        started = len(self._slots)
         self._reserve(requests)
-        for b, one in enumerate(requests, start=count):
-            row = place[id(one.row)]
-            self._cache.join(done.cache, row, *done.span(row))
-            self._slots.append(self._slot(one))
-            self._positions_B[b] = len(one.row.marks)
-            self._see(b, one.known_ids)
-        chosen_B = torch.tensor([place[id(one.row)] for one in requests], device=self.lm.device)
-        last_B = torch.tensor([row.rest - 1 for row in rows], device=self.lm.device)
-        hidden_BD = done.hidden_BTD[torch.arange(len(rows), device=self.lm.device), last_B][chosen_B]
+        hidden: list[Tensor] = []
+        rows = list({id(one.row): one.row for one in requests}.values())
+        for group in side_by_side(self.lm, rows):
+            done = prefill(self.lm, group)
+            for row in range(len(group)):
+                for one in requests:
+                    if one.row is group[row]:
+                        self._join(one, done, row)
+                        hidden.append(done.hidden_BTD[row, group[row].rest - 1])
         self._plan = _Plan.of(self.requests, self.lm.device)
-        return self._chosen(self.lm.logits(hidden_BD), count)
+        return self._chosen(self.lm.logits(torch.stack(hidden)), started)
+
+    def _join(self, one: Request, done: Prefilled, row: int) -> None:
+        b = len(self._slots)
+        self._cache.join(done.cache, row, *done.span(row))
+        self._slots.append(self._slot(one))
+        self._positions_B[b] = len(one.row.marks)
+        self._see(b, one.known_ids)
 
     @torch.inference_mode()
     def step(self) -> list[Request]:

@@ -11,8 +11,9 @@ from torch import Tensor
 from softprompt.base.compiled import CompiledPrompt, compile_prompt
 from softprompt.base.decode import Choice, one_each
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.limits import demand_room
 from softprompt.base.nll import BLOCK_LOGITS
-from softprompt.base.prefill import Row, prefill
+from softprompt.base.prefill import Row, prefill, side_by_side
 from softprompt.data.batch import End
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Template
@@ -83,22 +84,23 @@ def _laid_out(
         example = replace(example, fields={**example.fields, target: continuation})
     encoded = prompt.encoded(lm, template, example, generation=False, end=end)
     marks = prompt.laid_out(encoded)
+    demand_room(lm, len(marks), example.where)
     shift = len(marks) - len(encoded)
     scored = [place + shift for place, trained in enumerate(encoded.trained) if trained and place + shift > 0]
     return prompt.row(marks, need=scored[0] - 1), scored, prompt.name, encoded.text_bytes
 
 
 def _scored(lm: FrozenLM, rows: Sequence[tuple[Row, list[int], str | None, int]]) -> list[Scored]:
-    done = prefill(lm, [row for row, *_ in rows])
-    # The state before a token predicts it.
-    places = [
-        (b, place - 1 - row.state.length) for b, (row, scored, *_) in enumerate(rows) for place in scored
-    ]
-    rows_N, columns_N = torch.tensor(places, device=lm.device).T
+    hidden: list[Tensor] = []
+    scored_at = {id(row): scored for row, scored, *_ in rows}
+    for group in side_by_side(lm, [row for row, *_ in rows]):
+        done = prefill(lm, group)
+        for b, row in enumerate(group):
+            # The state before a token predicts it.
+            places = [place - 1 - row.state.length for place in scored_at[id(row)]]
+            hidden.append(done.hidden_BTD[b, places])
     targets = [row.marks[place] for row, scored, *_ in rows for place in scored]
-    values_N, likeliest_N = _rated(
-        lm, done.hidden_BTD[rows_N, columns_N], torch.tensor(targets, device=lm.device)
-    )
+    values_N, likeliest_N = _rated(lm, torch.cat(hidden), torch.tensor(targets, device=lm.device))
     values, likeliest = values_N.tolist(), likeliest_N.tolist()
     results, start = [], 0
     for _, scored, name, text_bytes in rows:
