@@ -6,14 +6,14 @@ Each is 440 units wide, which a phone shows at almost full size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 WIDTH = 440
 FONT = 12
-CHARACTER = 6.6  # of the page's font at 12 units, on the wide side
+CHARACTER = 7.4  # of the page's font at 12 units, in bold, on the wide side
 
 
 @dataclass(frozen=True)
@@ -71,32 +71,23 @@ def bars(given: Sequence[Bar], *, title: str, axis: str) -> Markup:
 
 
 def scatter(given: Sequence[Point], *, title: str, x_axis: str, y_axis: str, better: str) -> Markup:
-    """Quality against a cost on a logarithmic axis. A cost of 0 stands at the left edge, marked so."""
-    height, top, bottom, left, right = 290, 14, 246, 44, WIDTH - 16
+    """Quality against a cost. Costs that are far apart stand on a logarithmic axis, with 0 marked at its left edge."""
+    height, top, bottom, left, right = 300, 30, 256, 44, WIDTH - 16
     shown = [one for one in given if math.isfinite(one.x) and math.isfinite(one.y)]
     if not shown:
         return Markup("")
-    positive = [one.x for one in shown if one.x > 0]
-    first = math.floor(math.log10(min(positive))) if positive else 0
-    last = max(first + 1, math.ceil(math.log10(max(positive)))) if positive else 1
-    has_zero = len(positive) < len(shown)
-    start = left + (36 if has_zero else 8)
-    across = _scale(first, last, start, right)
+    place, grid = _cost_axis([one.x for one in shown], left, right)
     values = [v for one in shown for v in (one.low, one.y, one.high) if math.isfinite(v)]
     low, high, ticks = _ticks(min(values), max(values))
     up = _scale(low, high, bottom, top)
     parts = [_grid_y(ticks, up, left, right)]
-    every = max(1, math.ceil((last - first) / 6))
-    for power in range(first, last + 1, every):
-        x = across(power)
+    for x, told in grid:
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
-        parts.append(_text(x, bottom + 16, _power(power), "tick", "middle"))
-    if has_zero:
-        parts.append(_text(left + 8, bottom + 16, "0", "tick", "middle"))
+        parts.append(_text(x, bottom + 16, told, "tick", "middle"))
     parts.append(_text((left + right) / 2, height - 8, x_axis, "axis", "middle"))
     parts.append(_text(0, 10, f"{y_axis} ({better} is better)", "axis"))
     taken: list[tuple[float, float, float, float]] = []
-    dots = [(one, across(math.log10(one.x)) if one.x > 0 else left + 8.0, up(one.y)) for one in shown]
+    dots = [(one, place(one.x), up(one.y)) for one in shown]
     taken += [(x - 7, y - 7, x + 7, y + 7) for _, x, y in dots]
     for one, x, y in dots:
         parts.append(
@@ -112,9 +103,29 @@ def scatter(given: Sequence[Point], *, title: str, x_axis: str, y_axis: str, bet
     return _svg(height, title, parts)
 
 
+def _cost_axis(
+    costs: Sequence[float], left: float, right: float
+) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
+    """Where a cost stands, and the grid: places with what is written under them."""
+    positive = [one for one in costs if one > 0]
+    zero = left + 8.0
+    if not positive:
+        return (lambda cost: zero), [(zero, "0")]
+    if max(positive) < 20 * min(positive):
+        low, high, ticks = _ticks(0.0, max(positive))
+        linear = _scale(low, high, zero, right)
+        return linear, [(linear(tick), _short(tick)) for tick in ticks]
+    first, last = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
+    has_zero = len(positive) < len(costs)
+    across = _scale(first, last, left + 36 if has_zero else zero, right)
+    every = max(1, math.ceil((last - first) / 6))
+    grid = [(across(power), _short(10.0**power)) for power in range(first, last + 1, every)]
+    return (lambda cost: across(math.log10(cost)) if cost > 0 else zero), [(zero, "0")] * has_zero + grid
+
+
 def lines(given: Sequence[Line], *, title: str, x_axis: str, y_axis: str) -> Markup:
     """Curves over steps, each named at its end."""
-    height, top, bottom, left = 290, 22, 246, 44
+    height, top, bottom, left = 300, 30, 256, 44
     known = [(x, y) for one in given for x, y in one.points if math.isfinite(y)]
     if not known:
         return Markup("")
@@ -215,13 +226,12 @@ def _tick(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.10g}"
 
 
-def _power(power: int) -> str:
-    if power < 3:
-        return _tick(10.0**power)
-    for size, letter in ((9, "G"), (6, "M"), (3, "k")):
-        if power >= size:
-            return f"{10 ** (power - size):,}{letter}"
-    return ""
+def _short(value: float) -> str:
+    """A round number in few letters: 500, 20k, 1M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
 
 
 def _grid_x(

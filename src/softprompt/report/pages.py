@@ -124,24 +124,22 @@ def _quality(record: Mapping[str, Any]) -> Section:
         rows.append(
             [
                 arm,
-                record["arm_names"].get(arm, ""),
                 figures.estimate(one["metrics"][judge]),
                 "best" if arm == summary["best"] else figures.difference(one["against_best"]),
                 *([against_base(record, arm) or "\u2014"] if "base" in arms else []),
                 *(figures.estimate(one["metrics"][name]) for name in names if name != judge),
                 f"{one['seeds']}",
+                record["arm_names"].get(arm, ""),
             ]
         )
-    for arm, reason in record.get("failed", {}).items():
-        rows.append([arm, f"failed: {reason}"])
     head = [
         "arm",
-        "what it is",
         _named(judge, summary),
         "difference to the best [95 %]",
         *(["than the base"] if "base" in arms else []),
         *(_named(name, arms[summary["best"]]["metrics"][name]) for name in names if name != judge),
         "seeds",
+        "what it is",
     ]
     best = list(arms).index(summary["best"])
     bars = []
@@ -164,7 +162,7 @@ def _quality(record: Mapping[str, Any]) -> Section:
         if len(one["metrics"][judge]["by_seed"]) > 1
     ]
     seeds = max((len(row) for row in by_seed), default=1) - 1
-    tables = [Table(head, rows, words=(1,), best=best)]
+    tables = [Table(head, rows, words=(len(head) - 1,), best=best)]
     if by_seed:
         tables.append(
             Table(
@@ -182,6 +180,7 @@ def _quality(record: Mapping[str, Any]) -> Section:
         ],
         charts=[chart],
         tables=tables,
+        points=[f"{arm} failed: {reason}" for arm, reason in record.get("failed", {}).items()],
     )
 
 

@@ -13,7 +13,7 @@ from softprompt.evaluate.rows import ROWS, SUMMARY, Row, read_rows
 from softprompt.evaluate.summary import summarise
 
 COMPARISON, METRICS, RECIPE, PROMPT = "comparison.json", "metrics.jsonl", "recipe.yaml", "softprompt.json"
-SAMPLES = 40
+SAMPLES = 24
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,10 @@ class Sample:
 
     @property
     def differ(self) -> bool:
-        """Whether any two arms said something else."""
+        """Whether the arms differ: some right and some wrong, or, where that means nothing, in what they said."""
+        known = {one for one in self.right.values() if one is not None}
+        if known:
+            return len(known) > 1
         return len({one.strip() for one in self.said.values()}) > 1
 
 
@@ -187,7 +190,7 @@ def _tuning(folder: Path) -> Run:
 
 
 def _samples(rows: Mapping[str, Sequence[Row]]) -> list[Sample]:
-    """Up to 40 rows, those where the arms differ first among them; in the order of the data."""
+    """Up to 24 rows, those where the arms differ first among them; in the order of the data."""
     if not rows or any(row.said is None for judged in rows.values() for row in judged):
         return []
     short = all(len(row.wanted) <= 60 and "\n" not in row.wanted for row in next(iter(rows.values())))
