@@ -26,6 +26,7 @@ VERBS = {
     "evaluate": "Measure the base, a text or a learned prompt on held-out rows.",
     "compare": "Compare a soft prompt with other prompts, LoRA and full fine-tuning, in one report.",
     "report": "Make the report of any runs again: one page, and the same in Markdown, CSV and JSON.",
+    "plot": "Draw the losses of one run or several, in the terminal or as a picture.",
     "inspect": "Show what a prompt is: its origin, template, sizes and nearest tokens.",
     "export": "Write a prompt in the forms that PEFT, vLLM and other programs read.",
     "info": "Show versions, device and number format, and why they were chosen.",

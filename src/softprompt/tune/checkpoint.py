@@ -23,7 +23,7 @@ from softprompt.tune.recipe import Recipe, Tune
 
 FOLDER, ENDING, KEPT = "checkpoints", ".checkpoint", 2
 HEAD = b"softprompt checkpoint 1 "
-MAY_DIFFER = {"out", "device"}  # settings that do not change what is computed, or only where
+MAY_DIFFER = {"out", "device", "tune.trackers"}  # settings that do not change what is computed, or only where
 
 
 class Checkpoints:

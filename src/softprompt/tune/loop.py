@@ -30,6 +30,7 @@ from softprompt.tune.plan import Plan, make_plan
 from softprompt.tune.recipe import Recipe
 from softprompt.tune.records import RunFolder, peak_memory_bytes, versions
 from softprompt.tune.starts import start
+from softprompt.tune.trackers import TRACKERS, figures
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def tune(
             run.save("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
     finally:
-        run.folder.close()
+        run.close()
 
 
 class Run:
@@ -82,6 +83,7 @@ class Run:
         self.learner = Learner(start(plan), tune, plan.learning_rate, plan.steps)
         self.gradients = Gradients(plan.lm, plan.batch_size, self._halved)
         self.checkpoints = Checkpoints(out, tune, lambda text: self.tell(Said(text)))
+        self.trackers = [TRACKERS[name](plan.recipe) for name in tune.trackers]
         self.folder = RunFolder(out, plan.recipe)
         self.began = time.perf_counter()
         self.tokens, self.seconds_learning, self.seconds_before = 0, 0.0, 0.0
@@ -96,9 +98,18 @@ class Run:
     def tell(self, event: Event) -> None:
         """Record an event, and hand it on."""
         trouble = self.folder(event)
+        if told := figures(event):
+            for tracker in self.trackers:
+                tracker.log(told[1], told[0])
         self.on_event(event)
         if trouble:
             self.on_event(Said(trouble))
+
+    def close(self) -> None:
+        """Close the records."""
+        self.folder.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def begin(self, resume: bool) -> None:
         """Measure the base and the start, or take up where a killed run's last checkpoint stands."""

@@ -171,6 +171,9 @@ class Tune(Section):
     patience: Count | None = setting(
         None, "Stop after this many measurements without a better one; without it, run to the end."
     )
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = setting(
+        [], "Where the figures go besides metrics.jsonl: tensorboard, trackio, wandb, if installed."
+    )
     checkpoint_steps: Count | None = setting(
         None, "Write a checkpoint every so many steps, for `--resume`; without it, by time alone."
     )
@@ -406,7 +409,8 @@ def _wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if get_origin(annotation) is dict:
         return "a mapping of names to texts"
     if get_origin(annotation) is list:
-        return "a list of texts"
+        inner = _wanted(get_args(annotation)[0])
+        return "a list of texts" if inner == "text" else f"a list: {inner}"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     words = {"ge": "of at least {}", "gt": "above {}", "le": "of at most {}", "lt": "below {}"}
     limits = [

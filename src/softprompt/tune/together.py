@@ -87,7 +87,7 @@ class Together:
         self.active.remove(number)
         if number not in self.failed:
             self.runs[number].save("dropped")
-        self.runs[number].folder.close()
+        self.runs[number].close()
 
     def save(self) -> dict[int, Tuned]:
         """Save what is still active."""
@@ -98,7 +98,7 @@ class Together:
     def close(self) -> None:
         """Close the records of every run."""
         for run in self.runs:
-            run.folder.close()
+            run.close()
 
     def _step(self, rows: dict[int, list[Encoded]]) -> None:
         began = time.perf_counter()

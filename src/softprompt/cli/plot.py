@@ -1,0 +1,24 @@
+"""`softprompt plot`: a run's losses in the terminal and, if asked, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from softprompt.cli.screen import screen
+from softprompt.report.plot import draw, for_terminal, read_curves
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of a sweep.")],
+    out: Annotated[Path | None, typer.Option(help="Write a picture too: a .png, .svg or .pdf file.")] = None,
+) -> None:
+    """Draw how loss fell, for one run or several."""
+    console = screen()
+    curves = read_curves(runs)
+    console.print(for_terminal(curves, width=min(console.width, 100)), markup=False, soft_wrap=True)
+    if out is not None:
+        draw(curves, out)
+        console.print(f"Written to {out}.", markup=False, soft_wrap=True)

@@ -1,0 +1,150 @@
+"""A run's curves from its metrics.jsonl: characters for a terminal, PNG or SVG for a page. No torch here."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from softprompt.errors import DataError, MissingExtra, SaveError
+
+METRICS, TRIALS = "metrics.jsonl", "trials"
+DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, row by row
+
+Points = tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A run's losses by step, in nats per trained token: of each step's rows, held out, and of the base alone."""
+
+    name: str
+    training: Points
+    held_out: Points
+    base: float
+
+
+def read_curves(folders: Sequence[str | Path]) -> list[Curves]:
+    """Read the runs in `folders`; a sweep's folder stands for all its trials. Raises DataError where there is none."""
+    paths: list[Path] = []
+    for folder in map(Path, folders):
+        trials = sorted(folder.glob(f"{TRIALS}/*/{METRICS}"))
+        paths += trials or [folder / METRICS]
+    return [_read(path) for path in paths]
+
+
+def _read(path: Path) -> Curves:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}). Give the folder of a run, which `softprompt tune` wrote."
+        ) from error
+    training: dict[float, float] = {}
+    held_out: dict[float, float] = {}
+    base = math.nan
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            break  # the last line of a run that is still going, or was killed
+        nll = event.get("nll")
+        if event.get("event") == "Stepped" and nll is not None:
+            training[event["step"]] = nll
+        elif event.get("event") == "Validated" and nll is not None:
+            held_out[event["step"]] = nll
+        elif event.get("event") == "Started" and event.get("baseline_nll") is not None:
+            base = event["baseline_nll"]
+    if not training and not held_out:
+        raise DataError(f"{path}: no step is recorded there yet. Plot the run when it has made one.")
+    return Curves(path.parent.name, tuple(training.items()), tuple(held_out.items()), base)
+
+
+def smoothed(points: Points, share: float = 0.05) -> Points:
+    """Each point as the mean of those around it, `share` of all of them."""
+    reach = max(0, round(len(points) * share / 2))
+    return tuple(
+        (step, sum(y for _, y in near) / len(near))
+        for n, (step, _) in enumerate(points)
+        if (near := points[max(0, n - reach) : n + reach + 1])
+    )
+
+
+def for_terminal(curves: Sequence[Curves], width: int = 72, height: int = 16) -> str:
+    """Held-out loss by step in braille dots, a line for each run's figures below."""
+    lines = [one.held_out if len(one.held_out) > 1 else smoothed(one.training) for one in curves]
+    steps = [step for line in lines for step, _ in line]
+    losses = [loss for line in lines for _, loss in line]
+    low, high, last = min(losses), max(losses), max(steps)
+    span = (high - low) or 1.0
+    columns = width - 10
+    cells = [[0] * columns for _ in range(height)]
+
+    def dot(x: float, y: float) -> None:
+        across = min(2 * columns - 1, round(x / (last or 1) * (2 * columns - 1)))
+        down = min(4 * height - 1, round((high - y) / span * (4 * height - 1)))
+        cells[down // 4][across // 2] |= DOTS[down % 4][across % 2]
+
+    for line in lines:
+        for (x0, y0), (x1, y1) in itertools.pairwise(line):
+            pieces = 1 + round(abs(x1 - x0) / (last or 1) * 2 * columns + abs(y1 - y0) / span * 4 * height)
+            for n in range(pieces + 1):
+                dot(x0 + (x1 - x0) * n / pieces, y0 + (y1 - y0) * n / pieces)
+        if len(line) == 1:
+            dot(*line[0])
+    labels = {0: f"{high:.3f}", height - 1: f"{low:.3f}"}
+    drawn = [
+        f"{labels.get(row, ''):>8} ┤{''.join(chr(0x2800 + cell) for cell in cells[row])}".rstrip("\u2800")
+        for row in range(height)
+    ]
+    drawn.append(" " * 9 + "└" + "─" * columns)
+    drawn.append(" " * 10 + "0" + f"{last:g} steps".rjust(columns - 1))
+    return "\n".join([*drawn, "", *map(_figures, curves)])
+
+
+def _figures(one: Curves) -> str:
+    if not one.held_out:
+        return f"{one.name}: training loss {one.training[-1][1]:.4f} at step {one.training[-1][0]:g}"
+    step, best = min(one.held_out, key=lambda point: point[1])
+    base = f", base alone {one.base:.4f}" if math.isfinite(one.base) else ""
+    return (
+        f"{one.name}: held-out loss {one.held_out[0][1]:.4f} at the start, {best:.4f} at step {step:g}{base}"
+    )
+
+
+def draw(curves: Sequence[Curves], path: str | Path) -> None:
+    """Write the picture: held-out loss in full, training loss behind it, the base alone as a broken line.
+
+    The file's ending says the format (png, svg, pdf). Raises MissingExtra without matplotlib, SaveError if it cannot
+    be written."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra("Pictures need matplotlib: pip install 'softprompt[plot]'.") from error
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for one in curves:
+        (line,) = axes.plot(*_columns(one.held_out), marker=".", label=one.name)
+        if one.training:
+            axes.plot(*_columns(smoothed(one.training)), color=line.get_color(), alpha=0.35, linewidth=1)
+    bases = {round(one.base, 6) for one in curves if math.isfinite(one.base)}
+    for base in bases:
+        axes.axhline(base, color="gray", linestyle="--", linewidth=1, label="base alone")
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per trained token (faint: training)")
+    axes.legend(frameon=False, fontsize="small")
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise SaveError(
+            f"{path}: could not be written ({error}). Give a file ending in .png, .svg or .pdf in a folder that exists."
+        ) from error
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
