@@ -472,6 +472,34 @@ def test_a_chat_goes_on_as_if_it_were_laid_out_and_read_again(monkeypatch: pytes
         (anew,) = generate(lm, [Example({}, tuple(talk.messages[:-1]))], prompt, TEN)
         assert anew.token_ids == answer.token_ids
     assert talk.messages[2].content == "And the dog?"
+    before = (list(talk.messages), talk.marks)
+    with pytest.raises(DataError, match="wrapped has 128"):
+        talk.say("fox " * 60)
+    assert (talk.messages, talk.marks) == before
+
+
+def test_nothing_changes_under_gradient_checkpointing() -> None:
+    """It makes the embedding layer ask for gradients, and nothing here may ask for any."""
+    model = tiny_model("Llama")
+    said = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            with pytest.warns(FutureWarning):
+                model.gradient_checkpointing_enable()
+        lm = FrozenLM.wrap(model, tiny_tokenizer())
+        prompt = SoftPrompt(lm.embed(torch.arange(40, 46)), lm.fingerprint)
+        said.append(generate(lm, [*TEXTS, *TEXTS], [prompt] * 4 + ["Classify: "] * 4, TEN))
+    assert said[0] == said[1]
+
+
+def test_in_bfloat16_a_row_in_a_batch_is_itself_to_rounding(prompts: list[Choice]) -> None:
+    lm = FrozenLM.wrap(tiny_model("Llama").bfloat16(), tiny_tokenizer())
+    vectors = lm.embed(torch.arange(40, 46)).float()
+    chosen = [None, SoftPrompt(vectors, lm.fingerprint), "Classify: ", DeepPrompt(*text_state(lm, "a b c", 3), lm.fingerprint)]
+    together = score(lm, TEXTS, " complaint", chosen)
+    for text, prompt, one in zip(TEXTS, chosen, together, strict=True):
+        (alone,) = score(lm, [text], " complaint", prompt)
+        assert one.log_probability == pytest.approx(alone.log_probability, abs=0.15)
 
 
 def test_an_unknown_architecture_proves_itself_when_it_is_first_used(monkeypatch: pytest.MonkeyPatch) -> None:

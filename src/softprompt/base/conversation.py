@@ -34,26 +34,24 @@ class Conversation:
         return self.state.bytes
 
     def say(self, text: str, settings: DecodeSettings = GREEDY) -> Generation:
-        """Add a turn and generate the answer to it (the first of `settings.n`)."""
-        one = request(self.lm, self.prompt, "", settings, keep_state=True, row=self._row(text))
+        """Add a turn and generate the answer to it (the first of `settings.n`).
+
+        Raises DataError where it does not fit the base's context; the conversation is then as it was."""
+        said = [*self.messages, Message("user", text)]
+        one = request(self.lm, self.prompt, "", settings, keep_state=True, row=self._row(text, said))
         run(Running(self.lm, max_rows=1), [one])
         assert one.state is not None
         self.state, self.marks = one.state, (*one.row.marks, *one.token_ids)
         if self.prompt.template.chat:
-            self.messages.append(Message("assistant", one.text))
+            self.messages = [*said, Message("assistant", one.text)]
         return generation(self.prompt.name, text, one)
 
-    def _row(self, text: str) -> Row:
+    def _row(self, text: str, said: list[Message]) -> Row:
         if self.prompt.template.chat:
-            self.messages.append(Message("user", text))
-            marks = self.prompt.marks(self.lm, Example({}, tuple(self.messages)))
+            marks = self.prompt.marks(self.lm, Example({}, tuple(said)))
         elif not self.marks:
             marks = self.prompt.marks(self.lm, text)
         else:
             marks = [*self.marks, *tokens(self.lm.tokenizer, text, self.prompt.habit, continues=True)]
-        known = (
-            self.state if self.state.shared(marks) >= self.prompt.state.shared(marks) else self.prompt.state
-        )
-        return Row(
-            known.first(min(known.shared(marks), len(marks) - 1)), tuple(marks), self.prompt.vectors_PD
-        )
+        known = self.state if self.state.shared(marks) >= self.prompt.state.shared(marks) else self.prompt.state
+        return Row(known.first(min(known.shared(marks), len(marks) - 1)), tuple(marks), self.prompt.vectors_PD)
