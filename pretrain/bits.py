@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     for folder in arguments.models:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, arguments.dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, arguments.dtype))
         model = model.eval().to(arguments.device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         for path in arguments.text:

@@ -59,6 +59,12 @@ class HeadLoss(torch.autograd.Function):
         return grad_ND * grads[0].to(grad_ND.dtype), grad_VD * grads[0].to(grad_VD.dtype), None
 
 
+def head_loss(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+    """Summed negative log-likelihood of the labels, in nats. fp32 scalar."""
+    total: Tensor = HeadLoss.apply(hidden_ND, weight_VD, labels_N)  # type: ignore[no-untyped-call]
+    return total
+
+
 def hidden_BTD(
     weights: dict[str, Tensor], ids_BT: Tensor, bias_HTT: Tensor, layers: int, eps: float
 ) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from model import HeadLoss, alibi_HTT, cast, hidden_BTD
+from model import alibi_HTT, cast, head_loss, hidden_BTD
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
@@ -79,7 +79,8 @@ def streams(folder: Path, length: int, seed: int) -> dict[str, Stream]:
 def shares(progress: float, names: list[str]) -> np.ndarray[Any, Any]:
     mix = EARLY if progress < LATE_FROM else LATE
     weights = np.array([mix.get(name, 0.0) for name in names])
-    return weights / weights.sum()
+    normalised: np.ndarray[Any, Any] = weights / weights.sum()
+    return normalised
 
 
 def rate(progress: float) -> float:
@@ -111,7 +112,7 @@ def sum_gradients(model: torch.nn.Module, seconds: float, loss: float) -> tuple[
     flat = torch.cat([*(g.reshape(-1) for g in grads), torch.tensor([seconds, loss], device=grads[0].device)])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for grad, part in zip(grads, flat[:-2].split([g.numel() for g in grads]), strict=True):
+    for grad, part in zip(grads, torch.split(flat[:-2], [g.numel() for g in grads]), strict=True):
         grad.copy_(part.view_as(grad))
     return flat[-2].item(), flat[-1].item()
 
@@ -126,7 +127,7 @@ def save(
     os.replace(path / "checkpoint.new", path / "checkpoint.pt")
 
 
-def train(arguments: argparse.Namespace) -> BloomForCausalLM:
+def train(arguments: argparse.Namespace) -> Any:
     torch.manual_seed(arguments.seed)
     work, device = arguments.work, torch.device(arguments.device)
     work.mkdir(parents=True, exist_ok=True)
@@ -134,7 +135,7 @@ def train(arguments: argparse.Namespace) -> BloomForCausalLM:
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if arguments.from_weights is not None:
-        model = AutoModelForCausalLM.from_pretrained(arguments.from_weights, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(arguments.from_weights, dtype=torch.float32)
     else:
         model = BloomForCausalLM(BloomConfig(**json.loads(arguments.config.read_text())))
     model = model.float().to(device)
@@ -175,11 +176,11 @@ def train(arguments: argparse.Namespace) -> BloomForCausalLM:
                 weights, ids_BT[:, :-1], bias_HTT, config.n_layer, config.layer_norm_epsilon
             )
             labels_N = ids_BT[:, 1:].reshape(-1)
-            nll = HeadLoss.apply(
+            nll = head_loss(
                 states_BTD.reshape(-1, config.hidden_size), weights["word_embeddings.weight"], labels_N
             )
             loss = nll / len(labels_N)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             seconds, mean_loss = sum_gradients(model, seconds, loss.item())
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimiser in opts:

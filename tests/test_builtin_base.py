@@ -124,9 +124,7 @@ def test_the_training_forward_gives_transformers_loss_and_gradient() -> None:
     hidden = fast.hidden_BTD(
         weights, ids_BT[:, :-1], fast.alibi_HTT(4, 16), 2, model.config.layer_norm_epsilon
     )
-    nll = fast.HeadLoss.apply(
-        hidden.reshape(-1, 32), weights["word_embeddings.weight"], ids_BT[:, 1:].reshape(-1)
-    )
+    nll = fast.head_loss(hidden.reshape(-1, 32), weights["word_embeddings.weight"], ids_BT[:, 1:].reshape(-1))
     (nll / 48).backward()
     with torch.no_grad():
         assert float(nll / 48) == pytest.approx(float(model(ids_BT, labels=ids_BT).loss), abs=1e-5)
