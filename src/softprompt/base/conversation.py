@@ -53,5 +53,9 @@ class Conversation:
             marks = self.prompt.marks(self.lm, text)
         else:
             marks = [*self.marks, *tokens(self.lm.tokenizer, text, self.prompt.habit, continues=True)]
-        known = self.state if self.state.shared(marks) >= self.prompt.state.shared(marks) else self.prompt.state
-        return Row(known.first(min(known.shared(marks), len(marks) - 1)), tuple(marks), self.prompt.vectors_PD)
+        known = (
+            self.state if self.state.shared(marks) >= self.prompt.state.shared(marks) else self.prompt.state
+        )
+        return Row(
+            known.first(min(known.shared(marks), len(marks) - 1)), tuple(marks), self.prompt.vectors_PD
+        )
