@@ -495,7 +495,12 @@ def test_nothing_changes_under_gradient_checkpointing() -> None:
 def test_in_bfloat16_a_row_in_a_batch_is_itself_to_rounding(prompts: list[Choice]) -> None:
     lm = FrozenLM.wrap(tiny_model("Llama").bfloat16(), tiny_tokenizer())
     vectors = lm.embed(torch.arange(40, 46)).float()
-    chosen = [None, SoftPrompt(vectors, lm.fingerprint), "Classify: ", DeepPrompt(*text_state(lm, "a b c", 3), lm.fingerprint)]
+    chosen = [
+        None,
+        SoftPrompt(vectors, lm.fingerprint),
+        "Classify: ",
+        DeepPrompt(*text_state(lm, "a b c", 3), lm.fingerprint),
+    ]
     together = score(lm, TEXTS, " complaint", chosen)
     for text, prompt, one in zip(TEXTS, chosen, together, strict=True):
         (alone,) = score(lm, [text], " complaint", prompt)
