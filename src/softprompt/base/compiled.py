@@ -170,6 +170,7 @@ def text_state(lm: FrozenLM, text: str, length: int) -> tuple[Tensor, Tensor]:
     return _stacked(state.keys, "keys").float(), _stacked(state.values, "values").float()
 
 
+@torch.no_grad()
 def vectors_state(lm: FrozenLM, vectors_PD: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [L, P, H, K] of a shallow prompt's vectors: a deep prompt that starts where it stands."""
     marks = range(-1, -1 - len(vectors_PD), -1)

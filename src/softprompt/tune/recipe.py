@@ -111,15 +111,15 @@ class Prompt(Section):
         "How many virtual tokens; without it as many as `init_text` or `init_from` has, else 20.",
         flag="--length",
     )
-    init: Literal["auto", "random", "vocabulary", "text", "labels", "prompt", "mean", "concatenation"] = (
-        setting(
-            "auto",
-            "Where it starts: random at the embedding table's scale, rows of the most frequent vocabulary, the "
-            "embeddings of `init_text`, or those of the class labels; or the first prompt of `init_from`, the mean or "
-            "the concatenation of them all. auto means text where `init_text` is given, prompt where `init_from` is, "
-            "else vocabulary.",
-            flag="--init",
-        )
+    init: Literal[
+        "auto", "random", "vocabulary", "text", "labels", "zero", "prompt", "mean", "concatenation"
+    ] = setting(
+        "auto",
+        "Where it starts: random at the embedding table's scale, rows of the most frequent vocabulary, the "
+        "embeddings of `init_text`, or those of the class labels; or the first prompt of `init_from`, the mean or "
+        "the concatenation of them all. A deep prompt starts from what the base holds after reading those, or from "
+        "zero. auto means text where `init_text` is given, prompt where `init_from` is, else vocabulary.",
+        flag="--init",
     )
     init_text: str | None = setting(None, "The text whose embeddings `init: text` starts from.")
     init_from: list[str] = setting([], "Folders of prompts of the same base to start from.")
@@ -256,6 +256,11 @@ class Recipe(Section):
         if self.prompt.init == "text" and not self.prompt.init_text:
             raise ValueError(
                 "prompt.init is text, but prompt.init_text is empty. Give the text to start from."
+            )
+        if self.prompt.init == "zero" and self.prompt.kind != "deep":
+            raise ValueError(
+                "prompt.init is zero, which only keys and values can start from: vectors would all be the same. Set "
+                "prompt.kind to deep, or prompt.init to random or vocabulary."
             )
         if self.prompt.init in ("prompt", "mean", "concatenation") and not self.prompt.init_from:
             raise ValueError(

@@ -59,7 +59,7 @@ def _table(plan: Plan, generator: torch.Generator) -> Tensor:
 
 
 def _random(plan: Plan, generator: torch.Generator) -> Tensor:
-    return init.random_at_scale(plan.lm.embedding_VD, plan.template.soft_length, generator)
+    return init.random_at_scale(frequent_vectors(plan.lm), plan.template.soft_length, generator)
 
 
 def _vocabulary(plan: Plan, generator: torch.Generator) -> Tensor:
@@ -87,7 +87,7 @@ def _labels(plan: Plan, generator: torch.Generator) -> Tensor:
     vectors = [
         _embedded(plan.lm, _text_ids(plan.lm, " " + label.strip())) for label, _ in counted.most_common()
     ]
-    return init.class_labels(vectors, plan.lm.embedding_VD, plan.template.soft_length, generator)
+    return init.class_labels(vectors, frequent_vectors(plan.lm), plan.template.soft_length, generator)
 
 
 def _from_prompts(combine: Callable[[Sequence[Tensor], int], Tensor]) -> Callable[..., Plain]:
@@ -134,6 +134,11 @@ def _read_by_base(
     return lambda plan, generator: vectors_state(plan.lm, start(plan, generator))
 
 
+def _zero(plan: Plan, generator: torch.Generator) -> Plain:
+    keys_LPHK, values_LPHK = vectors_state(plan.lm, _vocabulary(plan, generator))
+    return torch.zeros_like(keys_LPHK), torch.zeros_like(values_LPHK)
+
+
 def _text_read_by_base(plan: Plan, generator: torch.Generator) -> Plain:
     return text_state(plan.lm, plan.recipe.prompt.init_text or "", plan.template.soft_length)
 
@@ -152,8 +157,14 @@ FROM_PROMPTS: dict[str, Callable[[Plan, torch.Generator], Plain]] = {
 DEEP_STARTS: dict[str, Callable[[Plan, torch.Generator], Plain]] = {
     **{name: _read_by_base(vectors) for name, vectors in STARTS.items()},
     "text": _text_read_by_base,
+    "zero": _zero,
     **FROM_PROMPTS,
 }
+
+
+def frequent_vectors(lm: FrozenLM) -> Tensor:
+    """What the first layer reads for the most frequent tokens: not the table itself where the base scales it (Gemma)."""
+    return _embedded(lm, range(min(init.FREQUENT, lm.vocabulary)))
 
 
 def _embedded(lm: FrozenLM, ids: Sequence[int]) -> Tensor:
