@@ -82,7 +82,7 @@ def dense(
     for start in range(0, len(hidden_ND), BLOCK_TOKENS):
         block = slice(start, start + BLOCK_TOKENS)
         nll_N[block], found = _dense_block(hidden_ND[block], targets_N[block], head, wants_gradient)
-        if gradient_ND is not None:
+        if gradient_ND is not None and found is not None:
             gradient_ND[block] = found
     return nll_N, gradient_ND
 

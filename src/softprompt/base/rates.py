@@ -41,7 +41,7 @@ def has_int8_products() -> bool:
     return bool(
         vnni is not None
         and vnni()
-        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.onednn, "qlinear_prepack")
         and hasattr(torch.ops.onednn, "qlinear_pointwise")
     )
