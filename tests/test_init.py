@@ -34,6 +34,16 @@ def test_a_random_start_has_the_tables_own_scale() -> None:
     assert found_PD.mean().item() == pytest.approx(0.01, abs=0.0005)
 
 
+@pytest.mark.parametrize("name", ["random", "vocabulary"])
+def test_a_start_has_the_scale_that_the_first_layer_reads_where_the_base_scales_its_table(
+    tmp_path: Path, name: str
+) -> None:
+    """Gemma multiplies its embeddings by the root of its width: 5.66 for 32."""
+    lm = lm_of("Gemma")
+    found_PD = started(tmp_path, f"prompt.init={name}", "prompt.length=100", lm=lm)
+    assert found_PD.std().item() == pytest.approx(lm.embedding_VD.std().item() * 32**0.5, rel=0.1)
+
+
 def test_sampled_vocabulary_is_different_rows_of_the_table_without_special_ones() -> None:
     table_VD = torch.arange(12.0)[:, None].expand(12, 4)
     found_PD = init.sampled_vocabulary(table_VD, 8, generator(), leave_out=[0, 1, 2])

@@ -9,15 +9,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
+from softprompt.base.compiled import vectors_state
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import Encoded, EncodedSet, encode_all
 from softprompt.data.example import Example, Splits
 from softprompt.data.source import load_splits
 from softprompt.data.template import Template
 from softprompt.errors import RecipeError
+from softprompt.prompt.reparam import as_rows
 from softprompt.tune.optim import automatic_rate
 from softprompt.tune.recipe import Recipe
-from softprompt.tune.starts import natural_length
+from softprompt.tune.starts import frequent_vectors, natural_length
 
 BATCH_SIZE = 8
 
@@ -160,5 +164,9 @@ def _batch_size(recipe: Recipe) -> int:
 
 def _rate(recipe: Recipe, lm: FrozenLM) -> float:
     if isinstance(recipe.tune.learning_rate, str):  # auto, or the middle of what `find` tries
-        return automatic_rate(lm.embedding_VD)
+        frequent_vD = frequent_vectors(lm)
+        if recipe.prompt.kind == "soft":
+            return automatic_rate(frequent_vD)
+        spread = torch.linspace(0, len(frequent_vD) - 1, min(64, len(frequent_vD))).long()
+        return automatic_rate(as_rows(vectors_state(lm, frequent_vD[spread])))
     return recipe.tune.learning_rate
