@@ -123,7 +123,12 @@ def command(
     layout = settle_template(recipe, lm)
     compiled = compiled_for(lm, prompt, text, layout)
     names = list(
-        dict.fromkeys([*(metric or default_metrics(layout, examples)), *(one.name for one, _ in gates)])
+        dict.fromkeys(
+            [
+                *(metric or default_metrics(layout, [*splits.train, *examples])),
+                *(one.name for one, _ in gates),
+            ]
+        )
     )
     metrics = metrics_named(names)
     ranked = _labels(layout, splits, examples, label) if answers == "rank" else None

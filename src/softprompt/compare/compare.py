@@ -51,7 +51,7 @@ def compare(
     judged, split = judged_rows(splits, settings.limit)
     lm = load_base(settings.recipe)
     layout = settle_template(settings.recipe, lm)
-    metrics = settings.metrics or tuple(default_metrics(layout, judged))
+    metrics = settings.metrics or tuple(default_metrics(layout, [*splits.train, *judged]))
     metrics_named(metrics)
     base, device, tokenizer, most = _described(lm), lm.device, lm.tokenizer, longest_text(lm)
     del lm  # each arm loads its own, and this process would only take its memory

@@ -61,7 +61,7 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> dict[str, Any
     learning = clock.read()
     peak_learning = measure.peak_memory_bytes(lm.device)
 
-    names = settings.metrics or tuple(default_metrics(layout, judged))
+    names = settings.metrics or tuple(default_metrics(layout, [*splits.train, *judged]))
     metrics = metrics_named(names)
     asking = Asking(
         labels=labels_of(layout, [*splits.train, *judged]) if settings.answers == "rank" else None,

@@ -1,0 +1,293 @@
+"""Judging: every kind of prompt by one road, rows kept and taken up again, gates."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from softprompt.base.compiled import compile_prompt, vectors_state
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.cli.app import main
+from softprompt.data.example import Example
+from softprompt.data.template import Template
+from softprompt.errors import DataError, GateFailed, RecipeError
+from softprompt.evaluate.evaluate import (
+    Answer,
+    default_metrics,
+    demand,
+    evaluate,
+    read_gates,
+    wanted_text,
+    written_out,
+)
+from softprompt.evaluate.metric import Estimate, metrics_named
+from softprompt.evaluate.predictor import Asking, predictor, text_prompt
+from softprompt.evaluate.rows import Row, read_rows
+from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
+from softprompt.store.artifact import save_prompt
+from tiny_models import tiny_model, tiny_tokenizer
+
+LABELLED = Template.parse("{soft:3}Tweet: {text} Complaint? {label}", target="label")
+RUNNING = Template.parse("{soft:3}{text}")
+ROWS = [
+    Example({"text": text, "label": label}, row=row)
+    for row, (text, label) in enumerate(
+        [
+            ("my order never came", "complaint"),
+            ("thank you", "no complaint"),
+            ("the quick help", "no complaint"),
+        ]
+    )
+]
+LOSSES = metrics_named(["nll", "bits_per_byte"])
+
+
+@pytest.fixture(scope="module")
+def lm() -> FrozenLM:
+    return FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer())
+
+
+def of_words(lm: FrozenLM, words: str, template: str, target: str | None) -> SoftPrompt:
+    """A soft prompt of real token embeddings: it must judge as those words do."""
+    ids = lm.tokenizer(words)["input_ids"]
+    source = template.replace("{soft:3}", f"{{soft:{len(ids)}}}")
+    return SoftPrompt(lm.embed(torch.tensor(ids)).float(), lm.fingerprint, source, target, name="words")
+
+
+def losses(lm: FrozenLM, prompt: object, layout: Template, rows: Sequence[Example] = ROWS) -> list[Row]:
+    compiled = compile_prompt(lm, prompt, template=layout) if not hasattr(prompt, "state") else prompt  # type: ignore[arg-type]
+    predict = predictor(lm, compiled, layout, LOSSES, Asking())  # type: ignore[arg-type]
+    return list(evaluate(predict, rows, LOSSES, layout).rows)
+
+
+@pytest.mark.parametrize(("template", "target"), [(str(LABELLED), "label"), (str(RUNNING), None)])
+def test_a_soft_prompt_of_real_embeddings_a_deep_one_read_from_it_and_the_text_itself_judge_alike(
+    lm: FrozenLM, template: str, target: str | None
+) -> None:
+    words = "Classify the text.\n"
+    soft = of_words(lm, words, template, target)
+    layout = Template.parse(soft.template, target=target)
+    keys, values = vectors_state(lm, soft.embeddings_PD)
+    deep = DeepPrompt(keys, values, lm.fingerprint, soft.template, target, name="deep")
+    by_soft, by_deep = losses(lm, soft, layout), losses(lm, deep, layout)
+    by_text = losses(lm, text_prompt(lm, layout, words), layout)
+    for one, other, text in zip(by_soft, by_deep, by_text, strict=True):
+        assert one.nll == pytest.approx(other.nll, rel=1e-4)
+        assert one.nll == pytest.approx(text.nll, rel=1e-4)
+        assert one.tokens == other.tokens == text.tokens
+        assert one.text_bytes == other.text_bytes == text.text_bytes
+
+
+def test_the_base_and_a_prompt_are_scored_on_the_same_tokens(lm: FrozenLM) -> None:
+    alone = losses(lm, None, RUNNING)
+    prompt = of_words(lm, "act as", str(RUNNING), None)
+    under = losses(lm, prompt, Template.parse(prompt.template))
+    counted = [len(lm.tokenizer(one.fields["text"])["input_ids"]) - 1 for one in ROWS]
+    assert [row.tokens for row in alone] == [row.tokens for row in under] == counted
+
+
+def test_the_loss_of_a_target_is_transformers_own(lm: FrozenLM) -> None:
+    (row,) = losses(lm, None, LABELLED, ROWS[:1])
+    context = lm.tokenizer("Tweet: my order never came Complaint?")["input_ids"]
+    target = [*lm.tokenizer(" complaint")["input_ids"], lm.tokenizer.eos_token_id]
+    ids = torch.tensor([context + target])
+    labels = torch.tensor([[-100] * len(context) + target])
+    with torch.no_grad():
+        mean = lm.model(input_ids=ids, labels=labels).loss.item()
+    assert row.tokens == len(target)
+    assert row.nll == pytest.approx(mean * len(target), rel=1e-4)
+    assert row.text_bytes == len(b" complaint")
+
+
+def test_a_label_is_ranked_by_its_likelihood_and_calibration_takes_its_bias_away(lm: FrozenLM) -> None:
+    metrics = metrics_named(["accuracy", "nll"])
+    labels = ("complaint", "no complaint")
+    base = compile_prompt(lm, None, template=LABELLED)
+    rows = evaluate(
+        predictor(lm, base, LABELLED, metrics, Asking(labels=labels)), ROWS, metrics, LABELLED
+    ).rows
+    for row in rows:
+        assert row.scores is not None
+        assert row.said == max(labels, key=row.scores.__getitem__)
+        assert row.scores[row.wanted] == pytest.approx(-row.nll, rel=1e-4)
+    weighed = Asking(labels=labels, calibrated=True)
+    after = evaluate(predictor(lm, base, LABELLED, metrics, weighed), ROWS, metrics, LABELLED).rows
+    empty = [Example({"text": text, "label": label}) for text in ("N/A", "...", "none") for label in labels]
+    likely = [math.exp(-row.nll) for row in losses(lm, None, LABELLED, empty)]
+    bias = {label: math.log(sum(likely[i::2]) / 3) for i, label in enumerate(labels)}
+    for row in after:
+        assert row.scores is not None
+        scores = row.scores
+        assert row.said == max(labels, key=lambda label: scores[label] - bias[label])
+
+
+def test_answers_are_generated_with_room_for_the_longest_wanted_one_and_end_at_a_line(lm: FrozenLM) -> None:
+    asking = Asking().settled(lm, LABELLED, ROWS)
+    longest = len(lm.tokenizer("no complaint")["input_ids"])
+    assert asking.max_new_tokens == math.ceil(longest * 1.25) + 2
+    assert asking.stop == ("\n",)
+    assert Asking().settled(lm, LABELLED, [Example({"text": "x", "label": "two\nlines"})]).stop == ()
+
+
+def test_metrics_of_answers_need_a_target(lm: FrozenLM) -> None:
+    with pytest.raises(RecipeError, match="no target"):
+        predictor(
+            lm, compile_prompt(lm, None, template=RUNNING), RUNNING, metrics_named(["accuracy"]), Asking()
+        )
+
+
+class Fake:
+    """Answers every text with its label, and remembers what it was asked; breaks at a row if told to."""
+
+    def __init__(self, breaks_at: int | None = None) -> None:
+        self.asked: list[int] = []
+        self.breaks_at = breaks_at
+
+    def __call__(self, examples: Sequence[Example]) -> list[Answer]:
+        if self.breaks_at in [one.row for one in examples]:
+            raise KeyboardInterrupt
+        self.asked += [one.row for one in examples]
+        return [Answer(said=one.fields["label"], nll=1.0, tokens=2, text_bytes=4) for one in examples]
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
+    metrics = metrics_named(["accuracy", "nll"])
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Fake(breaks_at=2), ROWS, metrics, LABELLED, out=tmp_path, about={"a": 1}, chunk=1)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"index": 2, "row": 2, "inp')  # the kill came in the middle of a line
+    fake = Fake()
+    found = evaluate(fake, ROWS, metrics, LABELLED, out=tmp_path, about={"a": 1}, chunk=1)
+    assert fake.asked == [2]
+    assert found.reused == 2
+    assert [row.row for row in read_rows(tmp_path / "rows.jsonl")] == [0, 1, 2]
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert record["complete"]
+    assert record["metrics"]["accuracy"]["value"] == 1.0
+    assert record["metrics"]["nll"]["value"] == 0.5
+
+
+@pytest.mark.parametrize("change", ["about", "rows"])
+def test_rows_of_another_evaluation_are_refused_and_not_mixed_in(tmp_path: Path, change: str) -> None:
+    metrics = metrics_named(["accuracy"])
+    evaluate(Fake(), ROWS, metrics, LABELLED, out=tmp_path, about={"a": 1})
+    rows = ROWS[:2] if change == "rows" else ROWS
+    with pytest.raises(DataError, match="another evaluation"):
+        evaluate(Fake(), rows, metrics, LABELLED, out=tmp_path, about={"a": 2 if change == "about" else 1})
+
+
+def test_a_row_comes_back_from_its_line_as_it_was() -> None:
+    row = Row(3, 7, "Tweet: ü\n", "x", None, scores={"a": -1.5})
+    again = Row.from_json(row.to_json())
+    assert math.isnan(again.nll)
+    assert again.scores == row.scores
+    assert (again.index, again.row, again.input, again.said) == (3, 7, "Tweet: ü\n", None)
+
+
+def test_the_default_metrics_suit_the_task() -> None:
+    many = [Example({"text": "x", "label": label}) for label in "aabb"]
+    sums = [Example({"text": "x", "label": f"so\n#### {n}"}) for n in range(4)]
+    long = [Example({"text": "x", "label": f"a sentence number {n}"}) for n in range(4)]
+    assert default_metrics(LABELLED, many)[0] == "accuracy"
+    assert default_metrics(LABELLED, sums)[0] == "numeric_match"
+    assert default_metrics(LABELLED, long)[0] == "rouge_l"
+    assert default_metrics(RUNNING, long)[0] == "nll"
+
+
+def test_input_and_answer_are_the_template_filled_in() -> None:
+    assert written_out(LABELLED, ROWS[0]) == "Tweet: my order never came Complaint? "
+    assert wanted_text(LABELLED, ROWS[0]) == "complaint"
+    assert wanted_text(RUNNING, ROWS[0]) == "my order never came"
+
+
+@pytest.mark.parametrize(
+    ("gate", "value", "passes"),
+    [
+        ("accuracy=0.8", 0.8, True),
+        ("accuracy=0.8", 0.79, False),
+        ("nll=2", 1.9, True),
+        ("nll=2", 2.1, False),
+        ("accuracy=0", math.nan, False),
+    ],
+)
+def test_a_gate_is_a_least_figure_or_for_a_loss_a_highest(gate: str, value: float, passes: bool) -> None:
+    (metric, _), *_ = gates = read_gates([gate])
+    figures = {metric.name: Estimate(value, 0.0, 9)}
+    if passes:
+        demand(gates, figures)
+    else:
+        with pytest.raises(GateFailed, match=metric.name):
+            demand(gates, figures)
+
+
+@pytest.mark.parametrize("gate", ["accuracy", "acuracy=1", "accuracy=high"])
+def test_a_gate_that_cannot_be_read_is_refused(gate: str) -> None:
+    with pytest.raises(RecipeError):
+        read_gates([gate])
+
+
+def test_the_command_judges_base_text_and_learned_prompts_and_fails_a_gate_with_100(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = FrozenLM.load("builtin")
+    layout = "{soft:3}Message: {text} Kind: {label}"
+    ids = lm.tokenizer("Kind of message: ")["input_ids"][:3]
+    prompt = SoftPrompt(lm.embed(torch.tensor(ids)).float(), lm.fingerprint, layout, "label", name="kind")
+    save_prompt(prompt, tmp_path / "kind")
+    data = ["--data", "builtin:messages", "--limit", "6", "--json"]
+    base = ["--template", layout, "--target", "label"]
+
+    def record(*arguments: str) -> dict[str, object]:
+        code = main(["evaluate", *arguments])
+        shown = capsys.readouterr()
+        assert code == 0, shown.err
+        found: dict[str, object] = json.loads(shown.out)
+        return found
+
+    for arguments in (
+        [*data, *base],
+        [*data, *base, "--text", "Which kind is it?\n"],
+        [*data, "--prompt", str(tmp_path / "kind")],
+        [*data, *base, "--answers", "rank", "--calibrate"],
+    ):
+        metrics = record(*arguments)["metrics"]
+        assert isinstance(metrics, dict)
+        assert list(metrics) == ["accuracy", "macro_f1", "nll"]
+        assert metrics["nll"]["n"] == 6
+    assert main(["evaluate", *data, *base, "--fail-under", "accuracy=0.99"]) == 100
+    assert "wanted at least 0.99" in capsys.readouterr().err
+
+
+def test_the_command_goes_on_with_a_folder_and_reads_the_data_of_the_prompts_own_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = FrozenLM.load("builtin")
+    notes = {
+        "recipe": {"data": {"source": "builtin:roles", "column": "prompt", "fields": {}, "validation": None}}
+    }
+    vectors = lm.embed(torch.tensor([5, 6])).float()
+    prompt = SoftPrompt(vectors, lm.fingerprint, "{soft:2}{text}", name="two", notes=notes)
+    save_prompt(prompt, tmp_path / "two")
+    arguments = [
+        "evaluate",
+        "--prompt",
+        str(tmp_path / "two"),
+        "--limit",
+        "4",
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+    ]
+    assert main(arguments) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["data"]["source"] == "builtin:roles"
+    assert first["data"]["split"] == "test"
+    assert main(arguments) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["reused"] == 4
+    assert again["metrics"] == first["metrics"]
