@@ -31,7 +31,7 @@ def command(
     """Show exactly what would be trained: tokens, soft slots, what the loss counts."""
     from softprompt.base.frozen_lm import FrozenLM
     from softprompt.data.preview import preview
-    from softprompt.tune.plan import read_splits, settle_template
+    from softprompt.tune.plan import read_splits, room, settle_template
 
     data = recipe.data
     splits = read_splits(recipe)
@@ -47,7 +47,7 @@ def command(
         splits.train,
         lm.tokenizer,
         show=rows,
-        max_length=data.max_length or lm.context,
+        max_length=room(recipe, lm),
         on_overflow=data.on_overflow,
         end=data.end,
     )

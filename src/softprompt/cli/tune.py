@@ -86,7 +86,7 @@ def show_result(console: Console, record: dict[str, Any]) -> None:
 def show_plan(console: Console, recipe: Recipe) -> dict[str, Any]:
     """All that a run would do, without its first step."""
     from softprompt.data.preview import preview
-    from softprompt.tune.plan import make_plan
+    from softprompt.tune.plan import make_plan, room
 
     plan = make_plan(recipe)
     show_base(console, plan.lm)
@@ -97,7 +97,7 @@ def show_plan(console: Console, recipe: Recipe) -> dict[str, Any]:
         plan.splits.train,
         plan.lm.tokenizer,
         show=2,
-        max_length=data.max_length or plan.lm.context,
+        max_length=room(recipe, plan.lm),
         on_overflow=data.on_overflow,
         end=data.end,
     )

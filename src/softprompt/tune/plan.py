@@ -13,6 +13,7 @@ import torch
 
 from softprompt.base.compiled import vectors_state
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.limits import longest_text
 from softprompt.data.batch import Encoded, EncodedSet, encode_all
 from softprompt.data.example import Example, Splits
 from softprompt.data.source import load_splits
@@ -88,6 +89,7 @@ def make_plan(recipe: Recipe, *, lm: FrozenLM | None = None, splits: Splits | No
         device=recipe.device,
         trust_remote_code=recipe.trust_remote_code,
     )
+    lm.int8 = recipe.tune.int8
     template = settle_template(recipe, lm)
     deep = recipe.prompt.kind == "deep"
 
@@ -96,7 +98,7 @@ def make_plan(recipe: Recipe, *, lm: FrozenLM | None = None, splits: Splits | No
             template,
             examples,
             lm.tokenizer,
-            max_length=data.max_length or lm.context,
+            max_length=room(recipe, lm),
             on_overflow=data.on_overflow,
             end=data.end,
             base_only=base_only or deep,
@@ -120,6 +122,12 @@ def make_plan(recipe: Recipe, *, lm: FrozenLM | None = None, splits: Splits | No
         batch_size=_batch_size(recipe),
         steps=min(steps, recipe.tune.max_steps or steps),
     )
+
+
+def room(recipe: Recipe, lm: FrozenLM) -> int | None:
+    """Longest row in positions, virtual ones included: what the recipe says, within what the base reads exactly."""
+    bounds = [bound for bound in (recipe.data.max_length, longest_text(lm)) if bound is not None]
+    return min(bounds, default=None)
 
 
 def read_splits(recipe: Recipe) -> Splits:
