@@ -163,14 +163,12 @@ def _make(folder: Path) -> None:
 def _in_own_process(job: Job, tell: Tell) -> dict[str, Any]:
     """Run the job in a fresh process, so that its memory is its own."""
     failure = ""
-    with (job.folder / "log.txt").open("w", encoding="utf-8") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "softprompt.compare.run_arm", str(job.folder)],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+    command = [sys.executable, "-m", "softprompt.compare.run_arm", str(job.folder)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with (
+        (job.folder / "log.txt").open("w", encoding="utf-8") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as child,
+    ):
         assert child.stdout is not None
         try:
             for line in child.stdout:
@@ -185,7 +183,6 @@ def _in_own_process(job: Job, tell: Tell) -> dict[str, Any]:
             code = child.wait()
         except BaseException:
             child.terminate()
-            child.wait()
             raise
     if code == 130:
         raise KeyboardInterrupt

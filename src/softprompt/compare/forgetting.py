@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from softprompt.base.compiled import CompiledPrompt, compile_prompt
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.limits import longest_text
 from softprompt.data.example import Example
 from softprompt.data.template import Soft, Template
 from softprompt.errors import DataError
@@ -37,6 +39,20 @@ def passages(path: Path | None = None) -> list[Example]:
         raise DataError(f"{path}: no paragraph of at least five words is in it. Give a file of running text.")
     spread = max(1, len(found) // PASSAGES)
     return [Example({"text": one}, row=row) for row, one in enumerate(found[::spread][:PASSAGES])]
+
+
+def fitted(lm: FrozenLM, general: list[Example]) -> list[Example]:
+    """The passages, cut where they would fill more than half of the base's context: a prompt stands in front of them."""
+    most = longest_text(lm)
+    if most is None:
+        return general
+    cut = []
+    for one in general:
+        words = one.fields["text"].split(" ")
+        while len(words) > 1 and len(lm.tokenizer(" ".join(words), verbose=False)["input_ids"]) > most // 2:
+            words = words[: len(words) * 3 // 4]
+        cut.append(replace(one, fields={"text": " ".join(words)}))
+    return cut
 
 
 def general_loss(lm: FrozenLM, prompt: CompiledPrompt, general: list[Example]) -> Estimate:

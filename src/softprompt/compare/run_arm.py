@@ -51,7 +51,8 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> dict[str, Any
     layout = settle_template(settings.recipe, lm)
     judged, split = judged_rows(splits, settings.limit)
     before = lm.weights_sha256()
-    general = forgetting.passages(None if settings.general_text is None else Path(settings.general_text))
+    path = None if settings.general_text is None else Path(settings.general_text)
+    general = forgetting.fitted(lm, forgetting.passages(path))
     general_before = forgetting.general_loss(lm, forgetting.before_general_text(lm, None), general)
     loaded_bytes = measure.memory_bytes(lm.device)
 
@@ -117,7 +118,8 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> dict[str, Any
     record |= _base_after(ready, before, general, general_before.value)
     record["made"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     write_json(job.folder / RESULT, record)
-    return record
+    written: dict[str, Any] = json.loads((job.folder / RESULT).read_text("utf-8"))
+    return written
 
 
 def discard_rows(folder: Path) -> None:

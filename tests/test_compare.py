@@ -1,0 +1,309 @@
+"""A comparison of all seven arms on a small random base: costs, the base untouched, taken up again where it stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.compare import arms, forgetting, run_arm
+from softprompt.compare.compare import compare
+from softprompt.compare.settings import ARM_NAMES, Job, Settings
+from softprompt.data.example import Example
+from softprompt.data.template import Template
+from softprompt.errors import DataError, NotFinite, RecipeError, SoftPromptError
+from softprompt.evaluate.rows import Row
+from softprompt.evaluate.summary import summarise
+from softprompt.tune.recipe import Recipe
+from tiny_models import tiny_model, tiny_tokenizer
+
+TEMPLATE = "{soft:3}Tweet: {text} Complaint? {label}"
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base on disk, and a folder of labelled rows with a training row among the judged ones."""
+    folder = tmp_path_factory.mktemp("task")
+    tiny_model("Llama").save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    rows = [(f"my order {n} never came", "complaint") for n in range(6)]
+    rows += [(f"thank you for help {n}", "no complaint") for n in range(6)]
+    for name, part in (
+        ("train", rows[::2] + rows[1::4]),
+        ("validation", rows[3::4]),
+        ("test", [*rows[3::4], rows[0]]),
+    ):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *part])
+    return folder
+
+
+def settings(task: Path, **changes: Any) -> Settings:
+    recipe = Recipe(
+        base=str(task / "base"),
+        dtype="float32",
+        data={"source": str(task), "template": TEMPLATE, "target": "label"},
+        tune={"max_steps": 3, "batch_size": 4, "learning_rate": 0.05, "valid_every_steps": 2},
+    )
+    values: dict[str, Any] = {"recipe": recipe, "arms": tuple(ARM_NAMES), "text": "Is it one?\n", "shots": 2}
+    return Settings(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def compared(task: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    pytest.importorskip("peft", reason="the arm lora needs PEFT")
+    out = tmp_path_factory.mktemp("compared")
+    return compare(settings(task, seeds=2), out, own_process=False), out
+
+
+def test_every_arm_comes_to_an_end_and_is_judged_on_the_same_rows(
+    compared: tuple[dict[str, Any], Path],
+) -> None:
+    record, _ = compared
+    assert record["failed"] == {}
+    assert list(record["summary"]["arms"]) == list(ARM_NAMES)
+    for arm, results in record["runs"].items():
+        assert len(results) == (1 if arm in ("base", "prompt") else 2)
+        assert {one["rows"] for one in results} == {4}
+
+
+def test_trained_parameters_and_bytes_are_those_of_what_is_kept(
+    compared: tuple[dict[str, Any], Path],
+) -> None:
+    found = compared[0]["summary"]["arms"]
+    base = tiny_model("Llama")
+    width, layers, heads, head_width = 32, 2, 2, 8
+    assert found["base"]["trained_parameters"] == found["base"]["stored_bytes"] == 0
+    assert found["soft"]["trained_parameters"] == 3 * width
+    assert found["deep"]["trained_parameters"] == 3 * layers * 2 * heads * head_width
+    assert found["full"]["trained_parameters"] == sum(one.numel() for one in base.parameters())
+    assert found["full"]["stored_bytes"] == 4 * found["full"]["trained_parameters"]
+    linears = [
+        one for name, one in base.named_modules() if isinstance(one, torch.nn.Linear) and name != "lm_head"
+    ]
+    assert found["lora"]["trained_parameters"] == sum(
+        8 * (one.in_features + one.out_features) for one in linears
+    )
+    assert 4 * found["soft"]["trained_parameters"] < found["soft"]["stored_bytes"] < 1000
+    assert found["prompt"]["stored_bytes"] == len("Is it one?\n")
+
+
+def test_added_tokens_are_those_a_request_reads_more(compared: tuple[dict[str, Any], Path]) -> None:
+    found = compared[0]["summary"]["arms"]
+    text = len(tiny_tokenizer()("Is it one?\n")["input_ids"])
+    assert [found[arm]["added_tokens"] for arm in ("base", "prompt", "soft", "deep", "lora", "full")] == [
+        0,
+        text,
+        3,
+        3,
+        0,
+        0,
+    ]
+    assert found["few-shot"]["added_tokens"] > text
+
+
+def test_every_arm_but_full_leaves_the_base_bit_for_bit_as_it_was(
+    compared: tuple[dict[str, Any], Path],
+) -> None:
+    found = compared[0]["summary"]["arms"]
+    assert {arm: one["base_unchanged"] for arm, one in found.items()} == {
+        arm: arm != "full" for arm in ARM_NAMES
+    }
+
+
+def test_forgetting_is_measured_with_the_task_on_and_off(compared: tuple[dict[str, Any], Path]) -> None:
+    found = compared[0]["summary"]["arms"]
+    for arm, one in found.items():
+        if arm == "full":
+            assert one["general_off"] == one["general_on"] != one["general_before"]
+        else:
+            assert one["general_off"] == one["general_before"], arm
+        assert (one["general_on"] == one["general_before"]) == (arm == "base"), arm
+
+
+def test_learned_arms_took_the_same_steps_and_keep_their_curves(
+    compared: tuple[dict[str, Any], Path],
+) -> None:
+    for arm in ("soft", "deep", "lora", "full"):
+        for one in compared[0]["runs"][arm]:
+            assert one["learning"]["steps"] == 3
+            assert [point["step"] for point in one["curve"]] == [1, 2, 3]
+            assert [point["step"] for point in one["validation"]] == [0, 2, 3]
+            best = min(one["validation"], key=lambda point: point["nll"])
+            assert one["learning"]["best_step"] == best["step"]
+
+
+def test_the_data_health_names_a_judged_row_that_was_learned(compared: tuple[dict[str, Any], Path]) -> None:
+    health = compared[0]["health"]
+    assert health["judged_also_trained"] == 1
+    assert health["judged_also_validated"] == 3
+    assert health["splits"]["train"]["labels"] == {"complaint": 5, "no complaint": 4}
+    assert health["contradictions"] == 0
+
+
+def test_what_is_done_is_not_done_again_and_arms_can_be_added(
+    compared: tuple[dict[str, Any], Path], task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, out = compared
+    monkeypatch.setattr(run_arm, "ARMS", {})  # any arm that ran would fail
+    again = compare(settings(task, seeds=1, arms=("soft", "base"), text=None), out, own_process=False)
+    assert again["runs"]["soft"] == record["runs"]["soft"][:1]
+    other = settings(task, arms=("soft",), text=None, rates={"soft": 0.2})
+    with pytest.raises(KeyError, match="soft"):  # it would run again, since its rate is another
+        compare(other, out, own_process=False)
+
+
+def test_a_comparison_that_was_killed_goes_on_at_the_arm_that_was_running(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = settings(task, arms=("base", "few-shot"), text=None)
+    ran: list[str] = []
+
+    def counted(name: str, arm: Callable[[arms.Task], arms.Ready]) -> Callable[[arms.Task], arms.Ready]:
+        def run(given: arms.Task) -> arms.Ready:
+            ran.append(name)
+            if name == "few-shot" and ran.count(name) == 1:
+                raise KeyboardInterrupt
+            return arm(given)
+
+        return run
+
+    monkeypatch.setattr(run_arm, "ARMS", {name: counted(name, arm) for name, arm in arms.ARMS.items()})
+    with pytest.raises(KeyboardInterrupt):
+        compare(wanted, tmp_path, own_process=False)
+    compare(wanted, tmp_path, own_process=False)
+    assert ran == ["base", "few-shot", "few-shot"]
+
+
+def test_an_arm_that_fails_is_named_with_its_reason_and_the_others_stand(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(task: arms.Task) -> arms.Ready:
+        raise NotFinite("the loss is not finite")
+
+    monkeypatch.setattr(run_arm, "ARMS", {**arms.ARMS, "soft": broken})
+    record = compare(settings(task, arms=("base", "soft"), text=None), tmp_path, own_process=False)
+    assert record["failed"] == {"soft": "the loss is not finite"}
+    assert list(record["summary"]["arms"]) == ["base"]
+
+
+def test_an_arm_in_a_process_of_its_own_gives_the_same_figures(
+    compared: tuple[dict[str, Any], Path], task: Path, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    wanted = settings(task, arms=("soft",), text=None)
+    record = compare(wanted, tmp_path, tell=lambda job, what, done, of: told.append(what))
+    here, there = record["runs"]["soft"][0], compared[0]["runs"]["soft"][0]
+    assert here["metrics"]["nll"]["value"] == pytest.approx(there["metrics"]["nll"]["value"], rel=1e-4)
+    assert list(dict.fromkeys(told)) == ["loading", "learning", "judging", "measuring"]
+    assert here["memory"]["peak_learning"] >= here["memory"]["loaded"] * 0.9 > 0
+
+
+def test_running_text_is_judged_by_its_loss_and_continued_for_reading(task: Path, tmp_path: Path) -> None:
+    recipe = Recipe(
+        base=str(task / "base"),
+        dtype="float32",
+        data={"source": str(task), "column": "text", "template": "{soft:3}{text}"},
+        tune={"max_steps": 1, "batch_size": 4, "learning_rate": 0.05},
+    )
+    wanted = Settings(recipe=recipe, arms=("base", "prompt", "soft", "deep"), text="thank you. ")
+    record = compare(wanted, tmp_path, own_process=False)
+    assert record["failed"] == {}
+    assert record["metrics"][0] == "nll"
+    assert {one["n"] for arm in record["summary"]["arms"].values() for one in arm["metrics"].values()} == {4}
+    assert all(len(results[0]["samples"]) == 4 for results in record["runs"].values())
+
+
+def test_a_time_budget_becomes_steps_at_each_arms_own_pace(task: Path, tmp_path: Path) -> None:
+    wanted = settings(task, arms=("soft", "full"), text=None, seconds=0.15)
+    record = compare(wanted, tmp_path, own_process=False)
+    for arm in ("soft", "full"):
+        assert record["runs"][arm][0]["learning"]["steps"] >= 1
+        assert len(record["runs"][arm][0]["curve"]) == record["runs"][arm][0]["learning"]["steps"]
+
+
+def test_data_without_held_out_rows_is_refused(task: Path, tmp_path: Path) -> None:
+    tree = settings(task).recipe.model_dump()
+    tree["data"] |= {"source": str(task / "train.csv")}
+    wanted = replace(settings(task, arms=("base",), text=None), recipe=Recipe(**tree))
+    with pytest.raises(SoftPromptError, match="neither test nor validation"):
+        compare(wanted, tmp_path, own_process=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"arms": ("base", "sofft")}, "Did you mean 'soft'"),
+        ({"arms": ("base", "base")}, "each once"),
+        ({"text": None}, "Give it with --text"),
+        ({"arms": ("base",)}, "not among --arms"),
+        ({"rates": {"loro": 1.0}}, "Did you mean 'lora'"),
+        ({"calibrated": True}, "rank"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    task: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(RecipeError, match=told):
+        settings(task, **changes)
+
+
+def test_a_job_comes_back_from_its_file_with_the_same_digest(task: Path, tmp_path: Path) -> None:
+    job = Job(settings(task, rates={"lora": 1e-3}), "lora", 1, tmp_path)
+    (tmp_path / "job.json").write_text(job.to_json())
+    assert Job.load(tmp_path).digest == job.digest
+    assert replace(job, settings=settings(task, rates={"lora": 2e-3})).digest != job.digest
+    assert (
+        replace(job, settings=settings(task, rates={"lora": 1e-3}, seeds=5, text="Other")).digest
+        == job.digest
+    )
+
+
+def test_few_shot_examples_take_each_label_in_turn_and_follow_the_seed() -> None:
+    layout = Template.parse(TEMPLATE, target="label")
+    train = [Example({"text": f"t{n}", "label": "a" if n < 9 else "b"}, row=n) for n in range(11)]
+    chosen = arms.draw_examples(train, layout, 4, seed=0)
+    assert sorted(one.fields["label"] for one in chosen) == ["a", "a", "b", "b"]
+    assert chosen == arms.draw_examples(train, layout, 4, seed=0)
+    assert chosen != arms.draw_examples(train, layout, 4, seed=1)
+    assert len(arms.draw_examples(train, layout, 99, seed=0)) == 11
+
+
+def test_general_text_comes_in_passages_from_the_bundled_file_or_ones_own(tmp_path: Path) -> None:
+    assert len(forgetting.passages()) == forgetting.PASSAGES
+    path = tmp_path / "own.txt"
+    path.write_text("short\n\n" + "five words are just enough. " * 200)
+    (one,) = forgetting.passages(path)
+    assert len(one.fields["text"]) == forgetting.PASSAGE_CHARACTERS
+    path.write_text("nothing")
+    with pytest.raises(DataError, match="no paragraph"):
+        forgetting.passages(path)
+
+
+def test_real_held_out_text_serves_as_general_text(task: Path, shared_data: Path) -> None:
+    lm = FrozenLM.load(str(task / "base"), dtype="float32")
+    found = forgetting.fitted(lm, forgetting.passages(shared_data / "heldout-text" / "wikitext2_valid.txt"))
+    loss = forgetting.general_loss(lm, forgetting.before_general_text(lm, None), found[:2])
+    assert len(found) == forgetting.PASSAGES
+    assert math.isfinite(loss.value)
+
+
+def test_arms_on_other_rows_are_not_compared() -> None:
+    ours = [Row(0, 0, "a", "x", "x"), Row(1, 1, "b", "x", "y")]
+    theirs = [Row(0, 0, "a", "x", "x"), Row(1, 1, "other", "x", "y")]
+    with pytest.raises(SoftPromptError, match="different rows"):
+        summarise({"one": [{}], "two": [{}]}, {"one": [ours], "two": [theirs]}, ["accuracy"])
+
+
+def test_a_record_is_plain_json_without_nan(compared: tuple[dict[str, Any], Path]) -> None:
+    text = (compared[1] / "comparison.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["kind"] == "comparison"
