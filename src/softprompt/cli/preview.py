@@ -51,7 +51,10 @@ def command(
         on_overflow=data.on_overflow,
         end=data.end,
     )
-    show_preview(screen(as_json=as_json), shown)
+    console = screen(as_json=as_json)
+    for note in splits.notes:
+        console.print(note, markup=False, soft_wrap=True)
+    show_preview(console, shown)
     if as_json:
         emit(shown)
 

@@ -94,7 +94,7 @@ def describe_value(value: Any) -> str:
     if isinstance(value, int | float):
         return f"{value} (a number)"
     if isinstance(value, str):
-        return f"{value!r} (text)"
+        return f"{value if len(value) <= 80 else value[:79] + '…'!r} (text)"
     return "a list" if isinstance(value, list | tuple) else "a mapping"
 
 
