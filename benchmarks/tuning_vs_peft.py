@@ -105,7 +105,7 @@ def recipe_for(options: argparse.Namespace, folder: str, out: str) -> Any:
             "epochs": options.epochs,
             "batch_size": options.batch_size,
             "warmup": 0.0,
-            **({"int8": "always"} if options.arm == "softprompt-int8" else {}),
+            **({"int8": True} if options.arm == "softprompt-int8" else {}),
         },
     )
 

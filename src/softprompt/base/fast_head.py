@@ -68,7 +68,7 @@ class ScreenedHead:
                 self.taken += found is not None
                 self.refused += found is None
             nll_N[block], part_nD = found or _dense_block(hidden_nD, targets_n, head, wants_gradient)
-            if gradient_ND is not None:
+            if gradient_ND is not None and part_nD is not None:
                 gradient_ND[block] = part_nD
         return nll_N, gradient_ND
 
@@ -120,7 +120,7 @@ class ScreenedHead:
         exact_n1 = torch.zeros_like(sum_n1)
         pull_nD = torch.zeros_like(hidden_nD)
         off, weighed = torch.zeros(()), torch.zeros(())
-        for chosen_m in chosen_M.split(BLOCK_VOCABULARY):
+        for chosen_m in chosen_M.split(BLOCK_VOCABULARY):  # type: ignore[no-untyped-call]
             weight_mD = head.weight_VD[chosen_m].to(dtype)
             rough_nm = probabilities_nV[:, chosen_m].float()
             likely_nm = torch.mm(hidden_cast_nD, weight_mD.T).float().mul_(head.scale).sub_(shift_n1).exp_()
@@ -164,7 +164,8 @@ class _Block:
 def quantised(rows_nD: Tensor) -> tuple[Tensor, Tensor]:
     """Each row as unsigned codes around 128, and its step: rows = (codes - 128) * step. uint8 [n, D], float32 [n, 1]."""
     step_n1 = rows_nD.abs().amax(1, keepdim=True).clamp_(min=1e-12).div_(127)
-    return (rows_nD / step_n1).round_().add_(128).to(torch.uint8), step_n1
+    # The conversion cuts off, so that half more is rounding.
+    return (rows_nD * step_n1.reciprocal()).add_(128.5).to(torch.uint8), step_n1
 
 
 def int8_product(codes_nD: Tensor, packed: Any, step_v: Tensor, zero_v: Tensor) -> Tensor:
@@ -176,10 +177,11 @@ def int8_product(codes_nD: Tensor, packed: Any, step_v: Tensor, zero_v: Tensor) 
 
 
 def screened(head: Head) -> ScreenedHead | None:
-    """The screened road where it is faster and known to hold: large heads without bias and soft cap, on such a CPU."""
+    """The screened road where it is faster and holds: large bfloat16 heads without bias and soft cap, on such a CPU."""
     weight_VD = head.weight_VD
     if (
         weight_VD.device.type != "cpu"
+        or weight_VD.dtype != torch.bfloat16  # who asks for float32 gets its rounding
         or weight_VD.numel() < LARGE
         or head.bias_V is not None
         or head.softcap is not None

@@ -17,8 +17,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from softprompt.base.nll import Head, token_nll
-from softprompt.base.placement import Prompted, place
+from softprompt.base.fast_head import screened
+from softprompt.base.learning_body import learning_body
+from softprompt.base.nll import Head, Road, token_nll
+from softprompt.base.placement import Placed, Prompted, place
 from softprompt.data.batch import Batch
 from softprompt.errors import BaseError
 from softprompt.prompt.soft_prompt import Fingerprint
@@ -49,6 +51,9 @@ class FrozenLM:
         self._embedding: nn.Module = model.get_input_embeddings()
         self.body: Any = _body(model, name)
         self.head = _head(model, name)
+        self.int8 = False  # learn with the body's products in int8: see `learning_body`
+        self._learning: dict[bool, Any] = {}
+        self._road: Road | None = screened(self.head)
         self.dtype: torch.dtype = self.head.weight_VD.dtype
         self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
         config = model.config.get_text_config()
@@ -138,14 +143,33 @@ class FrozenLM:
 
         `past` (a transformers cache) is read and extended in place, and `mask_BS` then covers it too. Without a mask
         every position is real; without positions they follow from the cache's length."""
-        options: dict[str, Any] = {"use_cache": past is not None}
-        if past is not None:
-            options["past_key_values"] = past
-        if positions_BS is not None and self._takes_positions:
-            options["position_ids"] = positions_BS
-        output = self.body(inputs_embeds=embeddings_BSD, attention_mask=mask_BS, **options)
+        return self._states(self.body, Placed(embeddings_BSD, mask_BS, positions_BS, past))
+
+    def _states(self, body: Any, placed: Placed) -> Tensor:
+        options: dict[str, Any] = {"use_cache": placed.past is not None}
+        if placed.past is not None:
+            options["past_key_values"] = placed.past
+        if placed.positions_BS is not None and self._takes_positions:
+            options["position_ids"] = placed.positions_BS
+        output = body(inputs_embeds=placed.embeddings_BSD, attention_mask=placed.mask_BS, **options)
         states: Tensor = output[0]
         return states
+
+    def _learning_body(self) -> Any:
+        """The body that losses are taken with: faster, and proved equal here, or else the body itself."""
+        int8 = self.int8 and torch.is_grad_enabled()
+        if int8 not in self._learning:
+            twin = learning_body(self.body, "int8" if int8 else "float")
+            if not int8 and twin is not self.body:
+                ids_BT = (torch.arange(1, 9, device=self.device) * 7 % self.vocabulary)[None]
+                probe = Placed(self.embed(ids_BT), None)
+                with torch.no_grad():
+                    ours, theirs = (self._states(body, probe).float() for body in (twin, self.body))
+                close = 16 * torch.finfo(self.dtype).eps * theirs.abs().max().clamp(min=1.0)
+                if not bool((ours - theirs).abs().max() <= close):
+                    twin = self.body
+            self._learning[int8] = twin
+        return self._learning[int8]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] to logits [..., V], with the architecture's own scale and soft cap."""
@@ -157,9 +181,9 @@ class FrozenLM:
         `prompt` is what is being learned or judged: vectors [P, D], a pair of keys and values [L, P, H, K] each, or
         None for the untouched base. Differentiable towards it, and towards nothing else."""
         placed = place(self, batch, prompt)
-        hidden_BSD = self.hidden(placed.embeddings_BSD, placed.mask_BS, placed.positions_BS, placed.past)
+        hidden_BSD = self._states(self._learning_body(), placed)
         before_BS = batch.trained_BS[:, 1:]  # the state at s predicts the token at s + 1
-        return token_nll(hidden_BSD[:, :-1][before_BS], batch.ids_BS[:, 1:][before_BS], self.head)
+        return token_nll(hidden_BSD[:, :-1][before_BS], batch.ids_BS[:, 1:][before_BS], self.head, self._road)
 
     def nll(self, batch: Batch, prompt: Prompted = None) -> tuple[Tensor, int]:
         """Summed loss in nats, and the number of tokens it sums over."""

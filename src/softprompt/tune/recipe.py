@@ -158,6 +158,11 @@ class Tune(Section):
     )
     warmup: Annotated[float, Field(ge=0, lt=1)] = setting(0.06, "The share of all steps over which it rises.")
     weight_decay: NotNegative = setting(0.0, "Pull towards zero; a prompt rarely gains by it.")
+    int8: bool = setting(
+        False,
+        "Take the learning steps with the base's weights in int8, which CPUs with VNNI multiply several times faster. "
+        "Held-out losses stay those of the base as it is. A small approximation; other machines take no notice.",
+    )
     clip: Positive | None = setting(1.0, "Largest norm of the gradient; null for no limit.")
     seed: int = setting(0, "Seed of the start and of the rows' order.", flag="--seed", ge=0)
     valid_every_steps: Count | None = setting(

@@ -1,0 +1,98 @@
+"""Products with weights that never change: no gradient but the input's, in the arithmetic that is fast here.
+
+With int8, weights are coded once (a scale for each output) and inputs anew in every call (a scale for each position);
+the backward pass has a coded copy of its own, because there the scales belong to the other side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softprompt.base.fast_head import int8_product, quantised
+
+
+class FrozenLinear(nn.Module):
+    """inputs @ weight.T + bias, as nn.Linear does it, with products in float32 and results in the inputs' dtype."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        super().__init__()
+        self.weight_OI, self.bias_O = (
+            [weight_OI],
+            bias_O,
+        )  # a list hides it: the parameter is another module's
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., I] to [..., O]."""
+        outputs: Tensor = _WideProduct.apply(inputs, self.weight_OI[0], self.bias_O)  # type: ignore[no-untyped-call]
+        return outputs
+
+
+class _WideProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.weight_OI = weight_OI
+        rows_NI = inputs.reshape(-1, inputs.shape[-1]).float()
+        wide_OI = weight_OI.float()
+        if bias_O is None:
+            outputs_NO = rows_NI @ wide_OI.T
+        else:
+            outputs_NO = torch.addmm(bias_O.float(), rows_NI, wide_OI.T)
+        return outputs_NO.to(inputs.dtype).view(*inputs.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = upstream
+        weight_OI = ctx.weight_OI
+        rows_NO = slope.reshape(-1, slope.shape[-1]).float()
+        return (rows_NO @ weight_OI.float()).to(slope.dtype).view(*slope.shape[:-1], -1), None, None
+
+
+class Int8Linear(nn.Module):
+    """The same with int8 products, forward and backward: an approximation, to be asked for."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        super().__init__()
+        self.ahead = _Packed(weight_OI)
+        self.back = _Packed(weight_OI.T)
+        self.bias_O = None if bias_O is None else bias_O.float()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., I] to [..., O]."""
+        outputs: Tensor = _Int8Product.apply(inputs, self.ahead, self.back, self.bias_O)  # type: ignore[no-untyped-call]
+        return outputs
+
+
+class _Packed:
+    """Weights [O, I] as int8 with a step for each output, in the layout of the product."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        wide_OI = weight_OI.float().contiguous()
+        self.step_O = wide_OI.abs().amax(1).clamp_(min=1e-12).div_(127)
+        codes_OI = (wide_OI / self.step_O[:, None]).round_().to(torch.int8)
+        self.codes: Any = torch.ops.onednn.qlinear_prepack(codes_OI, [512, codes_OI.shape[1]])
+        self.zero_O = torch.zeros(len(codes_OI), dtype=torch.int32)
+
+    def product(self, inputs: Tensor, bias_O: Tensor | None) -> Tensor:
+        """inputs [..., I] to [..., O], in the inputs' dtype."""
+        codes_NI, step_N1 = quantised(inputs.reshape(-1, inputs.shape[-1]).float())
+        outputs_NO = int8_product(codes_NI, self.codes, self.step_O, self.zero_O)
+        if bias_O is None:
+            outputs_NO.mul_(step_N1)
+        else:
+            torch.addcmul(bias_O, outputs_NO, step_N1, out=outputs_NO)
+        return outputs_NO.to(inputs.dtype).view(*inputs.shape[:-1], -1)
+
+
+class _Int8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, ahead: _Packed, back: _Packed, bias_O: Tensor | None) -> Tensor:
+        ctx.back = back
+        return ahead.product(inputs, bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (slope,) = upstream
+        return ctx.back.product(slope, None), None, None, None
