@@ -29,6 +29,9 @@ def verdict(record: Mapping[str, Any]) -> str:
     found = f"{_named(judge)} {estimate(figure, rows=True)}"
     if len(arms) == 1:
         return f"{_start(best)} reaches {found}; there is nothing to compare it with."
+    if len({one["metrics"][judge]["value"] for one in arms.values()}) == 1:
+        same = f"By {_named(judge)} no arm can be told from another: all of them have {estimate(figure, rows=True)}."
+        return same + _by_loss(arms, judge)
     equals = [arm for arm in arms if arm != best and not sure(arms[arm]["against_best"])]
     worse = [arm for arm in arms if arm != best and arm not in equals]
     said = f"{_start(best)} has the best {_named(judge)}, {estimate(figure, rows=True)}"
@@ -73,6 +76,19 @@ def _cost(arms: Mapping[str, Any], best: str) -> str:
         f" It takes {_kept(arms[best])}, {times:,.0f} times less than {SPOKEN.get(largest, largest)}."
         if times >= 2
         else ""
+    )
+
+
+def _by_loss(arms: Mapping[str, Any], judge: str) -> str:
+    """Where answers tell nothing, the loss of the wanted ones may."""
+    losses = {arm: one["metrics"].get("nll", {}).get("value") for arm, one in arms.items()}
+    if judge == "nll" or not all(known(loss) for loss in losses.values()) or len(set(losses.values())) == 1:
+        return ""
+    lowest = min(losses, key=lambda arm: losses[arm])
+    dearest = max(losses, key=lambda arm: losses[arm])
+    return (
+        f" Of the wanted answers, {SPOKEN.get(lowest, lowest)} has the lowest loss ({losses[lowest]:.3f} nats per token) "
+        f"and {SPOKEN.get(dearest, dearest)} the highest ({losses[dearest]:.3f})."
     )
 
 

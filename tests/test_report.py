@@ -1,0 +1,488 @@
+"""The report says what the records say, loads nothing, and is looked at in a real browser where there is one."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from softprompt.cli.app import main
+from softprompt.errors import DataError
+from softprompt.evaluate.rows import Row
+from softprompt.evaluate.summary import summarise
+from softprompt.report import charts, figures
+from softprompt.report.limits import limits
+from softprompt.report.pages import page
+from softprompt.report.read import read_runs
+from softprompt.report.render import as_csv, as_html, as_markdown, write_reports
+from softprompt.report.verdict import verdict
+
+NASTY = '<script>alert("x")</script> & | `code` ünï 😀'
+RIGHT = {"base": 2, "few-shot": 8, "soft": 30, "lora": 31, "full": 32}
+
+
+def judged(right: int, rows: int = 40) -> list[Row]:
+    return [
+        Row(
+            i,
+            i,
+            f"Message {i}: {NASTY if i == 0 else 'text'} Kind: ",
+            "ab"[i % 2],
+            "ab"[i % 2] if i < right else "c",
+            nll=1.0,
+            tokens=2,
+            text_bytes=3,
+        )
+        for i in range(rows)
+    ]
+
+
+def run_record(arm: str, seed: int) -> dict[str, Any]:
+    """What one arm's process leaves, with figures as a small machine gives them."""
+    learned = arm in ("soft", "lora", "full")
+    size = {"base": 0, "few-shot": 300, "soft": 20_600, "lora": 800_000, "full": 13_700_000}[arm]
+    return {
+        "arm": arm,
+        "seed": seed,
+        "confusion": {"labels": ["a", "b"], "table": [[3, 0], [1, 2]], "other": [0, 4]},
+        "trained_parameters": size // 4 if learned else 0,
+        "stored_bytes": size,
+        "added_tokens": {"few-shot": 90.5, "soft": 20}.get(arm, 0),
+        "decode_tokens_per_second": 300.0,
+        "learning": {
+            "seconds": 30.0 if learned else 0.1,
+            "cpu_seconds": 29.0,
+            "steps": 60 * learned,
+            "best_step": 60 * learned,
+            "rate": 0.01 if learned else None,
+        },
+        "judging": {"seconds": 3.0, "cpu_seconds": 2.0},
+        "memory": {"loaded": 460_000_000, "peak_learning": 640_000_000, "peak_judging": 500_000_000},
+        "base_unchanged": arm != "full",
+        "general": {"before": 4.5, "on": 4.6, "off": 4.7 if arm == "full" else 4.5},
+        "curve": [{"step": i + 1, "nll": 5 / (i + 1)} for i in range(60)] if learned else [],
+        "validation": [{"step": s, "nll": 5 / (s + 1)} for s in (0, 30, 60)] if learned else [],
+        "anatomy": {
+            "kind": "soft",
+            "length": 3,
+            "table_norm_median": 1.2,
+            "table_norm_range": [0.9, 1.6],
+            "vectors": [{"norm": 2.0, "nearest": [{"token": NASTY, "cosine": 0.5}]} for _ in range(3)],
+        }
+        if arm == "soft"
+        else None,
+        "dtype": "bfloat16",
+    }
+
+
+def comparison(folder: Path, right: dict[str, int] = RIGHT, seeds: int = 2) -> dict[str, Any]:
+    """A comparison on disk, its figures computed from rows by the package itself."""
+    rows = {
+        arm: [judged(count - seed) for seed in range(1 if arm == "base" else seeds)]
+        for arm, count in right.items()
+    }
+    runs = {arm: [run_record(arm, seed) for seed in range(len(rows[arm]))] for arm in rows}
+    for arm, by_seed in rows.items():
+        for seed, one in enumerate(by_seed):
+            here = folder / "arms" / f"{arm}-{seed}"
+            here.mkdir(parents=True)
+            (here / "rows.jsonl").write_text("".join(row.to_json() + "\n" for row in one), encoding="utf-8")
+    record = {
+        "kind": "comparison",
+        "made": "2026-01-02T03:04:05Z",
+        "command": f"softprompt compare my.yaml --text '{NASTY}'",
+        "settings": {
+            "seeds": seeds,
+            "answers": "generate",
+            "calibrated": False,
+            "shots": 4,
+            "text": NASTY,
+            "seconds": None,
+            "recipe": {"base": "builtin", "data": {"source": NASTY}},
+        },
+        "template": "{soft:3}Message: {text} Kind: {label}",
+        "target": "label",
+        "base": {
+            "name": "builtin",
+            "revision": None,
+            "sha256": "f" * 64,
+            "parameters": 6_836_736,
+            "dtype": "bfloat16",
+        },
+        "data": {
+            "source": "builtin:messages",
+            "revision": "sha256:1",
+            "judged_on": "test",
+            "rows": {"train": 480, "validation": 90, "judged": 40},
+        },
+        "versions": {"python": "3.11"},
+        "machine": {
+            "processor": "a CPU",
+            "cores": 2,
+            "threads": 1,
+            "device": "cpu",
+            "system": "Linux",
+            "load": 0.5,
+        },
+        "own_process": True,
+        "metrics": ["accuracy", "nll"],
+        "arm_names": {arm: f"the arm {arm}" for arm in right},
+        "health": {
+            "notes": [],
+            "splits": {
+                "train": {
+                    "rows": 480,
+                    "duplicates": 1,
+                    "lengths": {"shortest": 9, "median": 20, "p95": 31, "longest": 40},
+                    "truncated": 0,
+                    "dropped": 0,
+                    "answers": 2,
+                    "labels": {"a": 240, NASTY: 240},
+                }
+            },
+            "judged_also_trained": 1,
+            "judged_also_validated": 0,
+            "validation_also_trained": 0,
+            "contradictions": 0,
+            "labels_never_trained": [],
+        },
+        "summary": summarise(runs, rows, ["accuracy", "nll"]),
+        "runs": runs,
+        "failed": {"deep": "it did not fit into memory"},
+    }
+    (folder / "comparison.json").write_text(json.dumps(record), encoding="utf-8")
+    return record
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    folder = tmp_path_factory.mktemp("report")
+    record = comparison(folder)
+    write_reports([folder], folder)
+    return record, folder
+
+
+class Seen(html.parser.HTMLParser):
+    """Tags that are open, ids, links, and everything that a browser would fetch."""
+
+    VOID = frozenset({"meta", "input", "br", "img", "link"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.scripts += tag == "script"
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(str(value))
+            if name == "href":
+                self.links.append(str(value))
+            if name in ("src", "srcset", "data", "action") or tag == "link":
+                self.fetched.append(str(value))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_loads_nothing_and_takes_no_text_for_markup(
+    compared: tuple[dict[str, Any], Path],
+) -> None:
+    text = (compared[1] / "report.html").read_text("utf-8")
+    seen = Seen()
+    seen.feed(text)
+    assert seen.open == []
+    assert seen.scripts == 0
+    assert seen.fetched == []
+    assert len(set(seen.ids)) == len(seen.ids)
+    assert all(link.removeprefix("#") in seen.ids for link in seen.links)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "http" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+    assert len(text.encode()) < 200_000
+
+
+def test_every_colour_has_a_light_and_a_dark_value(compared: tuple[dict[str, Any], Path]) -> None:
+    text = (compared[1] / "report.html").read_text("utf-8")
+    light, dark = (
+        set(re.findall(r"(--[\w-]+): #", part))
+        for part in re.findall(r":root \{(.*?)\}", text, re.DOTALL)[:2]
+    )
+    assert light == dark
+
+
+def test_the_forms_tell_the_same_figures(compared: tuple[dict[str, Any], Path]) -> None:
+    record, folder = compared
+    soft = record["summary"]["arms"]["soft"]["metrics"]["accuracy"]
+    assert soft["value"] == pytest.approx((30 + 29) / 80)
+    told = figures.estimate(soft)
+    assert told in (folder / "report.html").read_text("utf-8")
+    assert told in (folder / "report.md").read_text("utf-8")
+    lines = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text("utf-8"))))
+    (line,) = [one for one in lines if one["arm"] == "soft"]
+    assert float(line["accuracy"]) == pytest.approx(soft["value"])
+    assert float(line["stored_bytes"]) == 20_600
+    (whole,) = json.loads((folder / "report.json").read_text("utf-8"))
+    assert whole["verdict"] == verdict(record)
+    assert whole["record"]["summary"]["arms"]["soft"]["metrics"]["accuracy"]["value"] == pytest.approx(
+        soft["value"]
+    )
+
+
+def test_the_page_has_every_section(compared: tuple[dict[str, Any], Path]) -> None:
+    (run,) = read_runs([compared[1]])
+    found = [one.id for one in page(run, 1).sections]
+    assert found == [
+        "quality",
+        "costs",
+        "tradeoff",
+        "curves",
+        "samples",
+        "confusion",
+        "health",
+        "anatomy",
+        "reproduce",
+        "limits",
+    ]
+    text = (compared[1] / "report.html").read_text("utf-8")
+    assert "Only where they differ" in text
+    assert "it did not fit into memory" in text
+
+
+def test_the_verdict_follows_from_the_numbers(tmp_path: Path) -> None:
+    clear = comparison(tmp_path / "clear", {"base": 2, "soft": 39}, seeds=1)
+    assert verdict(clear).startswith("The soft prompt has the best accuracy, 0.975")
+    assert "surely better than the base as it is" in verdict(clear)
+    close = comparison(tmp_path / "close", {"base": 2, "soft": 38, "full": 39}, seeds=1)
+    assert "cannot be told from the soft prompt" in verdict(close)
+    assert "the soft prompt costs the least to keep (20.6 KB a task and 20 more tokens a request)" in verdict(
+        close
+    )
+    equal = comparison(tmp_path / "equal", {"base": 20, "soft": 20}, seeds=1)
+    assert (
+        verdict(equal)
+        == "By accuracy no arm can be told from another: all of them have 0.500 ± 0.080 (n=40)."
+    )
+    near = comparison(tmp_path / "near", {"base": 19, "soft": 20}, seeds=1)
+    assert "no arm can be told from it" in verdict(near)
+    alone = comparison(tmp_path / "alone", {"soft": 20}, seeds=1)
+    assert "nothing to compare it with" in verdict(alone)
+
+
+def test_the_limits_follow_from_how_it_was_made(
+    compared: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    told = " ".join(limits(compared[0]))
+    assert "40 rows were judged on" in told
+    assert "One seed" not in told
+    assert "Still improving at the last step: soft, lora, full" in told
+    assert "6,836,736 weights" in told
+    assert "was busy" not in told
+    one = comparison(tmp_path, {"base": 40, "soft": 30}, seeds=1)
+    one["machine"]["load"] = 9.0
+    told = " ".join(limits(one))
+    assert "One seed" in told
+    assert "was busy (load 9.0 on 2 cores)" in told
+    assert "standard error of 0" in told
+
+
+def test_evaluations_on_the_same_rows_stand_side_by_side(tmp_path: Path) -> None:
+    for name, right in (("base", 2), ("mine", 38)):
+        here = tmp_path / name
+        here.mkdir()
+        (here / "rows.jsonl").write_text(
+            "".join(row.to_json() + "\n" for row in judged(right)), encoding="utf-8"
+        )
+        record = {
+            "complete": True,
+            "rows": 40,
+            "metrics": {"accuracy": {}},
+            "confusion": None,
+            "about": {
+                "name": name,
+                "base": {"name": "builtin"},
+                "data": {"source": "x", "split": "test"},
+                "template": "t",
+                "target": "label",
+            },
+        }
+        (here / "evaluation.json").write_text(json.dumps(record))
+    (run,) = read_runs([tmp_path / "base", tmp_path / "mine"])
+    assert run.record["summary"]["best"] == "mine"
+    assert run.record["summary"]["arms"]["base"]["against_best"]["high"] < 0
+    text = as_html([page(run, 1)])
+    assert "Costs" not in text
+    assert as_csv([run]).startswith("run,arm,")
+    (tmp_path / "mine" / "evaluation.json").write_text(json.dumps({**record, "complete": False}))
+    with pytest.raises(DataError, match="was interrupted"):
+        read_runs([tmp_path / "mine"])
+
+
+def test_a_tuning_run_has_a_page_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events = [
+        {"event": "Started", "steps": 2},
+        {"event": "Validated", "step": 0, "nll": 5.0},
+        {"event": "Stepped", "step": 1, "nll": 4.0},
+        {"event": "Validated", "step": 2, "nll": 3.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(one) + "\n" for one in events) + '{"event": "Ste'
+    )
+    (tmp_path / "recipe.yaml").write_text("base: builtin\n")
+    notes = {
+        "metrics": {
+            "nll_base": 6.0,
+            "nll_before": 5.0,
+            "nll_after": 3.0,
+            "judged_on": "validation",
+            "steps": 2,
+            "best_step": 2,
+        }
+    }
+    (tmp_path / "softprompt.json").write_text(
+        json.dumps({"name": "mine", "kind": "soft", "length": 4, "base": {"name": "builtin"}, "notes": notes})
+    )
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)["written"]
+    assert [Path(one).name for one in written] == ["report.html", "report.md", "report.csv", "report.json"]
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert "6.000 nats per token for the base alone, 3.000 with it" in text
+    assert text.count("<svg") == 2
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="softprompt compare, evaluate --out or tune"):
+        read_runs([tmp_path])
+
+
+def test_figures_are_written_for_people_and_unknown_ones_say_so() -> None:
+    assert figures.count(6_836_736) == "6,836,736"
+    assert figures.size(20_600) == "20.6 KB"
+    assert figures.seconds(0.123) == "0.12 s"
+    assert figures.seconds(3_725) == "1 h 02 min"
+    assert figures.estimate({"value": 0.5, "stderr": 0.01, "n": 9}, rows=True) == "0.500 ± 0.010 (n=9)"
+    for told in (figures.count, figures.size, figures.seconds, figures.number):
+        assert told(None) == told(float("nan")) == "unknown"  # type: ignore[operator]
+    assert figures.difference({"value": -0.1, "low": -0.2, "high": 0.0}) == "\u22120.100 [\u22120.200, 0.000]"
+
+
+def test_charts_hold_one_value_zeros_and_gaps() -> None:
+    nan = float("nan")
+    assert "unknown" in charts.bars([charts.Bar("soft", "soft", nan, nan, nan, "")], title="t", axis="a")
+    one = charts.scatter(
+        [charts.Point("soft", "soft", 0.0, 0.5, nan, nan)], title="t", x_axis="x", y_axis="y", better="higher"
+    )
+    assert one.count("<circle") == 1
+    assert (
+        charts.scatter(
+            [charts.Point("soft", "soft", nan, 0.5, 0, 1)], title="t", x_axis="x", y_axis="y", better="higher"
+        )
+        == ""
+    )
+    assert charts.lines([], title="t", x_axis="x", y_axis="y") == ""
+    assert "<polyline" in charts.lines(
+        [charts.Line("soft", [(1, 2.0), (2, nan), (3, 2.0)])], title="t", x_axis="x", y_axis="y"
+    )
+    assert "&lt;b&gt;" in charts.bars([charts.Bar("x", "<b>", 1, 0, 2, "")], title="<b>", axis="a")
+
+
+def test_markdown_keeps_its_tables_whole(compared: tuple[dict[str, Any], Path]) -> None:
+    (run,) = read_runs([compared[1]])
+    text = as_markdown([page(run, 1)])
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(widths) == 1, block
+    assert "<script" not in text.replace("\\<script", "").split("Command:")[0]
+
+
+def test_the_report_needs_no_torch() -> None:
+    code = "import sys; import softprompt.report.render; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
+    None,
+)
+
+# What a reader would see, measured by the browser itself.
+MEASURE = """<script>
+addEventListener("load", () => {
+  const box = document.querySelector(".samples input");
+  const shown = () => [...document.querySelectorAll(".sample")].filter(one => one.offsetParent !== null).length;
+  const before = shown();
+  if (box) box.click();
+  const after = shown();
+  const wide = [...document.querySelectorAll("body *")].filter(one => !one.closest(".scroll, pre, svg")
+    && one.getBoundingClientRect().right > innerWidth + 1).map(one => one.tagName + "." + one.className);
+  const texts = [...document.querySelectorAll("svg")].flatMap(svg => {
+    const frame = svg.getBoundingClientRect();
+    return [...svg.querySelectorAll("text")].map(one => one.getBoundingClientRect())
+      .filter(one => one.left < frame.left - 2 || one.right > frame.right + 2 || one.height < 7);
+  }).length;
+  document.title = JSON.stringify({before, after, wide, texts, width: innerWidth,
+    scrolls: document.documentElement.scrollWidth > innerWidth + 1, ink: getComputedStyle(document.body).color});
+});
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to look at the page in a real browser")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_in_a_real_browser_nothing_sticks_out_and_the_samples_can_be_narrowed(
+    compared: tuple[dict[str, Any], Path], tmp_path: Path, width: int
+) -> None:
+    report = (compared[1] / "report.html").read_text("utf-8").replace("</body>", MEASURE)
+    (tmp_path / "page.html").write_text(report, encoding="utf-8")
+    # A window is at least 500 wide; a frame is as narrow as a phone.
+    (tmp_path / "frame.html").write_text(
+        f'<body style="margin:0"><iframe id="f" src="page.html" width="{width}" height="900"></iframe><script>'
+        'setTimeout(() => { document.title = ""; document.body.textContent = '
+        'document.getElementById("f").contentDocument.title; }, 1500)</script></body>',
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [
+            str(CHROMIUM),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--allow-file-access-from-files",
+            "--virtual-time-budget=4000",
+            f"--window-size={max(500, width)},1000",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            (tmp_path / "frame.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    found = re.search(r"<body[^>]*>(\{.*\})</body>", done.stdout, re.DOTALL)
+    assert found, done.stdout[-500:] + done.stderr[-500:]
+    seen = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert seen["width"] == width
+    assert seen["wide"] == []
+    assert not seen["scrolls"]
+    assert seen["texts"] == 0
+    assert 0 < seen["after"] < seen["before"]
