@@ -270,6 +270,33 @@ def test_a_full_disk_while_saving_leaves_the_former_prompt_whole(
     assert load_prompt("out").length == 3
 
 
+def test_ctrl_c_between_two_files_of_a_prompt_waits_until_all_are_there(
+    rows: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("tune", "--data", "rows.csv", *QUICK, "--out", "out")
+    run(*arguments)
+    before = Path("out", "adapter_model.safetensors").read_bytes()
+    replace, finals = os.replace, []
+
+    def replace_and_interrupt(draft: Path, final: Path) -> None:
+        replace(draft, final)
+        finals.append(Path(final).name)
+        if finals[-1] == "adapter_config.json":
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(os, "replace", replace_and_interrupt)
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main([*arguments, "--seed", "5"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert capsys.readouterr().err == "softprompt: interrupted.\n"
+    assert {"adapter_config.json", "adapter_model.safetensors", "softprompt.json", "README.md"} <= set(finals)
+    assert Path("out", "adapter_model.safetensors").read_bytes() != before
+    assert load_prompt("out").length == 3
+    assert not [path for path in Path("out").iterdir() if path.name.endswith(".draft")]
+
+
 def test_a_place_that_cannot_be_written_is_refused_before_training(rows: Path, refused: Refused) -> None:
     Path("taken").write_text("a file, not a folder")
     assert "taken" in refused(1, "tune", "--data", "rows.csv", *QUICK, "--out", "taken")

@@ -10,11 +10,14 @@ PEFT reads the first two and ignores the rest; we read what PEFT writes. Format:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,8 +101,9 @@ def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        for draft, final in written:
-            os.replace(draft, final)
+        with _interrupts_held():
+            for draft, final in written:
+                os.replace(draft, final)
     except OSError as error:
         raise SaveError(
             f"{folder}: could not be written ({error.strerror or error}). What lay there before is unchanged. "
@@ -110,6 +114,23 @@ def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
             draft.unlink(missing_ok=True)
         if made and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C comes after the block rather than in it: between two renames it would leave new files beside old ones."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is ever interrupted
+        return
+    came: list[int] = []
+    former = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former if former is not None else signal.SIG_DFL)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _packed(prompt: Prompt) -> Tensor:
