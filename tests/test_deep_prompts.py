@@ -69,5 +69,7 @@ def test_what_was_learned_says_the_same_here_again_and_in_peft(lm: FrozenLM, tmp
     for text, ours in zip(TEXTS, said, strict=True):
         found = lm.tokenizer(text, return_tensors="pt")
         given = {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
-        tokens = theirs.generate(**given, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+        tokens = theirs.generate(
+            **given, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         assert tokens[0, -8:].tolist() == ours
