@@ -8,22 +8,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.recompute import recomputing
 from softprompt.data.batch import Encoded, collate
 from softprompt.errors import OutOfMemory
 from softprompt.prompt.reparam import Form, Plain
 
 
 class Gradients:
-    """`rows` are at most so many at a time; where memory runs out they are halved, and `halved` is told."""
+    """`rows` are at most so many at a time; where memory runs out they are halved, and `halved` is told.
 
-    def __init__(self, lm: FrozenLM, rows: int, halved: Callable[[int], None] = lambda rows: None) -> None:
-        self.lm, self.rows, self.halved = lm, rows, halved
+    `recompute` trades time for memory (gradient checkpointing)."""
+
+    def __init__(
+        self,
+        lm: FrozenLM,
+        rows: int,
+        halved: Callable[[int], None] = lambda rows: None,
+        *,
+        recompute: bool = False,
+    ) -> None:
+        self.lm, self.rows, self.halved, self.recompute = lm, rows, halved, recompute
 
     def __call__(self, forms: Sequence[Form], rows: Sequence[Sequence[Encoded]]) -> list[float]:
         """Add to each form's gradient that of the mean loss of its own rows. Mean losses, in nats per trained token.
@@ -33,7 +44,8 @@ class Gradients:
         while True:
             leaves = [_leaf(prompt, self.lm.device) for prompt in prompts]
             try:
-                losses = self._at(leaves, rows)
+                with recomputing(self.lm) if self.recompute else nullcontext():
+                    losses = self._at(leaves, rows)
                 break
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):

@@ -81,7 +81,8 @@ class Run:
         tune = plan.recipe.tune
         out = Path(plan.recipe.out)
         self.learner = Learner(start(plan), tune, plan.learning_rate, plan.steps)
-        self.gradients = Gradients(plan.lm, plan.batch_size, self._halved)
+        recompute = tune.gradient_checkpointing
+        self.gradients = Gradients(plan.lm, plan.batch_size, self._halved, recompute=recompute)
         self.checkpoints = Checkpoints(out, tune, lambda text: self.tell(Said(text)))
         self.trackers = [TRACKERS[name](plan.recipe) for name in tune.trackers]
         self.folder = RunFolder(out, plan.recipe)

@@ -164,6 +164,10 @@ class Tune(Section):
         "Held-out losses stay those of the base as it is. A small approximation; other machines take no notice.",
     )
     clip: Positive | None = setting(1.0, "Largest norm of the gradient; null for no limit.")
+    gradient_checkpointing: bool = setting(
+        False,
+        "Compute each layer a second time rather than keep what it computed: long texts on little memory.",
+    )
     seed: int = setting(0, "Seed of the start and of the rows' order.", flag="--seed", ge=0)
     valid_every_steps: Count | None = setting(
         None, "How often the held-out loss is measured; without it, after every epoch."

@@ -50,7 +50,9 @@ class Together:
             lm = plan.lm
             self.runs.append(Run(plan, lambda event, number=number: on_event(number, event)))  # type: ignore[misc]
         assert lm is not None
-        self.gradients = Gradients(lm, sum(run.plan.batch_size for run in self.runs))
+        rows = sum(run.plan.batch_size for run in self.runs)
+        recompute = any(recipe.tune.gradient_checkpointing for recipe in recipes)
+        self.gradients = Gradients(lm, rows, recompute=recompute)
         self.active = list(range(len(self.runs)))
         self.failed: dict[int, SoftPromptError] = {}
         self.batches: list[Iterator[list[Encoded]]] = [run.batches() for run in self.runs]
