@@ -118,8 +118,8 @@ def lora(task: Task) -> Ready:
     best = weights.learn_weights(
         plan,
         trained,
-        lm.nll,
-        lambda: weights.held_out(lm, plan),
+        lambda batch: weights.plain_nll(model, batch),
+        lambda: weights.held_out(lm.model, plan),
         rate,
         task.job.folder / "best.pt",
         told,
@@ -132,9 +132,10 @@ def lora(task: Task) -> Ready:
         model.unload()
         return lm
 
+    adapted = weights.served(lm.model, lm)
     return Ready(
-        lm,
-        compile_prompt(lm, None, template=task.layout),
+        adapted,
+        compile_prompt(adapted, None, template=task.layout),
         trained_parameters=sum(weight.numel() for weight in trained),
         stored_bytes=size,
         steps=plan.steps,
@@ -155,24 +156,17 @@ def full(task: Task) -> Ready:
     model = weights.trainable_copy(task.lm)
     trained = list(model.parameters())
 
-    def held_out() -> float:
-        model.eval()
-        served = FrozenLM.wrap(model, task.lm.tokenizer, name=task.lm.name)
-        found = weights.held_out(served, plan)
-        model.requires_grad_(True)
-        return found
-
     best = weights.learn_weights(
         plan,
         trained,
         lambda batch: weights.plain_nll(model, batch),
-        held_out,
+        lambda: weights.held_out(model, plan),
         rate,
         task.job.folder / "best.pt",
         told,
     )
     model.to(task.lm.dtype)
-    served = FrozenLM.wrap(model, task.lm.tokenizer, name=task.lm.name)
+    served = weights.served(model, task.lm)
     return Ready(
         served,
         compile_prompt(served, None, template=task.layout),
@@ -315,7 +309,7 @@ def _within_seconds(task: Task, probe: Probe, recipe: Recipe | None = None) -> R
 def _lora_probe(task: Task, recipe: Recipe, tell: Callable[[Event], None]) -> None:
     plan = make_plan(recipe, lm=task.lm, splits=task.splits)
     model, trained = weights.with_lora(task.lm, task.job.seed)
-    _probe_weights(plan, trained, task.lm.nll, task, tell)
+    _probe_weights(plan, trained, lambda batch: weights.plain_nll(model, batch), task, tell)
     model.unload()
 
 

@@ -57,6 +57,8 @@ def learn_weights(
     def validate(step: int) -> None:
         nonlocal lowest, best_step
         found = held_out_nll()
+        for weight in weights:
+            weight.requires_grad_(True)  # measuring freezes what it wraps
         tell(Validated(step=step, nll=found, best=found < lowest))
         if found < lowest or (plan.judged_on == "training" and math.isfinite(found)):
             lowest, best_step = found, step
@@ -137,6 +139,11 @@ def plain_nll(model: Any, batch: Batch) -> tuple[Tensor, int]:
     return total, len(logits_NV)
 
 
-def held_out(lm: FrozenLM, plan: Plan) -> float:
-    """Loss on the rows that choose the best step, by `lm` as it is now."""
-    return mean_nll(lm, plan.held_out_base, batch_size=plan.batch_size)
+def served(model: Any, lm: FrozenLM) -> FrozenLM:
+    """`model` as a base of its own. It is wrapped anew whenever its weights have changed: a FrozenLM may keep copies."""
+    return FrozenLM.wrap(model, lm.tokenizer, name=lm.name)
+
+
+def held_out(model: Any, plan: Plan) -> float:
+    """Loss on the rows that choose the best step, by `model` as it is now."""
+    return mean_nll(served(model, plan.lm), plan.held_out_base, batch_size=plan.batch_size)

@@ -129,7 +129,6 @@ def _quality(record: Mapping[str, Any]) -> Section:
                 *([against_base(record, arm) or "\u2014"] if "base" in arms else []),
                 *(figures.estimate(one["metrics"][name]) for name in names if name != judge),
                 f"{one['seeds']}",
-                record["arm_names"].get(arm, ""),
             ]
         )
     head = [
@@ -139,7 +138,6 @@ def _quality(record: Mapping[str, Any]) -> Section:
         *(["than the base"] if "base" in arms else []),
         *(_named(name, arms[summary["best"]]["metrics"][name]) for name in names if name != judge),
         "seeds",
-        "what it is",
     ]
     best = list(arms).index(summary["best"])
     bars = []
@@ -162,7 +160,8 @@ def _quality(record: Mapping[str, Any]) -> Section:
         if len(one["metrics"][judge]["by_seed"]) > 1
     ]
     seeds = max((len(row) for row in by_seed), default=1) - 1
-    tables = [Table(head, rows, words=(len(head) - 1,), best=best)]
+    note = "; ".join(f"{arm}: {record['arm_names'][arm]}" for arm in arms if record["arm_names"].get(arm))
+    tables = [Table(head, rows, note=f"{note}." if note else "", best=best)]
     if by_seed:
         tables.append(
             Table(

@@ -27,31 +27,28 @@ def verdict(record: Mapping[str, Any]) -> str:
     if not known(figure["value"]):
         return f"No arm could be judged by {judge}: the figure is not known for any of them."
     found = f"{_named(judge)} {estimate(figure, rows=True)}"
+    found = f"{_named(judge)}, {estimate(figure, rows=True)},"
     if len(arms) == 1:
-        return f"{_start(best)} reaches {found}; there is nothing to compare it with."
+        return f"The {found} is that of {_said(best)}; there is nothing to compare it with."
     if len({one["metrics"][judge]["value"] for one in arms.values()}) == 1:
         same = f"By {_named(judge)} no arm can be told from another: all of them have {estimate(figure, rows=True)}."
         return same + _by_loss(arms, judge)
     equals = [arm for arm in arms if arm != best and not sure(arms[arm]["against_best"])]
     worse = [arm for arm in arms if arm != best and arm not in equals]
-    said = f"{_start(best)} has the best {_named(judge)}, {estimate(figure, rows=True)}"
+    said = f"The best {found} comes from {_said(best)}"
     if not equals:
         return f"{said}, surely better than {_listed(worse)}.{_cost(arms, best)}"
     cheapest = min([best, *equals], key=lambda arm: (arms[arm]["stored_bytes"], arms[arm]["added_tokens"]))
-    told = f", but it cannot be told from {_listed(equals)} on these rows"
-    better = (
-        f", while {'it is' if len(equals) else 'both are'} surely better than {_listed(worse)}"
-        if worse
-        else ""
-    )
-    if set(arms) - set(worse) == set(arms):
-        told = ", but no arm can be told from it on these rows"
-    choice = (
-        f"; of these, {SPOKEN.get(cheapest, cheapest)} costs the least to keep ({_kept(arms[cheapest])})"
-        if cheapest != best
-        else f"; of these, it also costs the least to keep ({_kept(arms[best])})"
-    )
-    return f"{said}{told}{better}{choice}."
+    if worse:
+        told = (
+            f", surely better than {_listed(worse)}, but not told apart from {_listed(equals)} on these rows"
+        )
+    else:
+        told = ", but no arm can be told apart from it on these rows"
+    kept = f" ({_kept(arms[cheapest])})"
+    if cheapest == best:
+        return f"{said}{told}; it also costs the least to keep of those{kept}."
+    return f"{said}{told}; of those, {_said(cheapest)} costs the least to keep{kept}."
 
 
 def against_base(record: Mapping[str, Any], arm: str) -> str:
@@ -73,9 +70,7 @@ def _cost(arms: Mapping[str, Any], best: str) -> str:
         return f" It takes {_kept(arms[best])}."
     times = theirs / mine
     return (
-        f" It takes {_kept(arms[best])}, {times:,.0f} times less than {SPOKEN.get(largest, largest)}."
-        if times >= 2
-        else ""
+        f" It takes {_kept(arms[best])}, {times:,.0f} times less than {_said(largest)}." if times >= 2 else ""
     )
 
 
@@ -87,8 +82,8 @@ def _by_loss(arms: Mapping[str, Any], judge: str) -> str:
     lowest = min(losses, key=lambda arm: losses[arm])
     dearest = max(losses, key=lambda arm: losses[arm])
     return (
-        f" Of the wanted answers, {SPOKEN.get(lowest, lowest)} has the lowest loss ({losses[lowest]:.3f} nats per token) "
-        f"and {SPOKEN.get(dearest, dearest)} the highest ({losses[dearest]:.3f})."
+        f" Of the wanted answers, {_said(lowest)} has the lowest loss ({losses[lowest]:.3f} nats per token) "
+        f"and {_said(dearest)} the highest ({losses[dearest]:.3f})."
     )
 
 
@@ -98,9 +93,8 @@ def _kept(arm: Mapping[str, Any]) -> str:
     return f"{size(arm['stored_bytes'])} a task{tokens}"
 
 
-def _start(arm: str) -> str:
-    said = SPOKEN.get(arm, arm)
-    return said[0].upper() + said[1:]
+def _said(arm: str) -> str:
+    return SPOKEN.get(arm, arm)
 
 
 def _named(judge: str) -> str:
@@ -108,5 +102,5 @@ def _named(judge: str) -> str:
 
 
 def _listed(arms: Sequence[str]) -> str:
-    said = [SPOKEN.get(arm, arm) for arm in arms]
+    said = [_said(arm) for arm in arms]
     return said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
