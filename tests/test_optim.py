@@ -39,8 +39,8 @@ def test_no_step_has_a_rate_of_nothing(schedule: str) -> None:
 
 def test_the_automatic_rate_follows_the_scale_of_the_table() -> None:
     table_VD = torch.full((50, 8), 0.1)
-    assert automatic_rate(table_VD) == pytest.approx(0.03)
-    assert automatic_rate(table_VD * 10) == pytest.approx(0.3)
+    assert automatic_rate(table_VD) == pytest.approx(0.05)
+    assert automatic_rate(table_VD * 10) == pytest.approx(0.5)
 
 
 def gradients() -> list[torch.Tensor]:

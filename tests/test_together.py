@@ -64,14 +64,14 @@ def test_deep_prompts_side_by_side_with_soft_ones(tmp_path: Path) -> None:
 
 def test_the_base_is_passed_once_a_step_however_many_prompts_there_are(tmp_path: Path) -> None:
     lm = lm_of()
-    hidden, rows = lm.hidden, []
+    token_nll, rows = lm.token_nll, []
 
-    def counted(embeddings_BSD: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-        if embeddings_BSD.requires_grad:
-            rows.append(len(embeddings_BSD))
-        return hidden(embeddings_BSD, *rest, **named)
+    def counted(batch: Any, prompt: Any = None) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            rows.append(len(batch.ids_BS))
+        return token_nll(batch, prompt)
 
-    lm.hidden = counted  # type: ignore[method-assign]
+    lm.token_nll = counted  # type: ignore[method-assign]
     side_by_side(tmp_path, {str(seed): (f"tune.seed={seed}", "tune.epochs=1") for seed in range(5)}, lm)
     assert rows == [20, 20, 20]
 

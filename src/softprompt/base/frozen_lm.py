@@ -21,6 +21,7 @@ from softprompt.base.fast_head import screened
 from softprompt.base.learning_body import learning_body
 from softprompt.base.nll import Head, Road, token_nll
 from softprompt.base.placement import Placed, Prompted, place
+from softprompt.base.quantised import QUANTISED, quantised
 from softprompt.data.batch import Batch
 from softprompt.errors import BaseError
 from softprompt.prompt.soft_prompt import Fingerprint
@@ -96,7 +97,8 @@ class FrozenLM:
         Raises BaseError where there is no such model, or where it is not one that a prompt can be placed in."""
         where, name = _locate(name_or_path)
         on = choose_device(device)
-        number_format, reason = choose_dtype(dtype, on)
+        bits = QUANTISED.get(dtype)
+        number_format, reason = choose_dtype("auto" if bits else dtype, on)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         with _quiet():
             tokenizer, local = _from_local_first(transformers.AutoTokenizer, where, name, options)
@@ -104,11 +106,17 @@ class FrozenLM:
                 transformers.AutoModelForCausalLM,
                 where,
                 name,
-                options | {"dtype": number_format, "use_safetensors": None},
+                options
+                | {"dtype": number_format, "use_safetensors": None}
+                | (quantised(bits, number_format, on) if bits else {}),
                 local_only=local,
             )
         found = revision or getattr(model.config, "_commit_hash", None)
-        return cls(model.to(on), tokenizer, name=name, revision=found, dtype_reason=reason)
+        if bits:
+            reason = f"weights in {bits} bits as asked, the rest: {reason}"
+        else:
+            model = model.to(on)
+        return cls(model, tokenizer, name=name, revision=found, dtype_reason=reason)
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any, name: str = "wrapped") -> FrozenLM:
@@ -304,7 +312,7 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The number format for this machine, and why."""
     if wanted != "auto":
         if wanted not in DTYPES:
-            raise BaseError(f"dtype: found {wanted}, wanted auto, {', '.join(DTYPES)}.")
+            raise BaseError(f"dtype: found {wanted}, wanted auto, {', '.join([*DTYPES, *QUANTISED])}.")
         if wanted == "float16" and device.type == "cpu":
             raise BaseError("dtype: float16 is hundreds of times slower than bfloat16 on a CPU. Take auto.")
         return DTYPES[wanted], "as asked"

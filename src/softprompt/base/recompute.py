@@ -22,17 +22,20 @@ from softprompt.errors import BaseError
 def recomputing(lm: FrozenLM) -> Iterator[None]:
     """While inside, backward passes need memory for one layer at a time, and a third more time."""
     layers = _layers(lm)
+    own = [vars(layer).get("forward") for layer in layers]
     for place, layer in enumerate(layers):
         layer.forward = _wrapped(layer.forward, place)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, own, strict=True):
             del layer.forward  # the class's own again
+            if forward is not None:
+                layer.forward = forward
 
 
 def _layers(lm: FrozenLM) -> list[Any]:
-    for module in lm.body.modules():
+    for module in lm._learning_body().modules():
         if isinstance(module, nn.ModuleList) and len(module) == lm.layers:
             return list(module)
     raise BaseError(

@@ -15,7 +15,7 @@ Parameters: TypeAlias = Sequence[Tensor] | Sequence[dict[str, Any]]
 
 # A step of either optimiser moves every number by about the rate. Seen on the bundled base, TinyStories-656K and in
 # PEFT's notebooks: anything from 0.2 to 2 is nearly as good as the best, and 0.05 is clearly worse. See LOG.md.
-RATE_PER_RMS = 0.3
+RATE_PER_RMS = 0.5
 
 
 def automatic_rate(values: Tensor) -> float:

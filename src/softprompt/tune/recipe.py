@@ -196,8 +196,10 @@ class Recipe(Section):
         "builtin", "The frozen model: `builtin`, a local folder, or a model's id on the hub.", flag="--base"
     )
     base_revision: str | None = setting(None, "The hub model's commit, branch or tag.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "The base's number format; auto takes what the machine is fastest at."
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = setting(
+        "auto",
+        "The base's number format; auto takes what the machine is fastest at; int8 and int4 pack its weights "
+        "(bitsandbytes).",
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps.")
     trust_remote_code: bool = setting(
