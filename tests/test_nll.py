@@ -118,7 +118,9 @@ def trained_like(count: int, vocabulary: int = 40_000, width: int = 128) -> tupl
     """A head whose entries are as unevenly likely as words are, with a common direction, as trained heads have."""
     drawn = torch.Generator().manual_seed(2)
     rank_V = torch.arange(1, vocabulary + 1).float()
-    weight_VD = torch.randn(vocabulary, width, generator=drawn) / 10 + torch.randn(width, generator=drawn) / 10
+    weight_VD = (
+        torch.randn(vocabulary, width, generator=drawn) / 10 + torch.randn(width, generator=drawn) / 10
+    )
     weight_VD[:, 0] = -rank_V.log() / 8
     targets_N = torch.multinomial(1 / rank_V, count, replacement=True, generator=drawn)
     hidden_ND = torch.randn(count, width, generator=drawn) * 0.7 + 3 * weight_VD[targets_N]

@@ -27,6 +27,8 @@ def learning_body(body: nn.Module, products: Products = "float") -> Any:
     """A twin of `body` that shares its weights, or `body` itself where there is nothing to gain.
 
     Its results are equal to rounding, unless int8 products are asked for."""
+    if getattr(getattr(body, "config", None), "quantization_config", None) is not None:
+        return body  # its layers are not what they seem
     shared = {id(tensor): tensor for tensor in (*body.parameters(), *body.buffers())}
     twin = copy.deepcopy(body, shared)
     bias = _Bias()

@@ -40,7 +40,7 @@ def place(lm: FrozenLM, batch: Batch, prompt: Prompted) -> Placed:
     """Put `prompt` into `batch`: vectors [P, D] at its soft positions, keys and values before it, or None."""
     embeddings_BSD = lm.embed(batch.ids_BS)
     soft_BS = batch.soft_BS >= 0
-    mask_BS = _mask(batch)
+    mask_BS = padding_mask(batch)
     if isinstance(prompt, Tensor):
         _need(bool(soft_BS.any()), "a soft prompt was given, but the batch has no slot for it")
         # Not prompt[...]: on many threads its gradient sums in any order, and a run could not be repeated to the bit.
@@ -72,7 +72,8 @@ def _rows(state_PHK: Tensor, rows: int, lm: FrozenLM) -> Tensor:
     return state_PHK.to(lm.device, lm.dtype).transpose(0, 1)[None].expand(rows, -1, -1, -1)
 
 
-def _mask(batch: Batch) -> Tensor | None:
+def padding_mask(batch: Batch) -> Tensor | None:
+    """1 at real positions, [B, S]; None where every position is real."""
     lengths: Sequence[int] = batch.lengths_B.tolist()
     width = batch.ids_BS.shape[1]
     if all(length == width for length in lengths):

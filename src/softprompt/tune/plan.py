@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from softprompt.base.compiled import vectors_state
+from softprompt.base.context_cache import GIGABYTE, context_bytes, contexts_of
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.limits import longest_text
 from softprompt.data.batch import Encoded, EncodedSet, encode_all
@@ -73,6 +74,14 @@ class Plan:
             said.append(f"{train.truncated} texts were cut, by {train.cut_tokens} tokens in all.")
         if train.dropped:
             said.append(f"{train.dropped} rows were left out because they are too long.")
+        contexts = contexts_of([*self.train.encoded, *self.held_out])
+        if contexts and self.lm.contexts.budget_bytes:
+            need = context_bytes(self.lm, contexts)
+            said.append(
+                f"Text before the soft prompt is read once and kept: {len(contexts)} contexts, "
+                f"{need / GIGABYTE:.2g} GB of at most {self.lm.contexts.budget_bytes / GIGABYTE:.2g} GB "
+                "(tune.context_cache_gigabytes)."
+            )
         if self.judged_on == "training":
             said.append("Nothing is held out: losses before and after are those of the training rows.")
         return said
@@ -90,6 +99,7 @@ def make_plan(recipe: Recipe, *, lm: FrozenLM | None = None, splits: Splits | No
         trust_remote_code=recipe.trust_remote_code,
     )
     lm.int8 = recipe.tune.int8
+    lm.contexts.budget_bytes = round(recipe.tune.context_cache_gigabytes * GIGABYTE)
     template = settle_template(recipe, lm)
     deep = recipe.prompt.kind == "deep"
 

@@ -158,6 +158,11 @@ class Tune(Section):
     )
     warmup: Annotated[float, Field(ge=0, lt=1)] = setting(0.06, "The share of all steps over which it rises.")
     weight_decay: NotNegative = setting(0.0, "Pull towards zero; a prompt rarely gains by it.")
+    context_cache_gigabytes: NotNegative = setting(
+        1.0,
+        "Memory for text that stands before the first soft token: it is read once and its keys and values are used "
+        "again in every epoch. 0 for none.",
+    )
     int8: bool = setting(
         False,
         "Take the learning steps with the base's weights in int8, which CPUs with VNNI multiply several times faster. "

@@ -1,0 +1,127 @@
+"""Text before the soft slot, read once: the same loss and gradient as reading all of it, within the given memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_tokenizer
+from torch import Tensor
+
+from softprompt.base.context_cache import context_bytes, contexts_of
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.data.batch import Encoded, collate
+from softprompt.data.example import Example, Splits
+from softprompt.tune.events import Said
+from softprompt.tune.loop import tune
+from softprompt.tune.recipe import Recipe
+
+ARCHITECTURES = [
+    "BLOOM (ALiBi)",
+    "GPT-2",
+    "OPT",
+    "Llama",
+    "Gemma 2 (sliding window)",
+    "Gemma 3 (sliding window)",
+    "Phi-3 (sliding window)",
+    "Falcon (ALiBi)",
+]
+
+
+def row(context: range, answer: range, soft: int = 3) -> Encoded:
+    """A context, the soft slot, an answer that is learned."""
+    tokens, slot = list(context), [-1] * len(context)
+    return Encoded(
+        [*tokens, *[0] * soft, *answer],
+        [*slot, *range(soft), *[-1] * len(answer)],
+        [*[False] * (len(tokens) + soft), *[True] * len(answer)],
+        0,
+        0,
+    )
+
+
+ROWS = [
+    row(range(20, 32), range(90, 94)),
+    row(range(40, 60), range(95, 96)),
+    row(range(20, 32), range(70, 77)),
+]
+
+
+def learned(lm: FrozenLM, rows: list[Encoded]) -> tuple[Tensor, Tensor]:
+    drawn = torch.Generator().manual_seed(3)
+    prompt_PD = (torch.randn(3, lm.width, generator=drawn) * lm.embedding_VD.std()).requires_grad_()
+    nll_N = lm.token_nll(collate(rows), prompt_PD)
+    return nll_N.detach(), torch.autograd.grad(nll_N.sum(), prompt_PD)[0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_and_gradient_are_those_of_reading_everything(architecture: str) -> None:
+    lm = FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer(), architecture)
+    first_N, first_slope = learned(lm, ROWS)
+    again_N, again_slope = learned(lm, ROWS)
+    assert lm.contexts.read == 2  # one context stands in two rows, and none is read again
+    lm.contexts.budget_bytes = 0
+    whole_N, whole_slope = learned(lm, ROWS)
+    for ours_N, our_slope in ((first_N, first_slope), (again_N, again_slope)):
+        torch.testing.assert_close(ours_N, whole_N, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(our_slope, whole_slope, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_judgement_read_serves_learning_too() -> None:
+    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer())
+    with torch.inference_mode():
+        lm.token_nll(collate(ROWS), torch.zeros(3, lm.width))
+    learned(lm, ROWS)
+    assert lm.contexts.read == 2
+
+
+def test_no_more_is_kept_than_the_budget_allows_and_the_rest_is_still_right() -> None:
+    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer())
+    kept = context_bytes(lm, contexts_of(ROWS[:1]))
+    assert context_bytes(lm, contexts_of(ROWS)) > kept
+    lm.contexts.budget_bytes = kept
+    ours_N, our_slope = learned(lm, ROWS)
+    learned(lm, ROWS)
+    assert lm.contexts.bytes == kept
+    assert (len(lm.contexts), lm.contexts.read) == (1, 3)
+    lm.contexts.budget_bytes = 0
+    whole_N, whole_slope = learned(lm, ROWS)
+    torch.testing.assert_close(ours_N, whole_N, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(our_slope, whole_slope, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_start_with_the_slot_or_learn_their_context_are_read_whole() -> None:
+    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer())
+    front = row(range(20, 20), range(90, 94))
+    trained = row(range(20, 32), range(90, 94))
+    trained.trained[5] = True
+    for rows in ([*ROWS, front], [trained]):
+        nll_N, _ = learned(lm, rows)
+        assert len(nll_N) == sum(one.trained_tokens for one in rows)
+    assert (len(lm.contexts), lm.contexts.read) == (0, 0)
+
+
+def test_a_run_says_what_is_kept_and_reads_every_context_once(tmp_path: object) -> None:
+    lm = FrozenLM.wrap(tiny_model("BLOOM (ALiBi)"), tiny_tokenizer())
+    rows = tuple(
+        Example({"text": f"the order {n} never came and nobody answers", "label": "yes"}, row=n)
+        for n in range(4)
+    )
+    recipe = Recipe(
+        out=str(tmp_path),
+        data={
+            "source": "memory",
+            "template": "Tweet: {text} {soft:3} Complaint? {label}",
+            "target": "label",
+            "validation": 0,
+        },
+        tune={"epochs": 3, "batch_size": 2},
+    )
+    said: list[str] = []
+    tune(
+        recipe,
+        lm=lm,
+        splits=Splits(rows, (), (), "memory", None),
+        on_event=lambda event: said.append(event.text) if isinstance(event, Said) else None,
+    )
+    assert any("4 contexts" in text and "tune.context_cache_gigabytes" in text for text in said)
+    assert (len(lm.contexts), lm.contexts.read) == (4, 4)
