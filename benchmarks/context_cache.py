@@ -20,11 +20,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from machine import describe
-from tuning_vs_peft import base_folder
 
+from machine import describe
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import Encoded, collate
+from tuning_vs_peft import base_folder
 
 
 def rows(count: int, context: int, virtual: int, every_token: bool) -> list[Encoded]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from softprompt.base.context_cache import context_bytes, contexts_of
@@ -14,6 +13,7 @@ from softprompt.data.example import Example, Splits
 from softprompt.tune.events import Said
 from softprompt.tune.loop import tune
 from softprompt.tune.recipe import Recipe
+from tiny_models import tiny_model, tiny_tokenizer
 
 ARCHITECTURES = [
     "BLOOM (ALiBi)",
