@@ -25,7 +25,7 @@ test: $(DEV)
 	$(OFFLINE) $(BIN)/python -m pytest
 
 check: lint types imports
-	$(OFFLINE) $(BIN)/python -m pytest -W error
+	$(OFFLINE) $(BIN)/python -m pytest
 
 lint: $(DEV)
 	$(BIN)/ruff check .
