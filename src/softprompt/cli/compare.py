@@ -123,24 +123,15 @@ def show(console: Console, record: dict[str, Any]) -> None:
     summary = record["summary"]
     heading(console, f"{summary['judged_by']} on {record['data']['source']}, {record['data']['judged_on']}")
     table = Table(
-        "arm",
-        summary["judged_by"],
-        "against the best",
-        "trained",
-        "a task's bytes",
-        "learned in",
-        "peak",
-        box=None,
+        "arm", summary["judged_by"], "difference to the best", "a task takes", "learned in", box=None
     )
     for arm, one in summary["arms"].items():
         table.add_row(
             arm,
             estimate(one["metrics"][summary["judged_by"]]),
             "best" if arm == summary["best"] else difference(one["against_best"]),
-            f"{one['trained_parameters']:,.0f}",
             size(one["stored_bytes"]),
-            f"{one['learning_seconds']:.1f} s",
-            size(one["peak_learning_bytes"]),
+            f"{one['learning_seconds']:.1f} s" if one["trained_parameters"] else "",
         )
     console.print(table)
     for arm, reason in record["failed"].items():

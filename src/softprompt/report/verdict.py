@@ -37,7 +37,7 @@ def verdict(record: Mapping[str, Any]) -> str:
     worse = [arm for arm in arms if arm != best and arm not in equals]
     said = f"The best {found} comes from {_said(best)}"
     if not equals:
-        return f"{said}, surely better than {_listed(worse)}.{_cost(arms, best)}"
+        return f"{said}, surely better than {_listed(worse)}.{_cost(arms, best, judge, summary['better'] == 'higher')}"
     cheapest = min([best, *equals], key=lambda arm: (arms[arm]["stored_bytes"], arms[arm]["added_tokens"]))
     if worse:
         told = (
@@ -62,10 +62,16 @@ def against_base(record: Mapping[str, Any], arm: str) -> str:
     return "better than the base" if (one["value"] > 0) == higher else "worse than the base"
 
 
-def _cost(arms: Mapping[str, Any], best: str) -> str:
+def _cost(arms: Mapping[str, Any], best: str, judge: str, higher: bool) -> str:
     """What the best costs beside the dearest to keep."""
     largest = max(arms, key=lambda arm: arms[arm]["stored_bytes"])
     mine, theirs = arms[best]["stored_bytes"], arms[largest]["stored_bytes"]
+    smaller = [arm for arm in arms if arms[arm]["trained_parameters"] and arms[arm]["stored_bytes"] < mine]
+    if largest == best and smaller:
+        sign = 1 if higher else -1
+        next_best = max(smaller, key=lambda arm: sign * arms[arm]["metrics"][judge]["value"])
+        figure = estimate(arms[next_best]["metrics"][judge])
+        return f" It takes {_kept(arms[best])}; the best of the smaller, {_said(next_best)}, {figure}, takes {_kept(arms[next_best])}."
     if largest == best or not mine:
         return f" It takes {_kept(arms[best])}."
     times = theirs / mine
