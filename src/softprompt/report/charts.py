@@ -149,11 +149,21 @@ def lines(given: Sequence[Line], *, title: str, x_axis: str, y_axis: str) -> Mar
             parts.append(f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3"/>')
             ends.append((up(y), one.arm))
         parts.append("</g>")
-    last = -math.inf
-    for y, arm in sorted(ends):
-        last = max(y + 4, last + 14)
-        parts.append(f'<g class="{_class(arm)}">{_text(right + 8, last, arm, "mark")}</g>')
+    for y, (_, arm) in zip(_apart([y + 4 for y, _ in sorted(ends)], bottom), sorted(ends), strict=True):
+        parts.append(f'<g class="{_class(arm)}">{_text(right + 8, y, arm, "mark")}</g>')
     return _svg(height, title, parts)
+
+
+def _apart(places: Sequence[float], bottom: float) -> list[float]:
+    """Places of labels, in order, moved so that none covers another and the last stays above the axis."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(place, moved[-1] + 14) if moved else place)
+    limit = bottom
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], limit)
+        limit = moved[i] - 14
+    return moved
 
 
 def norms(values: Sequence[float], low: float, middle: float, high: float, *, title: str) -> Markup:

@@ -344,7 +344,7 @@ def _samples(run: Run) -> Section | None:
 
 def _confusion(record: Mapping[str, Any]) -> Section | None:
     tables: list[Table] = []
-    for arm in dict.fromkeys([record["summary"]["best"], *record["runs"]]):
+    for arm in dict.fromkeys([record["summary"]["best"], "soft", *record["runs"]]):
         if arm not in record["runs"]:
             continue
         found = record["runs"][arm][0].get("confusion")
