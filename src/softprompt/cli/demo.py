@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from softprompt.tune.loop import Tuned
 
 INPUTS = (
-    "I want you to act as a gardener. ",
-    "I want you to act as a logistician. ",
-    "I want you to act as a history teacher. ",
+    "I want you to act as a gardener.",
+    "I want you to act as a logistician.",
+    "I want you to act as a history teacher.",
 )
 SECOND_TASK_UNTIL_SECONDS = (
     60  # on a machine that is busy with other work the demo still ends within two minutes
@@ -213,7 +213,7 @@ def next_commands(console: Console, roles: str, messages: str | None) -> None:
     heading(console, "next commands to try")
     sort = [f'softprompt generate --prompt {shlex.quote(messages)} "Where is my parcel?"'] if messages else []
     for line in (
-        f'softprompt generate --prompt {shlex.quote(roles)} --side-by-side "I want you to act as a baker. "',
+        f'softprompt generate --prompt {shlex.quote(roles)} --side-by-side "I want you to act as a baker."',
         *sort,
         f"softprompt inspect {shlex.quote(roles)}",
         "softprompt tune --data YOUR.csv --column YOUR_COLUMN --out runs/mine",
