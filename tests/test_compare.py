@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.cli.app import main
 from softprompt.compare import arms, forgetting, run_arm
 from softprompt.compare.compare import compare
 from softprompt.compare.settings import ARM_NAMES, Job, Settings
@@ -22,6 +23,7 @@ from softprompt.data.template import Template
 from softprompt.errors import DataError, NotFinite, RecipeError, SoftPromptError
 from softprompt.evaluate.rows import Row
 from softprompt.evaluate.summary import summarise
+from softprompt.report.verdict import verdict
 from softprompt.tune.recipe import Recipe
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -307,3 +309,40 @@ def test_a_record_is_plain_json_without_nan(compared: tuple[dict[str, Any], Path
     text = (compared[1] / "comparison.json").read_text()
     assert "NaN" not in text
     assert json.loads(text)["kind"] == "comparison"
+
+
+def test_the_command_writes_the_report_says_the_verdict_and_fails_a_gate_with_100(
+    task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    arguments = [
+        "compare",
+        "--base",
+        str(task / "base"),
+        "--data",
+        str(task),
+        "--out",
+        out,
+        "--batch-size",
+        "4",
+    ]
+    arguments += [
+        "--set",
+        f"data.template={TEMPLATE}",
+        "--set",
+        "data.target=label",
+        "--set",
+        "tune.max_steps=1",
+    ]
+    arguments += ["--arms", "base,soft", "--rate", "soft=0.01", "--in-process", "--json"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    record = json.loads(shown.out)
+    assert record["runs"]["soft"][0]["learning"]["rate"] == 0.01
+    assert verdict(record) in shown.err
+    assert {path.name for path in (tmp_path / "out").glob("report.*")} == {
+        f"report.{one}" for one in ("html", "md", "csv", "json")
+    }
+    assert main([*arguments, "--fail-under", "accuracy=1.1"]) == 100
+    assert main([*arguments, "--fail-under", "bleu=1"]) == 2
+    assert main([*arguments, "--rate", "soft=fast"]) == 2

@@ -115,7 +115,12 @@ def command(
         emit(record)
     best = record["summary"]["arms"][record["summary"]["best"]]["metrics"]
     known = {name: Estimate(one["value"], one["stderr"], one["n"]) for name, one in best.items()}
-    demand([gate for gate in gates if gate[0].name in known], known)
+    for one, _ in gates:
+        if one.name not in known:
+            raise RecipeError(
+                f"--fail-under {one.name}: only {', '.join(known)} were measured. Add --metric {one.name}."
+            )
+    demand(gates, known)
 
 
 def show(console: Console, record: dict[str, Any]) -> None:
