@@ -18,7 +18,9 @@ Base: TypeAlias = Annotated[
 Revision: TypeAlias = Annotated[
     str | None, typer.Option("--base-revision", help="The hub model's commit or tag.")
 ]
-Dtype: TypeAlias = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16, int8, int4.")]
+Dtype: TypeAlias = Annotated[
+    str, typer.Option("--dtype", help="auto, float32, bfloat16, float16, int8, int4.")
+]
 Device: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps.")]
 TrustRemoteCode: TypeAlias = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")
