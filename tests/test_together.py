@@ -11,7 +11,7 @@ import torch
 
 from softprompt.errors import NotFinite, RecipeError
 from softprompt.store.artifact import load_prompt
-from softprompt.tune.loop import Tuned
+from softprompt.tune.loop import Tuned, tune
 from softprompt.tune.together import Together, tune_together
 from test_learn import SPLITS, learn, lm_of, recipe, vectors
 
@@ -109,3 +109,17 @@ def test_a_run_that_is_dropped_leaves_its_best_prompt_and_the_others_go_on(tmp_p
 def test_runs_on_two_bases_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"base: found builtin and other, .* share one base"):
         tune_together([recipe(tmp_path / "a"), recipe(tmp_path / "b", "base=other")], lm=lm_of())
+
+
+def test_each_task_may_have_rows_of_its_own(tmp_path: Path) -> None:
+    """Two files, one base: what comes out is what each file gives alone."""
+    runs = {}
+    for name, rows in (("a", SPLITS.train), ("b", SPLITS.validation + SPLITS.train[:3])):
+        data = tmp_path / f"{name}.csv"
+        data.write_text("text\n" + "\n".join(row.fields["text"] for row in rows) + "\n", encoding="utf-8")
+        runs[name] = (f"data.source={data}", "data.column=text", "data.validation=3")
+    lm = lm_of()
+    recipes = [recipe(tmp_path / name, *overrides) for name, overrides in runs.items()]
+    for one, (name, overrides) in zip(tune_together(recipes, lm=lm), runs.items(), strict=True):
+        alone = tune(recipe(tmp_path / "alone" / name, *overrides), lm=lm)
+        torch.testing.assert_close(vectors(one), vectors(alone), atol=2e-4, rtol=1e-3)
