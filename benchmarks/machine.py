@@ -156,6 +156,14 @@ def write_result(
         for key, value in settings.items()
         if key not in ("arm", "work", "name") and not str(value).startswith("/")
     }
+    cpu = {
+        f"{arm} against {against}": [
+            round(theirs["epoch_cpu_seconds"] / ours["epoch_cpu_seconds"], 3)
+            for ours, theirs in zip(found[arm], found[against], strict=True)
+        ]
+        for arm in found
+        if arm != against and against in found and "epoch_cpu_seconds" in found[arm][0]
+    }
     result = {
         **describe(),
         "settings": kept,
@@ -163,11 +171,16 @@ def write_result(
         "times_faster": {
             name: {"median": statistics.median(values), "rounds": values} for name, values in ratios.items()
         },
+        "times_less_cpu_time": {
+            name: {"median": statistics.median(values), "rounds": values} for name, values in cpu.items()
+        },
         "arms": arms,
     }
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, values in ratios.items():
         print(f"{name}: {statistics.median(values):.2f} times ({', '.join(f'{v:.2f}' for v in values)})")
+    for name, values in cpu.items():
+        print(f"{name}: {statistics.median(values):.2f} times less CPU time")
     print(f"written: {path.name}")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from softprompt.base import frozen_lm, learning_body, rates
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.small_attention import fused_attention
+from softprompt.base.small_gelu import SmallGelu
 from softprompt.data.batch import Batch, Encoded, collate
+from tiny_models import tiny_model, tiny_tokenizer
 
 ARCHITECTURES = [
     "BLOOM (ALiBi)",
@@ -128,4 +129,15 @@ def test_fused_attention_is_torchs_attention_with_its_gradient(length: int) -> N
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         *(torch.autograd.grad(found, fused, upstream)[0] for found in (ours, theirs)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_small_gelu_is_torchs_with_its_slope() -> None:
+    inputs = torch.linspace(-12, 12, 3 * 70_001, dtype=torch.float32).view(3, -1).requires_grad_()
+    theirs = torch.nn.functional.gelu(inputs, approximate="tanh")
+    ours = SmallGelu()(inputs)
+    upstream = torch.linspace(0.5, 2, inputs.numel()).view(inputs.shape)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(found, inputs, upstream)[0] for found in (ours, theirs)), rtol=1e-5, atol=2e-6
     )

@@ -77,7 +77,7 @@ class _Packed:
 
     def product(self, inputs: Tensor, bias_O: Tensor | None) -> Tensor:
         """inputs [..., I] to [..., O], in the inputs' dtype."""
-        codes_NI, step_N1 = quantised(inputs.reshape(-1, inputs.shape[-1]).float())
+        codes_NI, step_N1 = quantised(inputs.reshape(-1, inputs.shape[-1]))
         outputs_NO = int8_product(codes_NI, self.codes, self.step_O, self.zero_O)
         if bias_O is None:
             outputs_NO.mul_(step_N1)

@@ -170,6 +170,10 @@ class FrozenLM:
         states: Tensor = output[0]
         return states
 
+    def prepare(self) -> None:
+        """Make ready what losses are taken with now, rather than in the first of them."""
+        self._learning_body()
+
     def _learning_body(self) -> Any:
         """The body that losses are taken with: faster, and proved equal here, or else the body itself."""
         int8 = self.int8 and torch.is_grad_enabled()

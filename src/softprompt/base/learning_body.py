@@ -18,6 +18,7 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu
 from softprompt.base.frozen_linear import FrozenLinear, Int8Linear
 from softprompt.base.rates import has_int8_products, product_dtype
 from softprompt.base.small_attention import SHORT, fused_attention
+from softprompt.base.small_gelu import SmallGelu
 
 Products = Literal["float", "int8"]
 LARGE = 2**16  # weights of a linear layer; for smaller ones a call costs more than its product
@@ -31,6 +32,7 @@ def learning_body(body: nn.Module, products: Products = "float") -> Any:
         return body  # its layers are not what they seem
     shared = {id(tensor): tensor for tensor in (*body.parameters(), *body.buffers())}
     twin = copy.deepcopy(body, shared)
+    on_cpu = next(body.parameters()).device.type == "cpu"
     bias = _Bias()
     changed = False
     for module in list(twin.modules()):
@@ -39,20 +41,20 @@ def learning_body(body: nn.Module, products: Products = "float") -> Any:
             module.bias = bias  # type: ignore[assignment]
             changed = True
         for name, child in list(module.named_children()):
-            exchanged = _exchanged(child, products)
+            exchanged = _exchanged(child, products, on_cpu)
             if exchanged is not None:
                 setattr(module, name, exchanged)
                 changed = True
     return twin.eval().requires_grad_(False) if changed else body
 
 
-def _exchanged(module: nn.Module, products: Products) -> nn.Module | None:
+def _exchanged(module: nn.Module, products: Products, on_cpu: bool) -> nn.Module | None:
     if isinstance(module, BloomGelu):
-        return nn.GELU(approximate="tanh")  # the same function, fused
+        return SmallGelu() if on_cpu else nn.GELU(approximate="tanh")  # the same function, fused
     if type(module) is not nn.Linear or module.weight.numel() < LARGE:
         return None
     weight_OI = module.weight
-    if products == "int8" and weight_OI.device.type == "cpu" and has_int8_products():
+    if products == "int8" and on_cpu and has_int8_products():
         return Int8Linear(weight_OI.detach(), module.bias)
     if product_dtype(weight_OI.dtype, weight_OI.device) != weight_OI.dtype:
         return FrozenLinear(weight_OI.detach(), module.bias)

@@ -99,6 +99,7 @@ def make_plan(recipe: Recipe, *, lm: FrozenLM | None = None, splits: Splits | No
         trust_remote_code=recipe.trust_remote_code,
     )
     lm.int8 = recipe.tune.int8
+    lm.prepare()
     lm.contexts.budget_bytes = round(recipe.tune.context_cache_gigabytes * GIGABYTE)
     template = settle_template(recipe, lm)
     deep = recipe.prompt.kind == "deep"
