@@ -98,10 +98,12 @@ class ScreenedHead:
         target_nD = head.weight_VD[targets_n].float()
         target_n1 = target_logits(hidden_nD, target_nD, targets_n, head)
         shift_n1 = target_n1 + OFFSET
+        below_n1 = shift_n1.neg()
         codes_nD, step_n1 = quantised(hidden_nD * head.scale)
         sums_nM = hidden_nD.new_empty(len(hidden_nD), len(self.blocks))
         for place, block in enumerate(self.blocks):
-            likely_nv = block.product(codes_nD).mul_(step_n1).sub_(shift_n1).exp_()
+            likely_nv = block.product(codes_nD)
+            torch.addcmul(below_n1, likely_nv, step_n1, out=likely_nv).exp_()
             torch.sum(likely_nv, 1, out=sums_nM[:, place])
             probabilities_nV[:, block.first : block.first + likely_nv.shape[1]] = likely_nv
         sum_n1 = sums_nM.sum(1, keepdim=True)

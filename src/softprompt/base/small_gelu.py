@@ -56,4 +56,5 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
         (slopes,) = ctx.saved_tensors
         (above,) = upstream
-        return above * slopes
+        on_inputs: Tensor = above * slopes
+        return on_inputs
