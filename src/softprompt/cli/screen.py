@@ -47,7 +47,7 @@ def heading(console: Console, title: str) -> None:
 
 def fact(console: Console, name: str, value: object) -> None:
     """One line "name   value", the value as it is, never as markup."""
-    console.print(Text.assemble((f"{name:<17}", "dim"), str(value)), soft_wrap=True)
+    console.print(Text.assemble((f"{name:<18}", "dim"), str(value)), soft_wrap=True)
 
 
 def figure(value: float, digits: int = 4) -> str:

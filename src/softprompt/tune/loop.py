@@ -28,7 +28,7 @@ from softprompt.tune.judge import SCORES
 from softprompt.tune.learner import Learner, is_finite
 from softprompt.tune.plan import Plan, make_plan
 from softprompt.tune.recipe import Recipe
-from softprompt.tune.records import RunFolder, peak_memory_bytes, versions
+from softprompt.tune.records import RunFolder, number_or_none, peak_memory_bytes, versions
 from softprompt.tune.starts import start
 from softprompt.tune.trackers import TRACKERS, figures
 
@@ -313,7 +313,9 @@ def as_prompt(plan: Plan, learned: Plain, record: dict[str, Any]) -> Prompt:
         "notes": {
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
             "data": {"source": plan.splits.source, "revision": plan.splits.revision},
-            "metrics": {key: value for key, value in record.items() if key not in ("path", "base")},
+            "metrics": {
+                key: number_or_none(value) for key, value in record.items() if key not in ("path", "base")
+            },
             "recipe": plan.recipe.model_dump(),
             "versions": versions(),
         },
