@@ -25,15 +25,15 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import Encoded, collate
 from tuning_vs_peft import tokenizer_folder
 
-MIDDLE = {"length": 20, "text": 100, "batch": 8, "vocabulary": 64_000, "layers": 4}
+MIDDLE = {"length": 20, "text": 64, "batch": 4, "vocabulary": 32_000, "layers": 2}
 VALUES = {
     "length": [1, 20, 100],
-    "text": [50, 100, 200, 400],
-    "batch": [1, 4, 8, 16],
-    "vocabulary": [8_000, 64_000, 250_880],
-    "layers": [2, 4, 8],
+    "text": [32, 64, 128, 256],
+    "batch": [1, 4, 8],
+    "vocabulary": [8_000, 32_000, 250_880],
+    "layers": [2, 4],
 }
-WIDTH = 512
+WIDTH = 256
 
 
 def step_seconds(label_only: bool = False, **chosen: int) -> float:
@@ -54,7 +54,7 @@ def step_seconds(label_only: bool = False, **chosen: int) -> float:
     batch = collate(rows)
     prompt_PD = (torch.randn(virtual, WIDTH) * 0.02).requires_grad_()
     best = float("inf")
-    for turn in range(4):
+    for turn in range(3):
         began = time.process_time()
         lm.token_nll(batch, prompt_PD).sum().backward()
         if turn:

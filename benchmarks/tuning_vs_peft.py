@@ -7,9 +7,9 @@
 
 Every arm runs in a process of its own and takes turns with the others. The rates of plain matrix products are measured
 in the same process just before, so that the share of the floor (FLOPs needed over the best rate) means that run.
-Seconds of the CPU are given beside those of the clock: where
-other work runs on the machine, and OMP_NUM_THREADS is 1, they tell more. Random weights are fine for speed; what a run ends at is compared on trained bases, from the same start and with the
-same batches in the same order.
+Seconds of the CPU are given beside those of the clock: where other work runs on the machine, and OMP_NUM_THREADS is 1,
+they tell more. Random weights are fine for speed; what a run ends at is compared on trained bases, from the same start
+and with the same batches in the same order.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for every arm: spinning threads starve each other
 
 from machine import matrix_rates, peak_bytes, rounds, write_result
 
