@@ -79,8 +79,9 @@ def dense(
     """All of the vocabulary, block by block: the exact loss and gradient, to the rounding of the products."""
     nll_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
     gradient_ND = hidden_ND.new_empty(hidden_ND.shape, dtype=torch.float32) if wants_gradient else None
-    for start in range(0, len(hidden_ND), BLOCK_TOKENS):
-        block = slice(start, start + BLOCK_TOKENS)
+    size = BLOCK_TOKENS * _larger(head)
+    for start in range(0, len(hidden_ND), size):
+        block = slice(start, start + size)
         nll_N[block], found = _dense_block(hidden_ND[block], targets_N[block], head, wants_gradient)
         if gradient_ND is not None and found is not None:
             gradient_ND[block] = found
@@ -96,9 +97,10 @@ def _dense_block(
     highest_n1 = hidden_nD.new_full((len(hidden_nD), 1), -torch.inf, dtype=torch.float32)
     sum_n1 = torch.zeros_like(highest_n1)
     pull_nD = hidden_nD.new_zeros(hidden_nD.shape, dtype=torch.float32)
-    for first in range(0, len(weight_VD), BLOCK_VOCABULARY):
-        weight_vD = weight_VD[first : first + BLOCK_VOCABULARY].to(dtype)
-        bias_v = None if head.bias_V is None else head.bias_V[first : first + BLOCK_VOCABULARY]
+    size = BLOCK_VOCABULARY * _larger(head)
+    for first in range(0, len(weight_VD), size):
+        weight_vD = weight_VD[first : first + size].to(dtype)
+        bias_v = None if head.bias_V is None else head.bias_V[first : first + size]
         logits_nv = capped(torch.mm(hidden_nD, weight_vD.T).float(), head, bias_v)
         higher_n1 = torch.maximum(highest_n1, logits_nv.amax(1, keepdim=True))
         shrink_n1 = torch.exp(highest_n1 - higher_n1)
@@ -121,6 +123,10 @@ def _dense_block(
     slope_n1 = slope(target_n1, head)
     pull_nD.div_(sum_n1).sub_(target_nD if slope_n1 is None else target_nD * slope_n1)
     return nll_n, pull_nD.mul_(head.scale)
+
+
+def _larger(head: Head) -> int:
+    return 1 if head.weight_VD.device.type == "cpu" else ON_ACCELERATORS
 
 
 def target_logits(hidden_nD: Tensor, target_nD: Tensor, targets_n: Tensor, head: Head) -> Tensor:
