@@ -56,8 +56,11 @@ def said(events: list[Event]) -> str:
         ("tune.optimizer=adafactor",),
         ("tune.schedule=cosine", "tune.valid_every_steps=2"),
         ("tune.patience=1",),
+        ("data.template={text} so {soft}{text}",),
+        ("prompt.form=lstm",),
+        ("tune.gradient_checkpointing=true",),
     ],
-    ids=["soft", "deep", "Adafactor", "cosine", "patience"],
+    ids=["soft", "deep", "Adafactor", "cosine", "patience", "kept contexts", "LSTM", "recomputing"],
 )
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     whole, _ = learn(tmp_path / "whole", *overrides)

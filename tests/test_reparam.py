@@ -16,6 +16,7 @@ from softprompt.tune.learner import Learner
 from softprompt.tune.loop import tune
 from softprompt.tune.plan import make_plan
 from softprompt.tune.recipe import Tune
+from softprompt.tune.together import tune_tasks
 from test_learn import SPLITS, learn, lm_of, recipe, vectors
 
 P, D = 3, 8
@@ -110,14 +111,42 @@ def test_a_form_learns_the_same_again_and_from_its_state(name: str) -> None:
     assert torch.equal(moved(resumed, 3).now(), whole.now())  # type: ignore[arg-type]
 
 
-def test_tasks_share_one_part_and_keep_their_own() -> None:
-    one, other = SharedTimesLowRank.of_tasks(plain(False), 2, 2, generator())
-    optimiser = torch.optim.SGD({*one.parameters(), *other.parameters()}, lr=0.1)
-    one.rows().square().sum().backward()
-    optimiser.step()
-    assert torch.equal(one.shared_PW, other.shared_PW)
-    assert not torch.equal(one.left_Pr, other.left_Pr)
-    torch.testing.assert_close(other.rows(), one.shared_PW)
+def test_tasks_share_one_part_and_keep_their_own(tmp_path: Path) -> None:
+    """Two tasks side by side; each saved prompt is the shared part times the task's own."""
+    recipes = []
+    for name, examples in (("a", SPLITS.train), ("b", SPLITS.validation + SPLITS.train[:6])):
+        data = tmp_path / f"{name}.csv"
+        data.write_text("text\n" + "\n".join(row.fields["text"] for row in examples) + "\n", encoding="utf-8")
+        recipes.append(
+            recipe(
+                tmp_path / name,
+                f"data.source={data}",
+                "data.column=text",
+                "data.validation=4",
+                "prompt.form=multitask",
+                "tune.valid_every_steps=100",  # so at the start and at the end alone
+            )
+        )
+    lm = lm_of()
+    tuned = tune_tasks(recipes, lm=lm)
+    for one in tuned:
+        assert one.record["nll_after"] < one.record["nll_before"]
+        assert one.record["best_step"] == one.record["steps"]
+    ratio_PD = vectors(tuned[0]) / vectors(tuned[1])
+    # A quotient of two rank-1 parts is of rank 1: what the tasks share has gone from it.
+    singular = torch.linalg.svdvals(ratio_PD.double())
+    assert singular[1] < 1e-4 * singular[0]
+    assert not torch.equal(vectors(tuned[0]), vectors(tuned[1]))
+
+
+def test_the_shared_part_moves_along_the_sum_of_the_tasks_gradients() -> None:
+    forms = SharedTimesLowRank.of_tasks(plain(False), 3, 2, generator())
+    optimisers = [torch.optim.SGD([one for one, _ in form.rate_factors()], lr=0.1) for form in forms]
+    for number, form in enumerate(forms):
+        (form.rows() * (number + 1)).sum().backward()
+    for optimiser in optimisers:
+        optimiser.step()
+    torch.testing.assert_close(forms[2].shared_PW.detach(), plain(False) - 0.1 * (1 + 2 + 3))
 
 
 def test_the_multitask_form_is_pefts() -> None:

@@ -123,3 +123,13 @@ def test_each_task_may_have_rows_of_its_own(tmp_path: Path) -> None:
     for one, (name, overrides) in zip(tune_together(recipes, lm=lm), runs.items(), strict=True):
         alone = tune(recipe(tmp_path / "alone" / name, *overrides), lm=lm)
         torch.testing.assert_close(vectors(one), vectors(alone), atol=2e-4, rtol=1e-3)
+
+
+def test_prompts_behind_a_text_that_is_read_once_become_the_same(tmp_path: Path) -> None:
+    """Text before the slot is kept as keys and values; neighbours and that cache change nothing."""
+    template = ("data.template={text} so {soft}{text}",)
+    runs = {"a": template, "b": (*template, "prompt.length=6", "tune.seed=4")}
+    together = side_by_side(tmp_path / "together", runs)
+    for name, overrides in runs.items():
+        alone = learn(tmp_path / name, *overrides, "tune.context_cache_gigabytes=0")
+        torch.testing.assert_close(vectors(together[name]), vectors(alone), atol=2e-4, rtol=1e-3)

@@ -135,7 +135,8 @@ class SharedTimesLowRank(Form):
     """A prompt shared by tasks, times a low-rank part of each task's own: shared * (columns @ rows).
 
     Wang et al. 2023 (multitask prompt tuning), the form of PEFT's MULTITASK_PROMPT_TUNING. `of_tasks` gives the forms
-    of several tasks that hold one and the same shared part."""
+    of several tasks that hold one and the same shared part: the first one's optimiser moves it, along the sum of all
+    gradients."""
 
     def __init__(self, start: Plain, width: int, generator: torch.Generator) -> None:
         super().__init__(start)
@@ -147,15 +148,16 @@ class SharedTimesLowRank(Form):
         right_rW = torch.zeros(width, W)
         right_rW[0] = 1.0
         self.left_Pr, self.right_rW = nn.Parameter(left_Pr), nn.Parameter(right_rW)
+        self.moves_shared = True
 
     @classmethod
     def of_tasks(
         cls, start: Plain, tasks: int, width: int, generator: torch.Generator
     ) -> list[SharedTimesLowRank]:
-        """One form a task; a step of any of them moves the part that they share."""
+        """One form a task."""
         forms = [cls(start, width, generator) for _ in range(tasks)]
         for form in forms[1:]:
-            form.shared_PW = forms[0].shared_PW
+            form.shared_PW, form.moves_shared = forms[0].shared_PW, False
         return forms
 
     def rows(self) -> Tensor:
@@ -164,7 +166,8 @@ class SharedTimesLowRank(Form):
     def rate_factors(self) -> list[tuple[nn.Parameter, float]]:
         scale = max(float(self.start_PW.square().mean().sqrt()), 1e-8)
         # A factor's change moves the prompt by as much times the prompt's own scale.
-        return [(self.shared_PW, 1.0), (self.left_Pr, 0.5 / scale), (self.right_rW, 0.5 / scale)]
+        own = [(self.left_Pr, 0.5 / scale), (self.right_rW, 0.5 / scale)]
+        return [(self.shared_PW, 1.0), *own] if self.moves_shared else own
 
 
 class _Mlp(nn.Module):

@@ -20,8 +20,9 @@ class Learner:
 
     def __init__(self, form: Form, settings: Tune, learning_rate: float, steps: int) -> None:
         self.form, self.settings, self.learning_rate, self.steps = form, settings, learning_rate, steps
-        self.parameters = list(form.parameters())
-        groups = [{"params": [one], "factor": factor} for one, factor in form.rate_factors()]
+        factors = form.rate_factors()
+        self.parameters = [one for one, _ in factors]
+        groups = [{"params": [one], "factor": factor} for one, factor in factors]
         self.optimiser = OPTIMIZERS[settings.optimizer](groups, learning_rate, settings.weight_decay)
         self.step, self.best_step, self.without_gain = 0, 0, 0
         self.nll_start = self.nll_best = self.score_start = self.score_best = math.nan

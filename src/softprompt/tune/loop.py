@@ -17,7 +17,7 @@ from softprompt.data.batch import Encoded, epoch_order
 from softprompt.data.example import Splits
 from softprompt.errors import NotFinite
 from softprompt.evaluate.loss import mean_nll
-from softprompt.prompt.reparam import Plain
+from softprompt.prompt.reparam import Form, Plain
 from softprompt.prompt.soft_prompt import DeepPrompt, Prompt, SoftPrompt
 from softprompt.store.artifact import prompt_bytes, save_prompt
 from softprompt.tune.checkpoint import Checkpoints, demand_same, identity
@@ -76,11 +76,11 @@ def tune(
 class Run:
     """One run's moving parts: what is learned (`learner`), from what (`plan`), and what is told about it."""
 
-    def __init__(self, plan: Plan, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, plan: Plan, on_event: Callable[[Event], None], form: Form | None = None) -> None:
         self.plan, self.on_event = plan, on_event
         tune = plan.recipe.tune
         out = Path(plan.recipe.out)
-        self.learner = Learner(start(plan), tune, plan.learning_rate, plan.steps)
+        self.learner = Learner(form or start(plan), tune, plan.learning_rate, plan.steps)
         recompute = tune.gradient_checkpointing
         self.gradients = Gradients(plan.lm, plan.batch_size, self._halved, recompute=recompute)
         self.checkpoints = Checkpoints(out, tune, lambda text: self.tell(Said(text)))

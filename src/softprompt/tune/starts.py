@@ -37,17 +37,22 @@ def natural_length(recipe: Recipe, lm: FrozenLM) -> int:
 def start(plan: Plan) -> Form:
     """The trained form at its starting values."""
     recipe = plan.recipe
-    name = recipe.prompt.init
-    if name == "auto":
-        name = "text" if recipe.prompt.init_text else "prompt" if recipe.prompt.init_from else "vocabulary"
     generator = torch.Generator().manual_seed(recipe.tune.seed)
-    deep = recipe.prompt.kind == "deep"
-    starts: Mapping[str, Callable[[Plan, torch.Generator], Plain]] = (
-        DEEP_STARTS if deep else {**STARTS, **FROM_PROMPTS}
-    )
-    plain = starts[name](plan, generator)
+    plain = plain_start(plan, generator)
     table_mW = _table(plan, generator) if recipe.prompt.form == "superposition" else torch.empty(0)
     return FORMS[recipe.prompt.form](plain, table_mW, recipe.prompt.form_width, generator)
+
+
+def plain_start(plan: Plan, generator: torch.Generator) -> Plain:
+    """The plain prompt that learning starts from."""
+    prompt = plan.recipe.prompt
+    name = prompt.init
+    if name == "auto":
+        name = "text" if prompt.init_text else "prompt" if prompt.init_from else "vocabulary"
+    starts: Mapping[str, Callable[[Plan, torch.Generator], Plain]] = (
+        DEEP_STARTS if prompt.kind == "deep" else {**STARTS, **FROM_PROMPTS}
+    )
+    return starts[name](plan, generator)
 
 
 def _table(plan: Plan, generator: torch.Generator) -> Tensor:

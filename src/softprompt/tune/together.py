@@ -9,15 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
+
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import Encoded
 from softprompt.data.example import Splits
 from softprompt.errors import RecipeError, SoftPromptError
+from softprompt.prompt.reparam import Form, SharedTimesLowRank
 from softprompt.tune.events import Event
 from softprompt.tune.gradient import Gradients
 from softprompt.tune.loop import Run, Tuned
-from softprompt.tune.plan import make_plan, read_splits
+from softprompt.tune.plan import Plan, make_plan, read_splits
 from softprompt.tune.recipe import Recipe
+from softprompt.tune.starts import plain_start, start
 
 
 class Together:
@@ -31,6 +35,7 @@ class Together:
         splits: Splits | None = None,
         on_event: Callable[[int, Event], None] = lambda run, event: None,
         resume: bool = False,
+        forms: Callable[[Sequence[Plan]], Sequence[Form]] | None = None,
     ) -> None:
         first = recipes[0]
         for one in recipes[1:]:
@@ -41,15 +46,20 @@ class Together:
                         "share one base. Run them one after another."
                     )
         read: dict[str, Splits] = {}
-        self.runs: list[Run] = []
-        for number, recipe in enumerate(recipes):
+        plans: list[Plan] = []
+        for recipe in recipes:
             data = recipe.data.model_dump_json()
             if splits is None and data not in read:
                 read[data] = read_splits(recipe)
             plan = make_plan(recipe, lm=lm, splits=splits or read[data])
             lm = plan.lm
-            self.runs.append(Run(plan, lambda event, number=number: on_event(number, event)))  # type: ignore[misc]
+            plans.append(plan)
         assert lm is not None
+        made = forms(plans) if forms else [start(plan) for plan in plans]
+        self.runs = [
+            Run(plan, lambda event, number=number: on_event(number, event), form)  # type: ignore[misc]
+            for number, (plan, form) in enumerate(zip(plans, made, strict=True))
+        ]
         rows = sum(run.plan.batch_size for run in self.runs)
         recompute = any(recipe.tune.gradient_checkpointing for recipe in recipes)
         self.gradients = Gradients(lm, rows, recompute=recompute)
@@ -135,7 +145,37 @@ def tune_together(
 
     Deep prompts share the base and the loop, but take a pass each. Raises the first error of any run after the others
     have ended and were saved."""
-    together = Together(recipes, lm=lm, splits=splits, on_event=on_event, resume=resume)
+    return _to_the_end(Together(recipes, lm=lm, splits=splits, on_event=on_event, resume=resume))
+
+
+def tune_tasks(
+    recipes: Sequence[Recipe],
+    *,
+    lm: FrozenLM | None = None,
+    on_event: Callable[[int, Event], None] = lambda run, event: None,
+) -> list[Tuned]:
+    """Learn one prompt a task, each a part that all tasks share times a low-rank part of its own (Wang et al. 2023).
+
+    The recipes have `prompt.form: multitask`, one length and their own data; the shared part starts from the first
+    one's start and follows its rate. Each task keeps its own best step, and saves a plain prompt. Such runs are not
+    resumed: their checkpoints would hold the shared part at different steps."""
+
+    def shared(plans: Sequence[Plan]) -> Sequence[Form]:
+        first, tune = plans[0], plans[0].recipe
+        generator = torch.Generator().manual_seed(tune.tune.seed)
+        return SharedTimesLowRank.of_tasks(
+            plain_start(first, generator), len(plans), tune.prompt.form_width or 1, generator
+        )
+
+    for one in recipes:
+        if one.prompt.form != "multitask":
+            raise RecipeError(
+                f"prompt.form: found {one.prompt.form}, wanted multitask for prompts that share a part."
+            )
+    return _to_the_end(Together(recipes, lm=lm, on_event=on_event, forms=shared))
+
+
+def _to_the_end(together: Together) -> list[Tuned]:
     try:
         together.advance()
         found = together.save()
@@ -143,4 +183,4 @@ def tune_together(
         together.close()
     if together.failed:
         raise together.failed[min(together.failed)]
-    return [found[number] for number in range(len(recipes))]
+    return [found[number] for number in range(len(together.runs))]
