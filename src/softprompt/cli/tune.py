@@ -70,6 +70,12 @@ def show_result(console: Console, record: dict[str, Any]) -> None:
         f"{figure(record['nll_before'])} at the start, {figure(record['nll_after'])} at the best step "
         f"({record['best_step']} of {record['steps']}); base alone {figure(record['nll_base'])} nats per token",
     )
+    if record["selected_by"] != "nll":
+        fact(
+            console,
+            record["selected_by"].replace("_", " "),
+            f"{figure(record['score_before'])} at the start, {figure(record['score_after'])} at the best step",
+        )
     pace = record["tokens"] / record["seconds"] if record["seconds"] else math.nan
     fact(console, "work", f"{record['tokens']:,} tokens in {record['seconds']:.0f} s ({pace:,.0f} tokens/s)")
     fact(console, "peak memory", size(record["peak_memory_bytes"]))
