@@ -77,10 +77,10 @@ def gsm8k(data: Path) -> tuple[Rows, Rows]:
     return read("train.jsonl"), read("test.jsonl")
 
 
-# What is read, how a row becomes text, what judges, and the most virtual tokens and text that are worth it here.
+# What is read, how a row becomes text, and what judges. The slot stands right before the answer where it is a label.
 TASKS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
-    "banking77": (banking77, "{soft:20}Question: {text} Topic: {label}", ("accuracy", "macro_f1", "nll")),
-    "snips": (snips, "{soft:20}Command: {text} Kind: {label}", ("accuracy", "macro_f1", "nll")),
+    "banking77": (banking77, "Question: {text} Topic:{soft:20} {label}", ("accuracy", "macro_f1", "nll")),
+    "snips": (snips, "Command: {text} Kind:{soft:20} {label}", ("accuracy", "macro_f1", "nll")),
     "e2e_nlg": (
         e2e_nlg,
         "{soft:20}{text} Sentence: {label}",
@@ -113,7 +113,9 @@ def main() -> None:
             base=asked.base,
             out=str(folder),
             data={"source": str(folder / "data"), "template": template, "target": "label"},
+            prompt={"init": "labels" if "accuracy" in metrics else "vocabulary"},
             tune={
+                "learning_rate": 0.1,
                 "max_steps": asked.steps,
                 "epochs": 100,
                 "batch_size": 8,
