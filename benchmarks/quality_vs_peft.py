@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=200)
     parser.add_argument("--validations", type=int, default=12)
     parser.add_argument("--work", type=Path, default=Path("runs/quality_vs_peft"))
+    parser.add_argument("--note", help="what a reader should know of this run")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     lm = FrozenLM.load(given.base, dtype="float32")
@@ -379,13 +380,18 @@ def summary(runs: dict[tuple[str, str], list[Run]]) -> dict[str, Any]:
         }
     default = next(iter(PEFT))
     sooner: dict[str, Any] = {}
-    for arm in OURS:
-        pairs = [reached(mine, other) for mine, other in zip(chosen[arm], chosen[default], strict=True)]
-        sooner[arm] = {
-            "times_fewer_steps": [pair[0] for pair in pairs],
-            "times_less_time": [pair[1] for pair in pairs],
+    for (arm, rate), others in runs.items():
+        if arm != default:
+            continue
+        sooner[f"until the best validation loss of {default} at rate {rate}"] = {
+            own: {
+                "times_fewer_steps": [pair[0] for pair in pairs],
+                "times_less_time": [pair[1] for pair in pairs],
+            }
+            for own in OURS
+            if (pairs := [reached(mine, other) for mine, other in zip(chosen[own], others, strict=True)])
         }
-    return {"arms": arms, f"until the best validation loss of {default}": sooner}
+    return {"arms": arms, "sooner": sooner}
 
 
 def reached(mine: Run, other: Run) -> tuple[float | None, float | None]:
