@@ -23,6 +23,7 @@ from torch import Tensor
 
 from softprompt.base.nll import Head, _dense_block, target_logits
 from softprompt.base.rates import has_int8_products, product_dtype
+from softprompt.base.scratch import scratch
 
 MATTERS = 2.0**-13  # of the probability at any token of the block
 BLOCK_VOCABULARY = 2048
@@ -55,8 +56,8 @@ class ScreenedHead:
         nll_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
         gradient_ND = hidden_ND.new_empty(hidden_ND.shape, dtype=torch.float32) if wants_gradient else None
         size = max(16, min(512, BLOCK_PROBABILITIES // len(head.weight_VD)))
-        probabilities_nV = torch.empty(
-            min(size, len(hidden_ND)), len(head.weight_VD), dtype=torch.bfloat16, device=hidden_ND.device
+        probabilities_nV = scratch(
+            "probabilities", min(size, len(hidden_ND)), len(head.weight_VD), dtype=torch.bfloat16
         )
         for start in range(0, len(hidden_ND), size):
             block = slice(start, start + size)
@@ -81,7 +82,8 @@ class ScreenedHead:
         means, sampled = [], 0
         self.covariance_DD = torch.zeros(width, width)
         for first in range(0, len(weight_VD), BLOCK_VOCABULARY):
-            weight_vD = weight_VD[first : first + BLOCK_VOCABULARY].float()
+            rows_vD = weight_VD[first : first + BLOCK_VOCABULARY]
+            weight_vD = scratch("head", *rows_vD.shape).copy_(rows_vD)
             means.append(weight_vD.mean(0))
             around_sD = weight_vD[::stride] - means[-1]
             self.covariance_DD.addmm_(around_sD.T, around_sD)
@@ -154,14 +156,22 @@ class _Block:
 
     def __init__(self, weight_vD: Tensor, first: int) -> None:
         self.first = first
-        self.step_v = weight_vD.abs().amax(1).clamp_(min=1e-12).div_(127)
-        codes_vD = (weight_vD / self.step_v[:, None]).round_().to(torch.int8)
+        codes_vD, self.step_v = coded(weight_vD)
         self.packed: Any = torch.ops.onednn.qlinear_prepack(codes_vD, [256, weight_vD.shape[1]])
         self.zero_v = torch.zeros(len(weight_vD), dtype=torch.int32)
 
     def product(self, codes_nD: Tensor) -> Tensor:
         """Codes of `quantised` times these weights, float32 [n, v], up to the step of each row of the codes."""
         return int8_product(codes_nD, self.packed, self.step_v, self.zero_v)
+
+
+def coded(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights as int8 (in scratch memory: pack them at once) and the step of each row."""
+    wide_OI = scratch("weights", *weight_OI.shape).copy_(weight_OI)
+    spare_OI = torch.abs(wide_OI, out=scratch("absolute", *weight_OI.shape))
+    step_O = spare_OI.amax(1).clamp_(min=1e-12).div_(127)
+    wide_OI.div_(step_O[:, None]).round_()
+    return scratch("codes", *weight_OI.shape, dtype=torch.int8).copy_(wide_OI), step_O
 
 
 def quantised(rows_nD: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +181,7 @@ def quantised(rows_nD: Tensor) -> tuple[Tensor, Tensor]:
     steps_n1 = torch.empty(count, 1)
     size = max(1, CODED_AT_ONCE // width)
     # Few rows at a time, in the same memory: five times as fast as over all rows, whose pages are all new.
-    wide_mD, spare_mD = torch.empty(2, min(size, count), width)
+    wide_mD, spare_mD = scratch("quantised", 2, min(size, count), width)
     for first in range(0, count, size):
         part_mD = rows_nD[first : first + size]
         wide_mD, spare_mD = wide_mD[: len(part_mD)], spare_mD[: len(part_mD)]

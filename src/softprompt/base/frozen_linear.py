@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softprompt.base.fast_head import int8_product, quantised
+from softprompt.base.fast_head import coded, int8_product, quantised
+from softprompt.base.scratch import scratch
 
 
 class FrozenLinear(nn.Module):
@@ -34,20 +35,29 @@ class _WideProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.weight_OI = weight_OI
-        rows_NI = inputs.reshape(-1, inputs.shape[-1]).float()
-        wide_OI = weight_OI.float()
-        if bias_O is None:
-            outputs_NO = rows_NI @ wide_OI.T
-        else:
-            outputs_NO = torch.addmm(bias_O.float(), rows_NI, wide_OI.T)
-        return outputs_NO.to(inputs.dtype).view(*inputs.shape[:-1], -1)
+        rows_NI = inputs.reshape(-1, inputs.shape[-1])
+        outputs_NO = inputs.new_empty(len(rows_NI), len(weight_OI))
+        wide_NO = _product(rows_NI, weight_OI.T)
+        outputs_NO.copy_(wide_NO if bias_O is None else wide_NO.add_(bias_O))
+        return outputs_NO.view(*inputs.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = upstream
-        weight_OI = ctx.weight_OI
-        rows_NO = slope.reshape(-1, slope.shape[-1]).float()
-        return (rows_NO @ weight_OI.float()).to(slope.dtype).view(*slope.shape[:-1], -1), None, None
+        rows_NO = slope.reshape(-1, slope.shape[-1])
+        on_inputs = slope.new_empty(len(rows_NO), ctx.weight_OI.shape[1])
+        on_inputs.copy_(_product(rows_NO, ctx.weight_OI))
+        return on_inputs.view(*slope.shape[:-1], -1), None, None
+
+
+def _product(left_NK: Tensor, right_KM: Tensor) -> Tensor:
+    """left @ right, computed in float32, in memory that the next product takes again."""
+    wide_NK = scratch("left", *left_NK.shape).copy_(left_NK)
+    turned = right_KM.stride(0) == 1  # a transposed view is copied as it lies
+    plain = right_KM.T if turned else right_KM
+    wide = scratch("right", *plain.shape).copy_(plain)
+    product_NM = scratch("product", len(left_NK), right_KM.shape[1])
+    return torch.mm(wide_NK, wide.T if turned else wide, out=product_NM)
 
 
 class Int8Linear(nn.Module):
@@ -69,9 +79,7 @@ class _Packed:
     """Weights [O, I] as int8 with a step for each output, in the layout of the product."""
 
     def __init__(self, weight_OI: Tensor) -> None:
-        wide_OI = weight_OI.float().contiguous()
-        self.step_O = wide_OI.abs().amax(1).clamp_(min=1e-12).div_(127)
-        codes_OI = (wide_OI / self.step_O[:, None]).round_().to(torch.int8)
+        codes_OI, self.step_O = coded(weight_OI)
         self.codes: Any = torch.ops.onednn.qlinear_prepack(codes_OI, [512, codes_OI.shape[1]])
         self.zero_O = torch.zeros(len(codes_OI), dtype=torch.int32)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from softprompt.base.rates import product_dtype
+from softprompt.base.scratch import scratch
 
 SHORT = 384  # positions
 
@@ -31,8 +32,16 @@ class _FusedAttention(torch.autograd.Function):
         rows, length, width = fused_BSE.shape
         query, key, value = _apart(fused_BSE, heads)
         bias = bias_BHSS.to(query.dtype).view(rows * heads, length, length)
-        chances = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale).softmax(-1)
-        ctx.save_for_backward(fused_BSE, chances.to(fused_BSE.dtype))
+        scores = torch.baddbmm(
+            bias,
+            query,
+            key.transpose(1, 2),
+            alpha=scale,
+            out=scratch("scores", *bias.shape, dtype=bias.dtype),
+        )
+        chances = torch.softmax(scores, -1, out=scratch("chances", *bias.shape, dtype=bias.dtype))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(fused_BSE, chances.to(fused_BSE.dtype, copy=True))
         ctx.heads, ctx.scale = heads, scale
         context = torch.bmm(chances, value).view(rows, heads, length, -1)
         return context.transpose(1, 2).to(fused_BSE.dtype).reshape(rows, length, width // 3)
@@ -45,8 +54,10 @@ class _FusedAttention(torch.autograd.Function):
         query, key, value = _apart(fused_BSE, heads)
         chances = chances.to(query.dtype)
         slope = upstream[0].view(rows, length, heads, -1).transpose(1, 2)
-        slope = _laid_out(slope, query.dtype).view(rows * heads, length, -1)
-        on_chances = torch.bmm(slope, value.transpose(1, 2))
+        slope = _laid_out("slope", slope, query.dtype).view(rows * heads, length, -1)
+        on_chances = torch.bmm(
+            slope, value.transpose(1, 2), out=scratch("scores", *chances.shape, dtype=chances.dtype)
+        )
         on_scores = torch._softmax_backward_data(on_chances, chances, -1, chances.dtype).mul_(scale)
         on_fused = fused_BSE.new_empty(rows, length, heads, 3, width // (3 * heads))
         for place, part in enumerate(
@@ -65,10 +76,13 @@ def _apart(fused_BSE: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, length, width = fused_BSE.shape
     parts = fused_BSE.view(rows, length, heads, 3, width // (3 * heads)).permute(3, 0, 2, 1, 4)
     dtype = product_dtype(fused_BSE.dtype, fused_BSE.device)
-    query, key, value = (_laid_out(part, dtype).view(rows * heads, length, -1) for part in parts)
+    query, key, value = (
+        _laid_out(use, part, dtype).view(rows * heads, length, -1)
+        for use, part in zip(("query", "key", "value"), parts, strict=True)
+    )
     return query, key, value
 
 
-def _laid_out(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy in `dtype`, in one go."""
-    return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor)
+def _laid_out(use: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy in `dtype`, in one go, in memory that the next layer takes again."""
+    return scratch(use, *tensor.shape, dtype=dtype).copy_(tensor)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softprompt.base.scratch import scratch
+
 LINE, BEND = (
     1.5957691216057308,
     0.07135481627159,
@@ -35,10 +37,10 @@ class _Gelu(torch.autograd.Function):
         outputs_ND = torch.empty_like(flat_ND)
         slopes_ND = torch.empty_like(flat_ND) if wants_slope else None
         size = max(1, AT_ONCE // flat_ND.shape[1])
-        scratch = torch.empty(4, min(size, len(flat_ND)), flat_ND.shape[1])
+        working = scratch("gelu", 4, min(size, len(flat_ND)), flat_ND.shape[1])
         for first in range(0, len(flat_ND), size):
             part_nD = flat_ND[first : first + size]
-            wide_nD, square_nD, chance_nD, value_nD = scratch[:, : len(part_nD)]
+            wide_nD, square_nD, chance_nD, value_nD = working[:, : len(part_nD)]
             wide_nD.copy_(part_nD)
             torch.mul(wide_nD, wide_nD, out=square_nD)
             torch.mul(square_nD, BEND, out=chance_nD).add_(LINE).mul_(wide_nD).sigmoid_()
