@@ -19,7 +19,9 @@ from softprompt.base.rates import product_dtype
 BLOCK_LOGITS = 2**24  # 16 M numbers: 250,880 x 64 tokens
 BLOCK_TOKENS = 512
 BLOCK_VOCABULARY = 4096  # 512 x 4,096 float32 are 8 MB: they stay in the cache through product, exp, product
-ON_ACCELERATORS = 4  # blocks are so many times as long either way: 128 MB, so that starting kernels costs little
+ON_ACCELERATORS = (
+    4  # blocks are so many times as long either way: 128 MB, so that starting kernels costs little
+)
 
 
 @dataclass(frozen=True)
