@@ -3,90 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
-from markupsafe import Markup
 
 from softprompt.report import charts, figures
+from softprompt.report.learned import learning_curves, tuning_page
 from softprompt.report.limits import limits
-from softprompt.report.read import Run, Sample, Series
+from softprompt.report.parts import Block, Chart, Page, Section, Table
+from softprompt.report.read import Run
 from softprompt.report.verdict import against_base, verdict
 
 INTERVAL = 1.96  # standard errors to either side: 95 of 100
 
 
-@dataclass(frozen=True)
-class Table:
-    """`words` are the columns of running text, `best` the row that stands out."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    title: str = ""
-    note: str = ""
-    words: Sequence[int] = ()
-    best: int = -1
-
-
-@dataclass(frozen=True)
-class Chart:
-    title: str
-    svg: Markup
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Block:
-    text: str
-    title: str = ""
-
-
-@dataclass
-class Section:
-    id: str
-    title: str
-    text: list[str] = field(default_factory=list)
-    charts: list[Chart] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    points: list[str] = field(default_factory=list)
-    blocks: list[Block] = field(default_factory=list)
-
-    @property
-    def long(self) -> bool:
-        """Whether it may run over several printed pages."""
-        return bool(self.samples or self.blocks)
-
-    @property
-    def some_same(self) -> bool:
-        return any(not one.differ for one in self.samples)
-
-    @property
-    def some_differ(self) -> bool:
-        return any(one.differ for one in self.samples)
-
-
-@dataclass
-class Page:
-    id: str
-    title: str
-    facts: str
-    verdict: str
-    sections: list[Section]
-
-
 def page(run: Run, number: int) -> Page:
     """The page of one run."""
     if run.kind == "tuning":
-        return _tuning(run, number)
+        return tuning_page(run, number)
     record = run.record
     sections = [
         _quality(record),
         _costs(record),
         _against_cost(record),
-        _curves(run.validation, run.training),
+        learning_curves(run.validation, run.training),
         _samples(run),
         _confusion(record),
         _health(record),
@@ -307,30 +248,6 @@ def _against_cost(record: Mapping[str, Any]) -> Section | None:
     return Section("tradeoff", "Quality against cost", charts=found) if found else None
 
 
-def _curves(validation: Sequence[Series], training: Sequence[Series]) -> Section | None:
-    found = []
-    for given, title, note in (
-        (validation, "Loss on the validation rows", "The step of the lowest loss is the one that is judged."),
-        (training, "Loss on the training batches", "Smoothed over about a tenth of the steps."),
-    ):
-        smooth = given is training
-        drawn = [
-            charts.Line(one.arm, _smoothed(one.points) if smooth else one.points, faint=one.seed > 0)
-            for one in sorted(given, key=lambda one: -one.seed)
-        ]
-        svg = charts.lines(drawn, title=title, x_axis="step", y_axis="nats per trained token")
-        if svg:
-            found.append(Chart(title, svg, note))
-    text = ["Thin lines are further seeds."] if any(one.seed for one in validation) else []
-    return Section("curves", "Learning curves", text=text, charts=found) if found else None
-
-
-def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    width = max(1, len(points) // 10)
-    groups = [points[max(0, i + 1 - width) : i + 1] for i in range(len(points))]
-    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
-
-
 def _samples(run: Run) -> Section | None:
     if not run.samples:
         return None
@@ -510,63 +427,6 @@ def _reproduce(record: Mapping[str, Any]) -> Section:
             Block(yaml.safe_dump(settings["recipe"], sort_keys=False, allow_unicode=True).strip(), "Recipe")
         )
     return section
-
-
-def _tuning(run: Run, number: int) -> Page:
-    record = run.record
-    figures_of_run = record["metrics_of_run"]
-    rows = [
-        [label, figures.number(figures_of_run.get(key))]
-        for key, label in (
-            ("nll_base", "the base alone"),
-            ("nll_before", "the prompt at its start"),
-            ("nll_after", "the prompt that is kept"),
-        )
-    ]
-    result = Section(
-        "result",
-        "Result",
-        tables=[
-            Table(
-                [
-                    "held-out loss" if figures_of_run.get("judged_on") == "validation" else "training loss",
-                    "nats per token",
-                ],
-                rows,
-            )
-        ],
-        points=[
-            f"{figures.count(figures_of_run.get('steps'))} steps, the best was step "
-            f"{figures.count(figures_of_run.get('best_step'))}; {figures.seconds(figures_of_run.get('seconds'))}, peak memory "
-            f"{figures.size(figures_of_run.get('peak_memory_bytes'))}.",
-            "A run by itself says how far the loss fell, and not whether another way would do better: "
-            "softprompt compare does.",
-        ],
-    )
-    sections = [result, _curves(run.validation, run.training)]
-    blocks = [Block(record["recipe"].strip(), "Recipe")] if record["recipe"] else []
-    versions = ", ".join(f"{name} {one}" for name, one in record["versions"].items())
-    base = record["base"]
-    sections.append(
-        Section(
-            "reproduce",
-            "How to reproduce",
-            points=[
-                f"Base: {base.get('name')}, fingerprint {base.get('sha256') or 'unknown'}.",
-                f"Data: {record['data'].get('source')}, revision {record['data'].get('revision') or 'unknown'}.",
-                f"Versions: {versions or 'unknown'}.",
-            ],
-            blocks=blocks,
-        )
-    )
-    before, after = figures_of_run.get("nll_base"), figures_of_run.get("nll_after")
-    said = ""
-    if figures.known(before) and figures.known(after):
-        moved = "lowered" if after < before else "did not lower"
-        rows_of = "held-out" if figures_of_run.get("judged_on") == "validation" else "training"
-        said = f"The prompt {moved} the {rows_of} loss: {before:.3f} nats per token for the base alone, {after:.3f} with it."
-    facts = f"{record.get('prompt_kind') or 'soft'} prompt, {record.get('length') or 'unknown'} virtual tokens, base {base.get('name')}."
-    return Page(f"run{number}", run.title, facts, said, [one for one in sections if one is not None])
 
 
 def _float(value: Any) -> float:

@@ -15,7 +15,8 @@ from typing import Any
 import jinja2
 
 from softprompt.errors import SaveError
-from softprompt.report.pages import Page, Table, page
+from softprompt.report.pages import page
+from softprompt.report.parts import Page, Table
 from softprompt.report.read import Run, read_runs
 
 NAME = "report"

@@ -1,0 +1,91 @@
+"""How learning went: curves of any run, and the page of a tuning run by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from softprompt.report import charts, figures
+from softprompt.report.parts import Block, Chart, Page, Section, Table
+from softprompt.report.read import Run, Series
+
+
+def tuning_page(run: Run, number: int) -> Page:
+    """Losses before and after, curves, and how to reproduce it."""
+    record = run.record
+    figures_of_run = record["metrics_of_run"]
+    rows = [
+        [label, figures.number(figures_of_run.get(key))]
+        for key, label in (
+            ("nll_base", "the base alone"),
+            ("nll_before", "the prompt at its start"),
+            ("nll_after", "the prompt that is kept"),
+        )
+    ]
+    result = Section(
+        "result",
+        "Result",
+        tables=[
+            Table(
+                [
+                    "held-out loss" if figures_of_run.get("judged_on") == "validation" else "training loss",
+                    "nats per token",
+                ],
+                rows,
+            )
+        ],
+        points=[
+            f"{figures.count(figures_of_run.get('steps'))} steps, the best was step "
+            f"{figures.count(figures_of_run.get('best_step'))}; {figures.seconds(figures_of_run.get('seconds'))}, peak memory "
+            f"{figures.size(figures_of_run.get('peak_memory_bytes'))}.",
+            "A run by itself says how far the loss fell, and not whether another way would do better: "
+            "softprompt compare does.",
+        ],
+    )
+    sections = [result, learning_curves(run.validation, run.training)]
+    blocks = [Block(record["recipe"].strip(), "Recipe")] if record["recipe"] else []
+    versions = ", ".join(f"{name} {one}" for name, one in record["versions"].items())
+    base = record["base"]
+    sections.append(
+        Section(
+            "reproduce",
+            "How to reproduce",
+            points=[
+                f"Base: {base.get('name')}, fingerprint {base.get('sha256') or 'unknown'}.",
+                f"Data: {record['data'].get('source')}, revision {record['data'].get('revision') or 'unknown'}.",
+                f"Versions: {versions or 'unknown'}.",
+            ],
+            blocks=blocks,
+        )
+    )
+    before, after = figures_of_run.get("nll_base"), figures_of_run.get("nll_after")
+    said = ""
+    if figures.known(before) and figures.known(after):
+        moved = "lowered" if after < before else "did not lower"
+        rows_of = "held-out" if figures_of_run.get("judged_on") == "validation" else "training"
+        said = f"The prompt {moved} the {rows_of} loss: {before:.3f} nats per token for the base alone, {after:.3f} with it."
+    facts = f"{record.get('prompt_kind') or 'soft'} prompt, {record.get('length') or 'unknown'} virtual tokens, base {base.get('name')}."
+    return Page(f"run{number}", run.title, facts, said, [one for one in sections if one is not None])
+
+
+def learning_curves(validation: Sequence[Series], training: Sequence[Series]) -> Section | None:
+    found = []
+    for given, title, note in (
+        (validation, "Loss on the validation rows", "The step of the lowest loss is the one that is judged."),
+        (training, "Loss on the training batches", "Smoothed over about a tenth of the steps."),
+    ):
+        smooth = given is training
+        drawn = [
+            charts.Line(one.arm, _smoothed(one.points) if smooth else one.points, faint=one.seed > 0)
+            for one in sorted(given, key=lambda one: -one.seed)
+        ]
+        svg = charts.lines(drawn, title=title, x_axis="step", y_axis="nats per trained token")
+        if svg:
+            found.append(Chart(title, svg, note))
+    text = ["Thin lines are further seeds."] if any(one.seed for one in validation) else []
+    return Section("curves", "Learning curves", text=text, charts=found) if found else None
+
+
+def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    width = max(1, len(points) // 10)
+    groups = [points[max(0, i + 1 - width) : i + 1] for i in range(len(points))]
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
