@@ -22,7 +22,7 @@ def quantised(bits: int, compute: torch.dtype, device: torch.device) -> dict[str
     """Options for transformers' from_pretrained. Raises MissingExtra without bitsandbytes."""
     if find_spec("bitsandbytes") is None:
         raise MissingExtra(
-            f"dtype: int{bits} needs bitsandbytes, which is not installed: pip install bitsandbytes accelerate."
+            f"dtype: int{bits} needs bitsandbytes, which is not installed: pip install 'softprompt[quantised]'."
         )
     settings: dict[str, Any] = {"load_in_8bit": True}  # Dettmers et al. 2022
     if bits == 4:  # Dettmers et al. 2023

@@ -15,11 +15,11 @@ from softprompt.cli.screen import emit, fact, screen, size
 REQUIRED = ("torch", "transformers", "datasets", "safetensors", "huggingface_hub")
 OPTIONAL = {
     "peft": "lora",
-    "fastapi": "serve",
     "sacrebleu": "eval",
     "matplotlib": "plot",
     "tensorboard": "trackers",
     "lm_eval": "lmeval",
+    "bitsandbytes": "quantised",
 }
 
 
