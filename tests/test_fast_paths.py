@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -141,3 +143,20 @@ def test_the_small_gelu_is_torchs_with_its_slope() -> None:
     torch.testing.assert_close(
         *(torch.autograd.grad(found, inputs, upstream)[0] for found in (ours, theirs)), rtol=1e-5, atol=2e-6
     )
+
+
+def test_the_arithmetic_chosen_once_is_kept_for_runs_that_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured = rates._float32_is_faster(torch.bfloat16)
+    monkeypatch.setattr(rates, "_float32_is_faster", lambda than: measured)
+    rates.float32_is_faster.cache_clear()
+    assert rates.float32_is_faster(torch.bfloat16) is measured
+    monkeypatch.setattr(rates, "_float32_is_faster", lambda than: not measured)  # as on a busy machine
+    rates.float32_is_faster.cache_clear()
+    assert rates.float32_is_faster(torch.bfloat16) is measured
+    (tmp_path / "softprompt" / "rates.json").write_text("damaged")
+    rates.float32_is_faster.cache_clear()
+    assert rates.float32_is_faster(torch.bfloat16) is not measured
+    rates.float32_is_faster.cache_clear()

@@ -7,8 +7,13 @@ rounding is finer.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import platform
 import time
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +32,20 @@ def product_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
 
 @cache
 def float32_is_faster(than: torch.dtype) -> bool:
-    """Whether this CPU multiplies float32 matrices clearly faster, the conversion of the weights counted."""
+    """Whether this CPU multiplies float32 matrices clearly faster, the conversion of the weights counted.
+
+    Measured once a machine and kept in the user's cache folder: a run that goes on, or is done again, must round as
+    it did before, however busy the machine is then."""
+    kept = _cache_file()
+    known = _read(kept)
+    key = f"{_processor()}, torch {torch.__version__}, float32 faster than {than}"
+    if key not in known:
+        known[key] = _float32_is_faster(than)
+        _write(kept, known)
+    return known[key]
+
+
+def _float32_is_faster(than: torch.dtype) -> bool:
     with torch.inference_mode():
         left, right = torch.ones(ROWS, WIDTH, dtype=than), torch.ones(COLUMNS, WIDTH, dtype=than)
         wide = left.float()
@@ -45,6 +63,35 @@ def has_int8_products() -> bool:
         and hasattr(torch.ops.onednn, "qlinear_prepack")
         and hasattr(torch.ops.onednn, "qlinear_pointwise")
     )
+
+
+def _cache_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softprompt" / "rates.json"
+
+
+def _read(path: Path) -> dict[str, bool]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(key): value for key, value in found.items() if isinstance(value, bool)} if found else {}
+
+
+def _write(path: Path, known: dict[str, bool]) -> None:
+    # Without a cache folder it is measured in every process: slower by some milliseconds, and no failure.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(known, indent=2), encoding="utf-8")
+        draft.replace(path)
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _seconds(product: Any) -> float:
