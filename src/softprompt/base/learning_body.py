@@ -81,9 +81,14 @@ def _bloom_attention(
     query, key, value = self._reshape(fused)
     if layer_past is not None:
         key, value = layer_past.update(key, value, self.layer_idx)
+    dtype = product_dtype(fused.dtype, fused.device)
     context = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias_BHST, scale=self.inv_norm_factor
-    )
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
+        attn_mask=bias_BHST.to(dtype),
+        scale=self.inv_norm_factor,
+    ).to(fused.dtype)
     return self.dense(context.transpose(1, 2).reshape(rows, length, width)) + residual, None
 
 
