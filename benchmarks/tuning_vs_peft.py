@@ -28,6 +28,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for every arm: spinning threads starve each other
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 from machine import matrix_rates, peak_bytes, rounds, write_result
 
