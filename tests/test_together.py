@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from softprompt.cli.app import main
 from softprompt.errors import NotFinite, RecipeError
 from softprompt.store.artifact import load_prompt
+from softprompt.tune.events import Event, Said, Stepped
 from softprompt.tune.loop import Tuned, tune
-from softprompt.tune.together import Together, tune_together
+from softprompt.tune.recipe import Recipe
+from softprompt.tune.together import Together, tune_tasks, tune_together
 from test_learn import SPLITS, learn, lm_of, recipe, vectors
+from tiny_models import tiny_model, tiny_tokenizer
 
 UNLIKE = {
     "rate": ("tune.learning_rate=0.05",),
@@ -109,6 +118,39 @@ def test_a_run_that_is_dropped_leaves_its_best_prompt_and_the_others_go_on(tmp_p
 def test_runs_on_two_bases_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"base: found builtin and other, .* share one base"):
         tune_together([recipe(tmp_path / "a"), recipe(tmp_path / "b", "base=other")], lm=lm_of())
+    with pytest.raises(RecipeError, match=r"tune\.int8: found False and True, .* share one base"):
+        tune_together([recipe(tmp_path / "a"), recipe(tmp_path / "b", "tune.int8=true")], lm=lm_of())
+
+
+def test_two_runs_with_one_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"out: two recipes write to .*b/\.\./a"):
+        tune_together([recipe(tmp_path / "a"), recipe(tmp_path / "b" / ".." / "a")], lm=lm_of())
+
+
+def test_a_run_that_breaks_on_its_way_leaves_its_best_prompt(tmp_path: Path) -> None:
+    """As its message says."""
+    together = Together([recipe(tmp_path / name) for name in "ab"], lm=lm_of(), splits=SPLITS)
+    together.advance(1 / 3)
+    with torch.no_grad():
+        next(iter(together.runs[0].learner.parameters)).fill_(math.inf)
+    together.advance()
+    together.save()
+    assert f"the prompt of step 3 is in {tmp_path / 'a'}" in str(together.failed[0])
+    metrics = [load_prompt(tmp_path / name).notes["metrics"] for name in "ab"]
+    assert [one["stopped"] for one in metrics] == ["failed", "finished"]
+    assert metrics[0]["best_step"] == 3
+
+
+def test_ctrl_c_keeps_the_best_of_every_run(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tune_together(
+            [recipe(tmp_path / name) for name in "ab"],
+            lm=lm_of(),
+            splits=SPLITS,
+            on_event=raising(KeyboardInterrupt, 1, 5),
+        )
+    for name in "ab":
+        assert load_prompt(tmp_path / name).notes["metrics"]["stopped"] == "interrupted"
 
 
 def test_each_task_may_have_rows_of_its_own(tmp_path: Path) -> None:
@@ -133,3 +175,275 @@ def test_prompts_behind_a_text_that_is_read_once_become_the_same(tmp_path: Path)
     for name, overrides in runs.items():
         alone = learn(tmp_path / name, *overrides, "tune.context_cache_gigabytes=0")
         torch.testing.assert_close(vectors(together[name]), vectors(alone), atol=2e-4, rtol=1e-3)
+
+
+# --- killed ------------------------------------------------------------------------------------------------------
+
+
+def raising(error: type[BaseException], run: int, step: int) -> Callable[[int, Event], None]:
+    """Take `on_event`, and raise as soon as a run has done a step."""
+
+    def on_event(number: int, event: Event) -> None:
+        if number == run and isinstance(event, Stepped) and event.step == step:
+            raise error
+
+    return on_event
+
+
+def steps_recorded(out: Path) -> list[int]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if line["event"] == "Stepped"]
+
+
+def test_runs_that_were_killed_go_on_each_from_its_own_step(tmp_path: Path) -> None:
+    def together(folder: Path, **options: Any) -> list[Tuned]:
+        runs = {
+            "often": ("tune.checkpoint_steps=2", "tune.epochs=4"),
+            "rarely": ("tune.checkpoint_steps=5", "tune.epochs=4", "tune.seed=1"),
+            "short": ("tune.checkpoint_steps=2", "tune.epochs=1", "tune.seed=2"),
+            "never": ("tune.epochs=4", "tune.seed=3"),
+        }
+        recipes = [recipe(folder / name, *overrides) for name, overrides in runs.items()]
+        return tune_together(recipes, lm=lm_of(), splits=SPLITS, **options)
+
+    whole = together(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        together(tmp_path / "cut", on_event=raising(SystemExit, 1, 9))
+    seen: dict[int, list[int]] = {}
+
+    def note(number: int, event: Event) -> None:
+        if isinstance(event, Stepped):
+            seen.setdefault(number, []).append(event.step)
+
+    resumed = together(tmp_path / "cut", resume=True, on_event=note)
+    assert seen == {0: [9, 10, 11, 12], 1: list(range(6, 13)), 3: list(range(1, 13))}
+    for one, other in zip(whole, resumed, strict=True):
+        torch.testing.assert_close(vectors(one), vectors(other), atol=2e-4, rtol=1e-3)
+        for figure in ("steps", "best_step", "tokens"):
+            assert one.record[figure] == other.record[figure]
+        assert steps_recorded(Path(other.record["path"])) == list(range(1, other.record["steps"] + 1))
+
+
+def tasks(folder: Path, *overrides: str, own: Sequence[tuple[str, ...]] = ((), ())) -> list[Recipe]:
+    """Recipes of tasks that share a part, each with rows of its own."""
+    folder.mkdir(exist_ok=True)
+    rows = [row.fields["text"] for row in (*SPLITS.train, *SPLITS.validation)]
+    recipes = []
+    for number, mine in enumerate(own):
+        data = folder / f"{number}.csv"
+        data.write_text("text\n" + "\n".join(rows[number:]) + "\n", encoding="utf-8")
+        settings = [f"data.source={data}", "data.column=text", "data.validation=4", "prompt.form=multitask"]
+        settings += ["tune.checkpoint_steps=2", "tune.valid_every_steps=3", "tune.learning_rate=0.05"]
+        recipes.append(recipe(folder / f"task{number}", *settings, *overrides, *mine))
+    return recipes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "own", "cut"),
+    [
+        ((), ((), ()), (0, 8)),
+        ((), ((), ()), (1, 7)),
+        (("prompt.form_width=2", "tune.optimizer=adafactor"), ((), (), ("tune.seed=4",)), (2, 9)),
+        ((), (("tune.max_steps=5",), ()), (1, 9)),
+        ((), ((), ("tune.max_steps=5",)), (0, 9)),
+        (("tune.patience=1", "tune.valid_every_steps=1"), ((), ()), (0, 4)),
+        (("prompt.kind=deep",), ((), ()), (1, 6)),
+        (("data.template={text} so {soft}{text}",), ((), ("tune.batch_size=3",)), (0, 7)),
+    ],
+    ids=["two", "middle of a pass", "rank 2, Adafactor", "first ends", "second ends", "patience", "deep", "kept contexts"],
+)  # fmt: skip
+def test_tasks_that_were_killed_end_with_the_same_bits(
+    tmp_path: Path, overrides: tuple[str, ...], own: Sequence[tuple[str, ...]], cut: tuple[int, int]
+) -> None:
+    lm = lm_of()
+    whole = tune_tasks(tasks(tmp_path / "whole", *overrides, own=own), lm=lm)
+    recipes = tasks(tmp_path / "cut", *overrides, own=own)
+    with pytest.raises(SystemExit):
+        tune_tasks(recipes, lm=lm, on_event=raising(SystemExit, *cut))
+    said: list[str] = []
+
+    def note(number: int, event: Event) -> None:
+        if isinstance(event, Said):
+            said.append(event.text)
+
+    resumed = tune_tasks(recipes, lm=lm, on_event=note, resume=True)
+    assert any(f"Goes on after step {(cut[1] - 1) // 2 * 2}" in text for text in said)
+    for one, other in zip(whole, resumed, strict=True):
+        assert torch.equal(vectors(one), vectors(other))
+        for figure in ("nll_before", "nll_after", "best_step", "steps", "tokens", "stopped"):
+            assert one.record[figure] == other.record[figure]
+        assert steps_recorded(Path(other.record["path"])) == list(range(1, other.record["steps"] + 1))
+    assert not list((tmp_path / "cut").glob("task[12]/checkpoints/*.checkpoint"))
+
+
+def test_a_task_that_broke_before_the_kill_stays_broken(tmp_path: Path) -> None:
+    """Two of three take steps without measure, and break; the third goes on, with the shared part as they left it."""
+    wild = ("tune.learning_rate=1e30",)
+
+    def third(folder: Path, **options: Any) -> torch.Tensor:
+        with pytest.raises(NotFinite, match="Step 2"):
+            tune_tasks(tasks(folder, own=(("tune.learning_rate=0.05",), wild, ())), lm=lm_of(), **options)
+        return next(iter(load_prompt(folder / "task2").tensors.values()))
+
+    whole = third(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        tune_tasks(
+            tasks(tmp_path / "cut", own=(("tune.learning_rate=0.05",), wild, ())),
+            lm=lm_of(),
+            on_event=raising(SystemExit, 2, 8),
+        )
+    assert torch.equal(third(tmp_path / "cut", resume=True), whole)
+    assert load_prompt(tmp_path / "cut" / "task2").notes["metrics"]["stopped"] == "finished"
+
+
+def test_tasks_that_are_finished_are_given_again(tmp_path: Path) -> None:
+    recipes = tasks(tmp_path / "p")
+    whole = tune_tasks(recipes, lm=lm_of())
+    again = tune_tasks(recipes, lm=lm_of(), on_event=raising(SystemExit, 0, 1), resume=True)
+    for one, other in zip(whole, again, strict=True):
+        assert torch.equal(vectors(one), vectors(other))
+
+
+def test_tasks_go_on_as_the_same_tasks_or_not_at_all(tmp_path: Path) -> None:
+    lm = lm_of()
+    three = tasks(tmp_path / "p", own=((), (), ()))
+    tune_tasks(three[:2], lm=lm)
+    with pytest.raises(RecipeError, match="tasks that share a part was 2, is 3"):
+        tune_tasks(three, lm=lm, resume=True)
+    other = [three[0], three[1].changed(["tune.weight_decay=0.1"])]
+    with pytest.raises(RecipeError, match=r"task1: .*: tune\.weight_decay was 0\.0, is 0\.1\. Set"):
+        tune_tasks(other, lm=lm, resume=True)
+    with pytest.raises(RecipeError, match="tasks that share a part was 2, is not known"):
+        tune(three[0], lm=lm, resume=True)
+    tune(three[2], lm=lm)
+    with pytest.raises(RecipeError, match="tasks that share a part was not known, is 2"):
+        tune_tasks(three[:0:-1], lm=lm, resume=True)
+
+
+def test_tasks_of_unlike_prompts_have_nothing_to_share(tmp_path: Path) -> None:
+    for override in ("prompt.length=5", "prompt.kind=deep", "prompt.form_width=2"):
+        with pytest.raises(RecipeError, match=r"task1: .* one kind, length and form_width"):
+            tune_tasks(tasks(tmp_path / "p", own=((), (override,))), lm=lm_of())
+    with pytest.raises(RecipeError, match=r"task1: prompt\.form: found direct, wanted multitask"):
+        tune_tasks(tasks(tmp_path / "p", own=((), ("prompt.form=direct",))), lm=lm_of())
+
+
+DRIVER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from test_together import lm_of, tasks, tune_tasks
+folder, disturbed = sys.argv[1:]
+lm, draw = lm_of(), random.Random(7)
+recipes = tasks(Path(folder), "tune.checkpoint_steps=1", "tune.epochs=12")
+kills, began = 0, time.monotonic()
+while True:
+    child = os.fork()
+    if child == 0:
+        tune_tasks(recipes, lm=lm, resume=True)
+        os._exit(0)
+    if time.monotonic() - began < float(disturbed):  # then they are let run to their end
+        time.sleep(draw.uniform(0.0, 0.6))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFEXITED(status):
+        print(kills, os.WEXITSTATUS(status))
+        break
+    kills += 1
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+def test_tasks_killed_many_times_at_any_moment_end_with_the_same_bits(tmp_path: Path) -> None:
+    """kill -9 to a real process, at moments drawn at random: while loading, learning, writing or saving."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    for name, disturbed in (("killed", "4"), ("undisturbed", "0")):
+        arguments = [sys.executable, "-c", DRIVER, str(tmp_path / name), disturbed]
+        done = subprocess.run(
+            arguments, env=environment, capture_output=True, text=True, check=True, timeout=200
+        )
+        kills, status = map(int, done.stdout.split())
+        assert status == 0
+        assert kills >= 1 if name == "killed" else kills == 0  # how many depends on the machine's other work
+    for task in ("task0", "task1"):
+        one, other = (load_prompt(tmp_path / name / task) for name in ("killed", "undisturbed"))
+        assert torch.equal(*(next(iter(prompt.tensors.values())) for prompt in (one, other)))
+        assert one.notes["metrics"]["nll_after"] == other.notes["metrics"]["nll_after"]
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Recipes a.yaml and b.yaml over one tiny base, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    for name, rows in (("a", SPLITS.train), ("b", SPLITS.validation)):
+        (tmp_path / f"{name}.csv").write_text("text\n" + "\n".join(row.fields["text"] for row in rows) + "\n")
+        (tmp_path / f"{name}.yaml").write_text(
+            f"base: base\ndtype: float32\nout: runs/{name}\ndata: {{source: {name}.csv, column: text, validation: 2}}\n"
+            "prompt: {length: 4}\ntune: {epochs: 4, batch_size: 2, learning_rate: 0.05}\n"
+        )
+    return tmp_path
+
+
+def test_the_command_learns_a_prompt_for_each_recipe(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["together", "a.yaml", "b.yaml", "--set", "tune.epochs=2", "--json"]) == 0
+    shown = capsys.readouterr()
+    records = json.loads(shown.out)["prompts"]
+    assert [(one["path"], one["steps"]) for one in records] == [("runs/a", 10), ("runs/b", 4)]
+    for one in records:
+        assert one["nll_after"] <= one["nll_before"]
+        assert load_prompt(one["path"]).length == 4
+        assert f"{one['nll_before']:.4f} at the start, {one['nll_after']:.4f} at the best step" in shown.err
+    (alone,) = [tune(Recipe.load("b.yaml", ["tune.epochs=2", "out=alone"]))]
+    learned = next(iter(load_prompt("runs/b").tensors.values()))
+    torch.testing.assert_close(vectors(alone), learned, atol=2e-4, rtol=1e-3)
+
+
+def test_multitask_recipes_share_a_part_and_go_on_with_resume(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["together", "a.yaml", "b.yaml", "--set", "prompt.form=multitask", "--set", "tune.max_steps=4"]
+    given += ["--set", "tune.valid_every_steps=4", "--set", "tune.learning_rate=0.01"]
+    assert main(given) == 0
+    shown = capsys.readouterr().out
+    assert "runs/b" in shown
+    assert "learned with one shared part" in shown
+    learned = [next(iter(load_prompt(f"runs/{name}").tensors.values())) for name in "ab"]
+    steps = [load_prompt(f"runs/{name}").notes["metrics"]["best_step"] for name in "ab"]
+    assert steps == [4, 4]
+    singular = torch.linalg.svdvals((learned[0] / learned[1]).double())
+    assert singular[1] < 1e-3 * singular[0]  # a quotient of two rank-1 parts: the shared one has gone from it
+    assert main([*given, "--resume"]) == 0
+    assert "runs/b: Goes on after step 4 of 4." in capsys.readouterr().out
+    again = [next(iter(load_prompt(f"runs/{name}").tensors.values())) for name in "ab"]
+    assert all(map(torch.equal, learned, again))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["a.yaml", "nowhere.yaml"], 2, "nowhere.yaml: there is no such recipe file"),
+        (["a.yaml", "a.yaml"], 2, "out: two recipes write to runs/a"),
+        (["a.yaml", "b.yaml", "--set", "out=x"], 2, "out: two recipes write to x"),
+        (["a.yaml", "mixed.yaml"], 2, "runs/a: prompt.form: found direct, wanted multitask"),
+        (["a.yaml", "b.yaml", "--set", "tune.epoch=2"], 2, "Did you mean tune.epochs?"),
+        (["a.yaml", "b.yaml", "--set", "data.source=none.csv"], 3, "none.csv"),
+        ([], 2, "RECIPE.yaml"),
+    ],
+    ids=["no file", "one file twice", "one folder", "mixed forms", "unknown setting", "no data", "nothing"],
+)
+def test_what_cannot_be_learned_together_is_one_message(
+    files: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, told: str
+) -> None:
+    text = Path("b.yaml").read_text().replace("length: 4", "length: 4, form: multitask")
+    Path("mixed.yaml").write_text(text)
+    assert main(["together", *arguments]) == code
+    shown = capsys.readouterr()
+    assert told in shown.err
+    assert shown.err.count("softprompt: ") == 1
+    assert not Path("runs").exists()

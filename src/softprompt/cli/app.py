@@ -20,6 +20,7 @@ from softprompt.cli.ending import exit_code
 VERBS = {
     "demo": "The whole path in under two minutes, offline: load, tune, compare before and after.",
     "tune": "Learn a soft prompt from a recipe, or from flags alone.",
+    "together": "Learn a prompt for each of several recipes in the same passes over one base.",
     "sweep": "Learn under many settings and seeds side by side; keep the best prompt.",
     "generate": "Continue texts with the base, with one prompt or with several.",
     "preview": "Show exactly what would be trained: tokens, soft slots, what the loss counts.",

@@ -25,6 +25,12 @@ Device: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cud
 TrustRemoteCode: TypeAlias = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")
 ]
+Overrides: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Any setting of the recipe; `softprompt recipe` lists them."
+    ),
+]
 AsJson: TypeAlias = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")
 ]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from softprompt.cli import asked
 from softprompt.tune.recipe import Recipe, Setting, settings
 
 
@@ -24,14 +25,7 @@ def takes_recipe(verb: Callable[..., None]) -> Callable[..., None]:
     parameters = {
         "recipe_file": Annotated[Path | None, typer.Argument(metavar="RECIPE.yaml", show_default=False)],
         **{_name(one): Annotated[str | None, _option(one)] for one in flagged},
-        "overrides": Annotated[
-            list[str] | None,
-            typer.Option(
-                "--set",
-                metavar="KEY=VALUE",
-                help="Any setting of the recipe; `softprompt recipe` lists them.",
-            ),
-        ],
+        "overrides": asked.Overrides,
     }
     own = list(inspect.signature(verb, eval_str=True).parameters.values())[1:]
     keyword = inspect.Parameter.KEYWORD_ONLY

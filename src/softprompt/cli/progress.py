@@ -1,16 +1,20 @@
-"""A tuning run's events on the screen: a live line on a terminal, plain lines elsewhere."""
+"""A tuning run's events on the screen: a live line on a terminal, plain lines elsewhere; and many runs' in a table."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
 from rich.text import Text
 
+from softprompt.cli.screen import figure
 from softprompt.tune.events import BatchHalved, Event, Said, Saved, Started, Stepped, Stopped, Validated
 
 PLAIN_EVERY_SECONDS = 5.0
@@ -80,6 +84,62 @@ class ShowProgress:
 
     def _line(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=True)
+
+
+class ShowTable:
+    """Runs side by side, a line each: how far it is, its best held-out loss, and whether it is still going.
+
+    Several runs may share a line, which then shows the slowest one's step and their mean loss. Live on a terminal
+    while `live` is entered; elsewhere `show` prints it as it stands."""
+
+    def __init__(self, console: Console, title: str, lines: Sequence[str]) -> None:
+        self.console, self.title, self.lines = console, title, lines
+        self.steps: dict[tuple[int, str], tuple[int, int]] = {}
+        self.best: dict[tuple[int, str], float] = {}
+        self.gone: set[int] = set()
+        self.live = Live(self._drawn(), console=console, refresh_per_second=4, transient=True)
+        if not console.is_terminal:
+            self.live.auto_refresh = False
+
+    def event(self, line: int, event: Event, run: str = "") -> None:
+        """Take note of what a run of a line tells."""
+        match event:
+            case Started():
+                self.steps[line, run] = (0, event.steps)
+            case Stepped():
+                self.steps[line, run] = (event.step, event.steps)
+            case Validated() if event.best:
+                self.best[line, run] = event.nll
+            case BatchHalved():
+                self.console.print(
+                    f"out of memory: from here on {event.batch_size} rows at a time", markup=False
+                )
+        if self.console.is_terminal:
+            self.live.update(self._drawn())
+
+    def show(self) -> None:
+        """Print the table now, where it is not live."""
+        if not self.console.is_terminal:
+            self.console.print(self._drawn())
+
+    def _drawn(self) -> Table:
+        table = Table(
+            self.title, "step", "best held-out loss", "", box=None, header_style="dim", pad_edge=False
+        )
+        for number, line in enumerate(self.lines):
+            runs = [one for one in self.steps if one[0] == number]
+            step, steps = min((self.steps[one] for one in runs), default=(0, 0))
+            nlls = [self.best[one] for one in runs if one in self.best]
+            mean = sum(nlls) / len(nlls) if nlls else math.nan
+            gone = number in self.gone
+            style = "dim" if gone else ""
+            table.add_row(
+                Text(line, style),
+                Text(f"{step}/{steps}", style),
+                Text(figure(mean), style),
+                "let go" if gone else "",
+            )
+        return table
 
 
 def _plan(event: Started) -> str:

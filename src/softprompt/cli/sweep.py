@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from softprompt.cli import asked
 from softprompt.cli.flags import takes_recipe
+from softprompt.cli.progress import ShowTable
 from softprompt.cli.screen import emit, fact, figure, heading, screen
 from softprompt.errors import RecipeError
-from softprompt.tune.events import BatchHalved, Event, Started, Stepped, Validated
 from softprompt.tune.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -65,7 +61,14 @@ def command(
         settings = [(*one, *other) for one in settings for other in random_ones]
     settings = list(dict.fromkeys(settings))
     console = screen(as_json=as_json)
-    table = _Table(console, [" ".join(setting) for setting in settings], seeds)
+    table = ShowTable(console, "setting", [" ".join(setting) for setting in settings])
+
+    def stretch(trials: Sequence[Trial]) -> None:
+        table.gone = {_line(trial.name) for trial in trials if not trial.kept}
+        for trial in trials:
+            table.best[_line(trial.name), trial.name] = trial.nll
+        table.show()
+
     with table.live:
         swept = sweeping.sweep(
             recipe,
@@ -73,8 +76,8 @@ def command(
             seeds=seeds,
             halving=halving,
             abreast=abreast,
-            on_event=table.event,
-            on_stretch=table.stretch,
+            on_event=lambda trial, event: table.event(_line(trial), event, trial),
+            on_stretch=stretch,
             resume=resume,
         )
     record = swept.record(recipe.out)
@@ -90,60 +93,9 @@ def _split(text: str) -> tuple[str, str]:
     return key.strip(), value
 
 
-class _Table:
-    """A line a setting: how far its seeds are, their best held-out loss, and whether it is still going."""
-
-    def __init__(self, console: Console, settings: Sequence[str], seeds: int) -> None:
-        self.console, self.settings, self.seeds = console, settings, seeds
-        self.steps: dict[str, tuple[int, int]] = {}
-        self.best: dict[str, float] = {}
-        self.gone: set[int] = set()
-        self.live = Live(self.drawn(), console=console, refresh_per_second=4, transient=True)
-        if not console.is_terminal:
-            self.live.auto_refresh = False
-
-    def event(self, trial: str, event: Event) -> None:
-        """Take note of what a trial tells."""
-        match event:
-            case Started():
-                self.steps[trial] = (0, event.steps)
-            case Stepped():
-                self.steps[trial] = (event.step, event.steps)
-            case Validated() if event.best:
-                self.best[trial] = event.nll
-            case BatchHalved():
-                self.console.print(
-                    f"out of memory: from here on {event.batch_size} rows at a time", markup=False
-                )
-        if self.console.is_terminal:
-            self.live.update(self.drawn())
-
-    def stretch(self, trials: Sequence[Trial]) -> None:
-        """Take note of who goes on; on a screen that is no terminal, print the table now."""
-        self.gone = {int(trial.name[:3]) for trial in trials if not trial.kept}
-        for trial in trials:
-            self.best[trial.name] = trial.nll
-        if not self.console.is_terminal:
-            self.console.print(self.drawn())
-
-    def drawn(self) -> Table:
-        table = Table(
-            "setting", "step", "best held-out loss", "", box=None, header_style="dim", pad_edge=False
-        )
-        for number, setting in enumerate(self.settings):
-            names = [name for name in self.steps if int(name[:3]) == number]
-            step, steps = min((self.steps[name] for name in names), default=(0, 0))
-            nlls = [self.best[name] for name in names if name in self.best]
-            mean = sum(nlls) / len(nlls) if nlls else math.nan
-            gone = number in self.gone
-            style = "dim" if gone else ""
-            table.add_row(
-                Text(setting, style),
-                Text(f"{step}/{steps}", style),
-                Text(figure(mean), style),
-                "let go" if gone else "",
-            )
-        return table
+def _line(trial: str) -> int:
+    """The number of a trial's setting, which its name begins with."""
+    return int(trial[:3])
 
 
 def _show(console: Console, record: dict[str, Any], seeds: int) -> None:

@@ -62,14 +62,9 @@ def learn(console: Console, recipe: Recipe, lm: FrozenLM | None = None, *, resum
 
 def show_result(console: Console, record: dict[str, Any]) -> None:
     """Losses before and after, where the prompt lies, and what to do next."""
-    judged = "held-out loss" if record["judged_on"] == "validation" else "training loss"
     heading(console, "result")
-    fact(
-        console,
-        judged,
-        f"{figure(record['nll_before'])} at the start, {figure(record['nll_after'])} at the best step "
-        f"({record['best_step']} of {record['steps']}); base alone {figure(record['nll_base'])} nats per token",
-    )
+    judged, losses = describe_losses(record)
+    fact(console, judged, f"{losses}; base alone {figure(record['nll_base'])} nats per token")
     if record["selected_by"] != "nll":
         fact(
             console,
@@ -87,6 +82,15 @@ def show_result(console: Console, record: dict[str, Any]) -> None:
         f'softprompt generate{base} --prompt {where} --side-by-side "..."', markup=False, soft_wrap=True
     )
     console.print(f"softprompt inspect {where}", markup=False, soft_wrap=True)
+
+
+def describe_losses(record: dict[str, Any]) -> tuple[str, str]:
+    """Which loss a run was judged by, and what it was before and after."""
+    return (
+        "held-out loss" if record["judged_on"] == "validation" else "training loss",
+        f"{figure(record['nll_before'])} at the start, {figure(record['nll_after'])} at the best step "
+        f"({record['best_step']} of {record['steps']})",
+    )
 
 
 def show_plan(console: Console, recipe: Recipe) -> dict[str, Any]:

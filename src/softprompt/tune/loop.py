@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -114,17 +114,15 @@ class Run:
 
     def begin(self, resume: bool) -> None:
         """Measure the base and the start, or take up where a killed run's last checkpoint stands."""
-        state = self.checkpoints.newest() if resume else None
-        if state is not None:
-            demand_same(state["run"], self._identity(), self.plan.recipe.out)
-            self._restore(state)
-            self._announce()
-            self.tell(Said(f"Goes on after step {self.step} of {self.plan.steps}."))
-            return
-        if resume:
-            self.tell(
-                Said(f"{self.checkpoints.folder}: no checkpoint to go on from, so the run starts anew.")
-            )
+        state = self.newest() if resume else None
+        if state is None:
+            self.begin_anew()
+        else:
+            demand_same(state["run"], self.identity(), self.plan.recipe.out)
+            self.go_on(state)
+
+    def begin_anew(self) -> None:
+        """Measure the base and the start."""
         self.nll_base = mean_nll(self.plan.lm, self.plan.held_out_base, batch_size=self.gradients.rows)
         if self.plan.recipe.tune.learning_rate == "find":
             found = find_rate(self.plan, self.gradients)
@@ -132,6 +130,25 @@ class Run:
             self.tell(Said(str(found)))
         self._announce()
         self.validate()
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest checkpoint in this run's folder; where there is none, that is said."""
+        state = self.checkpoints.newest()
+        if state is None:
+            self.tell(
+                Said(f"{self.checkpoints.folder}: no checkpoint to go on from, so the run starts anew.")
+            )
+        return state
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Become the run that `state` was taken from."""
+        self.learner.restore(state["learner"])
+        self.gradients.rows = state["rows_at_a_time"]
+        self.nll_base, self.tokens = state["nll_base"], state["tokens"]
+        self.seconds_learning, self.seconds_before = state["seconds_learning"], state["seconds"]
+        self.folder.go_on_from(state["recorded_bytes"])
+        self._announce()
+        self.tell(Said(f"Goes on after step {self.step} of {self.plan.steps}."))
 
     def batches(self) -> Iterator[list[Encoded]]:
         """The rows of every step that is still to come, epoch by epoch, until patience ends."""
@@ -179,7 +196,12 @@ class Run:
         """After the last step; and on the way, where there are rows to judge by."""
         every = self.plan.recipe.tune.valid_every_steps or self.plan.steps_per_epoch
         on_the_way = self.plan.judged_on == "validation" and self.step % every == 0
-        return on_the_way or self.step == self.plan.steps
+        return on_the_way or self.at_its_end
+
+    @property
+    def at_its_end(self) -> bool:
+        """Whether all steps of the plan are done."""
+        return self.step == self.plan.steps
 
     def validate(self) -> None:
         """Measure held-out loss, and keep the prompt if it is the best so far (or the last, with none held out)."""
@@ -198,12 +220,29 @@ class Run:
 
     def checkpoint(self) -> None:
         """Keep all that a killed run needs, from time to time and after the last step."""
-        if self.step == self.plan.steps or self.checkpoints.due(self.step):
+        if self.at_its_end or self.checkpoints.due(self.step):
             self.keep()
 
     def keep(self) -> None:
         """Write a checkpoint now."""
-        self.checkpoints.keep(self.step, self._state())
+        self.checkpoints.keep(self.step, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """All that another process needs to go on."""
+        return {
+            "run": self.identity(),
+            "learner": self.learner.state(),
+            "rows_at_a_time": self.gradients.rows,
+            "nll_base": self.nll_base,
+            "tokens": self.tokens,
+            "seconds_learning": self.seconds_learning,
+            "seconds": self._seconds(),
+            "recorded_bytes": self.folder.recorded_bytes,
+        }
+
+    def identity(self) -> dict[str, str]:
+        """What makes this run the one that it is."""
+        return identity(self.plan.recipe, self.plan.lm.fingerprint.sha256, self.plan.rows_sha256())
 
     def save(self, reason: str) -> Tuned:
         """Write the best prompt and tell where."""
@@ -241,30 +280,8 @@ class Run:
         self.tell(Saved(str(out), record["prompt_bytes"]))
         return Tuned(prompt, record)
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "run": self._identity(),
-            "learner": self.learner.state(),
-            "rows_at_a_time": self.gradients.rows,
-            "nll_base": self.nll_base,
-            "tokens": self.tokens,
-            "seconds_learning": self.seconds_learning,
-            "seconds": self._seconds(),
-            "recorded_bytes": self.folder.recorded_bytes,
-        }
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.learner.restore(state["learner"])
-        self.gradients.rows = state["rows_at_a_time"]
-        self.nll_base, self.tokens = state["nll_base"], state["tokens"]
-        self.seconds_learning, self.seconds_before = state["seconds_learning"], state["seconds"]
-        self.folder.go_on_from(state["recorded_bytes"])
-
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began
-
-    def _identity(self) -> dict[str, str]:
-        return identity(self.plan.recipe, self.plan.lm.fingerprint.sha256, self.plan.rows_sha256())
 
     def _halved(self, rows: int) -> None:
         self.tell(BatchHalved(rows, math.ceil(self.plan.batch_size / rows)))

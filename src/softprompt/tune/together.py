@@ -1,21 +1,24 @@
 """Many prompts in one pass: each row of a batch reads its own prompt, and the frozen base serves them all.
 
 Every prompt has its own start, order of rows, schedule, clipping, optimiser and best step, so that each becomes what it
-would have become alone (up to the rounding of sums in other batches).
+would have become alone (up to the rounding of sums in other batches). Those of `tune_tasks` share a part.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
+from pathlib import Path
 
 import torch
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import Encoded
 from softprompt.data.example import Splits
-from softprompt.errors import RecipeError, SoftPromptError
+from softprompt.errors import NotFinite, RecipeError, SoftPromptError
 from softprompt.prompt.reparam import Form, SharedTimesLowRank
+from softprompt.tune.checkpoint import demand_same
 from softprompt.tune.events import Event
 from softprompt.tune.gradient import Gradients
 from softprompt.tune.loop import Run, Tuned
@@ -25,7 +28,9 @@ from softprompt.tune.starts import plain_start, start
 
 
 class Together:
-    """Runs side by side over one base. Take them to a step with `advance`, drop some, go on, `save` the rest."""
+    """Runs side by side over one base. Take them to a step with `advance`, drop some, go on, `save` the rest.
+
+    Runs whose `forms` share a part stand or fall together: one checkpoint holds them all, at one moment."""
 
     def __init__(
         self,
@@ -37,14 +42,8 @@ class Together:
         resume: bool = False,
         forms: Callable[[Sequence[Plan]], Sequence[Form]] | None = None,
     ) -> None:
-        first = recipes[0]
-        for one in recipes[1:]:
-            for name in ("base", "base_revision", "dtype", "device"):
-                if getattr(one, name) != getattr(first, name):
-                    raise RecipeError(
-                        f"{name}: found {getattr(first, name)} and {getattr(one, name)}, but prompts side by side "
-                        "share one base. Run them one after another."
-                    )
+        _demand_one_base(recipes)
+        _demand_folders_of_their_own(recipes)
         read: dict[str, Splits] = {}
         plans: list[Plan] = []
         for recipe in recipes:
@@ -56,6 +55,7 @@ class Together:
             plans.append(plan)
         assert lm is not None
         made = forms(plans) if forms else [start(plan) for plan in plans]
+        self.sharing = forms is not None
         self.runs = [
             Run(plan, lambda event, number=number: on_event(number, event), form)  # type: ignore[misc]
             for number, (plan, form) in enumerate(zip(plans, made, strict=True))
@@ -66,8 +66,15 @@ class Together:
         self.active = list(range(len(self.runs)))
         self.failed: dict[int, SoftPromptError] = {}
         self.batches: list[Iterator[list[Encoded]]] = [run.batches() for run in self.runs]
-        for run in self.runs:
-            run.begin(resume)
+        try:
+            if self.sharing:
+                self._begin_as_one(resume)
+            else:
+                for run in self.runs:
+                    run.begin(resume)
+        except BaseException:
+            self.close()
+            raise
 
     def advance(self, share: float = 1.0, numbers: Sequence[int] | None = None) -> None:
         """Take the active runs, or those of `numbers`, to `share` of their steps, or to their own early end."""
@@ -91,21 +98,29 @@ class Together:
 
     def checkpoint(self) -> None:
         """Keep what every active run needs to go on, now."""
-        for number in self.active:
-            self.runs[number].keep()
+        if self.sharing:
+            self._keep_as_one()
+        else:
+            for number in self.active:
+                self.runs[number].keep()
 
     def drop(self, number: int) -> None:
         """Take a run no further. Its best prompt so far is saved."""
         self.active.remove(number)
-        if number not in self.failed:
-            self.runs[number].save("dropped")
+        self.runs[number].save("dropped")
         self.runs[number].close()
 
     def save(self) -> dict[int, Tuned]:
-        """Save what is still active."""
+        """Save what is still active, and give it; of runs that broke, the best so far is saved too."""
         found = {number: self.runs[number].save(self.runs[number].ending) for number in self.active}
+        self._leave(list(self.failed), "failed")
         self.close()
         return found
+
+    def leave(self, reason: str) -> None:
+        """Save the best so far of every run that has taken a step, as one that ended for `reason`."""
+        self._leave(self.active, reason)
+        self._leave(list(self.failed), "failed")
 
     def close(self) -> None:
         """Close the records of every run."""
@@ -128,9 +143,75 @@ class Together:
         held_out = self.gradients.losses(prompts, [run.plan.held_out for run in due]) if due else []
         for run, prompt, nll in zip(due, prompts, held_out, strict=True):
             run.judge(nll, prompt)
+        if self.sharing:
+            at_their_ends = all(self.runs[number].at_its_end for number in self.active)
+            if at_their_ends or self.runs[0].checkpoints.due(self._passes):
+                self._keep_as_one()
+            return
         for number, run in runs.items():
             if number not in self.failed:
                 run.checkpoint()
+
+    def _leave(self, numbers: Sequence[int], reason: str) -> None:
+        for number in numbers:
+            if self.runs[number].step:  # else there is nothing worth keeping
+                self.runs[number].save(reason)
+
+    # Runs that share a part. Their one checkpoint lies in the first one's folder, as often as its settings say.
+
+    @property
+    def _passes(self) -> int:
+        return max(run.step for run in self.runs)
+
+    def _identity(self) -> dict[str, str]:
+        return self.runs[0].identity() | {"the number of tasks that share a part": str(len(self.runs))}
+
+    def _keep_as_one(self) -> None:
+        first, *others = self.runs
+        state = {
+            "run": self._identity(),
+            "runs": [run.state() for run in self.runs],
+            "failed": {number: str(error) for number, error in self.failed.items()},
+            "rows_at_a_time": self.gradients.rows,
+        }
+        first.checkpoints.keep(self._passes, state)
+        for run in others:
+            run.checkpoints.clear()  # of former runs: nothing may go on from those
+
+    def _begin_as_one(self, resume: bool) -> None:
+        state = self.runs[0].newest() if resume else None
+        if state is None:
+            for run in self.runs:
+                run.begin_anew()
+            return
+        demand_same(state["run"], self._identity(), self.runs[0].plan.recipe.out)
+        for run, own in zip(self.runs, state["runs"], strict=True):
+            demand_same(own["run"], run.identity(), run.plan.recipe.out)
+        for run, own in zip(self.runs, state["runs"], strict=True):
+            run.go_on(own)
+        self.failed = {number: NotFinite(text) for number, text in state["failed"].items()}
+        self.active = [number for number in self.active if number not in self.failed]
+        self.gradients.rows = state["rows_at_a_time"]
+
+
+def _demand_one_base(recipes: Sequence[Recipe]) -> None:
+    for name in ("base", "base_revision", "dtype", "device", "tune.int8"):
+        first, *others = map(attrgetter(name), recipes)
+        for one in others:
+            if one != first:
+                raise RecipeError(
+                    f"{name}: found {first} and {one}, but prompts side by side share one base. Run them one after "
+                    "another."
+                )
+
+
+def _demand_folders_of_their_own(recipes: Sequence[Recipe]) -> None:
+    taken: set[Path] = set()
+    for recipe in recipes:
+        folder = Path(recipe.out).resolve()
+        if folder in taken:
+            raise RecipeError(f"out: two recipes write to {recipe.out}. Give every one a folder of its own.")
+        taken.add(folder)
 
 
 def tune_together(
@@ -153,15 +234,23 @@ def tune_tasks(
     *,
     lm: FrozenLM | None = None,
     on_event: Callable[[int, Event], None] = lambda run, event: None,
+    resume: bool = False,
 ) -> list[Tuned]:
     """Learn one prompt a task, each a part that all tasks share times a low-rank part of its own (Wang et al. 2023).
 
-    The recipes have `prompt.form: multitask`, one length and their own data; the shared part starts from the first
-    one's start and follows its rate. Each task keeps its own best step, and saves a plain prompt. Such runs are not
-    resumed: their checkpoints would hold the shared part at different steps."""
+    The recipes have `prompt.form: multitask`, one kind, length and form_width, and their own data; the shared part
+    starts from the first one's start, follows its rate and stands still when it ends. Each task keeps its own best
+    step, and saves a plain prompt. With `resume`, tasks that were killed go on, all from one moment."""
 
     def shared(plans: Sequence[Plan]) -> Sequence[Form]:
         first, tune = plans[0], plans[0].recipe
+        for plan in plans[1:]:
+            if _shape(plan) != _shape(first):
+                raise RecipeError(
+                    f"{plan.recipe.out}: found a prompt of other shape ({_shape(plan)}) than {tune.out} "
+                    f"({_shape(first)}), but tasks share a part only with one kind, length and form_width. Set them "
+                    "alike."
+                )
         generator = torch.Generator().manual_seed(tune.tune.seed)
         return SharedTimesLowRank.of_tasks(
             plain_start(first, generator), len(plans), tune.prompt.form_width or 1, generator
@@ -170,14 +259,24 @@ def tune_tasks(
     for one in recipes:
         if one.prompt.form != "multitask":
             raise RecipeError(
-                f"prompt.form: found {one.prompt.form}, wanted multitask for prompts that share a part."
+                f"{one.out}: prompt.form: found {one.prompt.form}, wanted multitask as in the other recipes, which "
+                "share a part. Set it for all of them, or learn this one by itself."
             )
-    return _to_the_end(Together(recipes, lm=lm, on_event=on_event, forms=shared))
+    return _to_the_end(Together(recipes, lm=lm, on_event=on_event, resume=resume, forms=shared))
+
+
+def _shape(plan: Plan) -> str:
+    prompt = plan.recipe.prompt
+    return f"{prompt.kind}, {plan.template.soft_length} virtual tokens, form_width {prompt.form_width or 1}"
 
 
 def _to_the_end(together: Together) -> list[Tuned]:
     try:
         together.advance()
+    except BaseException as error:
+        together.leave("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
+    else:
         found = together.save()
     finally:
         together.close()

@@ -1,0 +1,63 @@
+"""`softprompt together`: a prompt for each of several recipes, side by side over one base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from softprompt.cli import asked
+from softprompt.cli.progress import ShowTable
+from softprompt.cli.screen import emit, fact, figure, heading, screen
+from softprompt.cli.tune import describe_losses
+from softprompt.tune.events import Event, Said, Saved, Validated
+from softprompt.tune.recipe import Recipe
+
+
+def command(
+    recipe_files: Annotated[list[Path], typer.Argument(metavar="RECIPE.yaml...", show_default=False)],
+    *,
+    overrides: asked.Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with runs that were killed, from their last checkpoints.")
+    ] = False,
+    as_json: asked.AsJson = False,
+) -> None:
+    """Learn a prompt for each recipe in the same passes over one base. Those of `form: multitask` share a part."""
+    from softprompt.tune.together import tune_tasks, tune_together
+
+    recipes = [Recipe.load(path, overrides or []) for path in recipe_files]
+    names = [recipe.out for recipe in recipes]
+    sharing = any(recipe.prompt.form == "multitask" for recipe in recipes)  # then all, or it is refused
+    console = screen(as_json=as_json)
+    table = ShowTable(console, "prompt", names)
+    saved: list[str] = []
+
+    def tell(number: int, event: Event) -> None:
+        table.event(number, event)
+        line = ""
+        match event:
+            case Said():
+                line = event.text
+            case Validated() if not console.is_terminal:
+                kept = ", best so far, kept" if event.best else ""
+                line = f"step {event.step}, loss {figure(event.nll)}{kept}"
+            case Saved():
+                saved.append(event.path)
+        if line:
+            console.print(f"{names[number]}: {line}", markup=False, soft_wrap=True)
+
+    try:
+        with table.live:
+            tuned = (tune_tasks if sharing else tune_together)(recipes, on_event=tell, resume=resume)
+    except BaseException:
+        for path in saved:
+            console.print(f"The best prompt so far is kept in {path}.", markup=False, soft_wrap=True)
+        raise
+    records = [one.record for one in tuned]
+    heading(console, "learned with one shared part" if sharing else "learned side by side")
+    for record in records:
+        fact(console, record["path"], " ".join(describe_losses(record)))
+    if as_json:
+        emit({"prompts": records})
