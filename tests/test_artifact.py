@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -199,6 +203,85 @@ def test_a_full_disk_leaves_the_former_prompt_whole(tmp_path: Path, monkeypatch:
     with pytest.raises(SaveError):
         save_prompt(soft_prompt(base()), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def disks_at_every_moment(prompt: SoftPrompt, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Save `prompt` in `folder`; copies of the folder as kill -9 would leave it before and after each step of that."""
+    copies: list[Path] = []
+
+    def photographed(real: Any) -> Any:
+        def step(*arguments: Any) -> None:
+            for part in (lambda: None, lambda: real(*arguments)):
+                part()
+                copies.append(folder.parent / f"{folder.name}.{len(copies)}")
+                shutil.copytree(folder, copies[-1])
+
+        return step
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artifact.os, "fsync", photographed(os.fsync))
+        patched.setattr(artifact.os, "replace", photographed(os.replace))
+        save_prompt(prompt, folder)
+    return copies
+
+
+def test_a_kill_at_any_moment_of_saving_leaves_the_former_prompt_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if a save that was killed is followed by another that is killed."""
+    former, new, last = (
+        dataclasses.replace(
+            soft_prompt(base(), length), template=f"{{soft:{length}}} {{text}}", name=str(length)
+        )
+        for length in (2, 3, 4)
+    )
+
+    def loaded(folder: Path) -> str:
+        found = load_prompt(folder)
+        assert isinstance(found, SoftPrompt)
+        (same,) = [one for one in (former, new, last) if torch.equal(one.embeddings_PD, found.embeddings_PD)]
+        assert [found.name, found.template] == [same.name, same.template]
+        assert artifact.prompt_bytes(folder) > 0
+        return same.name
+
+    save_prompt(former, tmp_path / "p")
+    disks = disks_at_every_moment(new, tmp_path / "p", monkeypatch)
+    assert len(disks) == 16
+    found = [loaded(disk) for disk in disks]
+    assert found == sorted(found)
+    assert set(found) == {"2", "3"}
+    for disk, then in zip(disks, found, strict=True):
+        again = [loaded(one) for one in disks_at_every_moment(last, disk, monkeypatch)]
+        assert again == sorted(again)
+        assert set(again) == {then, "4"}
+        peft_config = json.loads((disk / artifact.CONFIG).read_text())
+        assert peft_config["num_virtual_tokens"] == 4
+
+
+@pytest.mark.parametrize("error", [SystemExit, PermissionError])
+@pytest.mark.parametrize("moved", range(5))
+def test_a_failure_at_any_rename_leaves_the_former_prompt_or_the_new_one(
+    error: type[BaseException], moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_prompt(soft_prompt(base(), 2), tmp_path / "p")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    real, calls = os.replace, []
+
+    def failing(draft: Path, final: Path) -> None:
+        if len(calls) == moved:
+            raise error
+        real(draft, final)
+        calls.append(final)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(artifact.os, "replace", failing)
+        with pytest.raises((error, SaveError)) if moved < 4 else contextlib.nullcontext() as raised:
+            save_prompt(soft_prompt(base(), 3), folder)
+    assert load_prompt(folder).length == (3 if moved else 2)
+    if not moved:
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    elif raised and error is PermissionError:
+        assert "The prompt was saved" in str(raised.value)
 
 
 def test_a_prompt_that_cannot_be_one_is_refused() -> None:

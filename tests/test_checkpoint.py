@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -32,8 +33,8 @@ def learn(out: Path, *overrides: str, resume: bool = False, lm: Any = None) -> t
     return tuned, seen
 
 
-def cut_short(out: Path, *overrides: str, step: int = 8) -> None:
-    """A run that ends without warning in the middle of step `step`."""
+def cut_short(out: Path, *overrides: str, step: int = 8, resume: bool = False) -> None:
+    """A run that ends without warning in the middle of its `step`-th step."""
 
     def end(nll_N: torch.Tensor) -> torch.Tensor:
         raise SystemExit
@@ -41,7 +42,11 @@ def cut_short(out: Path, *overrides: str, step: int = 8) -> None:
     lm = lm_of()
     breaking_at(lm, step, end)
     with pytest.raises(SystemExit):
-        learn(out, *overrides, lm=lm)
+        learn(out, *overrides, lm=lm, resume=resume)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def said(events: list[Event]) -> str:
@@ -123,6 +128,11 @@ def test_a_damaged_newest_checkpoint_is_told_of_and_the_one_before_taken(tmp_pat
     assert "the one before is taken" in said(events)
     assert "Goes on after step 4" in said(events)
     assert torch.equal(vectors(whole), vectors(resumed))
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    recorded = [json.loads(line) for line in lines]
+    assert [one["step"] for one in recorded if one["event"] == "Stepped"] == list(range(1, 13))
+    assert [one["event"] for one in recorded].count("Started") == 2
+    assert sum("is damaged" in one.get("text", "") for one in recorded) == 1
 
 
 def test_when_all_are_damaged_the_run_starts_anew(tmp_path: Path) -> None:
@@ -133,6 +143,18 @@ def test_when_all_are_damaged_the_run_starts_anew(tmp_path: Path) -> None:
     resumed, events = learn(tmp_path / "cut", resume=True)
     assert "the run starts anew" in said(events)
     assert torch.equal(vectors(whole), vectors(resumed))
+    text = (tmp_path / "cut" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert (text.count('"event": "Stepped"'), text.count('"event": "Started"')) == (12, 1)
+
+
+def test_damaged_checkpoints_do_not_push_out_those_of_the_run_that_starts_anew(tmp_path: Path) -> None:
+    """They are of later steps than its first, and only the two newest are kept."""
+    cut_short(tmp_path / "p")
+    for path in (tmp_path / "p" / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    cut_short(tmp_path / "p", step=4, resume=True)
+    _, events = learn(tmp_path / "p", resume=True)
+    assert "Goes on after step 2" in said(events)
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_every_difference_named(tmp_path: Path) -> None:
@@ -142,6 +164,18 @@ def test_a_checkpoint_of_another_run_is_refused_and_every_difference_named(tmp_p
     assert "tune.learning_rate was 0.2, is 0.1" in str(error.value)
     assert "tune.seed was 0, is 3" in str(error.value)
     assert "leave out --resume" in str(error.value)
+
+
+def test_a_refused_resume_leaves_every_file_as_it_was(tmp_path: Path) -> None:
+    """Also where the newest checkpoint is damaged, which is told before the refusal."""
+    for name in ("whole", "damaged"):
+        cut_short(tmp_path / name)
+    (tmp_path / "damaged" / "checkpoints" / "000000006.checkpoint").write_bytes(b"")
+    before = contents(tmp_path)
+    for name in ("whole", "damaged"):
+        with pytest.raises(RecipeError, match="seed"):
+            learn(tmp_path / name, "tune.seed=3", resume=True)
+    assert contents(tmp_path) == before
 
 
 def test_a_checkpoint_made_on_other_rows_is_refused(tmp_path: Path) -> None:

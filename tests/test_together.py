@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -13,15 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from softprompt.cli.app import main
+from softprompt.cli.progress import ShowTable
 from softprompt.errors import NotFinite, RecipeError
 from softprompt.store.artifact import load_prompt
-from softprompt.tune.events import Event, Said, Stepped
+from softprompt.tune.events import BatchHalved, Event, Said, Saved, Stepped
 from softprompt.tune.loop import Tuned, tune
 from softprompt.tune.recipe import Recipe
 from softprompt.tune.together import Together, tune_tasks, tune_together
-from test_learn import SPLITS, learn, lm_of, recipe, vectors
+from test_checkpoint import contents
+from test_learn import SPLITS, failing_above, learn, lm_of, recipe, vectors
 from tiny_models import tiny_model, tiny_tokenizer
 
 UNLIKE = {
@@ -85,6 +89,24 @@ def test_the_base_is_passed_once_a_step_however_many_prompts_there_are(tmp_path:
     assert rows == [20, 20, 20]
 
 
+def test_a_batch_that_does_not_fit_is_told_to_every_run(tmp_path: Path) -> None:
+    """Two batches of 4 rows: as 8 and as 4 they do not fit, as 2 they do."""
+    lm = lm_of()
+    failing_above(lm, 2, torch.OutOfMemoryError("out of memory"))
+    seen: list[tuple[int, Event]] = []
+    tuned = tune_together(
+        [recipe(tmp_path / name, "tune.epochs=1") for name in "ab"],
+        lm=lm,
+        splits=SPLITS,
+        on_event=lambda run, event: seen.append((run, event)),
+    )
+    for number, one in enumerate(tuned):
+        told = [event for run, event in seen if run == number and isinstance(event, BatchHalved)]
+        assert told == [BatchHalved(4, 2), BatchHalved(2, 4)]
+        assert (Path(one.record["path"]) / "metrics.jsonl").read_text().count('"event": "BatchHalved"') == 2
+        assert one.record["accumulation"] == 2  # of its own 4 rows
+
+
 def test_one_run_that_breaks_does_not_break_the_others(tmp_path: Path) -> None:
     """Its start is made infinite; what the other learns is what it learns alone."""
     together = Together([recipe(tmp_path / name) for name in "ab"], lm=lm_of(), splits=SPLITS)
@@ -120,6 +142,9 @@ def test_runs_on_two_bases_are_refused(tmp_path: Path) -> None:
         tune_together([recipe(tmp_path / "a"), recipe(tmp_path / "b", "base=other")], lm=lm_of())
     with pytest.raises(RecipeError, match=r"tune\.int8: found False and True, .* share one base"):
         tune_together([recipe(tmp_path / "a"), recipe(tmp_path / "b", "tune.int8=true")], lm=lm_of())
+    other = recipe(tmp_path / "b", "tune.context_cache_gigabytes=0.5")
+    with pytest.raises(RecipeError, match=r"tune\.context_cache_gigabytes: found 1\.0 and 0\.5"):
+        tune_together([recipe(tmp_path / "a"), other], lm=lm_of())
 
 
 def test_two_runs_with_one_folder_are_refused(tmp_path: Path) -> None:
@@ -224,6 +249,17 @@ def test_runs_that_were_killed_go_on_each_from_its_own_step(tmp_path: Path) -> N
         assert steps_recorded(Path(other.record["path"])) == list(range(1, other.record["steps"] + 1))
 
 
+def test_one_checkpoint_of_another_run_leaves_the_files_of_all_runs_as_they_were(tmp_path: Path) -> None:
+    runs = [recipe(tmp_path / name, "tune.checkpoint_steps=2") for name in "abc"]
+    with pytest.raises(SystemExit):
+        tune_together(runs[:2], lm=lm_of(), splits=SPLITS, on_event=raising(SystemExit, 0, 6))
+    before = contents(tmp_path)
+    other = [runs[0], runs[1].changed(["tune.clip=0.5"]), runs[2]]
+    with pytest.raises(RecipeError, match=r"b: .*: tune\.clip was 1\.0, is 0\.5"):
+        tune_together(other, lm=lm_of(), splits=SPLITS, resume=True)
+    assert contents(tmp_path) == before
+
+
 def tasks(folder: Path, *overrides: str, own: Sequence[tuple[str, ...]] = ((), ())) -> list[Recipe]:
     """Recipes of tasks that share a part, each with rows of its own."""
     folder.mkdir(exist_ok=True)
@@ -302,6 +338,43 @@ def test_tasks_that_are_finished_are_given_again(tmp_path: Path) -> None:
     again = tune_tasks(recipes, lm=lm_of(), on_event=raising(SystemExit, 0, 1), resume=True)
     for one, other in zip(whole, again, strict=True):
         assert torch.equal(vectors(one), vectors(other))
+
+
+def test_tasks_go_on_in_whatever_order_they_are_given(tmp_path: Path) -> None:
+    """And each is given, and told of, in its place."""
+    lm, own = lm_of(), ((), ("tune.seed=4",), ("tune.max_steps=5",))
+    whole = tune_tasks(tasks(tmp_path / "whole", own=own), lm=lm)
+    recipes = tasks(tmp_path / "cut", own=own)
+    with pytest.raises(SystemExit):
+        tune_tasks(recipes, lm=lm, on_event=raising(SystemExit, 1, 8))
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    order, saved = (2, 0, 1), {}
+    moved = [recipes[n].changed([f"out={tmp_path}/moved/task{n}"]) for n in order]
+
+    def note(number: int, event: Event) -> None:
+        assert not (isinstance(event, Stepped) and event.step <= 6)
+        if isinstance(event, Saved):
+            saved[number] = event.path
+
+    (tmp_path / "cut").mkdir()
+    tasks(tmp_path / "cut", own=own)  # the rows stay where they were
+    resumed = tune_tasks(moved, lm=lm, on_event=note, resume=True)
+    assert saved == {place: str(tmp_path / "moved" / f"task{n}") for place, n in enumerate(order)}
+    for n, one in zip(order, resumed, strict=True):
+        assert torch.equal(vectors(whole[n]), vectors(one))
+        assert one.record["path"] == saved[order.index(n)]
+        assert steps_recorded(Path(one.record["path"])) == list(range(1, one.record["steps"] + 1))
+
+
+def test_tasks_with_a_new_one_before_them_are_not_begun_anew(tmp_path: Path) -> None:
+    three = tasks(tmp_path / "p", own=((), (), ()))
+    tune_tasks(three[:2], lm=lm_of())
+    before = contents(tmp_path)
+    with pytest.raises(RecipeError, match="tasks that share a part was 2, is 3"):
+        tune_tasks(three[::-1], lm=lm_of(), resume=True)
+    with pytest.raises(RecipeError, match="the data was"):
+        tune_tasks([three[2], three[0]], lm=lm_of(), resume=True)
+    assert contents(tmp_path) == before
 
 
 def test_tasks_go_on_as_the_same_tasks_or_not_at_all(tmp_path: Path) -> None:
@@ -422,6 +495,14 @@ def test_multitask_recipes_share_a_part_and_go_on_with_resume(
     assert "runs/b: Goes on after step 4 of 4." in capsys.readouterr().out
     again = [next(iter(load_prompt(f"runs/{name}").tensors.values())) for name in "ab"]
     assert all(map(torch.equal, learned, again))
+
+
+def test_the_table_tells_once_what_every_run_tells() -> None:
+    shown = io.StringIO()
+    table = ShowTable(Console(file=shown), "prompt", ["a", "b"])
+    for run, rows in ((0, 4), (1, 4), (0, 2), (1, 2)):
+        table.event(run, BatchHalved(rows, 8 // rows))
+    assert [shown.getvalue().count(f"{rows} rows at a time") for rows in (4, 2)] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ class ShowTable:
         self.steps: dict[tuple[int, str], tuple[int, int]] = {}
         self.best: dict[tuple[int, str], float] = {}
         self.gone: set[int] = set()
+        self.rows_at_a_time = 0
         self.live = Live(self._drawn(), console=console, refresh_per_second=4, transient=True)
         if not console.is_terminal:
             self.live.auto_refresh = False
@@ -110,7 +111,8 @@ class ShowTable:
                 self.steps[line, run] = (event.step, event.steps)
             case Validated() if event.best:
                 self.best[line, run] = event.nll
-            case BatchHalved():
+            case BatchHalved() if event.batch_size != self.rows_at_a_time:  # every run tells of it
+                self.rows_at_a_time = event.batch_size
                 self.console.print(
                     f"out of memory: from here on {event.batch_size} rows at a time", markup=False
                 )

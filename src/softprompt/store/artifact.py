@@ -6,6 +6,10 @@
     README.md                    a model card for people
 
 PEFT reads the first two and ignores the rest; we read what PEFT writes. Format: PEFT 0.21's save_pretrained.
+
+Each file is first written beside its place, as a draft; the prompt is saved when `softprompt.json`, which names the
+drafts that belong to it, is moved there. A kill before that leaves the former prompt. One between that and the other
+moves leaves drafts, which are read instead of the files that they were to replace.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -42,9 +47,10 @@ DEEP = {"PREFIX_TUNING", "CARTRIDGE"}
 
 
 def save_prompt(prompt: Prompt, folder: str | Path) -> Path:
-    """Write `prompt` into `folder`, beside whatever else lies there. All files are written in full before the first
-    one takes its place, so that a full disk or a kill leaves the former prompt whole. Raises SaveError."""
+    """Write `prompt` into `folder`, beside whatever else lies there. A full disk or a kill, at any moment, leaves the
+    former prompt or the new one. Raises SaveError."""
     folder = Path(folder)
+    mark = secrets.token_hex(8)
     tensors = safetensors.torch.save({"prompt_embeddings": _packed(prompt)}, metadata={"format": "pt"})
     ours = {
         "format": FORMAT,
@@ -55,16 +61,18 @@ def save_prompt(prompt: Prompt, folder: str | Path) -> Path:
         "target": prompt.target,
         "base": asdict(prompt.base),
         "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
+        "drafts": mark,
         "notes": prompt.notes,
     }
     write_together(
         folder,
         {
-            CONFIG: _json(_peft_config(prompt)),
+            OURS: _json(ours),  # the first: it decides
             TENSORS: tensors,
-            OURS: _json(ours),
+            CONFIG: _json(_peft_config(prompt)),
             CARD: _card(prompt).encode(),
         },
+        mark,
     )
     return folder
 
@@ -74,9 +82,9 @@ def load_prompt(folder: str | Path, *, base: Fingerprint | None = None) -> Promp
 
     Raises PromptError (no such prompt, or a kind that is not one), DamagedPrompt, or WrongBase."""
     folder = Path(folder).expanduser()
-    config = _read_config(folder)
-    ours = _read_json(folder / OURS) if (folder / OURS).exists() else {}
-    packed = _read_tensors(folder, ours.get("tensors_sha256"))
+    ours = _read_ours(folder)
+    config = _read_config(folder, ours)
+    packed = _read_tensors(folder, ours)
     prompt = _unpacked(packed, config, ours, folder)
     if base is not None:
         prompt.base.demand(base, str(folder))
@@ -85,35 +93,52 @@ def load_prompt(folder: str | Path, *, base: Fingerprint | None = None) -> Promp
 
 def prompt_bytes(folder: str | Path) -> int:
     """Bytes of the learned tensors on disk: what one more task costs."""
-    return (Path(folder) / TENSORS).stat().st_size
+    return _place(Path(folder), TENSORS, _read_ours(Path(folder))).stat().st_size
 
 
-def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write several files so that either all of them change or none does. Raises SaveError, leaving nothing behind."""
-    written: list[tuple[Path, Path]] = []
-    made = not folder.exists()
+def write_together(folder: Path, files: Mapping[str, bytes], mark: str = "") -> None:
+    """Write all files in full before the first takes its place. Raises SaveError, leaving nothing behind.
+
+    When the first has taken its place the others' drafts, named by `mark`, stay until they have taken theirs."""
+    drafts = [_draft(folder, name, mark or str(os.getpid())) for name in files]
+    made, whole = not folder.exists(), False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            draft = folder / f".{name}.{os.getpid()}.draft"
-            written.append((draft, folder / name))
+        for draft, content in zip(drafts, files.values(), strict=True):
             with draft.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+        whole = True
         with _interrupts_held():
-            for draft, final in written:
-                os.replace(draft, final)
+            for draft, name in zip(drafts, files, strict=True):
+                os.replace(draft, folder / name)
     except OSError as error:
+        if whole and not drafts[0].exists():
+            raise SaveError(
+                f"{folder}: not every file could be moved to its place ({error.strerror or error}). The prompt was "
+                "saved, but PEFT cannot read it. Save it again."
+            ) from error
         raise SaveError(
             f"{folder}: could not be written ({error.strerror or error}). What lay there before is unchanged. "
             "Free some space or choose another folder."
         ) from error
     finally:
-        for draft, _ in written:
-            draft.unlink(missing_ok=True)
+        if not whole or drafts[0].exists():
+            for draft in drafts:
+                draft.unlink(missing_ok=True)
         if made and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _draft(folder: Path, name: str, mark: str) -> Path:
+    return folder / f".{name}.{mark}.draft"
+
+
+def _place(folder: Path, name: str, ours: Mapping[str, Any]) -> Path:
+    """Where a file of the prompt lies: where it was drafted, if a kill kept it from its place."""
+    draft = _draft(folder, name, str(ours.get("drafts")))
+    return draft if os.path.exists(draft) else folder / name
 
 
 @contextlib.contextmanager
@@ -174,12 +199,17 @@ def _peft_config(prompt: Prompt) -> dict[str, Any]:
     }
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_ours(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / OURS) if (folder / OURS).exists() else {}
+
+
+def _read_config(folder: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
+    path = _place(folder, CONFIG, ours)
     if not folder.exists():
         raise PromptError(f"{folder}: there is no such folder. Give the folder that `tune` or PEFT saved.")
-    if not (folder / CONFIG).exists():
+    if not path.exists():
         raise PromptError(f"{folder}: found no {CONFIG}, wanted a prompt as softprompt or PEFT saves it.")
-    config = _read_json(folder / CONFIG)
+    config = _read_json(path)
     kind = config.get("peft_type")
     if kind == "MULTITASK_PROMPT_TUNING":
         raise PromptError(
@@ -207,8 +237,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_tensors(folder: Path, digest: str | None) -> Tensor:
-    path = folder / TENSORS
+def _read_tensors(folder: Path, ours: Mapping[str, Any]) -> Tensor:
+    path, digest = _place(folder, TENSORS, ours), ours.get("tensors_sha256")
     if not path.exists():
         if (folder / "adapter_model.bin").exists():
             raise PromptError(

@@ -62,7 +62,6 @@ class Checkpoints:
 
     def newest(self) -> dict[str, Any] | None:
         """The newest whole one; damaged ones are told of and passed over. None where there is none."""
-        self.own = True
         found = self._newest_first()
         for place, path in enumerate(found):
             try:
@@ -71,7 +70,7 @@ class Checkpoints:
                 then = "the one before is taken" if place + 1 < len(found) else "the run starts anew"
                 self.tell(f"{path} is damaged ({error}): {then}.")
                 continue
-            self.last_step = int(path.name.removesuffix(ENDING))
+            self.last_step, self.own = int(path.name.removesuffix(ENDING)), True
             return state
         return None
 

@@ -55,7 +55,8 @@ class Validated:
 
 @dataclass(frozen=True)
 class BatchHalved:
-    """A batch did not fit into memory: from here on smaller ones are used, and more of them a step."""
+    """A batch did not fit into memory: from here on smaller ones are used, and more of them a step. Where prompts are
+    learned side by side, these are batches of all their rows."""
 
     batch_size: int
     accumulation: int

@@ -30,7 +30,7 @@ from softprompt.tune.plan import Plan, make_plan
 from softprompt.tune.recipe import Recipe
 from softprompt.tune.records import RunFolder, number_or_none, peak_memory_bytes, versions
 from softprompt.tune.starts import start
-from softprompt.tune.trackers import TRACKERS, figures
+from softprompt.tune.trackers import TRACKERS, Tracker, figures
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def tune(
     """
     run = Run(make_plan(recipe, lm=lm, splits=splits), on_event)
     try:
-        run.begin(resume)
+        run.begin(run.newest() if resume else None)
         for rows in run.batches():
             run.learn_from(rows)
             if run.validation_is_due:
@@ -84,7 +84,7 @@ class Run:
         recompute = tune.gradient_checkpointing
         self.gradients = Gradients(plan.lm, plan.batch_size, self._halved, recompute=recompute)
         self.checkpoints = Checkpoints(out, tune, lambda text: self.tell(Said(text)))
-        self.trackers = [TRACKERS[name](plan.recipe) for name in tune.trackers]
+        self.trackers: list[Tracker] = []
         self.folder = RunFolder(out, plan.recipe)
         self.began = time.perf_counter()
         self.tokens, self.seconds_learning, self.seconds_before = 0, 0.0, 0.0
@@ -112,14 +112,27 @@ class Run:
         for tracker in self.trackers:
             tracker.close()
 
-    def begin(self, resume: bool) -> None:
-        """Measure the base and the start, or take up where a killed run's last checkpoint stands."""
-        state = self.newest() if resume else None
+    def newest(self, identity: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+        """The newest checkpoint in this run's folder; where there is none, that is said. One of another run (with
+        another `identity`, where that is not the run's own) is refused, and no file has been changed."""
+        state = self.checkpoints.newest()
         if state is None:
-            self.begin_anew()
+            self.tell(
+                Said(f"{self.checkpoints.folder}: no checkpoint to go on from, so the run starts anew.")
+            )
         else:
-            demand_same(state["run"], self.identity(), self.plan.recipe.out)
+            demand_same(state["run"], identity or self.identity(), self.plan.recipe.out)
+        return state
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Measure the base and the start, or become the killed run that `state` was taken from. The records begin."""
+        recipe = self.plan.recipe
+        self.trackers = [TRACKERS[name](recipe) for name in recipe.tune.trackers]
+        self.folder.begin(state["recorded_bytes"] if state else 0)
+        if state:
             self.go_on(state)
+        else:
+            self.begin_anew()
 
     def begin_anew(self) -> None:
         """Measure the base and the start."""
@@ -131,22 +144,12 @@ class Run:
         self._announce()
         self.validate()
 
-    def newest(self) -> dict[str, Any] | None:
-        """The newest checkpoint in this run's folder; where there is none, that is said."""
-        state = self.checkpoints.newest()
-        if state is None:
-            self.tell(
-                Said(f"{self.checkpoints.folder}: no checkpoint to go on from, so the run starts anew.")
-            )
-        return state
-
     def go_on(self, state: Mapping[str, Any]) -> None:
         """Become the run that `state` was taken from."""
         self.learner.restore(state["learner"])
         self.gradients.rows = state["rows_at_a_time"]
         self.nll_base, self.tokens = state["nll_base"], state["tokens"]
         self.seconds_learning, self.seconds_before = state["seconds_learning"], state["seconds"]
-        self.folder.go_on_from(state["recorded_bytes"])
         self._announce()
         self.tell(Said(f"Goes on after step {self.step} of {self.plan.steps}."))
 

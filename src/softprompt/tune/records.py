@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import platform
 import resource
@@ -11,7 +12,7 @@ import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -23,25 +24,35 @@ METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
 
 
 class RunFolder:
-    """`recipe.yaml`, written at the start, and `metrics.jsonl`, a line an event."""
+    """`recipe.yaml`, and `metrics.jsonl`, a line an event. No file is changed, and events wait, until `begin`."""
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
-        self.path = folder / METRICS
+        self.recipe, self.path = recipe, folder / METRICS
         self.recorded_bytes = 0
         self._whole = True
+        self._waiting = io.BytesIO()
+        self._file: IO[bytes] = self._waiting
+
+    def begin(self, kept_bytes: int = 0) -> None:
+        """Write the recipe, and forget all that was recorded but the first `kept_bytes`, which a checkpoint knows of:
+        no step may stand there twice. Raises SaveError."""
+        folder, waiting = self.path.parent, self._waiting.getvalue()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+            (folder / RECIPE).write_text(self.recipe.to_yaml(), encoding="utf-8")
             self._file = self.path.open("ab")
+            kept_bytes = min(kept_bytes, self.path.stat().st_size)
+            self._file.truncate(kept_bytes)
+            self._file.write(waiting)
+            self._file.flush()
         except OSError as error:
             raise SaveError(
                 f"{folder}: the run cannot be recorded there ({error.strerror}). Choose another folder with --out."
             ) from error
+        self.recorded_bytes = kept_bytes + len(waiting)
 
     def __call__(self, event: Event) -> str | None:
         """Record an event. Where that fails the run goes on; the first time, the answer says why."""
-        if not self.recorded_bytes:
-            self._file.truncate(0)  # of a former run
         figures = {name: number_or_none(value) for name, value in asdict(event).items()}
         line = json.dumps({"event": type(event).__name__, **figures}, ensure_ascii=False) + "\n"
         try:
@@ -52,11 +63,6 @@ class RunFolder:
             return f"{self.path}: cannot be written ({error.strerror}); the run goes on." if first else None
         self.recorded_bytes += len(line.encode())
         return None
-
-    def go_on_from(self, recorded_bytes: int) -> None:
-        """Forget what was recorded after a checkpoint was written, so that no step stands there twice."""
-        self.recorded_bytes = min(recorded_bytes, self.path.stat().st_size)
-        self._file.truncate(self.recorded_bytes)
 
     def close(self) -> None:
         """Close the file; what was recorded stays."""

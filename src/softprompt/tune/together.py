@@ -6,6 +6,8 @@ would have become alone (up to the rounding of sums in other batches). Those of 
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
@@ -18,8 +20,8 @@ from softprompt.data.batch import Encoded
 from softprompt.data.example import Splits
 from softprompt.errors import NotFinite, RecipeError, SoftPromptError
 from softprompt.prompt.reparam import Form, SharedTimesLowRank
-from softprompt.tune.checkpoint import demand_same
-from softprompt.tune.events import Event
+from softprompt.tune.checkpoint import Checkpoints, demand_same
+from softprompt.tune.events import BatchHalved, Event
 from softprompt.tune.gradient import Gradients
 from softprompt.tune.loop import Run, Tuned
 from softprompt.tune.plan import Plan, make_plan, read_splits
@@ -62,19 +64,24 @@ class Together:
         ]
         rows = sum(run.plan.batch_size for run in self.runs)
         recompute = any(recipe.tune.gradient_checkpointing for recipe in recipes)
-        self.gradients = Gradients(lm, rows, recompute=recompute)
+        self.gradients = Gradients(lm, rows, self._halved, recompute=recompute)
         self.active = list(range(len(self.runs)))
+        self.stepping: list[int] = []
         self.failed: dict[int, SoftPromptError] = {}
         self.batches: list[Iterator[list[Encoded]]] = [run.batches() for run in self.runs]
         try:
             if self.sharing:
                 self._begin_as_one(resume)
             else:
-                for run in self.runs:
-                    run.begin(resume)
+                # All are looked at before a file of any is changed.
+                states = [run.newest() if resume else None for run in self.runs]
+                for run, state in zip(self.runs, states, strict=True):
+                    run.begin(state)
         except BaseException:
             self.close()
             raise
+        for run in self.runs:
+            run.gradients = self.gradients
 
     def advance(self, share: float = 1.0, numbers: Sequence[int] | None = None) -> None:
         """Take the active runs, or those of `numbers`, to `share` of their steps, or to their own early end."""
@@ -130,6 +137,7 @@ class Together:
     def _step(self, rows: dict[int, list[Encoded]]) -> None:
         began = time.perf_counter()
         runs = {number: self.runs[number] for number in rows}
+        self.stepping = list(rows)
         losses = self.gradients([run.learner.form for run in runs.values()], list(rows.values()))
         seconds = (time.perf_counter() - began) / len(runs)
         for (number, run), nll in zip(runs.items(), losses, strict=True):
@@ -152,6 +160,11 @@ class Together:
             if number not in self.failed:
                 run.checkpoint()
 
+    def _halved(self, rows: int) -> None:
+        batch = sum(self.runs[number].plan.batch_size for number in self.stepping)
+        for number in self.active:
+            self.runs[number].tell(BatchHalved(rows, math.ceil(batch / rows)))
+
     def _leave(self, numbers: Sequence[int], reason: str) -> None:
         for number in numbers:
             if self.runs[number].step:  # else there is nothing worth keeping
@@ -173,35 +186,35 @@ class Together:
             "runs": [run.state() for run in self.runs],
             "failed": {number: str(error) for number, error in self.failed.items()},
             "rows_at_a_time": self.gradients.rows,
+            "folders": _folders(first.plan.recipe, [run.plan.recipe for run in self.runs]),
         }
         first.checkpoints.keep(self._passes, state)
         for run in others:
             run.checkpoints.clear()  # of former runs: nothing may go on from those
 
     def _begin_as_one(self, resume: bool) -> None:
-        state = self.runs[0].newest() if resume else None
+        state = self.runs[0].newest(self._identity()) if resume else None
         if state is None:
             for run in self.runs:
-                run.begin_anew()
+                run.begin(None)
             return
-        demand_same(state["run"], self._identity(), self.runs[0].plan.recipe.out)
         for run, own in zip(self.runs, state["runs"], strict=True):
             demand_same(own["run"], run.identity(), run.plan.recipe.out)
         for run, own in zip(self.runs, state["runs"], strict=True):
-            run.go_on(own)
+            run.begin(own)
         self.failed = {number: NotFinite(text) for number, text in state["failed"].items()}
         self.active = [number for number in self.active if number not in self.failed]
         self.gradients.rows = state["rows_at_a_time"]
 
 
 def _demand_one_base(recipes: Sequence[Recipe]) -> None:
-    for name in ("base", "base_revision", "dtype", "device", "tune.int8"):
+    for name in ("base", "base_revision", "dtype", "device", "tune.int8", "tune.context_cache_gigabytes"):
         first, *others = map(attrgetter(name), recipes)
         for one in others:
             if one != first:
                 raise RecipeError(
-                    f"{name}: found {first} and {one}, but prompts side by side share one base. Run them one after "
-                    "another."
+                    f"{name}: found {first} and {one}, but prompts side by side share one base. Set them alike, or run "
+                    "them one after another."
                 )
 
 
@@ -240,7 +253,8 @@ def tune_tasks(
 
     The recipes have `prompt.form: multitask`, one kind, length and form_width, and their own data; the shared part
     starts from the first one's start, follows its rate and stands still when it ends. Each task keeps its own best
-    step, and saves a plain prompt. With `resume`, tasks that were killed go on, all from one moment."""
+    step, and saves a plain prompt. With `resume`, tasks that were killed go on, all from one moment, as what they were
+    to each other then, in whatever order they are given now."""
 
     def shared(plans: Sequence[Plan]) -> Sequence[Form]:
         first, tune = plans[0], plans[0].recipe
@@ -262,7 +276,34 @@ def tune_tasks(
                 f"{one.out}: prompt.form: found {one.prompt.form}, wanted multitask as in the other recipes, which "
                 "share a part. Set it for all of them, or learn this one by itself."
             )
-    return _to_the_end(Together(recipes, lm=lm, on_event=on_event, resume=resume, forms=shared))
+    order = _as_they_were(recipes) if resume else list(range(len(recipes)))
+    found = _to_the_end(
+        Together(
+            [recipes[number] for number in order],
+            lm=lm,
+            on_event=lambda place, event: on_event(order[place], event),
+            resume=resume,
+            forms=shared,
+        )
+    )
+    return [found[order.index(number)] for number in range(len(recipes))]
+
+
+def _as_they_were(recipes: Sequence[Recipe]) -> list[int]:
+    """The numbers of the recipes in the order of the checkpoint that holds them all, which lies in the first one's
+    folder; new ones come last. As given where there is no such checkpoint."""
+    numbers = list(range(len(recipes)))
+    for recipe in recipes:
+        state = Checkpoints(Path(recipe.out), recipe.tune, lambda text: None).newest() or {}
+        if then := state.get("folders"):
+            now = _folders(recipe, recipes)
+            return sorted(numbers, key=lambda number: [*then, *now].index(now[number]))
+    return numbers
+
+
+def _folders(first: Recipe, recipes: Sequence[Recipe]) -> list[str]:
+    """Where each recipe writes, seen from where the first does: the same when all of it has been moved."""
+    return [os.path.relpath(recipe.out, first.out) for recipe in recipes]
 
 
 def _shape(plan: Plan) -> str:
