@@ -124,11 +124,11 @@ def messages_recipe(out: Path, seed: int) -> Recipe:
         out=str(out / "messages"),
         data={
             "source": "builtin:messages",
-            "template": "Message: {text} Kind:{soft:10} {label}",  # the slot stands right before the answer
+            "template": "{text}\n{soft:10} {label}",  # the slot stands right before the answer
             "target": "label",
         },
         prompt={"init": "labels"},
-        tune={"learning_rate": 0.1, "epochs": 3, "batch_size": 8, "seed": seed},
+        tune={"learning_rate": 0.1, "epochs": 8, "batch_size": 8, "seed": seed},
     )
 
 
