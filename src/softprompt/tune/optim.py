@@ -16,14 +16,15 @@ Parameters: TypeAlias = Sequence[Tensor] | Sequence[dict[str, Any]]
 # A step of either optimiser moves every number by about the rate. Seen on the bundled base, TinyStories-656K and in
 # PEFT's notebooks: anything from 0.2 to 2 is nearly as good as the best, and 0.05 is clearly worse. See LOG.md.
 RATE_PER_RMS = 0.5
+RATE_PER_STATE_RMS = 0.25  # of keys and values; 0.5 was worse on banking77, snips and e2e_nlg, 0.1 on all
 
 
-def automatic_rate(values: Tensor) -> float:
+def automatic_rate(values: Tensor, share: float = RATE_PER_RMS) -> float:
     """The learning rate that suits numbers of this scale: a share of their root mean square.
 
     For vectors it is that of embeddings, for keys and values that of the base's own after reading."""
     rms = values.detach().float().square().mean().sqrt().item()
-    return float(f"{RATE_PER_RMS * rms:.1e}")
+    return float(f"{share * rms:.1e}")
 
 
 def adamw(parameters: Parameters, rate: float, weight_decay: float) -> Optimiser:

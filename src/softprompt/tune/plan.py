@@ -21,7 +21,7 @@ from softprompt.data.source import load_splits
 from softprompt.data.template import Template
 from softprompt.errors import RecipeError
 from softprompt.prompt.reparam import as_rows
-from softprompt.tune.optim import automatic_rate
+from softprompt.tune.optim import RATE_PER_STATE_RMS, automatic_rate
 from softprompt.tune.recipe import Recipe
 from softprompt.tune.starts import frequent_vectors, natural_length
 
@@ -187,5 +187,5 @@ def _rate(recipe: Recipe, lm: FrozenLM) -> float:
         if recipe.prompt.kind == "soft":
             return automatic_rate(frequent_vD)
         spread = torch.linspace(0, len(frequent_vD) - 1, min(64, len(frequent_vD))).long()
-        return automatic_rate(as_rows(vectors_state(lm, frequent_vD[spread])))
+        return automatic_rate(as_rows(vectors_state(lm, frequent_vD[spread])), RATE_PER_STATE_RMS)
     return recipe.tune.learning_rate
