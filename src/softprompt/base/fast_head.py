@@ -27,7 +27,7 @@ from softprompt.base.scratch import scratch
 
 MATTERS = 2.0**-13  # of the probability at any token of the block
 BLOCK_VOCABULARY = 2048
-BLOCK_PROBABILITIES = 2**26  # bfloat16: 128 MB; 256 tokens of a vocabulary of 250,880
+BLOCK_PROBABILITIES = 2**25  # bfloat16: 64 MB; 128 tokens of a vocabulary of 250,880
 AT_MOST = 1 / 4  # of the vocabulary may matter; from there on the dense road is as fast
 TRUSTED = 0.1  # root mean square difference of int8 logits from the real ones, in nats
 SAMPLED_A_WIDTH = 16  # rows a dimension, for the covariance

@@ -1,7 +1,7 @@
 """Attention over short rows on a CPU, from the fused projection and back to its gradient without a detour.
 
-For the lengths that prompts are usually learned on, batched products that keep the probabilities are twice as fast as
-attention that does not, forward and backward together; and the gradient is written right into the fused layout. From
+For the lengths that prompts are usually learned on, batched products over the whole score matrix are twice as fast as
+torch's fused attention, forward and backward together; and the gradient is written right into the fused layout. From
 `SHORT` positions on the score matrix grows too large and the caller takes torch's own attention.
 """
 
@@ -31,28 +31,20 @@ class _FusedAttention(torch.autograd.Function):
     def forward(ctx: Any, fused_BSE: Tensor, bias_BHSS: Tensor, heads: int, scale: float) -> Tensor:
         rows, length, width = fused_BSE.shape
         query, key, value = _apart(fused_BSE, heads)
-        bias = bias_BHSS.to(query.dtype).view(rows * heads, length, length)
-        scores = torch.baddbmm(
-            bias,
-            query,
-            key.transpose(1, 2),
-            alpha=scale,
-            out=scratch("scores", *bias.shape, dtype=bias.dtype),
-        )
-        chances = torch.softmax(scores, -1, out=scratch("chances", *bias.shape, dtype=bias.dtype))
+        chances = _chances(query, key, bias_BHSS, scale)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(fused_BSE, chances.to(fused_BSE.dtype, copy=True))
+            ctx.save_for_backward(fused_BSE, bias_BHSS)
         ctx.heads, ctx.scale = heads, scale
         context = torch.bmm(chances, value).view(rows, heads, length, -1)
         return context.transpose(1, 2).to(fused_BSE.dtype).reshape(rows, length, width // 3)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        fused_BSE, chances = ctx.saved_tensors
+        fused_BSE, bias_BHSS = ctx.saved_tensors
         heads, scale = ctx.heads, ctx.scale
         rows, length, width = fused_BSE.shape
         query, key, value = _apart(fused_BSE, heads)
-        chances = chances.to(query.dtype)
+        chances = _chances(query, key, bias_BHSS, scale)  # again: kept, those of all layers would pile up
         slope = upstream[0].view(rows, length, heads, -1).transpose(1, 2)
         slope = _laid_out("slope", slope, query.dtype).view(rows * heads, length, -1)
         on_chances = torch.bmm(
@@ -69,6 +61,15 @@ class _FusedAttention(torch.autograd.Function):
         ):
             on_fused[:, :, :, place] = part.view(rows, heads, length, -1).transpose(1, 2)
         return on_fused.view(rows, length, width), None, None, None
+
+
+def _chances(query: Tensor, key: Tensor, bias_BHSS: Tensor, scale: float) -> Tensor:
+    """What each position takes from every other, [B*H, S, S], in memory that the next layer takes again."""
+    rows, heads, length, _ = bias_BHSS.shape
+    bias = bias_BHSS.to(query.dtype).view(rows * heads, length, length)
+    scores = scratch("scores", *bias.shape, dtype=bias.dtype)
+    torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale, out=scores)
+    return torch.softmax(scores, -1, out=scratch("chances", *bias.shape, dtype=bias.dtype))
 
 
 def _apart(fused_BSE: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
