@@ -143,6 +143,19 @@ def test_generation_reads_exactly_what_training_read(tok_bos: Any, a: str, b: st
     assert tok_bos.decode(real(learned)) == "<s>" + text + "</s>"
 
 
+@pytest.mark.parametrize("source", ["{a}\n {b}", "{a}\n{b}", "Q: {a}\n\nA:\n{b}"])
+def test_an_answer_does_not_begin_with_the_line_break_before_it(tok: Any, source: str) -> None:
+    """Who reads one line of what is generated would else read an empty one; the tokens are those of the text as it stands."""
+    learned = done(
+        Template.parse(source, target="b", length=2), Example({"a": "the fox", "b": "delivery"}), tok
+    )
+    first = learned.trained.index(True)
+    answer = tok.decode(learned.ids[first:], skip_special_tokens=True)
+    assert answer == source[source.rindex("\n") + 1 :].replace("{b}", "delivery")
+    text = source.replace("{a}", "the fox").replace("{b}", "delivery")
+    assert [one for one in real(learned) if one != tok.eos_token_id] == tok(text)["input_ids"]
+
+
 def test_plain_text_keeps_its_trailing_space_for_generation(tok: Any) -> None:
     one = done(
         Template.parse("{soft:2}{text}"), Example({"text": "as a logistician. "}), tok, generation=True

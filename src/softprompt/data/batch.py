@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -332,11 +333,13 @@ def _join(runs: list[_Run], text: str, trained: bool) -> None:
 
 
 def _take_space(runs: list[_Run]) -> str:
-    """Cut the white space off the end of the last run and hand it over."""
+    """Cut the blanks off the end of the last run and hand them over: tokenizers join them with the word that follows.
+
+    A line break stays; no tokenizer joins it with a word, and an answer that began with one would end before it began."""
     if not runs or runs[-1].soft:
         return ""
     text = runs[-1].text
-    kept = text.rstrip()
+    kept = re.sub(r"[^\S\r\n]+\Z", "", text)
     runs[-1] = replace(runs[-1], text=kept)
     return text[len(kept) :]
 
