@@ -16,7 +16,7 @@ Parameters: TypeAlias = Sequence[Tensor] | Sequence[dict[str, Any]]
 # A step of either optimiser moves every number by about the rate. Seen on the bundled base, TinyStories-656K and in
 # PEFT's notebooks: anything from 0.2 to 2 is nearly as good as the best, and 0.05 is clearly worse. See LOG.md.
 RATE_PER_RMS = 0.5
-RATE_PER_STATE_RMS = 0.25  # of keys and values: better than 0.5 on three of the four sets and bases tried (LOG.md)
+RATE_PER_STATE_RMS = 0.25  # of keys and values: better than 0.5 in three of four comparisons (LOG.md)
 
 
 def automatic_rate(values: Tensor, share: float = RATE_PER_RMS) -> float:
