@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from kill_nine import needs_fork, runs_killed_and_undisturbed
+from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
 from softprompt.errors import RecipeError, SaveError
 from softprompt.store import artifact
@@ -228,55 +231,18 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
     assert torch.equal(vectors(whole), vectors(resumed))
 
 
-DRIVER = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from softprompt.base.frozen_lm import FrozenLM
-from softprompt.tune.loop import tune
-from test_checkpoint import SPLITS, recipe
-base, out, seed = sys.argv[1:]
-lm = FrozenLM.load(base, dtype="float32")
-draw = random.Random(int(seed))
-settings = recipe(Path(out), "tune.checkpoint_steps=1", "tune.epochs=12", "tune.valid_every_steps=5")
-kills, began = 0, time.monotonic()
-while True:
-    child = os.fork()
-    if child == 0:
-        tune(settings, lm=lm, splits=SPLITS, resume=True)
-        os._exit(0)
-    if time.monotonic() - began < 8:  # then it is let run to its end
-        time.sleep(draw.uniform(0.0, 0.6))
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFEXITED(status):
-        print(kills, os.WEXITSTATUS(status))
-        break
-    kills += 1
-"""
+def begin_run(out: Path) -> Callable[[], object]:
+    lm = FrozenLM.load(str(out.parent / "base"), dtype="float32")
+    settings = recipe(out, "tune.checkpoint_steps=1", "tune.epochs=12", "tune.valid_every_steps=5")
+    return lambda: tune(settings, lm=lm, splits=SPLITS, resume=True)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+@needs_fork
 def test_a_run_killed_many_times_at_any_moment_ends_with_the_same_bits(tmp_path: Path) -> None:
     """kill -9 to a real process, at moments drawn at random: while loading, learning, writing or saving."""
-    base = tmp_path / "base"
-    tiny_model().save_pretrained(base)
-    tiny_tokenizer().save_pretrained(base)
-    script = tmp_path / "driver.py"
-    script.write_text(DRIVER, encoding="utf-8")
-    found, environment = [], os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    for name in ("killed", "undisturbed"):
-        if name == "undisturbed":
-            script.write_text(DRIVER.replace("began < 8", "began < 0"), encoding="utf-8")
-        arguments = [sys.executable, str(script), str(base), str(tmp_path / name), "7"]
-        done = subprocess.run(
-            arguments, env=environment, capture_output=True, text=True, check=True, timeout=200
-        )
-        kills, status = map(int, done.stdout.split())
-        assert status == 0
-        assert kills >= 1 if name == "killed" else kills == 0  # how many depends on the machine's other work
-        found.append(load_prompt(tmp_path / name))
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    found = [load_prompt(out) for out in runs_killed_and_undisturbed(begin_run, tmp_path, seconds=8)]
     assert torch.equal(*(next(iter(prompt.tensors.values())) for prompt in found))
     figures = [prompt.notes["metrics"] for prompt in found]
     assert figures[0]["nll_after"] == figures[1]["nll_after"]

@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from kill_nine import needs_fork, runs_killed_and_undisturbed
 from softprompt.cli.app import main
 from softprompt.cli.progress import ShowTable
 from softprompt.errors import NotFinite, RecipeError
@@ -401,46 +399,17 @@ def test_tasks_of_unlike_prompts_have_nothing_to_share(tmp_path: Path) -> None:
         tune_tasks(tasks(tmp_path / "p", own=((), ("prompt.form=direct",))), lm=lm_of())
 
 
-DRIVER = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from test_together import lm_of, tasks, tune_tasks
-folder, disturbed = sys.argv[1:]
-lm, draw = lm_of(), random.Random(7)
-recipes = tasks(Path(folder), "tune.checkpoint_steps=1", "tune.epochs=12")
-kills, began = 0, time.monotonic()
-while True:
-    child = os.fork()
-    if child == 0:
-        tune_tasks(recipes, lm=lm, resume=True)
-        os._exit(0)
-    if time.monotonic() - began < float(disturbed):  # then they are let run to their end
-        time.sleep(draw.uniform(0.0, 0.6))
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFEXITED(status):
-        print(kills, os.WEXITSTATUS(status))
-        break
-    kills += 1
-"""
+def begin_tasks(folder: Path) -> Callable[[], object]:
+    lm, recipes = lm_of(), tasks(folder, "tune.checkpoint_steps=1", "tune.epochs=12")
+    return lambda: tune_tasks(recipes, lm=lm, resume=True)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+@needs_fork
 def test_tasks_killed_many_times_at_any_moment_end_with_the_same_bits(tmp_path: Path) -> None:
     """kill -9 to a real process, at moments drawn at random: while loading, learning, writing or saving."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    for name, disturbed in (("killed", "4"), ("undisturbed", "0")):
-        arguments = [sys.executable, "-c", DRIVER, str(tmp_path / name), disturbed]
-        done = subprocess.run(
-            arguments, env=environment, capture_output=True, text=True, check=True, timeout=200
-        )
-        kills, status = map(int, done.stdout.split())
-        assert status == 0
-        assert kills >= 1 if name == "killed" else kills == 0  # how many depends on the machine's other work
+    folders = runs_killed_and_undisturbed(begin_tasks, tmp_path, seconds=4)
     for task in ("task0", "task1"):
-        one, other = (load_prompt(tmp_path / name / task) for name in ("killed", "undisturbed"))
+        one, other = (load_prompt(folder / task) for folder in folders)
         assert torch.equal(*(next(iter(prompt.tensors.values())) for prompt in (one, other)))
         assert one.notes["metrics"]["nll_after"] == other.notes["metrics"]["nll_after"]
 
