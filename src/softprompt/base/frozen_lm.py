@@ -5,13 +5,9 @@ Nothing here or anywhere else changes a weight: `weights_sha256` before and afte
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
-import os
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +17,15 @@ from torch import Tensor, nn
 from softprompt.base.context_cache import ContextCache
 from softprompt.base.fast_head import screened
 from softprompt.base.learning_body import learning_body
+from softprompt.base.limits import demand_one_vector, stated_context
 from softprompt.base.nll import Head, Road, token_nll
+from softprompt.base.origin import local_first, locate
 from softprompt.base.placement import Placed, Prompted, place
 from softprompt.base.quantised import QUANTISED, quantised
 from softprompt.data.batch import Batch
 from softprompt.errors import BaseError
 from softprompt.prompt.soft_prompt import Fingerprint
 
-BUILTIN = Path(__file__).parent / "builtin"
 SAMPLED_VALUES = 65_536  # of each weight tensor go into the fingerprint: enough to tell any two models apart
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,19 +57,10 @@ class FrozenLM:
         self._road: Road | None = screened(self.head)
         self.dtype: torch.dtype = self.head.weight_VD.dtype
         self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
-        config = model.config.get_text_config()
-        self.layers = int(config.num_hidden_layers)
+        self.layers = int(self.config.num_hidden_layers)
         self.vocabulary = int(self.embedding_VD.shape[0])
         self.width = int(self.embedding_VD.shape[1])
-        # BLOOM and other ALiBi models have no table of positions, and so no hard end.
-        self.context: int | None = next(
-            (
-                int(size)
-                for key in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
-                if (size := getattr(config, key, None))
-            ),
-            None,
-        )
+        self.context = stated_context(self.config)
         kv_heads, head_width = self._check_against_transformers()
         self.fingerprint = Fingerprint(
             name=name,
@@ -98,22 +86,23 @@ class FrozenLM:
         """Load from a local folder, the local hub cache or the hub, in that order; `builtin` is the bundled base.
 
         Raises BaseError where there is no such model, or where it is not one that a prompt can be placed in."""
-        where, name = _locate(name_or_path)
+        where, name = locate(name_or_path)
         on = choose_device(device)
         bits = QUANTISED.get(dtype)
         number_format, reason = choose_dtype("auto" if bits else dtype, on)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        with _quiet():
-            tokenizer, local = _from_local_first(transformers.AutoTokenizer, where, name, options)
-            model, _ = _from_local_first(
-                transformers.AutoModelForCausalLM,
-                where,
-                name,
-                options
-                | {"dtype": number_format, "use_safetensors": None}
-                | (quantised(bits, number_format, on) if bits else {}),
-                local_only=local,
+        weights: dict[str, Any] = {"dtype": number_format, "use_safetensors": None}
+        if bits:
+            weights |= quantised(bits, number_format, on)
+
+        def both(local: bool) -> tuple[Any, Any]:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local, **options)
+            return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(
+                where, local_files_only=local, **options, **weights
             )
+
+        # Together, for a preview leaves a tokenizer in the cache without weights, and the hub may have moved on since.
+        tokenizer, model = local_first(both, where, name)
         found = revision or getattr(model.config, "_commit_hash", None)
         if bits:
             reason = f"weights in {bits} bits as asked, the rest: {reason}"
@@ -125,6 +114,11 @@ class FrozenLM:
     def wrap(cls, model: Any, tokenizer: Any, name: str = "wrapped") -> FrozenLM:
         """Take a transformers causal LM that is already in memory. It is frozen and put into eval mode, in place."""
         return cls(model, tokenizer, name=name)
+
+    @property
+    def config(self) -> Any:
+        """The config of the language model, where the base has other parts too."""
+        return self.model.config.get_text_config()
 
     @property
     def embedding_VD(self) -> Tensor:
@@ -254,61 +248,6 @@ class FrozenLM:
         return int(first.shape[1]), int(first.shape[3])
 
 
-def _locate(name_or_path: str) -> tuple[str, str]:
-    """Where to load from, and the name to remember."""
-    if name_or_path == "builtin":
-        return str(BUILTIN), "builtin"
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise BaseError(
-                f"{name_or_path}: found a folder without config.json, wanted a model as transformers saves it. "
-                "Check the path."
-            )
-        return str(path), str(name_or_path)
-    if path.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        raise BaseError(
-            f"{name_or_path}: there is no such folder. Give a model's folder, its hub id, or `builtin`."
-        )
-    return name_or_path, name_or_path
-
-
-def _from_local_first(
-    loader: Any, where: str, name: str, options: dict[str, Any], local_only: bool = False
-) -> tuple[Any, bool]:
-    """Load without the network where that is possible; says whether it was."""
-    try:
-        return loader.from_pretrained(where, local_files_only=True, **options), True
-    except Exception as error:
-        offline = bool(os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"))
-        missing = isinstance(error, OSError) and not Path(where).is_dir()
-        if not missing or local_only or offline:
-            raise _load_error(name, error, offline and missing) from error
-    try:
-        return loader.from_pretrained(where, **options), False
-    except Exception as error:
-        raise _load_error(name, error, False) from error
-
-
-def _load_error(name: str, error: Exception, offline: bool) -> BaseError:
-    if offline:
-        return BaseError(
-            f"{name}: not a folder here, not in the local hub cache, and HF_HUB_OFFLINE forbids looking further. "
-            "Give a model's folder, `builtin`, or unset HF_HUB_OFFLINE."
-        )
-    text = str(error).strip().splitlines()
-    said = text[0] if text else type(error).__name__
-    if "trust_remote_code" in str(error):
-        return BaseError(
-            f"{name}: brings code of its own. Pass trust_remote_code only if you trust its author."
-        )
-    if "Unrecognized configuration class" in str(error):
-        return BaseError(f"{name}: not a causal language model, which is what a prompt is learned on. {said}")
-    return BaseError(
-        f"{name}: cannot be loaded as a causal language model: {said} Check the name or the folder."
-    )
-
-
 def choose_device(wanted: str) -> torch.device:
     if wanted == "auto":
         if torch.cuda.is_available():
@@ -357,11 +296,7 @@ def _body(model: Any, name: str) -> Any:
         raise BaseError(
             f"{name}: {type(model).__name__} is an encoder-decoder. softprompt tunes causal (decoder-only) models."
         )
-    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
-        raise BaseError(
-            f"{name}: {type(model).__name__} looks up a vector for each token in every layer, and a soft prompt's "
-            "vectors are no tokens. Choose another base."
-        )
+    demand_one_vector(model.config.get_text_config(), type(model).__name__, name)
     if body is None:
         raise BaseError(
             f"{name}: {type(model).__name__} has no body apart from its head. Choose another base."
@@ -393,18 +328,3 @@ def _sampled_sha256(model: Any) -> str:
         shape = ",".join(map(str, weight.shape)).encode()
         parts.append(hashlib.sha256(shape + values.view(torch.uint8).numpy().tobytes()).digest())
     return hashlib.sha256(b"".join(sorted(parts))).hexdigest()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' bars and advice from the terminal; errors still come as exceptions."""
-    log: Any = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()

@@ -1,22 +1,31 @@
-"""How many positions a base can read exactly."""
+"""What a base's config tells of its limits: how many positions it reads exactly, and whether vectors can stand there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from softprompt.base.frozen_lm import FrozenLM
-from softprompt.errors import DataError
+from softprompt.errors import BaseError, DataError
+
+if TYPE_CHECKING:
+    from softprompt.base.frozen_lm import FrozenLM
+    from softprompt.base.outline import Outline
 
 # These scale their angles by the longest row of a batch, so past this point a row's result would depend on its
 # neighbours and its cached keys would be of another scale than its new ones.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
-def longest_text(lm: FrozenLM) -> int | None:
+def stated_context(config: Any) -> int | None:
+    """Positions that the base has; None for BLOOM and other ALiBi models: no table of positions, so no hard end."""
+    sizes = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+    return next((int(size) for key in sizes if (size := getattr(config, key, None))), None)
+
+
+def longest_text(lm: FrozenLM | Outline) -> int | None:
     """Positions in all, prompt included; None where nothing bounds them (ALiBi)."""
-    config = lm.model.config.get_text_config()
-    bounds = [lm.context]
+    config = lm.config
+    bounds = [stated_context(config)]
     for rope in _ropes(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)):
         if rope.get("rope_type", rope.get("type")) in LENGTH_DEPENDENT:
             bounds.append(
@@ -33,6 +42,15 @@ def demand_room(lm: FrozenLM, positions: int, where: str = "The text") -> None:
     if most is not None and positions > most:
         raise DataError(
             f"{where} has {positions} positions with its prompt, and {lm.name} has {most}. Shorten the text."
+        )
+
+
+def demand_one_vector(config: Any, kind: str, name: str) -> None:
+    """Raise BaseError where the base reads more of a token than its embedding (Gemma 3n)."""
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        raise BaseError(
+            f"{name}: {kind} looks up a vector for each token in every layer, and a soft prompt's "
+            "vectors are no tokens. Choose another base."
         )
 
 

@@ -29,25 +29,21 @@ def command(
     as_json: asked.AsJson = False,
 ) -> None:
     """Show exactly what would be trained: tokens, soft slots, what the loss counts."""
-    from softprompt.base.frozen_lm import FrozenLM
+    from softprompt.base.outline import Outline
     from softprompt.data.preview import preview
     from softprompt.tune.plan import read_splits, room, settle_template
 
     data = recipe.data
     splits = read_splits(recipe)
-    lm = FrozenLM.load(
-        recipe.base,
-        revision=recipe.base_revision,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        trust_remote_code=recipe.trust_remote_code,
+    base = Outline.load(
+        recipe.base, revision=recipe.base_revision, trust_remote_code=recipe.trust_remote_code
     )
     shown = preview(
-        settle_template(recipe, lm),
+        settle_template(recipe, base),
         splits.train,
-        lm.tokenizer,
+        base.tokenizer,
         show=rows,
-        max_length=room(recipe, lm),
+        max_length=room(recipe, base),
         on_overflow=data.on_overflow,
         end=data.end,
     )

@@ -15,6 +15,7 @@ from softprompt.base.compiled import vectors_state
 from softprompt.base.context_cache import GIGABYTE, context_bytes, contexts_of
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.limits import longest_text
+from softprompt.base.outline import Outline
 from softprompt.data.batch import Encoded, EncodedSet, encode_all
 from softprompt.data.example import Example, Splits
 from softprompt.data.source import load_splits
@@ -135,7 +136,7 @@ def make_plan(recipe: Recipe, *, lm: FrozenLM | None = None, splits: Splits | No
     )
 
 
-def room(recipe: Recipe, lm: FrozenLM) -> int | None:
+def room(recipe: Recipe, lm: FrozenLM | Outline) -> int | None:
     """Longest row in positions, virtual ones included: what the recipe says, within what the base reads exactly."""
     bounds = [bound for bound in (recipe.data.max_length, longest_text(lm)) if bound is not None]
     return min(bounds, default=None)
@@ -162,13 +163,14 @@ def read_splits(recipe: Recipe) -> Splits:
     )
 
 
-def settle_template(recipe: Recipe, lm: FrozenLM) -> Template:
+def settle_template(recipe: Recipe, lm: FrozenLM | Outline) -> Template:
     """The recipe's template with the length of every slot."""
     data, prompt = recipe.data, recipe.prompt
     source = data.template or ("{soft}{messages}" if data.messages else "{soft}{text}")
     length = prompt.length
     if length is None and not re.search(r"\{soft:\d+\}", source):
-        length = natural_length(recipe, lm)
+        # It asks for the tokenizer and the fingerprint alone, which an Outline has too.
+        length = natural_length(recipe, lm)  # type: ignore[arg-type]
     template = Template.parse(source, target=data.target, length=length)
     if prompt.kind == "deep" and not re.match(r"\{soft:\d+\}(?!.*\{soft)", str(template)):
         raise RecipeError(

@@ -1,0 +1,54 @@
+"""A base as its tokenizer and config tell it: enough to encode rows as a run would, without one weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+
+from softprompt.base.limits import demand_one_vector
+from softprompt.base.origin import local_first, locate
+from softprompt.errors import BaseError
+from softprompt.prompt.soft_prompt import Fingerprint
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A base without its weights. Make one with `load`; `config` is the language model's, as a FrozenLM has it."""
+
+    name: str
+    revision: str | None
+    tokenizer: Any
+    config: Any
+
+    @classmethod
+    def load(
+        cls, name_or_path: str = "builtin", *, revision: str | None = None, trust_remote_code: bool = False
+    ) -> Outline:
+        """From where FrozenLM.load would take the base, and BaseError where that can be told without its weights."""
+        where, name = locate(name_or_path)
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+
+        def both(local: bool) -> tuple[Any, Any]:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local, **options)
+            return tokenizer, transformers.AutoConfig.from_pretrained(
+                where, local_files_only=local, **options
+            )
+
+        tokenizer, config = local_first(both, where, name)
+        kind = type(config)
+        own_code = getattr(config, "auto_map", None) or {}
+        if kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
+            raise BaseError(
+                f"{name}: not a causal language model, which is what a prompt is learned on: its config is a "
+                f"{kind.__name__}. Choose another base."
+            )
+        text_config = config.get_text_config()
+        demand_one_vector(text_config, type(text_config).__name__, name)
+        return cls(name, revision or getattr(config, "_commit_hash", None), tokenizer, text_config)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What the config vouches for; the rest is unknown, so a prompt of another base may pass for one of this."""
+        return Fingerprint(self.name, self.revision, layers=int(self.config.num_hidden_layers))
