@@ -2,10 +2,10 @@
 
     python benchmarks/quality_vs_peft.py --base builtin --sets messages roles --steps 60 --out benchmarks/quality.json
 
-Every arm learns 20 virtual tokens in front of the text, in float32, for the same steps on the same batches, with AdamW,
-linear decay and a gradient norm of at most 1, and keeps its best validated step. PEFT's arms are tried with every rate
-of --peft-rates, and the one with the lowest validation loss over the seeds counts; softprompt's take their automatic
-rate and get one try. The test rows are scored once, by one code for all arms: loss, and for sets with a target the share
+Every arm learns 20 virtual tokens in front of the text, in float32, for the same steps on the same batches, with linear
+decay and a gradient norm of at most 1, and keeps its best validated step. PEFT has no optimiser of its own: its arms take
+AdamW, as Trainer and PEFT's notebooks do, with every rate of --peft-rates, and the one with the lowest validation loss
+over the seeds counts; softprompt's take their own optimiser (one arm AdamW) and automatic rate, and get one try. The test rows are scored once, by one code for all arms: loss, and for sets with a target the share
 of rows that greedy decoding would answer exactly. Runs that are in --work already are not repeated.
 """
 
@@ -148,6 +148,7 @@ PEFT: dict[str, Callable[[], peft.PeftConfig]] = {
 }
 OURS: dict[str, Callable[[Task], list[str]]] = {
     "softprompt, default": lambda task: [],
+    "softprompt, by AdamW": lambda task: ["tune.optimizer=adamw"],
     "softprompt, text start": lambda task: [f"prompt.init_text={task.instruction}"],
     "softprompt, residual": lambda task: ["prompt.form=residual"],
     "softprompt, deep": lambda task: ["prompt.kind=deep", f"prompt.init_text={task.instruction}"],

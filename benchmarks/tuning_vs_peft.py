@@ -107,6 +107,7 @@ def recipe_for(options: argparse.Namespace, folder: str, out: str) -> Any:
             "learning_rate": options.rate,
             "epochs": options.epochs,
             "batch_size": options.batch_size,
+            "optimizer": "adamw",
             "warmup": 0.0,
             **({"int8": True} if options.arm == "softprompt-int8" else {}),
         },

@@ -332,9 +332,10 @@ def test_a_run_that_is_started_again_forgets_the_figures_of_the_one_before(tmp_p
 def test_a_rate_can_be_found_and_its_cost_is_said(tmp_path: Path) -> None:
     """The range reaches from a tenth to ten times the automatic rate; on this base the highest learns most."""
     seen: list[Event] = []
-    settings = recipe(tmp_path / "p", "tune.learning_rate=find", "tune.epochs=10")
+    by_adamw = "tune.optimizer=adamw"
+    settings = recipe(tmp_path / "p", "tune.learning_rate=find", "tune.epochs=10", by_adamw)
     tuned = tune(settings, lm=lm_of(), splits=SPLITS, on_event=seen.append)
-    automatic = tune(recipe(tmp_path / "q", "tune.learning_rate=auto"), lm=lm_of(), splits=SPLITS)
+    automatic = tune(recipe(tmp_path / "q", "tune.learning_rate=auto", by_adamw), lm=lm_of(), splits=SPLITS)
     (said,) = [event.text for event in seen if isinstance(event, Said) and "found in" in event.text]
     assert "found in 5 x 5 steps and" in said
     assert tuned.record["learning_rate"] == pytest.approx(10 * automatic.record["learning_rate"], rel=0.1)
@@ -379,7 +380,7 @@ def test_the_best_step_can_be_chosen_by_what_greedy_decoding_would_say(tmp_path:
 
 
 def test_the_automatic_rate_of_a_deep_prompt_follows_the_keys_and_values_of_the_base(tmp_path: Path) -> None:
-    """A quarter of their root mean square, which transformers' cache gives too."""
+    """An eighth of their root mean square, which transformers' cache gives too."""
     lm = lm_of()
     rate = make_plan(
         recipe(tmp_path, "prompt.kind=deep", "tune.learning_rate=auto"), lm=lm, splits=SPLITS
@@ -388,4 +389,4 @@ def test_the_automatic_rate_of_a_deep_prompt_follows_the_keys_and_values_of_the_
     with torch.no_grad():
         cache = lm.model(ids[None], use_cache=True).past_key_values
     squares = [tensor.square().mean() for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    assert rate == pytest.approx(0.25 * (sum(squares) / len(squares)).item() ** 0.5, rel=0.05)
+    assert rate == pytest.approx(0.125 * (sum(squares) / len(squares)).item() ** 0.5, rel=0.05)

@@ -10,7 +10,7 @@ import transformers
 
 from softprompt.prompt.reparam import Direct
 from softprompt.tune.learner import Learner
-from softprompt.tune.optim import Adafactor, automatic_rate, rate_factor
+from softprompt.tune.optim import MOMENTUM, Adafactor, Muon, automatic_rate, evened, rate_factor
 from softprompt.tune.recipe import Tune
 
 
@@ -39,8 +39,8 @@ def test_no_step_has_a_rate_of_nothing(schedule: str) -> None:
 
 def test_the_automatic_rate_follows_the_scale_of_the_table() -> None:
     table_VD = torch.full((50, 8), 0.1)
-    assert automatic_rate(table_VD) == pytest.approx(0.05)
-    assert automatic_rate(table_VD * 10) == pytest.approx(0.5)
+    assert automatic_rate(table_VD, 0.5) == pytest.approx(0.05)
+    assert automatic_rate(table_VD * 10, 0.5) == pytest.approx(0.5)
 
 
 def gradients() -> list[torch.Tensor]:
@@ -78,7 +78,73 @@ def test_adafactors_decay_takes_its_share_whatever_the_rate() -> None:
     assert value.item() == pytest.approx(0.99 - 0.3)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_muons_first_step_is_the_polar_factor_of_the_gradient() -> None:
+    """By hand: diag(3, -4) rotated is the rotation and a reflection times sizes; only the sizes go."""
+    turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]])
+    value = torch.nn.Parameter(torch.zeros(2, 2))
+    value.grad = turn @ torch.diag(torch.tensor([3.0, -4.0]))
+    Muon([value], lr=0.1).step()
+    wanted = -0.1 * 2**0.5 * turn @ torch.diag(torch.tensor([1.0, -1.0]))
+    torch.testing.assert_close(value.detach(), wanted, atol=1e-4, rtol=0)
+
+
+def test_muon_goes_the_way_of_torchs() -> None:
+    """torch.optim.Muon comes near the polar factor by five products; its steps are 0.2 of a root mean square of 1."""
+    ours, theirs = (torch.nn.Parameter(torch.zeros(8, 24)) for _ in range(2))
+    one = Muon([ours], lr=0.2)
+    other = torch.optim.Muon(
+        [theirs], lr=1.0, momentum=MOMENTUM, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        ours.grad = torch.randn(8, 24, generator=generator)
+        theirs.grad = ours.grad.clone()
+        one.step()
+        other.step()
+    alike = torch.cosine_similarity(ours.detach().flatten(), theirs.detach().flatten(), dim=0)
+    assert alike > 0.97
+    torch.testing.assert_close(ours.detach().norm(), theirs.detach().norm(), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (1, 6), (6,)])
+def test_a_step_of_muon_has_the_rate_as_its_root_mean_square(shape: tuple[int, ...]) -> None:
+    value = torch.nn.Parameter(torch.zeros(shape))
+    value.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-6
+    Muon([value], lr=0.3).step()
+    assert value.detach().square().mean().sqrt().item() == pytest.approx(0.3, rel=1e-2)
+
+
+def test_muon_goes_nowhere_where_the_gradient_says_nothing() -> None:
+    """A gradient of rank one moves along that direction alone; none at all moves nothing."""
+    down, across = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0, 2.0])
+    value = torch.nn.Parameter(torch.zeros(2, 3))
+    value.grad = torch.outer(down, across)
+    Muon([value], lr=1.0).step()
+    wanted = -(3**0.5) * torch.outer(down / 5, across / 3)
+    torch.testing.assert_close(value.detach(), wanted, atol=1e-3, rtol=0)
+    still = torch.nn.Parameter(torch.ones(2, 3))
+    still.grad = torch.zeros(2, 3)
+    Muon([still], lr=1.0).step()
+    assert torch.equal(still.detach(), torch.ones(2, 3))
+
+
+def test_muon_does_not_blow_up_rounding() -> None:
+    """Noise of a millionth, which is what sums in another order differ by, hardly changes a step."""
+    generator = torch.Generator().manual_seed(0)
+    thin = torch.randn(8, 3, generator=generator) @ torch.randn(3, 24, generator=generator)
+    noise = torch.randn(8, 24, generator=generator)
+    noise *= 1e-6 * thin.norm() / noise.norm()
+    torch.testing.assert_close(evened(thin), evened(thin + noise), atol=2e-3, rtol=0)
+
+
+def test_parts_side_by_side_are_matrices_of_their_own() -> None:
+    gradients = [torch.randn(3, 4, generator=torch.Generator().manual_seed(n)) * 10**n for n in range(2)]
+    apart = torch.cat([evened(one) for one in gradients], 1)
+    torch.testing.assert_close(evened(torch.cat(gradients, 1), parts=2), apart)
+    torch.testing.assert_close(apart[:, :4] @ apart[:, :4].T, 4 * torch.eye(3), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "adafactor"])
 def test_a_learner_goes_on_from_its_state_to_the_bit(optimizer: str) -> None:
     def made() -> Learner:
         return Learner(Direct(torch.ones(4, 6)), Tune(optimizer=optimizer), 0.1, 5)  # type: ignore[arg-type]
@@ -108,7 +174,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
 
 def test_the_gradient_is_clipped_to_the_norm_asked_for() -> None:
     """AdamW's second step after a long gradient tells whether the first was clipped; Adafactor's first does not."""
-    learner = Learner(Direct(torch.zeros(1, 2)), Tune(clip=1.0), 0.1, 5)
+    learner = Learner(Direct(torch.zeros(1, 2)), Tune(optimizer="adamw", clip=1.0), 0.1, 5)
     learner.parameters[0].grad = torch.tensor([[30.0, 40.0]])
     learner.move()
     state = learner.optimiser.state[learner.parameters[0]]

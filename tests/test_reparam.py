@@ -14,6 +14,7 @@ from softprompt.prompt.reparam import FORMS, SharedTimesLowRank, as_plain, as_ro
 from softprompt.store.artifact import load_prompt
 from softprompt.tune.learner import Learner
 from softprompt.tune.loop import tune
+from softprompt.tune.optim import Muon
 from softprompt.tune.plan import make_plan
 from softprompt.tune.recipe import Tune
 from softprompt.tune.together import tune_tasks
@@ -77,9 +78,23 @@ def test_a_forms_gradient_is_that_of_finite_differences(name: str) -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_every_parameter_has_a_rate_of_its_own_once(name: str) -> None:
     form = made(name)
-    listed = [id(parameter) for parameter, _ in form.rate_factors()]
+    listed = [id(one.parameter) for one in form.trained()]
     assert sorted(listed) == sorted(id(parameter) for parameter in form.parameters())
-    assert all(factor > 0 for _, factor in form.rate_factors())
+    assert all(one.factor > 0 for one in form.trained())
+
+
+def test_a_deep_prompts_heads_are_matrices_of_their_own() -> None:
+    """One of keys and values a layer and head: a head's gradient, however large, does not change another's step."""
+    (trained,) = made("direct", deep=True).trained()
+    assert trained.parts == 2 * 2  # layers, heads
+    steps = []
+    for factor in (1.0, 100.0):
+        parameter = torch.nn.Parameter(trained.parameter.detach().clone())
+        parameter.grad = torch.randn(parameter.shape, generator=generator())
+        parameter.grad[:, :8] *= factor  # the first layer's first head: keys and values of width 4
+        Muon([{"params": [parameter], "parts": trained.parts}], 0.1).step()
+        steps.append(parameter.detach())
+    torch.testing.assert_close(steps[0], steps[1])
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -141,7 +156,7 @@ def test_tasks_share_one_part_and_keep_their_own(tmp_path: Path) -> None:
 
 def test_the_shared_part_moves_along_the_sum_of_the_tasks_gradients() -> None:
     forms = SharedTimesLowRank.of_tasks(plain(False), 3, 2, generator())
-    optimisers = [torch.optim.SGD([one for one, _ in form.rate_factors()], lr=0.1) for form in forms]
+    optimisers = [torch.optim.SGD([one.parameter for one in form.trained()], lr=0.1) for form in forms]
     for number, form in enumerate(forms):
         (form.rows() * (number + 1)).sum().backward()
     for optimiser in optimisers:

@@ -49,6 +49,8 @@ def learn_weights(
     """Run the plan's steps and leave `weights` at the step of lowest held-out loss, which is given back."""
     rows = rows_without_slots(plan)
     settings = plan.recipe.tune
+    if settings.optimizer == "muon":  # a decomposition of every layer a step, and no rates known for it
+        settings = plan.recipe.changed(["tune.optimizer=adamw"]).tune
     lengths = [len(row) for row in rows]
     optimiser = OPTIMIZERS[settings.optimizer](weights, rate, settings.weight_decay)
     valid_every = settings.valid_every_steps or plan.steps_per_epoch
@@ -70,7 +72,7 @@ def learn_weights(
         epoch = step // plan.steps_per_epoch
         order = epoch_order(lengths, plan.batch_size, seed=settings.seed, epoch=epoch)
         for indices in order[: plan.steps - step]:
-            factor = rate_factor(settings.schedule, step + 1, plan.steps, settings.warmup)
+            factor = rate_factor(settings.schedule, step + 1, plan.steps, settings.warmup_share)
             for group in optimiser.param_groups:
                 group["lr"] = rate * factor
             total, tokens = nll(collate([rows[index] for index in indices]).to(plan.lm.device))

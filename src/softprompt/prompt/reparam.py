@@ -8,13 +8,21 @@ values [L, P, H, K] with all that belongs to a token side by side.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 Plain: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """Vectors [P, D], or keys and values [L, P, H, K] each."""
+
+
+class Trained(NamedTuple):
+    """A parameter, its share of the learning rate, and how many matrices it holds side by side (a deep prompt's heads)."""
+
+    parameter: nn.Parameter
+    factor: float
+    parts: int
 
 
 class Form(nn.Module):
@@ -36,8 +44,17 @@ class Form(nn.Module):
     def forward(self) -> Plain:
         return as_plain(self.rows(), self.deep_shape)
 
-    def rate_factors(self) -> list[tuple[nn.Parameter, float]]:
-        """Every parameter, and its share of the learning rate: the prompt then moves about as fast as in `Direct`."""
+    def trained(self) -> list[Trained]:
+        """All that the optimiser moves, with shares of the rate by which the prompt moves about as fast as in `Direct`."""
+        width = self.start_PW.shape[1]
+        heads = self.deep_shape[0] * self.deep_shape[2] if self.deep_shape else 1
+        return [
+            Trained(one, factor, heads if one.ndim == 2 and one.shape[1] == width else 1)
+            for one, factor in self._rate_factors()
+        ]
+
+    def _rate_factors(self) -> list[tuple[nn.Parameter, float]]:
+        """Every parameter, and its share of the learning rate."""
         return [(parameter, 1.0) for parameter in self.parameters()]
 
 
@@ -69,7 +86,7 @@ class Residual(Form):
         change_PW: Tensor = self.norm(self.up(torch.relu(self.down(self.value_PW))))
         return self.value_PW + change_PW
 
-    def rate_factors(self) -> list[tuple[nn.Parameter, float]]:
+    def _rate_factors(self) -> list[tuple[nn.Parameter, float]]:
         whole = [(parameter, 1.0) for parameter in (self.value_PW, self.norm.weight, self.norm.bias)]
         with torch.no_grad():
             inner = _share(torch.relu(self.down(self.value_PW)))
@@ -94,7 +111,7 @@ class Network(Form):
         moved_PW: Tensor = self.last(self.inner(self.value_PW)) - self.first_PW
         return self.start_PW + moved_PW
 
-    def rate_factors(self) -> list[tuple[nn.Parameter, float]]:
+    def _rate_factors(self) -> list[tuple[nn.Parameter, float]]:
         with torch.no_grad():
             share = _share(self.inner(self.value_PW))
         return [(one, 1.0 if one is self.value_PW else share) for one in self.parameters()]
@@ -163,7 +180,7 @@ class SharedTimesLowRank(Form):
     def rows(self) -> Tensor:
         return self.shared_PW * (self.left_Pr @ self.right_rW)
 
-    def rate_factors(self) -> list[tuple[nn.Parameter, float]]:
+    def _rate_factors(self) -> list[tuple[nn.Parameter, float]]:
         scale = max(float(self.start_PW.square().mean().sqrt()), 1e-8)
         # A factor's change moves the prompt by as much times the prompt's own scale.
         own = [(self.left_Pr, 0.5 / scale), (self.right_rW, 0.5 / scale)]

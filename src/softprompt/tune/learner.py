@@ -20,9 +20,9 @@ class Learner:
 
     def __init__(self, form: Form, settings: Tune, learning_rate: float, steps: int) -> None:
         self.form, self.settings, self.learning_rate, self.steps = form, settings, learning_rate, steps
-        factors = form.rate_factors()
-        self.parameters = [one for one, _ in factors]
-        groups = [{"params": [one], "factor": factor} for one, factor in factors]
+        trained = form.trained()
+        self.parameters = [one.parameter for one in trained]
+        groups = [{"params": [one.parameter], "factor": one.factor, "parts": one.parts} for one in trained]
         self.optimiser = OPTIMIZERS[settings.optimizer](groups, learning_rate, settings.weight_decay)
         self.step, self.best_step, self.without_gain = 0, 0, 0
         self.nll_start = self.nll_best = self.score_start = self.score_best = math.nan
@@ -32,7 +32,7 @@ class Learner:
     def rate(self) -> float:
         """The learning rate of the coming step."""
         tune = self.settings
-        return self.learning_rate * rate_factor(tune.schedule, self.step + 1, self.steps, tune.warmup)
+        return self.learning_rate * rate_factor(tune.schedule, self.step + 1, self.steps, tune.warmup_share)
 
     def now(self) -> Plain:
         """A copy of the prompt as it stands."""

@@ -13,18 +13,68 @@ Optimiser: TypeAlias = torch.optim.Optimizer
 Parameters: TypeAlias = Sequence[Tensor] | Sequence[dict[str, Any]]
 """Tensors, or torch's parameter groups."""
 
-# A step of either optimiser moves every number by about the rate. Seen on the bundled base, TinyStories-656K and in
-# PEFT's notebooks: anything from 0.2 to 2 is nearly as good as the best, and 0.05 is clearly worse. See LOG.md.
-RATE_PER_RMS = 0.5
-RATE_PER_STATE_RMS = 0.25  # of keys and values: better than 0.5 in three of four comparisons (LOG.md)
+# A step of any of these optimisers moves every number by about the rate. How large a share of the root mean square of
+# what is learned that should be, for vectors and for keys and values; twice or half of it is nearly as good (LOG.md).
+RATE_PER_RMS = {
+    "muon": {"soft": 0.5, "deep": 0.125},
+    "adamw": {"soft": 0.5, "deep": 0.25},
+    "adafactor": {"soft": 0.5, "deep": 0.25},
+}
+FAINT = 1e-2  # of the largest singular value: what is below is scaled down, since rounding is down there
+MOMENTUM = 0.7  # 0.95, as for training whole models, is too slow for a hundred steps (LOG.md)
 
 
-def automatic_rate(values: Tensor, share: float = RATE_PER_RMS) -> float:
+def automatic_rate(values: Tensor, share: float) -> float:
     """The learning rate that suits numbers of this scale: a share of their root mean square.
 
     For vectors it is that of embeddings, for keys and values that of the base's own after reading."""
     rms = values.detach().float().square().mean().sqrt().item()
     return float(f"{share * rms:.1e}")
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024), for prompts: a step goes equally far along every direction of the momentum.
+
+    The gradients of a prompt's vectors have much in common, and AdamW moves all vectors along that (figures in LOG.md).
+    Here the momentum (Nesterov's) gets singular values that are all alike, by an exact decomposition: prompts are small,
+    and torch.optim.Muon's five products in bfloat16 only come near it. A step's root mean square is `lr`, about as
+    AdamW's is. A group's `parts` are matrices that lie side by side in its parameters, such as a deep prompt's heads:
+    each is a matrix for itself. A vector is a matrix of one row. Decay is AdamW's."""
+
+    def __init__(self, parameters: Parameters, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "parts": 1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1.0 - MOMENTUM)
+                ahead = state["momentum"].lerp(parameter.grad, 1.0 - MOMENTUM)
+                move = evened(ahead, group["parts"])
+                parameter.mul_(1.0 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * move)
+
+
+def evened(matrix: Tensor, parts: int = 1) -> Tensor:
+    """`matrix` [N, M] with singular values that are all alike but for faint ones; a root mean square of 1 at full rank.
+
+    With `parts`, that many matrices [N, M / parts] side by side, each for itself. A vector [M] counts as [1, M]."""
+    rows = 1 if matrix.ndim == 1 else len(matrix)
+    apart = matrix.reshape(rows, parts, -1).transpose(0, 1)  # [parts, N, M / parts]
+    left, sizes, right = torch.linalg.svd(apart, full_matrices=False)
+    shares = sizes / torch.hypot(sizes, FAINT * sizes[:, :1]).clamp(min=torch.finfo(sizes.dtype).tiny)
+    even: Tensor = max(apart.shape[1:]) ** 0.5 * (left * shares[:, None]) @ right
+    return even.transpose(0, 1).reshape(matrix.shape)
+
+
+def muon(parameters: Parameters, rate: float, weight_decay: float) -> Optimiser:
+    """Muon by Jordan et al. 2024."""
+    return Muon(parameters, rate, weight_decay)
 
 
 def adamw(parameters: Parameters, rate: float, weight_decay: float) -> Optimiser:
@@ -68,6 +118,7 @@ def adafactor(parameters: Parameters, rate: float, weight_decay: float) -> Optim
 
 
 OPTIMIZERS: dict[str, Callable[[Parameters, float, float], Optimiser]] = {
+    "muon": muon,
     "adamw": adamw,
     "adafactor": adafactor,
 }

@@ -22,7 +22,7 @@ from softprompt.data.source import load_splits
 from softprompt.data.template import Template
 from softprompt.errors import RecipeError
 from softprompt.prompt.reparam import as_rows
-from softprompt.tune.optim import RATE_PER_STATE_RMS, automatic_rate
+from softprompt.tune.optim import RATE_PER_RMS, automatic_rate
 from softprompt.tune.recipe import Recipe
 from softprompt.tune.starts import frequent_vectors, natural_length
 
@@ -169,8 +169,7 @@ def settle_template(recipe: Recipe, lm: FrozenLM | Outline) -> Template:
     source = data.template or ("{soft}{messages}" if data.messages else "{soft}{text}")
     length = prompt.length
     if length is None and not re.search(r"\{soft:\d+\}", source):
-        # It asks for the tokenizer and the fingerprint alone, which an Outline has too.
-        length = natural_length(recipe, lm)  # type: ignore[arg-type]
+        length = natural_length(recipe, lm)
     template = Template.parse(source, target=data.target, length=length)
     if prompt.kind == "deep" and not re.match(r"\{soft:\d+\}(?!.*\{soft)", str(template)):
         raise RecipeError(
@@ -185,9 +184,9 @@ def _batch_size(recipe: Recipe) -> int:
 
 def _rate(recipe: Recipe, lm: FrozenLM) -> float:
     if isinstance(recipe.tune.learning_rate, str):  # auto, or the middle of what `find` tries
-        frequent_vD = frequent_vectors(lm)
-        if recipe.prompt.kind == "soft":
-            return automatic_rate(frequent_vD)
-        spread = torch.linspace(0, len(frequent_vD) - 1, min(64, len(frequent_vD))).long()
-        return automatic_rate(as_rows(vectors_state(lm, frequent_vD[spread])), RATE_PER_STATE_RMS)
+        scale = frequent_vectors(lm)
+        if recipe.prompt.kind == "deep":
+            spread = torch.linspace(0, len(scale) - 1, min(64, len(scale))).long()
+            scale = as_rows(vectors_state(lm, scale[spread]))
+        return automatic_rate(scale, RATE_PER_RMS[recipe.tune.optimizer][recipe.prompt.kind])
     return recipe.tune.learning_rate

@@ -152,11 +152,15 @@ class Tune(Section):
         "Rows a step; auto is 8. Where memory runs out, it is halved and two are added up for a step.",
         flag="--batch-size",
     )
-    optimizer: Literal["adamw", "adafactor"] = setting("adamw", "The rule that moves the prompt.")
+    optimizer: Literal["muon", "adamw", "adafactor"] = setting(
+        "muon", "The rule that moves the prompt; arms of `compare` that train weights take adamw for muon."
+    )
     schedule: Literal["linear", "cosine", "constant"] = setting(
         "linear", "How the learning rate goes down after the warm-up."
     )
-    warmup: Annotated[float, Field(ge=0, lt=1)] = setting(0.06, "The share of all steps over which it rises.")
+    warmup: Annotated[float, Field(ge=0, lt=1)] | Auto = setting(
+        "auto", "The share of all steps over which it rises; auto is none with muon, else 0.06."
+    )
     weight_decay: NotNegative = setting(0.0, "Pull towards zero; a prompt rarely gains by it.")
     context_cache_gigabytes: NotNegative = setting(
         1.0,
@@ -192,6 +196,13 @@ class Tune(Section):
         None, "Write a checkpoint every so many steps, for `--resume`; without it, by time alone."
     )
     checkpoint_seconds: Positive = setting(60.0, "Write a checkpoint after so many seconds without one.")
+
+    @property
+    def warmup_share(self) -> float:
+        """`warmup`, with auto settled."""
+        if self.warmup == "auto":
+            return 0.0 if self.optimizer == "muon" else 0.06
+        return self.warmup
 
 
 class Recipe(Section):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from softprompt.base.compiled import text_state, vectors_state
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.outline import Outline
 from softprompt.data.tokenizer import habits
 from softprompt.errors import RecipeError
 from softprompt.prompt import init
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 LENGTH = 20  # Lester et al. 2021: little is gained beyond 20 vectors
 
 
-def natural_length(recipe: Recipe, lm: FrozenLM) -> int:
+def natural_length(recipe: Recipe, lm: FrozenLM | Outline) -> int:
     """As many vectors as what the prompt starts from has."""
     prompt = recipe.prompt
     if prompt.init_from and prompt.init in ("auto", "prompt", "mean", "concatenation"):
@@ -115,7 +116,7 @@ def _from_prompts(combine: Callable[[Sequence[Tensor], int], Tensor]) -> Callabl
     return combined
 
 
-def read_prompts(recipe: Recipe, lm: FrozenLM) -> list[Prompt]:
+def read_prompts(recipe: Recipe, lm: FrozenLM | Outline) -> list[Prompt]:
     """The prompts that `prompt.init_from` names. Raises WrongBase, DamagedPrompt, or RecipeError for an unfit kind."""
     found = [load_prompt(path, base=lm.fingerprint) for path in recipe.prompt.init_from]
     for path, one in zip(recipe.prompt.init_from, found, strict=True):
@@ -176,12 +177,12 @@ def _embedded(lm: FrozenLM, ids: Sequence[int]) -> Tensor:
     return lm.embed(torch.tensor(ids, device=lm.device)).float().cpu()
 
 
-def _start_ids(lm: FrozenLM, text: str) -> list[int]:
+def _start_ids(lm: FrozenLM | Outline, text: str) -> list[int]:
     """The text as the base wants any text to begin: behind a start token (BOS) where its tokenizer puts one."""
     return [*habits(lm.tokenizer).before, *_text_ids(lm, text)]
 
 
-def _text_ids(lm: FrozenLM, text: str) -> list[int]:
+def _text_ids(lm: FrozenLM | Outline, text: str) -> list[int]:
     ids: list[int] = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise RecipeError(f"prompt.init_text: found {text!r}, which has no token. Give some text.")
