@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from softprompt.errors import RecipeError
-from softprompt.tune.recipe import Recipe, settings
+from softprompt.tune.recipe import Recipe
 from softprompt.tune.recipe_text import scalar
+from softprompt.tune.settings import Section, explain, merge_file, put, setting, settings
 
 MINIMAL = "data:\n  source: rows.csv\n"
 
@@ -186,12 +188,34 @@ def test_any_text_survives_being_written_and_read(text: str) -> None:
 
 
 def test_every_setting_has_a_help_text_and_a_default_that_it_accepts() -> None:
-    for one in settings():
+    for one in settings(Recipe):
         assert one.help.endswith("."), one.path
         if not one.required and one.default not in (None, {}):
             Recipe.from_flags({"--data": "x"}, [f"{one.path}={one.default}".replace("=False", "=false")])
-    flags = [one.flag for one in settings() if one.flag]
+    flags = [one.flag for one in settings(Recipe) if one.flag]
     assert len(flags) == len(set(flags)) == 12
+
+
+class Oven(Section):
+    degrees: int = setting(180, "How hot.", elsewhere="temperature", le=250)
+
+
+class Baking(Section):
+    oven: Oven = Oven()
+
+
+def test_another_table_of_settings_is_filled_and_explained_by_its_own_names(tmp_path: Path) -> None:
+    tree: dict[str, object] = {}
+    places: dict[str, str] = {}
+    merge_file(Baking, tree, places, written(tmp_path, "oven: {degrees: 200}\n"))
+    assert Baking.model_validate(tree).oven.degrees == 200
+    with pytest.raises(RecipeError, match=r"Did you mean oven\.degrees\?"):
+        put(Baking, tree, places, "temperature", "210", "--set temperature")
+    put(Baking, tree, places, "oven.degrees", "300", "--set oven.degrees")
+    with pytest.raises(ValidationError) as caught:
+        Baking.model_validate(tree)
+    message = explain(Baking, caught.value, places, "baking")
+    assert message == "--set oven.degrees: found 300 (a number), wanted a whole number of at most 250."
 
 
 def test_reading_a_recipe_loads_no_torch() -> None:

@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from softprompt.cli import asked
-from softprompt.tune.recipe import Recipe, Setting, settings
+from softprompt.tune.recipe import Recipe
+from softprompt.tune.settings import Setting, settings
 
 
 def takes_recipe(verb: Callable[..., None]) -> Callable[..., None]:
     """Call `verb(recipe, ...)` with the recipe that file, `--set` and flags amount to; its own options stay beside."""
-    flagged = [one for one in settings() if one.flag]
+    flagged = [one for one in settings(Recipe) if one.flag]
 
     def command(**given: Any) -> None:
         path, overrides = given.pop("recipe_file"), given.pop("overrides") or []

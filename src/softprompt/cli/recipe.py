@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from softprompt.tune.recipe import Data, Prompt, Setting, Tune, settings
+from softprompt.tune.recipe import Recipe
+from softprompt.tune.settings import Setting, sections, settings
 
-SECTIONS = {"data": Data, "prompt": Prompt, "tune": Tune}
+SECTIONS = sections(Recipe)
 
 
 def command(
@@ -74,7 +75,7 @@ def reference() -> str:
 
 
 def _by_section() -> list[tuple[str, list[Setting]]]:
-    named = groupby(settings(), key=lambda one: one.path.rpartition(".")[0])
+    named = groupby(settings(Recipe), key=lambda one: one.path.rpartition(".")[0])
     return [(section, list(group)) for section, group in named]
 
 

@@ -1,24 +1,20 @@
 """Every setting of a run, declared once: its name, default, limits, help and command-line flag.
 
-The YAML file, `--set a.b=value`, the flags of `softprompt tune` and docs/recipe.md all derive from the fields below.
-No torch here.
+The YAML file, `--set a.b=value`, the flags of `softprompt tune` and docs/recipe.md all derive from the fields below,
+by way of settings.py. No torch here.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, TypeAlias, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticUndefined
+from pydantic import Field, ValidationError, model_validator
 
 from softprompt.errors import RecipeError
-from softprompt.tune.recipe_text import Written, describe_value, read_mapping, read_value
+from softprompt.tune.settings import Section, explain, merge_file, put, sections, setting, settings
 
 Auto: TypeAlias = Literal["auto"]
 Count: TypeAlias = Annotated[int, Field(ge=1)]
@@ -28,19 +24,6 @@ Rows: TypeAlias = Annotated[int, Field(ge=0)]
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 
 
-def setting(default: Any, help: str, *, flag: str | None = None, **limits: Any) -> Any:
-    """Declare one setting; `flag` is its name on the command line, where it has a short one."""
-    return Field(default, description=help, json_schema_extra={"flag": flag}, **limits)
-
-
-class Section(BaseModel):
-    """Settings that are refused when unknown or of another kind, rather than bent into shape."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True
-    )
-
-
 class Data(Section):
     """What is learned from."""
 
@@ -48,6 +31,7 @@ class Data(Section):
         ...,
         "A file (csv, tsv, json, jsonl, parquet), a folder, a data set's id on the hub, or `builtin:NAME`.",
         flag="--data",
+        elsewhere="dataset",
     )
     revision: str | None = setting(None, "The hub data set's commit, branch or tag.")
     config: str | None = setting(None, "The hub data set's configuration.")
@@ -110,6 +94,7 @@ class Prompt(Section):
         None,
         "How many virtual tokens; without it as many as `init_text` or `init_from` has, else 20.",
         flag="--length",
+        elsewhere="num_virtual_tokens",
     )
     init: Literal[
         "auto", "random", "vocabulary", "text", "labels", "zero", "prompt", "mean", "concatenation"
@@ -144,8 +129,9 @@ class Tune(Section):
         "The highest step size. auto derives it from the embeddings' scale; find tries five rates around that in "
         "short runs first.",
         flag="--learning-rate",
+        elsewhere="lr",
     )
-    epochs: Count = setting(5, "How often every row is seen.", flag="--epochs")
+    epochs: Count = setting(5, "How often every row is seen.", flag="--epochs", elsewhere="num_train_epochs")
     max_steps: Count | None = setting(None, "Stop after this many steps, whatever `epochs` says.")
     batch_size: Count | Auto = setting(
         "auto",
@@ -209,7 +195,10 @@ class Recipe(Section):
     """One run of prompt tuning, complete."""
 
     base: str = setting(
-        "builtin", "The frozen model: `builtin`, a local folder, or a model's id on the hub.", flag="--base"
+        "builtin",
+        "The frozen model: `builtin`, a local folder, or a model's id on the hub.",
+        flag="--base",
+        elsewhere="model",
     )
     base_revision: str | None = setting(None, "The hub model's commit, branch or tag.")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = setting(
@@ -221,7 +210,9 @@ class Recipe(Section):
     trust_remote_code: bool = setting(
         False, "Run code that comes with the base. No base named here needs it."
     )
-    out: str = setting("runs/prompt", "The folder that the prompt is written to.", flag="--out")
+    out: str = setting(
+        "runs/prompt", "The folder that the prompt is written to.", flag="--out", elsewhere="output_dir"
+    )
     data: Data = Field(description="What is learned from.")
     prompt: Prompt = Field(default_factory=Prompt, description="What is learned.")
     tune: Tune = Field(default_factory=Tune, description="How it is learned.")
@@ -232,7 +223,7 @@ class Recipe(Section):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise RecipeError(_explain(error, _places or {}, _origin)) from None
+            raise RecipeError(explain(type(self), error, _places or {}, _origin)) from None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -251,17 +242,17 @@ class Recipe(Section):
         tree: dict[str, Any] = {}
         places: dict[str, str] = {}
         if path is not None:
-            _merge(cls, tree, places, read_mapping(_read_file(path), str(path)))
+            merge_file(cls, tree, places, path)
         for override in overrides:
             key, equals, text = override.partition("=")
             if not equals:
                 raise RecipeError(f"--set {override}: found no '=', wanted KEY=VALUE such as tune.epochs=3.")
-            _put(cls, tree, places, key.strip(), text, f"--set {key.strip()}")
+            put(cls, tree, places, key.strip(), text, f"--set {key.strip()}")
         named = {one.flag: one for one in settings(cls) if one.flag}
         for flag, value in flags.items():
             if value is not None:
-                _put(cls, tree, places, named[flag].path, value, flag)
-        for section in _sections(cls):
+                put(cls, tree, places, named[flag].path, value, flag)
+        for section in sections(cls):
             tree.setdefault(section, {})
         return cls(_places=places, _origin=str(path) if path is not None else "recipe", **tree)
 
@@ -271,7 +262,7 @@ class Recipe(Section):
         places: dict[str, str] = {}
         for override in overrides:
             key, _, text = override.partition("=")
-            _put(type(self), tree, places, key.strip(), text, key.strip())
+            put(type(self), tree, places, key.strip(), text, key.strip())
         return type(self)(_places=places, **tree)
 
     def to_yaml(self) -> str:
@@ -304,212 +295,3 @@ class Recipe(Section):
                 "data.target is set, but data.template is not. Write where the target stands in the text."
             )
         return self
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting as the command line, the docs and the error messages see it."""
-
-    path: str
-    default: Any
-    required: bool
-    help: str
-    flag: str | None
-    wanted: str
-
-
-def settings(model: type[Section] = Recipe, prefix: str = "") -> Iterator[Setting]:
-    """All settings, sections opened, in the order of their declaration."""
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from settings(field.annotation, f"{prefix}{name}.")
-            continue
-        extra = field.json_schema_extra
-        flag = extra.get("flag") if isinstance(extra, dict) else None
-        required = field.default is PydanticUndefined
-        yield Setting(
-            path=f"{prefix}{name}",
-            default=None if required else field.default,
-            required=required,
-            help=field.description or "",
-            flag=str(flag) if flag else None,
-            wanted=_wanted(field.annotation, field.metadata),
-        )
-
-
-def _sections(model: type[Section]) -> dict[str, type[Section]]:
-    return {
-        name: field.annotation
-        for name, field in model.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-    }
-
-
-def _read_file(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such recipe file. Check the path.") from None
-    except IsADirectoryError:
-        raise RecipeError(f"{path}: found a folder, wanted a recipe file.") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"{path}: byte {error.start} is not UTF-8, as a recipe must be. Save it as UTF-8."
-        ) from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}.") from None
-
-
-def _merge(
-    model: type[Section],
-    tree: dict[str, Any],
-    places: dict[str, str],
-    written: dict[str, Written],
-    prefix: str = "",
-) -> None:
-    sections = _sections(model)
-    for key, item in written.items():
-        places[prefix + key] = item.where
-        if key in sections and isinstance(item.value, dict):
-            _merge(sections[key], tree.setdefault(key, {}), places, item.value, f"{prefix}{key}.")
-        elif key in sections and item.value is None:
-            tree[key] = {}  # a heading with nothing under it
-        else:
-            field = model.model_fields.get(key)
-            tree[key] = _plain(item, field.annotation if field is not None else Any)
-
-
-def _put(
-    model: type[Section], tree: dict[str, Any], places: dict[str, str], path: str, text: str, where: str
-) -> None:
-    """Set one setting by its dotted path from a flag's text."""
-    *outer, last = path.split(".")
-    for name in outer:
-        sections = _sections(model)
-        if name not in sections:
-            if name in model.model_fields and get_origin(model.model_fields[name].annotation) is dict:
-                tree = tree.setdefault(name, {})  # data.fields.text=body
-                tree[last] = text
-                return
-            raise RecipeError(f"{where}: unknown setting.{_did_you_mean(path)}")
-        model, tree = sections[name], tree.setdefault(name, {})
-    places[path] = where
-    if last in _sections(model):
-        raise RecipeError(
-            f"{where}: {path} is a section, wanted one of its settings such as {_first_in(path)}."
-        )
-    field = model.model_fields.get(last)
-    if field is None:
-        raise RecipeError(f"{where}: unknown setting.{_did_you_mean(path)}")
-    wants_text = _members(field.annotation) <= {str, NoneType}
-    # Text is taken to the letter: a template's braces and a text's last blank are no YAML.
-    tree[last] = text if wants_text else _plain(read_value(text, where), field.annotation)
-
-
-def _plain(item: Written, annotation: Any) -> Any:
-    """The value for a field: a setting that wants text takes `1e5` or `true` as the text it was written as."""
-    if isinstance(item.value, dict):
-        inner = get_args(annotation)[1] if get_origin(annotation) is dict else Any
-        return {key: _plain(value, inner) for key, value in item.value.items()}
-    if isinstance(item.value, list):
-        return [_plain(value, Any) for value in item.value]
-    if item.value is not None and _members(annotation) <= {str, NoneType}:
-        return item.text
-    return item.value
-
-
-def _members(annotation: Any) -> set[Any]:
-    if get_origin(annotation) is Annotated:
-        return _members(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return set().union(*(_members(member) for member in get_args(annotation)))
-    return {annotation}
-
-
-def _wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """A field's kind in words: "a whole number of at least 1, or auto"."""
-    if get_origin(annotation) is Annotated:
-        inner, *notes = get_args(annotation)
-        spread = [part for note in notes for part in getattr(note, "metadata", [note])]
-        return _wanted(inner, spread)
-    if get_origin(annotation) in (Union, UnionType):
-        parts = [_wanted(member, metadata) for member in get_args(annotation) if member is not NoneType]
-        return ", or ".join(parts)
-    if get_origin(annotation) is Literal:
-        options = [str(option) for option in get_args(annotation)]
-        return options[0] if len(options) == 1 else f"one of {', '.join(options)}"
-    if get_origin(annotation) is dict:
-        return "a mapping of names to texts"
-    if get_origin(annotation) is list:
-        inner = _wanted(get_args(annotation)[0])
-        return "a list of texts" if inner == "text" else f"a list: {inner}"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    words = {"ge": "of at least {}", "gt": "above {}", "le": "of at most {}", "lt": "below {}"}
-    limits = [
-        text.format(getattr(note, attribute))
-        for note in metadata
-        for attribute, text in words.items()
-        if getattr(note, attribute, None) is not None
-    ]
-    return " ".join([names.get(annotation, "a mapping"), " and ".join(limits)]).strip()
-
-
-def _explain(error: ValidationError, places: Mapping[str, str], origin: str) -> str:
-    """One line for each setting that was refused: where, which, found, wanted."""
-    known = {one.path: one for one in settings()}
-    lines: dict[str, str] = {}
-    for problem in error.errors(include_url=False):
-        names = [str(part) for part in problem["loc"]]
-        # Unions append the member that failed; the setting is the longest known start of the path.
-        path = next(
-            (p for end in range(len(names), 0, -1) if (p := ".".join(names[:end])) in known), ".".join(names)
-        )
-        where = next((places[p] for p in (".".join(names), path) if p in places), origin)
-        label = "" if where.endswith(path) else f" {path}:"
-        if problem["type"] == "extra_forbidden":
-            text = f"unknown setting.{_did_you_mean(path)}"
-        elif problem["type"] == "missing":
-            wanted = known[path].help if path in known else "a section of settings"
-            text = f"nothing given, wanted: {wanted}"
-            flag = known[path].flag if path in known else None
-            text += f" Write it into the recipe, or pass {flag}." if flag else ""
-        elif problem["type"] == "value_error":
-            label, text = "", str(problem["ctx"]["error"])
-        else:
-            value: Any = problem["input"]
-            wanted = known[path].wanted if path in known else f"settings such as {_first_in(path)}"
-            text = f"found {describe_value(value)}, wanted {wanted}."
-        lines.setdefault(path, f"{where}:{label} {text}")
-    return "\n".join(lines.values())
-
-
-def _first_in(section: str) -> str:
-    return next((one.path for one in settings() if one.path.startswith(f"{section}.")), "base")
-
-
-# What other tools call them.
-_ELSEWHERE = {
-    "lr": "tune.learning_rate",
-    "model": "base",
-    "dataset": "data.source",
-    "num_virtual_tokens": "prompt.length",
-    "num_train_epochs": "tune.epochs",
-    "output_dir": "out",
-}
-
-
-def _did_you_mean(path: str) -> str:
-    """The nearest known setting as a question, or where to look."""
-    known = [one.path for one in sorted(settings(), key=lambda one: one.flag is None)]
-    section, _, last = path.rpartition(".")
-    same_name = [one for one in known if one.split(".")[-1] == last]
-    siblings = {one.split(".")[-1]: one for one in known if one.rpartition(".")[0] == section}
-    anywhere = {one.split(".")[-1]: one for one in reversed(known)}
-    near = (
-        same_name
-        or ([_ELSEWHERE[last]] if last in _ELSEWHERE else [])
-        or [siblings[name] for name in difflib.get_close_matches(last, siblings, 1, 0.6)]
-        or [anywhere[name] for name in difflib.get_close_matches(last, anywhere, 1, 0.6)]
-        or difflib.get_close_matches(path, known, 1, 0.75)
-    )
-    return f" Did you mean {' or '.join(near)}?" if near else " `softprompt recipe` lists them all."
