@@ -114,7 +114,7 @@ def roles_recipe(out: Path, seed: int) -> Recipe:
         out=str(out / "roles"),
         data={"source": "builtin:roles", "column": "prompt", "template": "{soft:20}{text}"},
         prompt={"init": "vocabulary"},
-        tune={"learning_rate": 0.03, "epochs": 4, "batch_size": 8, "seed": seed},
+        tune={"epochs": 4, "batch_size": 8, "seed": seed},
     )
 
 
@@ -128,7 +128,7 @@ def messages_recipe(out: Path, seed: int) -> Recipe:
             "target": "label",
         },
         prompt={"init": "labels"},
-        tune={"learning_rate": 0.1, "epochs": 8, "batch_size": 8, "seed": seed},
+        tune={"epochs": 8, "batch_size": 8, "seed": seed},
     )
 
 
