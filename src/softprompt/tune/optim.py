@@ -32,7 +32,23 @@ def automatic_rate(values: Tensor, share: float) -> float:
     return float(f"{share * rms:.1e}")
 
 
-class Muon(torch.optim.Optimizer):
+class OneByOne(torch.optim.Optimizer):
+    """A rule that moves each parameter by its own gradient and state alone: `move`."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.move(parameter, parameter.grad, self.state[parameter], group)
+
+    def move(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """One step of one parameter, in place; `state` is empty at its first."""
+        raise NotImplementedError
+
+
+class Muon(OneByOne):
     """Muon (Jordan et al. 2024), for prompts: a step goes equally far along every direction of the momentum.
 
     The gradients of a prompt's vectors have much in common, and AdamW moves all vectors along that (figures in LOG.md).
@@ -44,20 +60,13 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, parameters: Parameters, lr: float, weight_decay: float = 0.0) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "parts": 1})
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1.0 - MOMENTUM)
-                ahead = state["momentum"].lerp(parameter.grad, 1.0 - MOMENTUM)
-                move = evened(ahead, group["parts"])
-                parameter.mul_(1.0 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * move)
+    def move(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(gradient, 1.0 - MOMENTUM)
+        ahead = state["momentum"].lerp(gradient, 1.0 - MOMENTUM)
+        parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+        parameter.sub_(group["lr"] * evened(ahead, group["parts"]))
 
 
 def evened(matrix: Tensor, parts: int = 1) -> Tensor:
@@ -82,7 +91,7 @@ def adamw(parameters: Parameters, rate: float, weight_decay: float) -> Optimiser
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay)
 
 
-class Adafactor(torch.optim.Optimizer):
+class Adafactor(OneByOne):
     """Adafactor (Shazeer and Stern 2018) as Lester et al. 2021 set it for prompts: the rate is absolute.
 
     Parameter scaling off, decay of the second moment 1 - step^-0.8, steps clipped to a root mean square of 1, and the
@@ -94,22 +103,15 @@ class Adafactor(torch.optim.Optimizer):
     def __init__(self, parameters: Parameters, lr: float, weight_decay: float = 0.0) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"], state["square"] = torch.tensor(0.0), torch.zeros_like(parameter)
-                state["step"] += 1
-                decay = 1.0 - float(state["step"]) ** -0.8
-                state["square"].lerp_(parameter.grad.square() + 1e-30, 1.0 - decay)
-                move = parameter.grad * state["square"].rsqrt()
-                move /= move.square().mean().sqrt().clamp(min=1.0)
-                parameter.mul_(1.0 - group["weight_decay"]).sub_(group["lr"] * move)
+    def move(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not state:
+            state["step"], state["square"] = torch.tensor(0.0), torch.zeros_like(parameter)
+        state["step"] += 1
+        decay = 1.0 - float(state["step"]) ** -0.8
+        state["square"].lerp_(gradient.square() + 1e-30, 1.0 - decay)
+        change = gradient * state["square"].rsqrt()
+        change /= change.square().mean().sqrt().clamp(min=1.0)
+        parameter.mul_(1.0 - group["weight_decay"]).sub_(group["lr"] * change)
 
 
 def adafactor(parameters: Parameters, rate: float, weight_decay: float) -> Optimiser:
