@@ -232,6 +232,17 @@ def test_a_time_budget_becomes_steps_at_each_arms_own_pace(task: Path, tmp_path:
         assert len(record["runs"][arm][0]["curve"]) == record["runs"][arm][0]["learning"]["steps"]
 
 
+def test_weights_are_moved_by_adamw_where_prompts_are_by_muon(task: Path, tmp_path: Path) -> None:
+    """The recipe's default is muon; the arm that trains weights does as with adamw, its warm-up included."""
+    losses = []
+    for name in ("muon", "adamw", "adafactor"):
+        recipe = settings(task).recipe.changed([f"tune.optimizer={name}"])
+        wanted = settings(task, recipe=recipe, arms=("full",), text=None)
+        record = compare(wanted, tmp_path / name, own_process=False)
+        losses.append([point["nll"] for point in record["runs"]["full"][0]["curve"]])
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_data_without_held_out_rows_is_refused(task: Path, tmp_path: Path) -> None:
     tree = settings(task).recipe.model_dump()
     tree["data"] |= {"source": str(task / "train.csv")}

@@ -27,6 +27,11 @@ def test_the_cosine_is_halfway_down_in_the_middle() -> None:
     assert rate_factor("cosine", 7, 8, 0) == pytest.approx((1 + math.cos(math.pi * 0.75)) / 2)
 
 
+def test_the_warm_up_is_the_optimisers_own_unless_given() -> None:
+    assert [Tune(optimizer=name).warmup_share for name in ("muon", "adamw", "adafactor")] == [0.0, 0.06, 0.06]
+    assert Tune(warmup=0.1).warmup_share == 0.1
+
+
 def test_a_constant_rate_stays() -> None:
     assert [rate_factor("constant", step, 5, 0) for step in range(1, 6)] == [1.0] * 5
 
