@@ -115,7 +115,6 @@ def main() -> None:
             data={"source": str(folder / "data"), "template": template, "target": "label"},
             prompt={"init": "labels" if "accuracy" in metrics else "vocabulary"},
             tune={
-                "learning_rate": 0.1,
                 "max_steps": asked.steps,
                 "epochs": 100,
                 "batch_size": 8,
