@@ -286,5 +286,5 @@ def _uniform(parameter: Tensor, inputs: int, generator: torch.Generator) -> None
 
 
 def _share(inner_PH: Tensor) -> float:
-    """An AdamW step changes each weight by the rate, so an output by the rate times the sum of its inputs."""
+    """A step changes each weight by about the rate, so an output by the rate times the sum of its inputs."""
     return 1.0 / max(1.0, float(inner_PH.abs().sum(-1).mean()))
