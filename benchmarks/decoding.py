@@ -34,8 +34,8 @@ TEXTS = [
 def arms(lm: Any, rows: int, new: int) -> dict[str, Callable[[], Any]]:
     import torch
 
-    from softprompt.base.compiled import compile_prompt
-    from softprompt.base.decode import DecodeSettings, generate
+    from softprompt.inference.compiled import compile_prompt
+    from softprompt.inference.generate import DecodeSettings, generate
     from softprompt.prompt.soft_prompt import SoftPrompt
 
     texts = [TEXTS[row % len(TEXTS)] for row in range(rows)]

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from softprompt.compare.compare import compare
-from softprompt.compare.settings import Settings
+from softprompt.comparison.compare import compare
+from softprompt.comparison.settings import Settings
 from softprompt.report.render import write_reports
 from softprompt.report.verdict import verdict
-from softprompt.tune.recipe import Recipe
+from softprompt.tuning.recipe import Recipe
 
 HERE = Path(__file__).resolve().parent
 Rows = list[dict[str, str]]

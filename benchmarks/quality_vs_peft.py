@@ -33,12 +33,13 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import Encoded, collate, epoch_order
 from softprompt.data.example import Example, Splits
 from softprompt.data.source import load_splits
-from softprompt.tune.events import Event, Stepped, Validated
-from softprompt.tune.gradient import Gradients
-from softprompt.tune.judge import exact_match
-from softprompt.tune.loop import tune
-from softprompt.tune.plan import Plan, make_plan
-from softprompt.tune.recipe import Recipe
+from softprompt.loss.gradient import Gradients
+from softprompt.tuning.events import Event, Stepped, Validated
+from softprompt.tuning.loop import tune
+from softprompt.tuning.plan import Plan
+from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.scores import exact_match
+from softprompt.tuning.settle import make_plan
 
 LENGTH = 20
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

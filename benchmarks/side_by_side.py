@@ -20,9 +20,9 @@ import torch
 
 from machine import describe
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.tune.loop import tune
-from softprompt.tune.recipe import Recipe
-from softprompt.tune.together import tune_together
+from softprompt.tuning.loop import tune
+from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.together import tune_together
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from machine import describe
 
 STEP = (
-    "from softprompt.tune.loop import tune; from softprompt.tune.recipe import Recipe; import sys;"
+    "from softprompt.tuning.loop import tune; from softprompt.tuning.recipe import Recipe; import sys;"
     "tune(Recipe(out=sys.argv[1], data={'source': 'builtin:roles', 'column': 'prompt', 'limit': 8, 'validation': 0},"
     "tune={'max_steps': 1}))"
 )

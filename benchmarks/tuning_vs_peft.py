@@ -94,7 +94,7 @@ def tokenizer_folder() -> str:
 
 
 def recipe_for(options: argparse.Namespace, folder: str, out: str) -> Any:
-    from softprompt.tune.recipe import Recipe
+    from softprompt.tuning.recipe import Recipe
 
     text_start = {"init": "text", "init_text": START}
     return Recipe(
@@ -116,8 +116,8 @@ def recipe_for(options: argparse.Namespace, folder: str, out: str) -> Any:
 
 def run_softprompt(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     from softprompt.data.example import Example, Splits
-    from softprompt.tune.events import Event, Stepped, Validated
-    from softprompt.tune.loop import tune
+    from softprompt.tuning.events import Event, Stepped, Validated
+    from softprompt.tuning.loop import tune
 
     rows = tuple(Example({"text": text}, row=i) for i, text in enumerate(texts(options.rows)))
     losses: list[float] = []

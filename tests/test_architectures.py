@@ -18,16 +18,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from softprompt.base.compiled import compile_prompt, text_state
-from softprompt.base.decode import DecodeSettings
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.prefill import Row, prefill
-from softprompt.base.proof import PROVEN
-from softprompt.base.running import Running, request
 from softprompt.data.batch import collate, encode
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import BaseError, PromptError
+from softprompt.inference.compiled import compile_prompt, text_state
+from softprompt.inference.generate import DecodeSettings
+from softprompt.inference.prefill import Row, prefill
+from softprompt.inference.running_batch import Running, request
+from softprompt.inference.verify import PROVEN
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
 from tiny_models import ARCHITECTURES, REFUSED, WINDOW, tiny_model, tiny_tokenizer
 
@@ -187,7 +187,7 @@ def the_loss_is_token_made(one: Subject) -> float:
         own_TV = one.own(one.head + ids)[len(one.head) - 1 : -1].log_softmax(1)
         expected.append(-own_TV.gather(1, torch.tensor(ids)[:, None])[:, 0])
     vectors_PD = one.vectors_PD.clone().requires_grad_()
-    loss_N = one.lm.token_nll(batch, vectors_PD)
+    loss_N = one.lm.token_nll(batch, (vectors_PD,))
     loss_N.sum().backward()
     assert vectors_PD.grad is not None
     assert bool((vectors_PD.grad.abs().sum(1) > 0).any())

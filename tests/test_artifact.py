@@ -16,10 +16,9 @@ import safetensors.torch
 import torch
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.placement import Prompted
 from softprompt.data.batch import Encoded, collate
 from softprompt.errors import DamagedPrompt, PromptError, SaveError, WrongBase
-from softprompt.prompt.soft_prompt import DeepPrompt, Fingerprint, SoftPrompt
+from softprompt.prompt.soft_prompt import DeepPrompt, Fingerprint, Plain, SoftPrompt
 from softprompt.store import artifact
 from softprompt.store.artifact import load_prompt, save_prompt
 from tiny_models import tiny_model, tiny_tokenizer
@@ -42,7 +41,7 @@ def soft_prompt(lm: FrozenLM, length: int = 3) -> SoftPrompt:
     )
 
 
-def our_loss(lm: FrozenLM, prompt: Prompted, slots: int) -> float:
+def our_loss(lm: FrozenLM, prompt: Plain, slots: int) -> float:
     """Summed loss of all tokens but the first, by our own road."""
     row = Encoded(
         [0] * slots + IDS,
@@ -68,7 +67,7 @@ def test_peft_computes_the_same_from_our_folder(architecture: str, tmp_path: Pat
     prompt = soft_prompt(lm)
     save_prompt(prompt, tmp_path / "greet")
     theirs = peft.PeftModel.from_pretrained(tiny_model(architecture), tmp_path / "greet").eval()
-    assert pefts_loss(theirs) == pytest.approx(our_loss(lm, prompt.embeddings_PD, 3), rel=1e-5)
+    assert pefts_loss(theirs) == pytest.approx(our_loss(lm, prompt.plain, 3), rel=1e-5)
 
 
 def test_peft_computes_the_same_from_a_deep_prompt_of_ours(tmp_path: Path) -> None:
@@ -81,7 +80,7 @@ def test_peft_computes_the_same_from_a_deep_prompt_of_ours(tmp_path: Path) -> No
     )
     save_prompt(prompt, tmp_path / "deep")
     theirs = peft.PeftModel.from_pretrained(tiny_model("Llama"), tmp_path / "deep").eval()
-    ours = our_loss(lm, (prompt.keys_LPHK, prompt.values_LPHK), 0)
+    ours = our_loss(lm, prompt.plain, 0)
     assert pefts_loss(theirs) == pytest.approx(ours, rel=1e-5)
     again = load_prompt(tmp_path / "deep", base=finger)
     assert isinstance(again, DeepPrompt)
@@ -104,7 +103,7 @@ def test_what_peft_saves_computes_the_same_here(config: peft.PeftConfig, tmp_pat
     prompt = load_prompt(tmp_path)
     assert isinstance(prompt, SoftPrompt)
     assert prompt.template == "{soft:4}{text}"
-    assert our_loss(base(), prompt.embeddings_PD, 4) == pytest.approx(pefts_loss(theirs), rel=1e-5)
+    assert our_loss(base(), prompt.plain, 4) == pytest.approx(pefts_loss(theirs), rel=1e-5)
 
 
 def test_what_peft_saves_as_prefix_computes_the_same_here(tmp_path: Path) -> None:
@@ -114,9 +113,7 @@ def test_what_peft_saves_as_prefix_computes_the_same_here(tmp_path: Path) -> Non
     theirs.save_pretrained(tmp_path)
     prompt = load_prompt(tmp_path)
     assert isinstance(prompt, DeepPrompt)
-    assert our_loss(base(), (prompt.keys_LPHK, prompt.values_LPHK), 0) == pytest.approx(
-        pefts_loss(theirs), rel=1e-5
-    )
+    assert our_loss(base(), prompt.plain, 0) == pytest.approx(pefts_loss(theirs), rel=1e-5)
 
 
 def test_a_saved_prompt_comes_back_with_everything(tmp_path: Path) -> None:

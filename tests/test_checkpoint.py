@@ -21,18 +21,20 @@ from softprompt.cli.app import main
 from softprompt.errors import RecipeError, SaveError
 from softprompt.store import artifact
 from softprompt.store.artifact import load_prompt
-from softprompt.tune.events import Event, Said, Stepped
-from softprompt.tune.loop import Tuned, tune
+from softprompt.tuning.events import Event, Said, Stepped
+from softprompt.tuning.loop import Tuned, tune
 from test_learn import SPLITS, breaking_at, lm_of, recipe, vectors
 from tiny_models import tiny_model, tiny_tokenizer
 
 OFTEN = ("tune.checkpoint_steps=2", "tune.epochs=4")
 
 
-def learn(out: Path, *overrides: str, resume: bool = False, lm: Any = None) -> tuple[Tuned, list[Event]]:
+def learn(
+    out: Path, *overrides: str, resume: bool = False, lm: Any = None, loss: Any = None
+) -> tuple[Tuned, list[Event]]:
     seen: list[Event] = []
     settings = recipe(out, *OFTEN, *overrides)
-    tuned = tune(settings, lm=lm or lm_of(), splits=SPLITS, on_event=seen.append, resume=resume)
+    tuned = tune(settings, lm=lm or lm_of(), splits=SPLITS, loss=loss, on_event=seen.append, resume=resume)
     return tuned, seen
 
 
@@ -43,9 +45,9 @@ def cut_short(out: Path, *overrides: str, step: int = 8, resume: bool = False) -
         raise SystemExit
 
     lm = lm_of()
-    breaking_at(lm, step, end)
+    loss = breaking_at(lm, step, end)
     with pytest.raises(SystemExit):
-        learn(out, *overrides, lm=lm, resume=resume)
+        learn(out, *overrides, lm=lm, loss=loss, resume=resume)
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -206,7 +208,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     def full(folder: Path, files: Any) -> None:
         raise SaveError(f"{folder}: could not be written (No space left on device).")
 
-    monkeypatch.setattr("softprompt.tune.checkpoint.write_together", full)
+    monkeypatch.setattr("softprompt.tuning.checkpoint.write_together", full)
     tuned, events = learn(tmp_path / "p")
     assert "No checkpoint of step 2: " in said(events)
     assert "No space left on device" in said(events)

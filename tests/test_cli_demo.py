@@ -11,7 +11,7 @@ import pytest
 from softprompt.cli import demo
 from softprompt.cli.app import main
 from softprompt.store.artifact import load_prompt
-from softprompt.tune.recipe import Recipe
+from softprompt.tuning.recipe import Recipe
 
 
 def shortened(recipe: Callable[[Path, int], Recipe]) -> Callable[[Path, int], Recipe]:

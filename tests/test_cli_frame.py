@@ -141,8 +141,8 @@ def test_sizes_are_told_in_units_of_a_thousand() -> None:
 
 
 def test_the_starting_recipe_is_valid_and_says_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    from softprompt.tune.recipe import Recipe
-    from softprompt.tune.recipe_text import read_mapping
+    from softprompt.settings.text import read_mapping
+    from softprompt.tuning.recipe import Recipe
 
     assert main(["recipe"]) == 0
     shown = capsys.readouterr().out

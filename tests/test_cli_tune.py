@@ -332,7 +332,7 @@ def test_the_tutorials_recipe_runs_on_local_copies(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     """To the letter but for the base, which here is the bundled one in a folder, and the epochs: one of five."""
-    from softprompt.base.origin import BUILTIN
+    from softprompt.base.locate import BUILTIN
 
     monkeypatch.chdir(tmp_path)
     recipe = Path(__file__).parent.parent / "examples" / "tutorial.yaml"

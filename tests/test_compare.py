@@ -15,16 +15,16 @@ import torch
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
-from softprompt.compare import arms, forgetting, run_arm
-from softprompt.compare.compare import compare
-from softprompt.compare.settings import ARM_NAMES, Job, Settings
+from softprompt.comparison import arms, forgetting, run_arm
+from softprompt.comparison.compare import compare
+from softprompt.comparison.settings import ARM_NAMES, Job, Settings
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import DataError, NotFinite, RecipeError, SoftPromptError
-from softprompt.evaluate.rows import Row
-from softprompt.evaluate.summary import summarise
+from softprompt.evaluation.rows import Row
+from softprompt.evaluation.summary import summarise
 from softprompt.report.verdict import verdict
-from softprompt.tune.recipe import Recipe
+from softprompt.tuning.recipe import Recipe
 from tiny_models import tiny_model, tiny_tokenizer
 
 TEMPLATE = "{soft:3}Tweet: {text} Complaint? {label}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softprompt.base.compiled import compile_prompt, text_state
-from softprompt.base.decode import DecodeSettings, generate
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.prefill import prefill
 from softprompt.data.template import Template
 from softprompt.errors import DataError, PromptError, WrongBase
+from softprompt.inference.compiled import compile_prompt, text_state
+from softprompt.inference.generate import DecodeSettings, generate
+from softprompt.inference.prefill import prefill
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
 from tiny_models import tiny_model, tiny_tokenizer
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from softprompt.base.context_cache import context_bytes, contexts_of
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import Encoded, collate
 from softprompt.data.example import Example, Splits
-from softprompt.tune.events import Said
-from softprompt.tune.loop import tune
-from softprompt.tune.recipe import Recipe
+from softprompt.loss.context_cache import context_bytes, contexts_of
+from softprompt.loss.fast import FastLoss
+from softprompt.tuning.events import Said
+from softprompt.tuning.loop import tune
+from softprompt.tuning.recipe import Recipe
 from tiny_models import tiny_model, tiny_tokenizer
 
 ARCHITECTURES = [
@@ -46,58 +47,59 @@ ROWS = [
 ]
 
 
-def learned(lm: FrozenLM, rows: list[Encoded]) -> tuple[Tensor, Tensor]:
+def learned(loss: FastLoss, rows: list[Encoded]) -> tuple[Tensor, Tensor]:
     drawn = torch.Generator().manual_seed(3)
-    prompt_PD = (torch.randn(3, lm.width, generator=drawn) * lm.embedding_VD.std()).requires_grad_()
-    nll_N = lm.token_nll(collate(rows), prompt_PD)
+    prompt_PD = (torch.randn(3, loss.lm.width, generator=drawn) * loss.lm.embedding_VD.std()).requires_grad_()
+    nll_N = loss(collate(rows), (prompt_PD,))
     return nll_N.detach(), torch.autograd.grad(nll_N.sum(), prompt_PD)[0]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loss_and_gradient_are_those_of_reading_everything(architecture: str) -> None:
-    lm = FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer(), architecture)
-    first_N, first_slope = learned(lm, ROWS)
-    again_N, again_slope = learned(lm, ROWS)
-    assert lm.contexts.read == 2  # one context stands in two rows, and none is read again
-    lm.contexts.budget_bytes = 0
-    whole_N, whole_slope = learned(lm, ROWS)
+    loss = FastLoss(FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer(), architecture))
+    first_N, first_slope = learned(loss, ROWS)
+    again_N, again_slope = learned(loss, ROWS)
+    assert loss.contexts.read == 2  # one context stands in two rows, and none is read again
+    loss.contexts.budget_bytes = 0
+    whole_N, whole_slope = learned(loss, ROWS)
     for ours_N, our_slope in ((first_N, first_slope), (again_N, again_slope)):
         torch.testing.assert_close(ours_N, whole_N, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(our_slope, whole_slope, rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_judgement_read_serves_learning_too() -> None:
-    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer())
+    loss = FastLoss(FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer()))
     with torch.inference_mode():
-        lm.token_nll(collate(ROWS), torch.zeros(3, lm.width))
-    learned(lm, ROWS)
-    assert lm.contexts.read == 2
+        loss(collate(ROWS), (torch.zeros(3, loss.lm.width),))
+    learned(loss, ROWS)
+    assert loss.contexts.read == 2
 
 
 def test_no_more_is_kept_than_the_budget_allows_and_the_rest_is_still_right() -> None:
     lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer())
+    loss = FastLoss(lm)
     kept = context_bytes(lm, contexts_of(ROWS[:1]))
     assert context_bytes(lm, contexts_of(ROWS)) > kept
-    lm.contexts.budget_bytes = kept
-    ours_N, our_slope = learned(lm, ROWS)
-    learned(lm, ROWS)
-    assert lm.contexts.bytes == kept
-    assert (len(lm.contexts), lm.contexts.read) == (1, 3)
-    lm.contexts.budget_bytes = 0
-    whole_N, whole_slope = learned(lm, ROWS)
+    loss.contexts.budget_bytes = kept
+    ours_N, our_slope = learned(loss, ROWS)
+    learned(loss, ROWS)
+    assert loss.contexts.bytes == kept
+    assert (len(loss.contexts), loss.contexts.read) == (1, 3)
+    loss.contexts.budget_bytes = 0
+    whole_N, whole_slope = learned(loss, ROWS)
     torch.testing.assert_close(ours_N, whole_N, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(our_slope, whole_slope, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_start_with_the_slot_or_learn_their_context_are_read_whole() -> None:
-    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer())
+    loss = FastLoss(FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer()))
     front = row(range(20, 20), range(90, 94))
     trained = row(range(20, 32), range(90, 94))
     trained.trained[5] = True
     for rows in ([*ROWS, front], [trained]):
-        nll_N, _ = learned(lm, rows)
+        nll_N, _ = learned(loss, rows)
         assert len(nll_N) == sum(one.trained_tokens for one in rows)
-    assert (len(lm.contexts), lm.contexts.read) == (0, 0)
+    assert (len(loss.contexts), loss.contexts.read) == (0, 0)
 
 
 def test_a_run_says_what_is_kept_and_reads_every_context_once(tmp_path: object) -> None:
@@ -117,11 +119,13 @@ def test_a_run_says_what_is_kept_and_reads_every_context_once(tmp_path: object) 
         tune={"epochs": 3, "batch_size": 2},
     )
     said: list[str] = []
+    loss = FastLoss(lm)
     tune(
         recipe,
         lm=lm,
+        loss=loss,
         splits=Splits(rows, (), (), "memory", None),
         on_event=lambda event: said.append(event.text) if isinstance(event, Said) else None,
     )
     assert any("4 contexts" in text and "tune.context_cache_gigabytes" in text for text in said)
-    assert (len(lm.contexts), lm.contexts.read) == (4, 4)
+    assert (len(loss.contexts), loss.contexts.read) == (4, 4)

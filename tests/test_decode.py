@@ -15,19 +15,19 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from softprompt.base.compiled import CompiledPrompt, compile_prompt, text_state
-from softprompt.base.conversation import Conversation
-from softprompt.base.decode import Choice, DecodeSettings, generate
+from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.limits import longest_text
-from softprompt.base.prefill import prefill
-from softprompt.base.running import Running, position_bytes, request
-from softprompt.base.sampling import draw, kept, penalised
-from softprompt.base.scoring import score
-from softprompt.base.spoken import Spoken
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import BaseError, DataError, OutOfMemory, RecipeError
+from softprompt.inference.compiled import CompiledPrompt, compile_prompt, text_state
+from softprompt.inference.conversation import Conversation
+from softprompt.inference.detokenize import Spoken
+from softprompt.inference.generate import Choice, DecodeSettings, generate
+from softprompt.inference.prefill import prefill
+from softprompt.inference.running_batch import Running, position_bytes, request
+from softprompt.inference.sampling import draw, kept, penalised
+from softprompt.inference.score import score
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -508,13 +508,13 @@ def test_in_bfloat16_a_row_in_a_batch_is_itself_to_rounding(prompts: list[Choice
 
 
 def test_an_unknown_architecture_proves_itself_when_it_is_first_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("softprompt.base.proof.PROVEN", frozenset())
+    monkeypatch.setattr("softprompt.inference.verify.PROVEN", frozenset())
     for architecture in ("BLOOM (ALiBi)", "OPT", "DeepSeek-V3 (latent heads, experts)"):
         compile_prompt(FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer()), "hello")
 
 
 def test_an_architecture_that_ignores_the_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("softprompt.base.proof.PROVEN", frozenset())
+    monkeypatch.setattr("softprompt.inference.verify.PROVEN", frozenset())
     lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), name="odd")
     hidden = lm.hidden
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from peft import PeftModel
 
-from softprompt.base.compiled import text_state
-from softprompt.base.decode import DecodeSettings, generate
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Example, Splits
 from softprompt.errors import RecipeError
+from softprompt.inference.compiled import text_state
+from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.prompt.soft_prompt import DeepPrompt
 from softprompt.store.artifact import load_prompt
-from softprompt.tune.loop import Tuned, tune
-from softprompt.tune.recipe import Recipe
+from softprompt.tuning.loop import Tuned, tune
+from softprompt.tuning.recipe import Recipe
 from tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = ["quick help", "thank you", "the lazy dog", "my order never came", "nobody answers", "act as a fox"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from softprompt.cli.app import main
-from softprompt.tune.recipe import Recipe
+from softprompt.tuning.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

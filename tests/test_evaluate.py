@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from softprompt.base.compiled import compile_prompt, vectors_state
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import DataError, GateFailed, RecipeError
-from softprompt.evaluate.evaluate import (
+from softprompt.evaluation.evaluate import (
     Answer,
     default_metrics,
     demand,
@@ -25,9 +24,10 @@ from softprompt.evaluate.evaluate import (
     wanted_text,
     written_out,
 )
-from softprompt.evaluate.metric import Estimate, metrics_named
-from softprompt.evaluate.predictor import Asking, predictor, text_prompt
-from softprompt.evaluate.rows import Row, read_rows
+from softprompt.evaluation.metric import Estimate, metrics_named
+from softprompt.evaluation.predictor import Asking, predictor, text_prompt
+from softprompt.evaluation.rows import Row, read_rows
+from softprompt.inference.compiled import compile_prompt, vectors_state
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
 from softprompt.store.artifact import save_prompt
 from tiny_models import tiny_model, tiny_tokenizer

@@ -13,16 +13,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softprompt.base.compiled import as_deep, compile_prompt
-from softprompt.base.decode import DecodeSettings, generate
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.merged import merge_prompt
-from softprompt.base.prefill import prefill
 from softprompt.cli.app import main
 from softprompt.errors import PromptError
+from softprompt.export.forms import save_vectors
+from softprompt.export.merged import merge_prompt
+from softprompt.inference.compiled import as_deep, compile_prompt
+from softprompt.inference.generate import DecodeSettings, generate
+from softprompt.inference.prefill import prefill
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.store.artifact import load_prompt, save_prompt
-from softprompt.store.export import save_vectors
 from tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = ["Tweet: my order never came", "hello", "thank you for the quick help"]

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from softprompt.base import frozen_lm, learning_body, rates
+from softprompt.base import hardware as rates
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.small_attention import fused_attention
-from softprompt.base.small_gelu import SmallGelu
 from softprompt.data.batch import Batch, Encoded, collate
+from softprompt.loss import body as learning_body
+from softprompt.loss import fast
+from softprompt.loss.fast import FastLoss
+from softprompt.loss.kernels.attention import fused_attention
+from softprompt.loss.kernels.gelu import SmallGelu
 from tiny_models import tiny_model, tiny_tokenizer
 
 ARCHITECTURES = [
@@ -46,10 +49,11 @@ def batch() -> Batch:
 
 def learned(lm: FrozenLM, body: object) -> tuple[Tensor, Tensor]:
     """Loss of each token and gradient of their sum at the prompt, through `body`."""
-    lm._learning = {False: body, True: body}
     drawn = torch.Generator().manual_seed(3)
     prompt_PD = (torch.randn(4, lm.width, generator=drawn) * lm.embedding_VD.float().std()).requires_grad_()
-    nll_N = lm.token_nll(batch(), prompt_PD)
+    loss = FastLoss(lm)
+    vars(loss)["_body"] = body
+    nll_N = loss(batch(), (prompt_PD,))
     (gradient_PD,) = torch.autograd.grad(nll_N.sum(), prompt_PD)
     return nll_N.detach(), gradient_PD
 
@@ -62,7 +66,7 @@ def test_the_bloom_twin_is_another_body_with_the_same_weights_and_the_model_stay
     model = tiny_model("BLOOM (ALiBi)")
     lm = FrozenLM.wrap(model, tiny_tokenizer())
     before = [type(module) for module in model.modules()], lm.weights_sha256()
-    twin = lm._learning_body()
+    twin = FastLoss(lm)._body
     assert twin is not lm.body
     theirs = {weight.data_ptr() for weight in model.parameters()}
     assert {weight.data_ptr() for weight in twin.parameters()} <= theirs
@@ -113,8 +117,8 @@ def test_int8_products_leave_the_loss_and_the_direction_of_its_gradient(
 def test_a_twin_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer())
     other = FrozenLM.wrap(tiny_model("Llama", seed=1), tiny_tokenizer())
-    monkeypatch.setattr(frozen_lm, "learning_body", lambda body, products: other.body)
-    assert lm._learning_body() is lm.body
+    monkeypatch.setattr(fast, "learning_body", lambda body: other.body)
+    assert FastLoss(lm)._body is lm.body
 
 
 @pytest.mark.parametrize("length", [1, 5, 40])

@@ -49,7 +49,7 @@ def lm(request: pytest.FixtureRequest) -> FrozenLM:
 def test_a_prompt_of_real_token_embeddings_scores_as_those_tokens_do(lm: FrozenLM) -> None:
     ids = [7, 9, 30, 41, 5, 88, 17]
     prompt_PD = lm.embed(torch.tensor(ids[:2])).clone()
-    nll, tokens = lm.nll(collate([text_row(ids[2:], 0, soft=2)]), prompt_PD)
+    nll, tokens = lm.nll(collate([text_row(ids[2:], 0, soft=2)]), (prompt_PD,))
     assert tokens == 5
     torch.testing.assert_close(nll, theirs(lm, ids, 2), rtol=1e-5, atol=1e-5)
 
@@ -57,15 +57,15 @@ def test_a_prompt_of_real_token_embeddings_scores_as_those_tokens_do(lm: FrozenL
 def test_a_slot_in_the_middle_scores_as_the_tokens_it_was_made_of(lm: FrozenLM) -> None:
     ids = [30, 41, 7, 9, 5, 88, 17]
     row = Encoded([30, 41, 0, 0, 5, 88, 17], [-1, -1, 0, 1, -1, -1, -1], [False] * 4 + [True] * 3, 0, 0)
-    nll, _ = lm.nll(collate([row]), lm.embed(torch.tensor([7, 9])).clone())
+    nll, _ = lm.nll(collate([row]), (lm.embed(torch.tensor([7, 9])).clone(),))
     torch.testing.assert_close(nll, theirs(lm, ids, 4), rtol=1e-5, atol=1e-5)
 
 
 def test_padding_and_neighbours_do_not_change_a_rows_loss(lm: FrozenLM) -> None:
     prompt_PD = torch.randn(3, lm.width, generator=torch.Generator().manual_seed(0))
     rows = [text_row(list(range(20, 20 + length)), 1, soft=3) for length in (4, 11, 7)]
-    alone = torch.stack([lm.nll(collate([row]), prompt_PD)[0] for row in rows])
-    together = lm.token_nll(collate(rows), prompt_PD)
+    alone = torch.stack([lm.nll(collate([row]), (prompt_PD,))[0] for row in rows])
+    together = lm.token_nll(collate(rows), (prompt_PD,))
     counts = [row.trained_tokens for row in rows]
     torch.testing.assert_close(
         torch.stack([part.sum() for part in together.split(counts)]), alone, rtol=1e-5, atol=1e-5
@@ -76,7 +76,7 @@ def test_the_prompts_gradient_is_that_of_transformers_own_loss(lm: FrozenLM) -> 
     rows = [text_row([30, 41, 5, 88, 17], 1, soft=4), text_row([60, 2, 9], 0, soft=4)]
     batch = collate(rows)
     prompt_PD = torch.randn(4, lm.width, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    nll, _ = lm.nll(batch, prompt_PD)
+    nll, _ = lm.nll(batch, (prompt_PD,))
     (ours_PD,) = torch.autograd.grad(nll, prompt_PD)
 
     twin_PD = prompt_PD.detach().clone().requires_grad_()
@@ -95,7 +95,7 @@ def test_no_weight_gets_a_gradient_and_every_weight_stays() -> None:
     lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer())
     before = lm.weights_sha256()
     prompt_PD = torch.randn(2, lm.width).requires_grad_()
-    lm.nll(collate([text_row([5, 6, 7], 0, soft=2)]), prompt_PD)[0].backward()
+    lm.nll(collate([text_row([5, 6, 7], 0, soft=2)]), (prompt_PD,))[0].backward()
     assert prompt_PD.grad is not None
     assert float(prompt_PD.grad.norm()) > 0
     assert all(weight.grad is None for weight in lm.model.parameters())
@@ -140,7 +140,7 @@ def test_a_batch_and_a_prompt_that_do_not_fit_each_other_are_refused() -> None:
     with pytest.raises(PromptError, match="no soft prompt was given"):
         lm.nll(soft)
     with pytest.raises(PromptError, match="no slot"):
-        lm.nll(plain, torch.zeros(2, lm.width))
+        lm.nll(plain, (torch.zeros(2, lm.width),))
 
 
 def test_what_cannot_be_supported_is_refused_by_name() -> None:
@@ -155,5 +155,5 @@ def test_what_cannot_be_supported_is_refused_by_name() -> None:
 def test_the_bundled_base_loads_and_says_why_its_dtype_was_chosen() -> None:
     lm = FrozenLM.load("builtin", device="cpu")
     assert lm.name == "builtin"
-    assert lm.vocabulary == 8192
+    assert lm.vocab_size == 8192
     assert "bfloat16" in lm.dtype_reason

@@ -11,8 +11,8 @@ import torch
 from softprompt.data.example import Example, Splits
 from softprompt.errors import RecipeError, WrongBase
 from softprompt.prompt import init
-from softprompt.tune.plan import make_plan
-from softprompt.tune.starts import start
+from softprompt.tuning.settle import make_plan
+from softprompt.tuning.starts import start
 from test_learn import SPLITS, learn, lm_of, recipe, vectors
 
 

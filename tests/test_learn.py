@@ -11,19 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from softprompt.base.decode import generate
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.sampling import DecodeSettings
 from softprompt.data.batch import epoch_order
 from softprompt.data.example import Example, Splits
 from softprompt.errors import NotFinite, OutOfMemory
-from softprompt.evaluate.loss import mean_nll
+from softprompt.inference.generate import generate
+from softprompt.inference.sampling import DecodeSettings
+from softprompt.loss.fast import FastLoss
+from softprompt.loss.gradient import Gradients, Loss
+from softprompt.loss.mean import mean_nll
 from softprompt.store.artifact import load_prompt
-from softprompt.tune.events import BatchHalved, Event, Said, Stepped, Stopped, Validated
-from softprompt.tune.gradient import Gradients
-from softprompt.tune.loop import Run, Tuned, tune
-from softprompt.tune.plan import make_plan
-from softprompt.tune.recipe import Recipe
+from softprompt.tuning.events import BatchHalved, Event, Said, Stepped, Stopped, Validated
+from softprompt.tuning.loop import Run, Tuned, tune
+from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.settle import make_plan
 from tiny_models import tiny_model, tiny_tokenizer
 
 WORDS = ["order", "never", "came", "thank", "you", "quick", "help", "lazy", "dog", "nobody"]
@@ -49,24 +50,29 @@ def recipe(out: Path, *overrides: str) -> Recipe:
     return Recipe.from_flags({}, [*settings, "prompt.length=4", *overrides])
 
 
-def learn(out: Path, *overrides: str, lm: FrozenLM | None = None, splits: Splits = SPLITS) -> Tuned:
-    return tune(recipe(out, *overrides), lm=lm or lm_of(), splits=splits)
+def learn(
+    out: Path,
+    *overrides: str,
+    lm: FrozenLM | None = None,
+    splits: Splits = SPLITS,
+    loss: Loss | None = None,
+) -> Tuned:
+    return tune(recipe(out, *overrides), lm=lm or lm_of(), splits=splits, loss=loss)
 
 
 def vectors(tuned: Tuned) -> torch.Tensor:
     return next(iter(tuned.prompt.tensors.values()))
 
 
-def uphill(lm: FrozenLM) -> FrozenLM:
-    """A base whose gradient points the wrong way: every step makes the prompt worse."""
-    token_nll = lm.token_nll
+def uphill(lm: FrozenLM) -> Loss:
+    """A loss whose gradient points the wrong way: every step makes the prompt worse."""
+    token_nll = FastLoss(lm)
 
     def turned(batch: Any, prompt: Any = None) -> torch.Tensor:
         nll_N: torch.Tensor = token_nll(batch, prompt)
         return 2 * nll_N.detach() - nll_N if nll_N.requires_grad else nll_N
 
-    lm.token_nll = turned  # type: ignore[method-assign]
-    return lm
+    return turned
 
 
 @pytest.mark.parametrize("kind", ["soft", "deep"])
@@ -76,8 +82,7 @@ def test_held_out_loss_falls_and_both_figures_are_reported(tmp_path: Path, kind:
     record = tuned.record
     assert record["nll_after"] < record["nll_before"] - 0.3
     held_out = make_plan(recipe(tmp_path / "q", f"prompt.kind={kind}"), lm=lm, splits=SPLITS).held_out
-    learned: Any = list(tuned.prompt.tensors.values())
-    again = mean_nll(lm, held_out, learned[0] if kind == "soft" else tuple(learned))
+    again = mean_nll(lm.token_nll, held_out, tuned.prompt.plain)
     assert again == pytest.approx(record["nll_after"], abs=1e-6)
 
 
@@ -90,7 +95,9 @@ def test_the_base_is_the_same_to_the_byte_after_learning(tmp_path: Path) -> None
 
 def test_the_best_validated_step_is_kept_and_never_one_worse_than_the_start(tmp_path: Path) -> None:
     seen: list[Event] = []
-    tuned = tune(recipe(tmp_path / "p"), lm=uphill(lm_of()), splits=SPLITS, on_event=seen.append)
+    tuned = tune(
+        recipe(tmp_path / "p"), lm=(lm := lm_of()), loss=uphill(lm), splits=SPLITS, on_event=seen.append
+    )
     measured = {event.step: event.nll for event in seen if isinstance(event, Validated)}
     assert tuned.record["nll_after"] == min(measured.values())
     assert measured[tuned.record["best_step"]] == tuned.record["nll_after"]
@@ -119,7 +126,7 @@ def test_pieces_of_a_batch_add_up_to_the_gradient_of_the_whole(tmp_path: Path, k
     found = []
     for pieces in (12, 5):
         run = Run(plan, lambda event: None)
-        (loss,) = Gradients(plan.lm, pieces)([run.learner.form], [plan.train.encoded])
+        (loss,) = Gradients(plan.loss, pieces)([run.learner.form], [plan.train.encoded])
         found.append((loss, [parameter.grad for parameter in run.learner.parameters]))
         run.folder.close()
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
@@ -148,16 +155,16 @@ def test_the_loss_of_a_step_is_the_mean_over_all_its_trained_tokens(tmp_path: Pa
     run.folder.close()
 
 
-def failing_above(lm: FrozenLM, rows: int, error: Exception) -> None:
-    """Let the base run out of memory on batches of more than `rows` rows."""
-    token_nll = lm.token_nll
+def failing_above(lm: FrozenLM, rows: int, error: Exception) -> Loss:
+    """A loss that runs out of memory on batches of more than `rows` rows."""
+    token_nll = FastLoss(lm)
 
     def limited(batch: Any, prompt: Any = None) -> torch.Tensor:
         if torch.is_grad_enabled() and len(batch.ids_BS) > rows:
             raise error
         return token_nll(batch, prompt)
 
-    lm.token_nll = limited  # type: ignore[method-assign]
+    return limited
 
 
 @pytest.mark.parametrize(
@@ -172,9 +179,11 @@ def failing_above(lm: FrozenLM, rows: int, error: Exception) -> None:
 def test_a_batch_that_does_not_fit_is_halved_and_learns_the_same(tmp_path: Path, error: Exception) -> None:
     whole = learn(tmp_path / "whole", "tune.epochs=1")
     lm = lm_of()
-    failing_above(lm, 1, error)
+    loss = failing_above(lm, 1, error)
     seen: list[Event] = []
-    halved = tune(recipe(tmp_path / "p", "tune.epochs=1"), lm=lm, splits=SPLITS, on_event=seen.append)
+    halved = tune(
+        recipe(tmp_path / "p", "tune.epochs=1"), lm=lm, loss=loss, splits=SPLITS, on_event=seen.append
+    )
     assert [event for event in seen if isinstance(event, BatchHalved)] == [
         BatchHalved(2, 2),
         BatchHalved(1, 4),
@@ -185,21 +194,21 @@ def test_a_batch_that_does_not_fit_is_halved_and_learns_the_same(tmp_path: Path,
 
 def test_a_row_that_does_not_fit_by_itself_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
     lm = lm_of()
-    failing_above(lm, 0, torch.OutOfMemoryError("out of memory"))
+    loss = failing_above(lm, 0, torch.OutOfMemoryError("out of memory"))
     with pytest.raises(OutOfMemory, match=r"one row do not fit into memory\. Shorten"):
-        learn(tmp_path / "p", lm=lm)
+        learn(tmp_path / "p", lm=lm, loss=loss)
 
 
 def test_another_failure_of_the_base_is_not_taken_for_a_lack_of_memory(tmp_path: Path) -> None:
     lm = lm_of()
-    failing_above(lm, 0, RuntimeError("shapes do not match"))
+    loss = failing_above(lm, 0, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        learn(tmp_path / "p", lm=lm)
+        learn(tmp_path / "p", lm=lm, loss=loss)
 
 
-def breaking_at(lm: FrozenLM, step: int, effect: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Let something happen in the backward pass of step `step`."""
-    token_nll, calls = lm.token_nll, 0
+def breaking_at(lm: FrozenLM, step: int, effect: Callable[[torch.Tensor], torch.Tensor]) -> Loss:
+    """A loss with something that happens in the backward pass of step `step`."""
+    token_nll, calls = FastLoss(lm), 0
 
     def broken(batch: Any, prompt: Any = None) -> torch.Tensor:
         nonlocal calls
@@ -210,19 +219,19 @@ def breaking_at(lm: FrozenLM, step: int, effect: Callable[[torch.Tensor], torch.
                 return effect(nll_N)
         return nll_N
 
-    lm.token_nll = broken  # type: ignore[method-assign]
+    return broken
 
 
 def test_a_step_that_is_not_finite_is_refused_with_its_rows_and_the_best_prompt_is_kept(
     tmp_path: Path,
 ) -> None:
     lm = lm_of()
-    breaking_at(lm, 6, lambda nll_N: nll_N * math.nan)
+    loss = breaking_at(lm, 6, lambda nll_N: nll_N * math.nan)
     settings = recipe(tmp_path / "p")
     plan = make_plan(settings, lm=lm, splits=SPLITS)
     second = epoch_order(plan.train.lengths, 4, seed=0, epoch=1)[2]
     with pytest.raises(NotFinite) as error:
-        tune(settings, lm=lm, splits=SPLITS)
+        tune(settings, lm=lm, loss=loss, splits=SPLITS)
     named = [plan.train.encoded[index].row for index in second]
     assert f"on the rows {', '.join(map(str, named))} of the data" in str(error.value)
     assert "Step 6" in str(error.value)
@@ -254,9 +263,9 @@ def test_ctrl_c_keeps_the_best_prompt_so_far(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     lm = lm_of()
-    breaking_at(lm, 5, interrupt)
+    loss = breaking_at(lm, 5, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        learn(tmp_path / "p", lm=lm)
+        learn(tmp_path / "p", lm=lm, loss=loss)
     kept = load_prompt(tmp_path / "p")
     assert (kept.notes["metrics"]["steps"], kept.notes["metrics"]["stopped"]) == (4, "interrupted")
 
@@ -265,9 +274,9 @@ def test_nothing_is_saved_when_nothing_was_learned_and_a_former_prompt_stays(tmp
     former = learn(tmp_path / "p", "tune.epochs=1")
     for name in ("p", "new"):
         lm = lm_of()
-        breaking_at(lm, 1, lambda nll_N: nll_N * math.nan)
+        loss = breaking_at(lm, 1, lambda nll_N: nll_N * math.nan)
         with pytest.raises(NotFinite):
-            learn(tmp_path / name, lm=lm)
+            learn(tmp_path / name, lm=lm, loss=loss)
     assert not (tmp_path / "new" / "adapter_model.safetensors").exists()
     assert torch.equal(vectors(former), next(iter(load_prompt(tmp_path / "p").tensors.values())))
 
@@ -299,7 +308,7 @@ def test_a_text_start_scores_at_step_0_as_the_text_itself_put_in_place(
 def test_patience_ends_a_run_that_no_longer_gains(tmp_path: Path) -> None:
     seen: list[Event] = []
     settings = recipe(tmp_path / "p", "tune.patience=2", "tune.epochs=20")
-    tune(settings, lm=uphill(lm_of()), splits=SPLITS, on_event=seen.append)
+    tune(settings, lm=(lm := lm_of()), loss=uphill(lm), splits=SPLITS, on_event=seen.append)
     stopped = [event for event in seen if isinstance(event, Stopped)]
     assert [(event.reason, event.step) for event in stopped] == [("patience", 6)]
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from softprompt.base.compiled import compile_prompt
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Example
 from softprompt.data.template import Template
-from softprompt.evaluate.evaluate import evaluate
-from softprompt.evaluate.metric import metrics_named
-from softprompt.evaluate.predictor import Asking, predictor
+from softprompt.evaluation.evaluate import evaluate
+from softprompt.evaluation.metric import metrics_named
+from softprompt.evaluation.predictor import Asking, predictor
+from softprompt.inference.compiled import compile_prompt
 from softprompt.prompt.soft_prompt import SoftPrompt
 
 lm_eval = pytest.importorskip(
@@ -80,7 +80,7 @@ def test_the_harness_and_our_own_evaluate_agree_on_banking77(
 ) -> None:
     from lm_eval.tasks import TaskManager
 
-    from softprompt.evaluate.lm_eval_model import SoftPromptLM
+    from softprompt.evaluation.lm_eval_model import SoftPromptLM
 
     with (shared_data / "banking77" / "test.csv").open(newline="") as file:
         found = list(csv.DictReader(file))[:: 3080 // ROWS][:ROWS]
@@ -125,7 +125,7 @@ def test_the_harness_and_our_own_evaluate_agree_on_banking77(
 def test_rolling_text_is_scored_whole_under_a_prompt(lm: FrozenLM, prompt: SoftPrompt) -> None:
     from lm_eval.api.instance import Instance
 
-    from softprompt.evaluate.lm_eval_model import SoftPromptLM
+    from softprompt.evaluation.lm_eval_model import SoftPromptLM
 
     text = "The bank is closed today."
     request = Instance("loglikelihood_rolling", {}, (text,), 0)

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from softprompt.errors import MissingExtra, RecipeError
-from softprompt.evaluate import interval, metric, overlap
-from softprompt.evaluate.metric import METRICS, Estimate, confusion, metrics_named
-from softprompt.evaluate.rows import Row
+from softprompt.evaluation import interval, metric, overlap
+from softprompt.evaluation.metric import METRICS, Estimate, confusion, metrics_named
+from softprompt.evaluation.rows import Row
 
 
 def row(said: str | None, wanted: str, index: int = 0, **more: float) -> Row:

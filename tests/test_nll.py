@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from softprompt.base import fast_head, nll, rates
-from softprompt.base.fast_head import ScreenedHead, screened
+from softprompt.base import hardware as rates
+from softprompt.base import nll
 from softprompt.base.nll import Head, token_nll
+from softprompt.loss.kernels import screened_head as fast_head
+from softprompt.loss.kernels.screened_head import PackedHead, ScreenedHead, packed
 
 WIDTH = 24
 
@@ -135,7 +137,7 @@ def test_a_screened_head_is_as_near_as_bfloat16_and_leaves_most_of_the_vocabular
 ) -> None:
     monkeypatch.setattr(fast_head, "BLOCK_PROBABILITIES", blocks)
     large, hidden_ND, targets_N = trained_like(96)
-    road = ScreenedHead(large)
+    road = ScreenedHead(PackedHead(large))
     ours_N = token_nll(hidden_ND, targets_N, large, road)
     (our_slope,) = torch.autograd.grad(ours_N.sum(), hidden_ND)
     assert road.taken > 0
@@ -154,7 +156,7 @@ def test_where_int8_says_too_little_the_dense_road_is_taken() -> None:
     large, hidden_ND, targets_N = trained_like(32)
     outlier_ND = hidden_ND.detach().clone()
     outlier_ND[:, 1] = 500.0  # leaves no steps for all the others
-    road = ScreenedHead(large)
+    road = ScreenedHead(PackedHead(large))
     ours_N = token_nll(outlier_ND, targets_N, large, road)
     assert road.refused == 1
     theirs_N = whole(outlier_ND.float(), targets_N, large)
@@ -162,10 +164,10 @@ def test_where_int8_says_too_little_the_dense_road_is_taken() -> None:
     torch.testing.assert_close(ours_N, theirs_N.float(), rtol=0, atol=rounding)
 
 
-def test_only_large_plain_heads_are_screened() -> None:
+def test_only_large_plain_heads_are_packed() -> None:
     large = torch.zeros(2**15, 2**10, dtype=torch.bfloat16)
-    assert (screened(Head(large)) is not None) == rates.has_int8_products()
-    assert screened(Head(large[:100])) is None
-    assert screened(Head(large, softcap=30.0)) is None
-    assert screened(Head(large, torch.zeros(2**15))) is None
-    assert screened(Head(large.float())) is None
+    assert (packed(Head(large)) is not None) == rates.has_int8_products()
+    assert packed(Head(large[:100])) is None
+    assert packed(Head(large, softcap=30.0)) is None
+    assert packed(Head(large, torch.zeros(2**15))) is None
+    assert packed(Head(large.float())) is None

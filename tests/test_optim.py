@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from softprompt.prompt.reparam import Direct
-from softprompt.tune.learner import Learner
-from softprompt.tune.optim import MOMENTUM, Adafactor, Muon, automatic_rate, evened, rate_factor
-from softprompt.tune.recipe import Tune
+from softprompt.tuning.learner import Learner
+from softprompt.tuning.optim import MOMENTUM, Adafactor, Muon, automatic_rate, evened, rate_factor
+from softprompt.tuning.recipe import Tune
 
 
 def test_the_rate_rises_over_the_warm_up_and_falls_in_a_line_to_nearly_nothing() -> None:

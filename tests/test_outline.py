@@ -13,14 +13,14 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
+from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.limits import longest_text
 from softprompt.base.outline import Outline
 from softprompt.cli.app import main
 from softprompt.data.preview import preview
 from softprompt.errors import BaseError
-from softprompt.tune.plan import read_splits, room, settle_template
-from softprompt.tune.recipe import Recipe
+from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.settle import read_splits, room, settle_template
 from test_learn import learn, lm_of
 from tiny_models import HEADS_OF_8, tiny_model, tiny_tokenizer
 
@@ -106,7 +106,7 @@ def test_a_preview_without_the_weights_is_that_of_the_whole_base(
 def test_the_bundled_base_in_outline() -> None:
     outline, lm = Outline.load(), FrozenLM.load(device="cpu")
     assert (outline.name, longest_text(outline)) == (lm.name, longest_text(lm))
-    assert outline.fingerprint.layers == lm.layers
+    assert outline.fingerprint.layers == lm.num_layers
 
 
 def test_a_start_from_a_prompt_gives_the_slots_length_and_a_base_of_other_layers_is_refused(

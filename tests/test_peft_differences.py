@@ -16,15 +16,15 @@ import torch
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
-from softprompt.base.compiled import as_deep, text_state
-from softprompt.base.conversation import Conversation
-from softprompt.base.decode import DecodeSettings, generate
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.scoring import score
 from softprompt.data.batch import collate, encode
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import WrongBase
+from softprompt.inference.compiled import as_deep, text_state
+from softprompt.inference.conversation import Conversation
+from softprompt.inference.generate import DecodeSettings, generate
+from softprompt.inference.score import score
 from softprompt.prompt.init import random_at_scale
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.store.artifact import load_prompt, save_prompt
@@ -111,12 +111,12 @@ def test_going_on_from_a_saved_prompt(lm: FrozenLM, prompt: SoftPrompt, tmp_path
     assert isinstance(again, SoftPrompt)
     batch = batch_of(lm, prompt)
     vectors_PD = again.embeddings_PD.clone().requires_grad_()
-    loss, _ = lm.nll(batch, vectors_PD)
-    assert torch.equal(loss.detach(), lm.nll(batch, prompt.embeddings_PD)[0])
+    loss, _ = lm.nll(batch, (vectors_PD,))
+    assert torch.equal(loss.detach(), lm.nll(batch, (prompt.embeddings_PD,))[0])
     loss.backward()
     assert vectors_PD.grad is not None
     with torch.no_grad():
-        better, _ = lm.nll(batch, vectors_PD - 0.01 * vectors_PD.grad / vectors_PD.grad.norm())
+        better, _ = lm.nll(batch, (vectors_PD - 0.01 * vectors_PD.grad / vectors_PD.grad.norm(),))
     assert better < loss
     if SEEN:
         with pytest.raises(ValueError, match="Cannot set a prompt learning adapter to trainable"):
@@ -140,7 +140,7 @@ def test_no_virtual_positions_in_what_is_scored(lm: FrozenLM, prompt: SoftPrompt
     (ours,) = score(lm, TEXTS[:1], None, prompt)
     assert ours.token_ids == tuple(ids.tolist())
     assert list(ours.token_log_probabilities) == pytest.approx(expected.tolist(), abs=1e-4)
-    assert lm.nll(batch_of(lm, prompt, TEXTS[:1]), prompt.embeddings_PD)[1] == len(ids)
+    assert lm.nll(batch_of(lm, prompt, TEXTS[:1]), (prompt.embeddings_PD,))[1] == len(ids)
     if SEEN:
         assert len(logits_SV) == len(ids) + 6
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from softprompt.errors import RecipeError
-from softprompt.tune.recipe import Recipe
-from softprompt.tune.recipe_text import scalar
-from softprompt.tune.settings import Section, explain, merge_file, put, setting, settings
+from softprompt.settings.table import Section, explain, merge_file, put, setting, settings
+from softprompt.settings.text import scalar
+from softprompt.tuning.recipe import Recipe
 
 MINIMAL = "data:\n  source: rows.csv\n"
 
@@ -219,5 +219,5 @@ def test_another_table_of_settings_is_filled_and_explained_by_its_own_names(tmp_
 
 
 def test_reading_a_recipe_loads_no_torch() -> None:
-    code = "import sys, softprompt, softprompt.tune.recipe, softprompt.tune.events; sys.exit('torch' in sys.modules)"
+    code = "import sys, softprompt, softprompt.tuning.recipe, softprompt.tuning.events; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

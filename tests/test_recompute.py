@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from softprompt.tune.gradient import Gradients
-from softprompt.tune.plan import make_plan
-from softprompt.tune.starts import start
+from softprompt.loss.fast import FastLoss
+from softprompt.loss.gradient import Gradients
+from softprompt.tuning.settle import make_plan
+from softprompt.tuning.starts import start
 from test_learn import SPLITS, learn, lm_of, recipe, vectors
 
 
@@ -23,7 +24,7 @@ def test_the_gradient_is_the_same_to_the_bit(tmp_path: Path, architecture: str, 
     found: list[Any] = []
     for recompute in (False, True):
         form = start(plan)
-        (nll,) = Gradients(plan.lm, 5, recompute=recompute)([form], [plan.train.encoded])
+        (nll,) = Gradients(FastLoss(plan.lm, recompute=recompute), 5)([form], [plan.train.encoded])
         found.append((nll, next(iter(form.parameters())).grad))
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
@@ -43,7 +44,7 @@ def test_less_is_kept_for_the_backward_pass(tmp_path: Path) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            Gradients(plan.lm, 12, recompute=recompute)([start(plan)], [plan.train.encoded])
+            Gradients(FastLoss(plan.lm, recompute=recompute), 12)([start(plan)], [plan.train.encoded])
         kept.append(sum(sizes.values()))
     assert kept[1] < kept[0] / 2
 

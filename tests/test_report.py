@@ -17,8 +17,8 @@ import pytest
 
 from softprompt.cli.app import main
 from softprompt.errors import DataError
-from softprompt.evaluate.rows import Row
-from softprompt.evaluate.summary import summarise
+from softprompt.evaluation.rows import Row
+from softprompt.evaluation.summary import summarise
 from softprompt.report import charts, figures
 from softprompt.report.limits import limits
 from softprompt.report.pages import page

@@ -14,7 +14,7 @@ import torch
 from softprompt.cli.app import main
 from softprompt.errors import RecipeError
 from softprompt.store.artifact import load_prompt
-from softprompt.tune.sweep import Swept, drawn, grid, stretches, sweep
+from softprompt.tuning.sweep import Swept, drawn, grid, stretches, sweep
 from test_learn import SPLITS, breaking_at, learn, lm_of, recipe, vectors
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -106,9 +106,9 @@ def test_a_killed_sweep_goes_on_to_the_same_end(tmp_path: Path) -> None:
     whole = swept(tmp_path / "whole", halving=True)
     for moment in (2, 5, 9):  # in each of the three stretches
         out, lm = tmp_path / str(moment), lm_of()
-        breaking_at(lm, moment, end)
+        loss = breaking_at(lm, moment, end)
         with pytest.raises(SystemExit):
-            swept(out, lm=lm, halving=True)
+            swept(out, lm=lm, loss=loss, halving=True)
         resumed = swept(out, halving=True, resume=True)
         assert [trial.kept for trial in resumed.trials] == [trial.kept for trial in whole.trials]
         torch.testing.assert_close(vectors(resumed), vectors(whole), atol=1e-5, rtol=1e-4)  # type: ignore[arg-type]
@@ -117,8 +117,8 @@ def test_a_killed_sweep_goes_on_to_the_same_end(tmp_path: Path) -> None:
 def test_a_finished_sweep_that_is_resumed_gives_its_outcome_again(tmp_path: Path) -> None:
     one = swept(tmp_path / "sweep", halving=True)
     lm = lm_of()
-    breaking_at(lm, 1, lambda nll_N: pytest.fail("nothing is left to learn"))
-    again = swept(tmp_path / "sweep", lm=lm, halving=True, resume=True)
+    loss = breaking_at(lm, 1, lambda nll_N: pytest.fail("nothing is left to learn"))
+    again = swept(tmp_path / "sweep", lm=lm, loss=loss, halving=True, resume=True)
     assert torch.equal(vectors(one), vectors(again))  # type: ignore[arg-type]
 
 

@@ -17,11 +17,12 @@ from kill_nine import needs_fork, runs_killed_and_undisturbed
 from softprompt.cli.app import main
 from softprompt.cli.progress import ShowTable
 from softprompt.errors import NotFinite, RecipeError
+from softprompt.loss.fast import FastLoss
 from softprompt.store.artifact import load_prompt
-from softprompt.tune.events import BatchHalved, Event, Said, Saved, Stepped
-from softprompt.tune.loop import Tuned, tune
-from softprompt.tune.recipe import Recipe
-from softprompt.tune.together import Together, tune_tasks, tune_together
+from softprompt.tuning.events import BatchHalved, Event, Said, Saved, Stepped
+from softprompt.tuning.loop import Tuned, tune
+from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.together import Together, tune_tasks, tune_together
 from test_checkpoint import contents
 from test_learn import SPLITS, failing_above, learn, lm_of, recipe, vectors
 from tiny_models import tiny_model, tiny_tokenizer
@@ -75,27 +76,32 @@ def test_deep_prompts_side_by_side_with_soft_ones(tmp_path: Path) -> None:
 
 def test_the_base_is_passed_once_a_step_however_many_prompts_there_are(tmp_path: Path) -> None:
     lm = lm_of()
-    token_nll, rows = lm.token_nll, []
+    token_nll, rows = FastLoss(lm), []
 
     def counted(batch: Any, prompt: Any = None) -> torch.Tensor:
         if torch.is_grad_enabled():
             rows.append(len(batch.ids_BS))
         return token_nll(batch, prompt)
 
-    lm.token_nll = counted  # type: ignore[method-assign]
-    side_by_side(tmp_path, {str(seed): (f"tune.seed={seed}", "tune.epochs=1") for seed in range(5)}, lm)
+    tune_together(
+        [recipe(tmp_path / str(seed), f"tune.seed={seed}", "tune.epochs=1") for seed in range(5)],
+        lm=lm,
+        splits=SPLITS,
+        loss=counted,
+    )
     assert rows == [20, 20, 20]
 
 
 def test_a_batch_that_does_not_fit_is_told_to_every_run(tmp_path: Path) -> None:
     """Two batches of 4 rows: as 8 and as 4 they do not fit, as 2 they do."""
     lm = lm_of()
-    failing_above(lm, 2, torch.OutOfMemoryError("out of memory"))
+    loss = failing_above(lm, 2, torch.OutOfMemoryError("out of memory"))
     seen: list[tuple[int, Event]] = []
     tuned = tune_together(
         [recipe(tmp_path / name, "tune.epochs=1") for name in "ab"],
         lm=lm,
         splits=SPLITS,
+        loss=loss,
         on_event=lambda run, event: seen.append((run, event)),
     )
     for number, one in enumerate(tuned):

@@ -6,19 +6,19 @@ from importlib import import_module
 from typing import Any
 
 # Where each public name is defined; it is imported when first asked for, so that `import softprompt` loads no torch.
-# `tune` is not among them, since softprompt.tune is the package: from softprompt.tune.loop import tune.
+# `tune` is not among them, since softprompt.tune is the package: from softprompt.tuning.loop import tune.
 _HOMES = {
-    "CompiledPrompt": "softprompt.base.compiled",
-    "DecodeSettings": "softprompt.base.sampling",
+    "CompiledPrompt": "softprompt.inference.compiled",
+    "DecodeSettings": "softprompt.inference.sampling",
     "DeepPrompt": "softprompt.prompt.soft_prompt",
     "Example": "softprompt.data.example",
     "FrozenLM": "softprompt.base.frozen_lm",
-    "Recipe": "softprompt.tune.recipe",
+    "Recipe": "softprompt.tuning.recipe",
     "SoftPrompt": "softprompt.prompt.soft_prompt",
     "SoftPromptError": "softprompt.errors",
     "Template": "softprompt.data.template",
-    "compile_prompt": "softprompt.base.compiled",
-    "generate": "softprompt.base.decode",
+    "compile_prompt": "softprompt.inference.compiled",
+    "generate": "softprompt.inference.generate",
     "load_prompt": "softprompt.store.artifact",
     "load_splits": "softprompt.data.source",
     "save_prompt": "softprompt.store.artifact",

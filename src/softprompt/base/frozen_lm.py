@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from softprompt.base.context_cache import ContextCache
-from softprompt.base.fast_head import screened
-from softprompt.base.learning_body import learning_body
-from softprompt.base.limits import demand_one_vector, stated_context
-from softprompt.base.nll import Head, Road, token_nll
-from softprompt.base.origin import local_first, locate
-from softprompt.base.placement import Placed, Prompted, place
+from softprompt.base.context_length import demand_one_vector, stated_context
+from softprompt.base.locate import local_first, locate
+from softprompt.base.nll import Head, token_nll
+from softprompt.base.placement import Placed, place
 from softprompt.base.quantised import QUANTISED, quantised
 from softprompt.data.batch import Batch
 from softprompt.errors import BaseError
-from softprompt.prompt.soft_prompt import Fingerprint
+from softprompt.prompt.soft_prompt import Fingerprint, Plain
 
 SAMPLED_VALUES = 65_536  # of each weight tensor go into the fingerprint: enough to tell any two models apart
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,27 +47,32 @@ class FrozenLM:
         self._embedding: nn.Module = model.get_input_embeddings()
         self.body: Any = _body(model, name)
         self.head = _head(model, name)
-        self.contexts = ContextCache()
-        self.int8 = False  # learn with the body's products in int8: see `learning_body`
-        self._learning: dict[bool, Any] = {}
-        self._road: Road | None = screened(self.head)
         self.dtype: torch.dtype = self.head.weight_VD.dtype
         self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
-        self.layers = int(self.config.num_hidden_layers)
-        self.vocabulary = int(self.embedding_VD.shape[0])
+        self.num_layers = int(self.config.num_hidden_layers)
+        self.vocab_size = int(self.embedding_VD.shape[0])
         self.width = int(self.embedding_VD.shape[1])
-        self.context = stated_context(self.config)
+        self.max_positions = stated_context(self.config)
         kv_heads, head_width = self._check_against_transformers()
-        self.fingerprint = Fingerprint(
+        self.fingerprint: Fingerprint = Fingerprint(
             name=name,
             revision=revision,
             sha256=_sampled_sha256(model),
             width=self.width,
-            layers=self.layers,
-            vocabulary=self.vocabulary,
+            layers=self.num_layers,
+            vocabulary=self.vocab_size,
             kv_heads=kv_heads,
             head_width=head_width,
         )
+        self._sealed = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_sealed" in vars(self):
+            raise AttributeError(
+                f"FrozenLM.{name}: a loaded base never changes, since runs, evaluations and servers share it. Settings "
+                "belong to a run, a FastLoss or a running batch."
+            )
+        super().__setattr__(name, value)
 
     @classmethod
     def load(
@@ -127,7 +128,7 @@ class FrozenLM:
         return weight
 
     @property
-    def parameters(self) -> int:
+    def num_parameters(self) -> int:
         """How many weights there are; a tied matrix counts once."""
         return sum(weight.numel() for weight in self.model.parameters())
 
@@ -148,13 +149,11 @@ class FrozenLM:
 
         `past` (a transformers cache) is read and extended in place, and `mask_BS` then covers it too. Without a mask
         every position is real; without positions they follow from the cache's length."""
-        return self._states(self.body, Placed(embeddings_BSD, mask_BS, positions_BS, past))
+        return self.states(Placed(embeddings_BSD, mask_BS, positions_BS, past))
 
-    def read(self, placed: Placed) -> Tensor:
-        """Last hidden states [B, S, D] by the road that losses take: as `hidden`, faster, without promise of a bit."""
-        return self._states(self._learning_body(), placed)
-
-    def _states(self, body: Any, placed: Placed) -> Tensor:
+    def states(self, placed: Placed, body: Any = None) -> Tensor:
+        """Like `hidden`, of a placed batch; `body` is read in place of the base's own (a copy that shares its weights)."""
+        body = self.body if body is None else body
         options: dict[str, Any] = {"use_cache": placed.past is not None}
         if placed.past is not None:
             options["past_key_values"] = placed.past
@@ -164,46 +163,22 @@ class FrozenLM:
         states: Tensor = output[0]
         return states
 
-    def prepare(self) -> None:
-        """Make ready what losses are taken with now, rather than in the first of them."""
-        self._learning_body()
-
-    def _learning_body(self) -> Any:
-        """The body that losses are taken with: faster, and proved equal here, or else the body itself."""
-        int8 = self.int8 and torch.is_grad_enabled()
-        if int8 not in self._learning:
-            twin = learning_body(self.body, "int8" if int8 else "float")
-            if not int8 and twin is not self.body:
-                ids_BT = (torch.arange(1, 9, device=self.device) * 7 % self.vocabulary)[None]
-                probe = Placed(self.embed(ids_BT), None)
-                with torch.no_grad():
-                    ours, theirs = (self._states(body, probe).float() for body in (twin, self.body))
-                close = 16 * torch.finfo(self.dtype).eps * theirs.abs().max().clamp(min=1.0)
-                if not bool((ours - theirs).abs().max() <= close):
-                    twin = self.body
-            self._learning[int8] = twin
-        return self._learning[int8]
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] to logits [..., V], with the architecture's own scale and soft cap."""
         return self.head.logits(hidden)
 
-    def token_nll(self, batch: Batch, prompt: Prompted = None) -> Tensor:
+    def token_nll(self, batch: Batch, prompt: Plain | None = None) -> Tensor:
         """Loss in nats of every trained token, float32 [N], in the order of the batch's rows and positions.
 
-        `prompt` is what is being learned or judged: vectors [P, D], a pair of keys and values [L, P, H, K] each, or
-        None for the untouched base. Differentiable towards it, and towards nothing else."""
-        split = self.contexts.split(self, batch) if isinstance(prompt, Tensor) else None
-        if split is None:
-            placed = place(self, batch, prompt)
-        else:
-            batch, known = split
-            placed = replace(known, embeddings_BSD=place(self, batch, prompt).embeddings_BSD)
-        hidden_BSD = self.read(placed)
+        `prompt` is what is learned or judged: (vectors [P, D],), (keys, values) [L, P, H, K] each, or None for the
+        untouched base. Differentiable towards it, and towards nothing else. This is the plain reference;
+        softprompt.loss.fast.FastLoss gives the same values in less time."""
+        batch = batch.to(self.device)
+        hidden_BSD = self.states(place(self, batch, prompt))
         before_BS = batch.trained_BS[:, 1:]  # the state at s predicts the token at s + 1
-        return token_nll(hidden_BSD[:, :-1][before_BS], batch.ids_BS[:, 1:][before_BS], self.head, self._road)
+        return token_nll(hidden_BSD[:, :-1][before_BS], batch.ids_BS[:, 1:][before_BS], self.head)
 
-    def nll(self, batch: Batch, prompt: Prompted = None) -> tuple[Tensor, int]:
+    def nll(self, batch: Batch, prompt: Plain | None = None) -> tuple[Tensor, int]:
         """Summed loss in nats, and the number of tokens it sums over."""
         nll_N = self.token_nll(batch, prompt)
         return nll_N.sum(), nll_N.numel()
@@ -218,12 +193,14 @@ class FrozenLM:
 
     def _check_against_transformers(self) -> tuple[int, int]:
         """Our road (embed, body, head) must give the model's own logits; returns key/value heads and their width."""
-        ids_BT = (torch.arange(1, 6, device=self.device) * 7 % self.vocabulary)[None]
+        ids_BT = (torch.arange(1, 6, device=self.device) * 7 % self.vocab_size)[None]
         with torch.no_grad():
             theirs = self.model(input_ids=ids_BT, use_cache=True)
             layers = getattr(getattr(theirs, "past_key_values", None), "layers", [])
             keys: list[Any] = [getattr(layer, "keys", None) for layer in layers]
-            if len(keys) != self.layers or any(not isinstance(key, Tensor) or key.dim() != 4 for key in keys):
+            if len(keys) != self.num_layers or any(
+                not isinstance(key, Tensor) or key.dim() != 4 for key in keys
+            ):
                 raise BaseError(
                     f"{self.name}: {type(self.model).__name__} keeps a state that is not keys and values of every "
                     "layer (a recurrent or hybrid model, or one without a cache). A prompt cannot be compiled for it; "

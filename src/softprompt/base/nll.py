@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from softprompt.base.rates import product_dtype
+from softprompt.base.hardware import product_dtype
 
 BLOCK_LOGITS = 2**24  # 16 M numbers: 250,880 x 64 tokens
 BLOCK_TOKENS = 512

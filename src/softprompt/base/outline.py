@@ -7,8 +7,8 @@ from typing import Any
 
 import transformers
 
-from softprompt.base.limits import demand_one_vector
-from softprompt.base.origin import local_first, locate
+from softprompt.base.context_length import demand_one_vector
+from softprompt.base.locate import local_first, locate
 from softprompt.errors import BaseError
 from softprompt.prompt.soft_prompt import Fingerprint
 

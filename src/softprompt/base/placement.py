@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,14 +16,7 @@ from transformers import DynamicCache
 
 from softprompt.data.batch import Batch
 from softprompt.errors import PromptError
-
-if TYPE_CHECKING:
-    from softprompt.base.frozen_lm import FrozenLM
-
-DeepState: TypeAlias = tuple[Tensor, Tensor]
-"""Keys and values, [L, P, H, K] each."""
-
-Prompted: TypeAlias = Tensor | DeepState | None
+from softprompt.prompt.soft_prompt import Plain
 
 
 @dataclass(frozen=True)
@@ -36,15 +29,26 @@ class Placed:
     past: Any = None
 
 
-def place(lm: FrozenLM, batch: Batch, prompt: Prompted) -> Placed:
+class Embeds(Protocol):
+    """What placing needs of a base."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def embed(self, ids: Tensor) -> Tensor: ...
+
+
+def place(lm: Embeds, batch: Batch, prompt: Plain | None) -> Placed:
     """Put `prompt` into `batch`: vectors [P, D] at its soft positions, keys and values before it, or None."""
     embeddings_BSD = lm.embed(batch.ids_BS)
     soft_BS = batch.soft_BS >= 0
     mask_BS = padding_mask(batch)
-    if isinstance(prompt, Tensor):
+    if prompt is not None and len(prompt) == 1:
         _need(bool(soft_BS.any()), "a soft prompt was given, but the batch has no slot for it")
         # Not prompt[...]: on many threads its gradient sums in any order, and a run could not be repeated to the bit.
-        vectors_MD = torch.nn.functional.embedding(batch.soft_BS[soft_BS], prompt).to(embeddings_BSD.dtype)
+        vectors_MD = torch.nn.functional.embedding(
+            batch.soft_BS[soft_BS], prompt[0].to(embeddings_BSD.device)
+        ).to(embeddings_BSD.dtype)
         return Placed(embeddings_BSD.index_put((soft_BS,), vectors_MD), mask_BS)
     _need(not bool(soft_BS.any()), "the batch has soft positions, but no soft prompt was given")
     if prompt is None:
@@ -57,7 +61,7 @@ def place(lm: FrozenLM, batch: Batch, prompt: Prompted) -> Placed:
     return Placed(embeddings_BSD, mask_BS, positions_BS, prefix_cache(lm, prompt, rows))
 
 
-def prefix_cache(lm: FrozenLM, state: DeepState, rows: int) -> DynamicCache:
+def prefix_cache(lm: Embeds, state: Plain, rows: int) -> DynamicCache:
     """Keys and values [L, P, H, K] as a transformers cache over `rows` rows, in the base's dtype, differentiable.
 
     The cache is made without a config, so that layers with a sliding window keep all of it and mask by index."""
@@ -68,7 +72,7 @@ def prefix_cache(lm: FrozenLM, state: DeepState, rows: int) -> DynamicCache:
     return cache
 
 
-def _rows(state_PHK: Tensor, rows: int, lm: FrozenLM) -> Tensor:
+def _rows(state_PHK: Tensor, rows: int, lm: Embeds) -> Tensor:
     return state_PHK.to(lm.device, lm.dtype).transpose(0, 1)[None].expand(rows, -1, -1, -1)
 
 

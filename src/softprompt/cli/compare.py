@@ -15,13 +15,13 @@ from rich.table import Table
 from softprompt.cli import asked
 from softprompt.cli.flags import takes_recipe
 from softprompt.cli.screen import emit, fact, heading, screen, size
-from softprompt.compare.settings import ARM_NAMES, Job, Settings
+from softprompt.comparison.settings import ARM_NAMES, Job, Settings
 from softprompt.errors import RecipeError
-from softprompt.evaluate.evaluate import demand, read_gates
-from softprompt.evaluate.metric import Estimate
+from softprompt.evaluation.evaluate import demand, read_gates
+from softprompt.evaluation.metric import Estimate
 from softprompt.report.figures import difference, estimate
 from softprompt.report.verdict import verdict
-from softprompt.tune.recipe import Recipe
+from softprompt.tuning.recipe import Recipe
 
 
 @takes_recipe
@@ -97,7 +97,7 @@ def command(
     console = screen(as_json=as_json)
     out = Path(recipe.out)
 
-    from softprompt.compare.compare import compare
+    from softprompt.comparison.compare import compare
     from softprompt.report.render import write_reports
 
     with _Shown(console, settings) as shown:

@@ -18,13 +18,13 @@ from softprompt.cli.generate import answers, show_side_by_side
 from softprompt.cli.preview import show_preview
 from softprompt.cli.screen import emit, fact, figure, heading, screen
 from softprompt.cli.tune import learn, show_base
-from softprompt.tune.recipe import Recipe
+from softprompt.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
     from softprompt.data.example import Example
     from softprompt.prompt.soft_prompt import Prompt
-    from softprompt.tune.loop import Tuned
+    from softprompt.tuning.loop import Tuned
 
 INPUTS = (
     "I want you to act as a gardener.",
@@ -57,7 +57,7 @@ def command(
 def show(console: Console, out: Path, seed: int, began: float) -> dict[str, Any]:
     """Both tasks on one frozen base; what was measured, as plain data."""
     from softprompt.base.frozen_lm import FrozenLM
-    from softprompt.base.sampling import DecodeSettings
+    from softprompt.inference.sampling import DecodeSettings
 
     lm = FrozenLM.load("builtin")
     sha256_before = lm.weights_sha256()
@@ -90,7 +90,7 @@ def show(console: Console, out: Path, seed: int, began: float) -> dict[str, Any]
     fact(console, "sha256 before", sha256_before)
     same = "identical" if sha256_after == sha256_before else "DIFFERENT"
     fact(console, "sha256 after", f"{sha256_after} ({same})")
-    fact(console, "prompt", f"{path} ({bytes:,} bytes of vectors, for {lm.parameters:,} frozen weights)")
+    fact(console, "prompt", f"{path} ({bytes:,} bytes of vectors, for {lm.num_parameters:,} frozen weights)")
     if sorting is not None:
         fact(console, "prompt", f"{sorting['path']} ({sorting['bytes']:,} bytes of vectors)")
     next_commands(console, path, sorting["path"] if sorting is not None else None)
@@ -142,7 +142,7 @@ def first_task(console: Console, lm: FrozenLM, recipe: Recipe) -> Tuned:
 
 def second_task(console: Console, lm: FrozenLM, recipe: Recipe) -> dict[str, Any]:
     """Sorting messages: accuracy on the test rows with the base alone and with the prompt."""
-    from softprompt.tune.plan import read_splits
+    from softprompt.tuning.settle import read_splits
 
     heading(console, "task 2: sorting messages, on the same base. What will be trained")
     preview(console, lm, recipe, rows=1)
@@ -166,7 +166,7 @@ def second_task(console: Console, lm: FrozenLM, recipe: Recipe) -> dict[str, Any
 
 def preview(console: Console, lm: FrozenLM, recipe: Recipe, rows: int) -> None:
     from softprompt.data.preview import preview as look
-    from softprompt.tune.plan import read_splits, settle_template
+    from softprompt.tuning.settle import read_splits, settle_template
 
     show_preview(
         console, look(settle_template(recipe, lm), read_splits(recipe).train, lm.tokenizer, show=rows)
@@ -178,7 +178,8 @@ def held_out(lm: FrozenLM, prompt: Prompt) -> tuple[float, float, int]:
     from softprompt.data.batch import encode_all
     from softprompt.data.source import load_splits
     from softprompt.data.template import Template
-    from softprompt.evaluate.loss import mean_nll
+    from softprompt.loss.fast import FastLoss
+    from softprompt.loss.mean import mean_nll
 
     test = load_splits("builtin:roles", column="prompt").test
     template = Template.parse(prompt.template)
@@ -186,16 +187,16 @@ def held_out(lm: FrozenLM, prompt: Prompt) -> tuple[float, float, int]:
         encode_all(template, test, lm.tokenizer, base_only=base_only, score_first=False).encoded
         for base_only in (True, False)
     )
-    vectors = next(iter(prompt.tensors.values())).to(lm.device)
-    return mean_nll(lm, base), mean_nll(lm, tuned, vectors), len(test)
+    loss = FastLoss(lm)
+    return mean_nll(loss, base), mean_nll(loss, tuned, prompt.plain), len(test)
 
 
 def accuracy(lm: FrozenLM, prompt: Prompt | None, layout: Prompt, test: Sequence[Example]) -> float:
     """Share of test rows whose label is generated to the letter, out of the whole vocabulary."""
-    from softprompt.base.compiled import compile_prompt
-    from softprompt.base.decode import generate
-    from softprompt.base.sampling import DecodeSettings
     from softprompt.data.template import Template
+    from softprompt.inference.compiled import compile_prompt
+    from softprompt.inference.generate import generate
+    from softprompt.inference.sampling import DecodeSettings
 
     template = Template.parse(layout.template, target=layout.target)
     compiled = (

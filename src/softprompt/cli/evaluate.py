@@ -18,13 +18,13 @@ from softprompt.cli.screen import emit, fact, heading, screen
 from softprompt.errors import RecipeError
 
 if TYPE_CHECKING:
-    from softprompt.base.compiled import CompiledPrompt
     from softprompt.base.frozen_lm import FrozenLM
     from softprompt.data.example import Example, Splits
     from softprompt.data.template import Template
-    from softprompt.evaluate.evaluate import Evaluation
+    from softprompt.evaluation.evaluate import Evaluation
+    from softprompt.inference.compiled import CompiledPrompt
     from softprompt.prompt.soft_prompt import Prompt
-    from softprompt.tune.recipe import Recipe
+    from softprompt.tuning.recipe import Recipe
 
 
 def command(
@@ -91,8 +91,8 @@ def command(
     as_json: asked.AsJson = False,
 ) -> None:
     """Measure the base, a text or a learned prompt on held-out rows."""
-    from softprompt.evaluate.evaluate import as_record, default_metrics, demand, evaluate, read_gates
-    from softprompt.evaluate.metric import metrics_named
+    from softprompt.evaluation.evaluate import as_record, default_metrics, demand, evaluate, read_gates
+    from softprompt.evaluation.metric import metrics_named
 
     if prompt_folder is not None and text is not None:
         raise RecipeError(
@@ -104,7 +104,7 @@ def command(
 
     from softprompt.base.frozen_lm import FrozenLM
     from softprompt.store.artifact import load_prompt
-    from softprompt.tune.plan import read_splits, settle_template
+    from softprompt.tuning.settle import read_splits, settle_template
 
     prompt = None if prompt_folder is None else load_prompt(prompt_folder)
     flags = {"--base": base, "--data": data, "--column": column}
@@ -133,7 +133,7 @@ def command(
     metrics = metrics_named(names)
     ranked = _labels(layout, splits, examples, label) if answers == "rank" else None
 
-    from softprompt.evaluate.predictor import Asking, predictor
+    from softprompt.evaluation.predictor import Asking, predictor
 
     asking = Asking(
         labels=ranked,
@@ -182,7 +182,7 @@ def recipe_for(
     """The recipe of a file and flags; without data named there, the one that the prompt was learned by.
 
     A prompt brings its template, target and base, unless they are given."""
-    from softprompt.tune.recipe import Recipe
+    from softprompt.tuning.recipe import Recipe
 
     overrides = list(overrides)
     own: dict[str, Any] = dict(prompt.notes.get("recipe") or {}) if prompt is not None else {}
@@ -229,8 +229,8 @@ def chosen(splits: Splits, recipe: Recipe, split: str | None) -> tuple[tuple[Exa
         parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
         if parts.get(split):
             return parts[split], split
-        from softprompt.tune.plan import read_splits
-        from softprompt.tune.recipe import Recipe
+        from softprompt.tuning.recipe import Recipe
+        from softprompt.tuning.settle import read_splits
 
         tree = recipe.model_dump()
         tree["data"] |= {"split": split, "validation": 0, "test": 0, "limit": None}
@@ -243,8 +243,8 @@ def chosen(splits: Splits, recipe: Recipe, split: str | None) -> tuple[tuple[Exa
 
 def compiled_for(lm: FrozenLM, prompt: Prompt | None, text: str | None, layout: Template) -> CompiledPrompt:
     """What is judged, in the one form that generation and scoring know."""
-    from softprompt.base.compiled import compile_prompt
-    from softprompt.evaluate.predictor import text_prompt
+    from softprompt.evaluation.predictor import text_prompt
+    from softprompt.inference.compiled import compile_prompt
 
     if text is not None:
         return text_prompt(lm, layout, text)
@@ -255,7 +255,7 @@ def compiled_for(lm: FrozenLM, prompt: Prompt | None, text: str | None, layout: 
 
 def show(console: Console, found: Evaluation, title: str) -> None:
     """The figures, and the confusion table where it is small enough to read."""
-    from softprompt.evaluate.metric import METRICS
+    from softprompt.evaluation.metric import METRICS
 
     heading(console, title)
     for name, one in found.estimates.items():
@@ -274,7 +274,7 @@ def show(console: Console, found: Evaluation, title: str) -> None:
 def _labels(
     layout: Template, splits: Splits, examples: Sequence[Example], given: list[str] | None
 ) -> tuple[str, ...]:
-    from softprompt.evaluate.predictor import labels_of
+    from softprompt.evaluation.predictor import labels_of
 
     return tuple(given) if given else labels_of(layout, [*splits.train, *examples])
 

@@ -81,7 +81,7 @@ def to_peft(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM]) -> str:
 
 
 def to_prefix(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM]) -> str:
-    from softprompt.base.compiled import as_deep
+    from softprompt.inference.compiled import as_deep
     from softprompt.store.artifact import save_prompt
 
     save_prompt(as_deep(loaded(), prompt), out)
@@ -89,14 +89,14 @@ def to_prefix(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM]) -> str:
 
 
 def to_vectors(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM]) -> str:
-    from softprompt.store.export import save_vectors
+    from softprompt.export.forms import save_vectors
 
     save_vectors(prompt, out)
     return f"examples/vllm_prompt_embeds.py --prompt {out} TEXT"
 
 
 def to_merged(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM]) -> str:
-    from softprompt.base.merged import merge_prompt
+    from softprompt.export.merged import merge_prompt
     from softprompt.prompt.soft_prompt import SoftPrompt
 
     if not isinstance(prompt, SoftPrompt):

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from softprompt.cli import asked
-from softprompt.tune.recipe import Recipe
-from softprompt.tune.settings import Setting, settings
+from softprompt.settings.table import Setting, settings
+from softprompt.tuning.recipe import Recipe
 
 
 def takes_recipe(verb: Callable[..., None]) -> Callable[..., None]:

@@ -18,9 +18,9 @@ from softprompt.cli.screen import emit, screen
 from softprompt.errors import PromptError, RecipeError
 
 if TYPE_CHECKING:
-    from softprompt.base.decode import Generation
     from softprompt.base.frozen_lm import FrozenLM
-    from softprompt.base.sampling import DecodeSettings
+    from softprompt.inference.generate import Generation
+    from softprompt.inference.sampling import DecodeSettings
     from softprompt.prompt.soft_prompt import Prompt
 
 
@@ -64,7 +64,7 @@ def command(
     folders = prompts or []
     if side_by_side and not folders:
         raise RecipeError("--side-by-side needs a prompt to stand beside the base. Add --prompt FOLDER.")
-    from softprompt.base.sampling import DecodeSettings
+    from softprompt.inference.sampling import DecodeSettings
 
     settings = DecodeSettings(
         max_new_tokens=max_new_tokens,
@@ -140,8 +140,8 @@ def answers(
     """Each input continued by the base (if wanted) and by each prompt, in that order, in one batch.
 
     Beside a prompt, the base reads the same template without its soft slots, so that only the vectors differ."""
-    from softprompt.base.compiled import compile_prompt
-    from softprompt.base.decode import generate
+    from softprompt.inference.compiled import compile_prompt
+    from softprompt.inference.generate import generate
 
     columns = [compile_prompt(lm, prompt) for prompt in prompts]
     if with_base:

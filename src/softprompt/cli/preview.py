@@ -12,7 +12,7 @@ from rich.text import Text
 from softprompt.cli import asked
 from softprompt.cli.flags import takes_recipe
 from softprompt.cli.screen import emit, fact, screen
-from softprompt.tune.recipe import Recipe
+from softprompt.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
     from softprompt.data.preview import Preview, ShownRow
@@ -31,7 +31,7 @@ def command(
     """Show exactly what would be trained: tokens, soft slots, what the loss counts."""
     from softprompt.base.outline import Outline
     from softprompt.data.preview import preview
-    from softprompt.tune.plan import read_splits, room, settle_template
+    from softprompt.tuning.settle import read_splits, room, settle_template
 
     data = recipe.data
     splits = read_splits(recipe)

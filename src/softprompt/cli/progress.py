@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from softprompt.cli.screen import figure
-from softprompt.tune.events import BatchHalved, Event, Said, Saved, Started, Stepped, Stopped, Validated
+from softprompt.tuning.events import BatchHalved, Event, Said, Saved, Started, Stepped, Stopped, Validated
 
 PLAIN_EVERY_SECONDS = 5.0
 

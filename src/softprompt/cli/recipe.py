@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from softprompt.tune.recipe import Recipe
-from softprompt.tune.settings import Setting, sections, settings
+from softprompt.settings.table import Setting, sections, settings
+from softprompt.tuning.recipe import Recipe
 
 SECTIONS = sections(Recipe)
 

@@ -13,10 +13,10 @@ from softprompt.cli.flags import takes_recipe
 from softprompt.cli.progress import ShowTable
 from softprompt.cli.screen import emit, fact, figure, heading, screen
 from softprompt.errors import RecipeError
-from softprompt.tune.recipe import Recipe
+from softprompt.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
-    from softprompt.tune.sweep import Trial
+    from softprompt.tuning.sweep import Trial
 
 
 @takes_recipe
@@ -49,7 +49,7 @@ def command(
     as_json: asked.AsJson = False,
 ) -> None:
     """Learn under many settings in the same passes over the base; the best prompt is saved."""
-    from softprompt.tune import sweep as sweeping
+    from softprompt.tuning import sweep as sweeping
 
     if not grid and not drawn:
         raise RecipeError(

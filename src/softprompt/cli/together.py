@@ -11,8 +11,8 @@ from softprompt.cli import asked
 from softprompt.cli.progress import ShowTable
 from softprompt.cli.screen import emit, fact, figure, heading, screen
 from softprompt.cli.tune import describe_losses
-from softprompt.tune.events import Event, Said, Saved, Validated
-from softprompt.tune.recipe import Recipe
+from softprompt.tuning.events import Event, Said, Saved, Validated
+from softprompt.tuning.recipe import Recipe
 
 
 def command(
@@ -25,7 +25,7 @@ def command(
     as_json: asked.AsJson = False,
 ) -> None:
     """Learn a prompt for each recipe in the same passes over one base. Those of `form: multitask` share a part."""
-    from softprompt.tune.together import tune_tasks, tune_together
+    from softprompt.tuning.together import tune_tasks, tune_together
 
     recipes = [Recipe.load(path, overrides or []) for path in recipe_files]
     names = [recipe.out for recipe in recipes]

@@ -14,12 +14,12 @@ from softprompt.cli.flags import takes_recipe
 from softprompt.cli.preview import show_preview
 from softprompt.cli.progress import ShowProgress
 from softprompt.cli.screen import emit, fact, figure, heading, screen, size
-from softprompt.tune.recipe import Recipe
+from softprompt.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
-    from softprompt.tune.loop import Tuned
-    from softprompt.tune.plan import Plan
+    from softprompt.tuning.loop import Tuned
+    from softprompt.tuning.plan import Plan
 
 
 @takes_recipe
@@ -47,7 +47,7 @@ def command(
 
 def learn(console: Console, recipe: Recipe, lm: FrozenLM | None = None, *, resume: bool = False) -> Tuned:
     """Run the recipe with its progress on the screen. After Ctrl-C, say what was kept before it goes on."""
-    from softprompt.tune.loop import tune
+    from softprompt.tuning.loop import tune
 
     with ShowProgress(console) as progress:
         try:
@@ -96,7 +96,7 @@ def describe_losses(record: dict[str, Any]) -> tuple[str, str]:
 def show_plan(console: Console, recipe: Recipe) -> dict[str, Any]:
     """All that a run would do, without its first step."""
     from softprompt.data.preview import preview
-    from softprompt.tune.plan import make_plan, room
+    from softprompt.tuning.settle import make_plan, room
 
     plan = make_plan(recipe)
     show_base(console, plan.lm)
@@ -146,7 +146,11 @@ def show_base(console: Console, lm: FrozenLM) -> None:
     """The base: its size, frozen, its number format and why, its fingerprint."""
     told = asked.describe_base(lm)
     heading(console, f"the base: {told['name']}")
-    fact(console, "size", f"{lm.parameters:,} weights, all frozen: {lm.layers} layers, width {lm.width}")
-    fact(console, "vocabulary", f"{lm.vocabulary:,} tokens")
+    fact(
+        console,
+        "size",
+        f"{lm.num_parameters:,} weights, all frozen: {lm.num_layers} layers, width {lm.width}",
+    )
+    fact(console, "vocabulary", f"{lm.vocab_size:,} tokens")
     fact(console, "dtype", f"{told['dtype']} on {told['device']}: {told['dtype_reason']}")
     fact(console, "fingerprint", told["fingerprint"])

@@ -8,13 +8,12 @@ values [L, P, H, K] with all that belongs to a token side by side.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Plain: TypeAlias = Tensor | tuple[Tensor, Tensor]
-"""Vectors [P, D], or keys and values [L, P, H, K] each."""
+from softprompt.prompt.soft_prompt import Plain
 
 
 class Trained(NamedTuple):
@@ -34,7 +33,7 @@ class Form(nn.Module):
 
     def __init__(self, start: Plain) -> None:
         super().__init__()
-        self.deep_shape = None if isinstance(start, Tensor) else tuple(start[0].shape)
+        self.deep_shape = tuple(start[0].shape) if len(start) == 2 else None
         self.register_buffer("start_PW", as_rows(start))
 
     def rows(self) -> Tensor:
@@ -256,8 +255,8 @@ FORMS: Mapping[str, Callable[[Plain, Tensor, int | None, torch.Generator], Form]
 
 def as_rows(plain: Plain) -> Tensor:
     """A plain prompt as a matrix of one row a virtual token, float32 on the CPU."""
-    if isinstance(plain, Tensor):
-        return plain.detach().float().cpu().clone()
+    if len(plain) == 1:
+        return plain[0].detach().float().cpu().clone()
     both_LPHX = torch.cat([tensor.detach().float().cpu() for tensor in plain], -1)
     return both_LPHX.transpose(0, 1).flatten(1).clone()
 
@@ -265,7 +264,7 @@ def as_rows(plain: Plain) -> Tensor:
 def as_plain(rows_PW: Tensor, deep_shape: tuple[int, ...] | None) -> Plain:
     """The inverse of `as_rows`; `deep_shape` is [L, P, H, K] of the keys for a deep prompt."""
     if deep_shape is None:
-        return rows_PW
+        return (rows_PW,)
     layers, length, heads, width = deep_shape
     both_LPHX = rows_PW.view(length, layers, heads, -1).transpose(0, 1)
     return both_LPHX[..., :width], both_LPHX[..., width:]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from softprompt.errors import PromptError, WrongBase
+
+Plain: TypeAlias = tuple[Tensor, ...]
+"""The tensors of a prompt and no more: (vectors [P, D],) or (keys, values), [L, P, H, K] each."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ class SoftPrompt:
         """What is learned, by name."""
         return {"embeddings_PD": self.embeddings_PD}
 
+    @property
+    def plain(self) -> Plain:
+        """The vectors alone."""
+        return (self.embeddings_PD,)
+
 
 @dataclass
 class DeepPrompt:
@@ -130,8 +138,21 @@ class DeepPrompt:
         """What is learned, by name."""
         return {"keys_LPHK": self.keys_LPHK, "values_LPHK": self.values_LPHK}
 
+    @property
+    def plain(self) -> Plain:
+        """Keys and values alone."""
+        return (self.keys_LPHK, self.values_LPHK)
+
 
 Prompt = SoftPrompt | DeepPrompt
+
+
+def prompt_of(plain: Plain, **about: Any) -> Prompt:
+    """The prompt that these tensors are, with its base, template, target, name and notes."""
+    if len(plain) == 1:
+        return SoftPrompt(plain[0], **about)
+    keys_LPHK, values_LPHK = plain
+    return DeepPrompt(keys_LPHK, values_LPHK, **about)
 
 
 def _checked(tensor: Tensor, dimensions: int, what: str, name: str) -> Tensor:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.errors import DataError
-from softprompt.evaluate.rows import ROWS, SUMMARY, Row, read_rows
-from softprompt.evaluate.summary import summarise
+from softprompt.evaluation.rows import ROWS, SUMMARY, Row, read_rows
+from softprompt.evaluation.summary import summarise
 
 COMPARISON, METRICS, RECIPE, PROMPT = "comparison.json", "metrics.jsonl", "recipe.yaml", "softprompt.json"
 SAMPLES = 24

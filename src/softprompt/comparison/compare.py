@@ -1,0 +1,223 @@
+"""A comparison: every arm and seed in turn, each in a process of its own; what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from softprompt.base.context_length import longest_text
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.comparison.health import health
+from softprompt.comparison.measure import machine
+from softprompt.comparison.run_arm import RESULT, judged_rows, load_base, run_job
+from softprompt.comparison.settings import ARM_NAMES, Job, Settings
+from softprompt.errors import DataError, MissingExtra, SaveError, SoftPromptError
+from softprompt.evaluation.evaluate import default_metrics
+from softprompt.evaluation.metric import metrics_named
+from softprompt.evaluation.rows import ROWS, read_rows, write_json
+from softprompt.evaluation.summary import summarise
+from softprompt.tuning.records import versions
+from softprompt.tuning.settle import read_splits, settle_template
+
+RECORD = "comparison.json"
+
+Tell = Callable[[Job, str, int, int], None]
+"""Called with the arm at work, what it is doing, and how much of how much."""
+
+
+def compare(
+    settings: Settings,
+    out: Path,
+    *,
+    own_process: bool = True,
+    tell: Tell = lambda job, what, done, of: None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Run what is not done yet, and leave `out`/comparison.json, which is also returned.
+
+    Arms of a former run with the same settings are taken over, so a comparison that was killed goes on at the arm
+    that was running, and arms or seeds can be added later. An arm that fails is recorded with its reason, and is
+    tried again next time; SoftPromptError is raised where none succeeds.
+    """
+    _need_extras(settings)
+    splits = read_splits(settings.recipe)
+    judged, split = judged_rows(splits, settings.limit)
+    lm = load_base(settings.recipe)
+    layout = settle_template(settings.recipe, lm)
+    metrics = settings.metrics or tuple(default_metrics(layout, [*splits.train, *judged]))
+    metrics_named(metrics)
+    base, device, tokenizer, most = _described(lm), lm.device, lm.tokenizer, longest_text(lm)
+    del lm  # each arm loads its own, and this process would only take its memory
+    _make(out)
+    records: dict[str, list[dict[str, Any]]] = {}
+    failed: dict[str, str] = {}
+    for arm in settings.arms:
+        for seed in settings.seeds_of(arm):
+            job = Job(settings, arm, seed, out / "arms" / f"{arm}-{seed}")
+            done = _done(job, splits.revision, base["sha256"])
+            if done is None:
+                _prepare(job)
+                try:
+                    done = _in_own_process(job, tell) if own_process else run_job(job, _for(job, tell))
+                except SoftPromptError as error:
+                    failed[arm] = str(error)
+                    break
+            records.setdefault(arm, []).append(done)
+    records = {arm: found for arm, found in records.items() if arm not in failed}
+    if not records:
+        reasons = " ".join(f"{arm}: {reason}" for arm, reason in failed.items())
+        raise SoftPromptError(f"No arm came to an end. {reasons}")
+    rows = {
+        arm: [read_rows(out / "arms" / f"{arm}-{seed}" / ROWS) for seed in settings.seeds_of(arm)]
+        for arm in records
+    }
+    for judged_arm in rows.values():
+        if {len(one) for one in judged_arm} != {len(judged)}:
+            raise DataError(f"{out}: rows are missing from it. Delete the folder and compare again.")
+    record = {
+        "kind": "comparison",
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": command,
+        "settings": settings.to_record(),
+        "template": str(layout),
+        "target": layout.target,
+        "virtual_tokens": layout.soft_length,
+        "base": base,
+        "data": {
+            "source": splits.source,
+            "revision": splits.revision,
+            "judged_on": split,
+            "rows": {"train": len(splits.train), "validation": len(splits.validation), "judged": len(judged)},
+        },
+        "versions": versions() | _peft_version(settings),
+        "machine": machine(device),
+        "own_process": own_process,
+        "metrics": list(metrics),
+        "arm_names": {arm: ARM_NAMES[arm] for arm in settings.arms},
+        "health": health(splits, judged, layout, tokenizer, settings.recipe, most),
+        "summary": summarise(records, rows, metrics),
+        "runs": records,
+        "failed": failed,
+    }
+    write_json(out / RECORD, record)
+    return record
+
+
+def _described(lm: FrozenLM) -> dict[str, Any]:
+    return {
+        "name": lm.name,
+        "revision": lm.revision,
+        "sha256": lm.fingerprint.sha256,
+        "parameters": lm.num_parameters,
+        "layers": lm.num_layers,
+        "width": lm.width,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+    }
+
+
+def _done(job: Job, data_revision: str | None, base_sha256: str) -> dict[str, Any] | None:
+    """The result of a former run of the very same job, on the same data and base."""
+    try:
+        record: dict[str, Any] = json.loads((job.folder / RESULT).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = (
+        record.get("digest") == job.digest
+        and record.get("data_revision") == data_revision
+        and (record.get("base_fingerprint") == base_sha256)
+        and (job.folder / ROWS).exists()
+    )
+    return record if same else None
+
+
+def _prepare(job: Job) -> None:
+    """A folder that holds this job, and nothing of another one."""
+    try:
+        former: Any = None
+        if (job.folder / "job.json").exists():
+            former = Job.load(job.folder).digest
+    except (SoftPromptError, ValueError, KeyError, TypeError):
+        former = None
+    if job.folder.exists() and former != job.digest:
+        shutil.rmtree(job.folder)
+    _make(job.folder)
+    (job.folder / "job.json").write_text(job.to_json(), encoding="utf-8")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(
+            f"{folder}: cannot be written to ({error.strerror}). Choose another with --out."
+        ) from error
+
+
+def _in_own_process(job: Job, tell: Tell) -> dict[str, Any]:
+    """Run the job in a fresh process, so that its memory is its own."""
+    failure = ""
+    command = [sys.executable, "-m", "softprompt.comparison.run_arm", str(job.folder)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with (
+        (job.folder / "log.txt").open("w", encoding="utf-8") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as child,
+    ):
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                try:
+                    said = json.loads(line)
+                except ValueError:
+                    continue  # some library's own words
+                if isinstance(said, list):
+                    tell(job, *said)
+                elif isinstance(said, Mapping):
+                    failure = str(said.get("failed", ""))
+            code = child.wait()
+        except BaseException:
+            child.terminate()
+            raise
+    if code == 130:
+        raise KeyboardInterrupt
+    if code != 0:
+        raise SoftPromptError(failure or _last_words(job.folder / "log.txt", code))
+    found: dict[str, Any] = json.loads((job.folder / RESULT).read_text("utf-8"))
+    return found
+
+
+def _last_words(log: Path, code: int) -> str:
+    """Why a process ended without saying so itself."""
+    if code < 0:
+        return f"its process was ended by signal {-code} (out of memory, if nobody did it). See {log}."
+    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    return f"{lines[-1] if lines else f'it ended with code {code}'} (see {log})"
+
+
+def _for(job: Job, tell: Tell) -> Callable[[str, int, int], None]:
+    return lambda what, done, of: tell(job, what, done, of)
+
+
+def _need_extras(settings: Settings) -> None:
+    """Refuse before anything is run, not hours later."""
+    if "lora" in settings.arms:
+        import importlib.util
+
+        if importlib.util.find_spec("peft") is None:
+            raise MissingExtra(
+                "The arm lora needs PEFT, which is not installed. Run: pip install 'softprompt[lora]'"
+            )
+
+
+def _peft_version(settings: Settings) -> dict[str, str]:
+    if "lora" not in settings.arms:
+        return {}
+    from importlib.metadata import version
+
+    return {"peft": version("peft")}

@@ -1,0 +1,159 @@
+"""Learning weights in plain torch, on the same rows in the same order as a prompt learns: LoRA and full fine-tuning."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.data.batch import Batch, Encoded, collate, encode_all, epoch_order
+from softprompt.errors import MissingExtra, NotFinite
+from softprompt.loss.mean import mean_nll
+from softprompt.prompt.soft_prompt import Plain
+from softprompt.tuning.events import Event, Stepped, Validated
+from softprompt.tuning.optim import OPTIMIZERS, rate_factor
+from softprompt.tuning.plan import Plan
+
+Nll = Callable[[Batch], tuple[Tensor, int]]
+LORA_RANK = 8
+
+
+def rows_without_slots(plan: Plan) -> list[Encoded]:
+    """The training rows as the base alone reads them."""
+    data = plan.recipe.data
+    return encode_all(
+        plan.template,
+        plan.splits.train,
+        plan.lm.tokenizer,
+        max_length=data.max_length or plan.lm.max_positions,
+        on_overflow=data.on_overflow,
+        end=data.end,
+        base_only=True,
+    ).encoded
+
+
+def learn_weights(
+    plan: Plan,
+    weights: Sequence[Tensor],
+    nll: Nll,
+    held_out_nll: Callable[[], float],
+    rate: float,
+    best: Path,
+    tell: Callable[[Event], None],
+) -> int:
+    """Run the plan's steps and leave `weights` at the step of lowest held-out loss, which is given back."""
+    rows = rows_without_slots(plan)
+    settings = plan.recipe.tune
+    if settings.optimizer == "muon":  # a decomposition of every layer a step, and no rates known for it
+        settings = plan.recipe.changed(["tune.optimizer=adamw"]).tune
+    lengths = [len(row) for row in rows]
+    optimiser = OPTIMIZERS[settings.optimizer](weights, rate, settings.weight_decay)
+    valid_every = settings.valid_every_steps or plan.steps_per_epoch
+    lowest, best_step = math.inf, 0
+
+    def validate(step: int) -> None:
+        nonlocal lowest, best_step
+        found = held_out_nll()
+        tell(Validated(step=step, nll=found, best=found < lowest))
+        if found < lowest or (plan.judged_on == "training" and math.isfinite(found)):
+            lowest, best_step = found, step
+            torch.save([weight.detach().cpu() for weight in weights], best)
+
+    validate(0)
+    step = 0
+    while step < plan.steps:
+        epoch = step // plan.steps_per_epoch
+        order = epoch_order(lengths, plan.batch_size, seed=settings.seed, epoch=epoch)
+        for indices in order[: plan.steps - step]:
+            factor = rate_factor(settings.schedule, step + 1, plan.steps, settings.warmup_share)
+            for group in optimiser.param_groups:
+                group["lr"] = rate * factor
+            total, tokens = nll(collate([rows[index] for index in indices]).to(plan.lm.device))
+            loss = total / tokens
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = torch.nn.utils.clip_grad_norm_(weights, settings.clip or math.inf)
+            if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(norm)):
+                raise NotFinite(
+                    f"step {step + 1}: the loss or its gradient is not finite (rate {rate:.3g}). "
+                    "Give this arm a lower rate with --rate."
+                )
+            optimiser.step()
+            optimiser.zero_grad()
+            step += 1
+            tell(
+                Stepped(
+                    step=step,
+                    steps=plan.steps,
+                    epoch=step / plan.steps_per_epoch,
+                    nll=float(loss.detach()),
+                    learning_rate=rate * factor,
+                    tokens_per_second=math.nan,
+                    remaining_seconds=math.nan,
+                )
+            )
+            if step == plan.steps or step % valid_every == 0:
+                validate(step)
+    for weight, kept in zip(weights, torch.load(best, weights_only=True), strict=True):
+        weight.data.copy_(kept)
+    best.unlink()
+    return best_step
+
+
+def with_lora(lm: FrozenLM, seed: int) -> tuple[Any, list[Tensor]]:
+    """Put low-rank updates of rank 8 beside every linear layer, in place; gives PEFT's model and what is trained."""
+    try:
+        import peft
+    except ImportError:
+        raise MissingExtra(
+            "The arm lora needs PEFT, which is not installed. Run: pip install 'softprompt[lora]'"
+        ) from None
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(
+        r=LORA_RANK,
+        lora_alpha=2 * LORA_RANK,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(lm.model, config)
+    return model, [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def trainable_copy(lm: FrozenLM) -> Any:
+    """A copy of the base in float32, where small updates are not rounded away, every weight trainable."""
+    return copy.deepcopy(lm.model).float().requires_grad_(True)
+
+
+def plain_nll(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """Summed loss of the trained tokens through the whole model, and how many they are."""
+    nll_N = plain_token_nll(model, batch)
+    return nll_N.sum(), len(nll_N)
+
+
+def plain_token_nll(model: Any, batch: Batch) -> Tensor:
+    """Loss of every trained token in nats, float32 [N], through the whole model, its output layer too."""
+    mask_BS = torch.arange(batch.ids_BS.shape[1], device=batch.ids_BS.device) < batch.lengths_B[:, None]
+    logits_BSV = model(input_ids=batch.ids_BS, attention_mask=mask_BS.long(), use_cache=False).logits
+    trained_BS = batch.trained_BS[:, 1:]
+    logits_NV = logits_BSV[:, :-1][trained_BS].float()
+    return torch.nn.functional.cross_entropy(logits_NV, batch.ids_BS[:, 1:][trained_BS], reduction="none")
+
+
+def served(model: Any, lm: FrozenLM) -> FrozenLM:
+    """`model` as a base of its own. It is wrapped anew whenever its weights have changed: a FrozenLM may keep copies."""
+    return FrozenLM.wrap(model, lm.tokenizer, name=lm.name)
+
+
+def held_out(model: Any, plan: Plan) -> float:
+    """Loss on the rows that choose the best step, by `model` as it is now."""
+
+    def token_nll(batch: Batch, prompt: Plain | None = None) -> Tensor:
+        return plain_token_nll(model, batch.to(plan.lm.device))
+
+    return mean_nll(token_nll, plan.held_out_base, batch_size=plan.batch_size)

@@ -1,0 +1,213 @@
+"""Judging: a predictor and examples to figures, with every row kept.
+
+The seam is one function: `predict` takes examples and gives an Answer for each, so a fake is a lambda. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from softprompt.data.example import Example
+from softprompt.data.template import Field, Messages, Soft, Template, Text
+from softprompt.errors import DataError, GateFailed, RecipeError
+from softprompt.evaluation.metric import METRICS, Confusion, Estimate, Metric, confusion
+from softprompt.evaluation.rows import SUMMARY, Row, RowFile, write_json
+
+CHUNK = 64  # rows between two writes: what a kill can cost
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a predictor has to say on one example; fields as in Row."""
+
+    said: str | None = None
+    nll: float = math.nan
+    tokens: int = 0
+    text_bytes: int = 0
+    new_tokens: int = 0
+    finish_reason: str = ""
+    scores: Mapping[str, float] | None = None
+
+
+Predict = Callable[[Sequence[Example]], Sequence[Answer]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every row, and a figure for every metric. `reused` rows came from a former, unfinished run."""
+
+    rows: tuple[Row, ...]
+    estimates: Mapping[str, Estimate]
+    confusion: Confusion | None
+    seconds: float
+    reused: int = 0
+
+
+def evaluate(
+    predict: Predict,
+    examples: Sequence[Example],
+    metrics: Sequence[Metric],
+    layout: Template,
+    *,
+    out: Path | None = None,
+    about: Mapping[str, Any] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, rows: None,
+    chunk: int = CHUNK,
+) -> Evaluation:
+    """Judge every example by what `predict` answers.
+
+    With `out`, rows are kept in `out`/rows.jsonl as they come, and the figures with `about` in `out`/evaluation.json.
+    `about` holds all that the answers depend on: a folder that was begun with the same is gone on with, and one of
+    another evaluation is refused with DataError.
+    """
+    if not examples:
+        raise DataError("There is no example to judge on. Name another split or file.")
+    started = time.perf_counter()
+    about = about or {}
+    keep = None if out is None else RowFile(out, digest_of(about, examples))
+    known = dict(keep.known) if keep else {}
+    reused = len(known)
+    todo = [index for index in range(len(examples)) if index not in known]
+    on_progress(reused, len(examples))
+    try:
+        for start in range(0, len(todo), chunk):
+            indices = todo[start : start + chunk]
+            answers = predict([examples[index] for index in indices])
+            rows = [
+                judged(index, examples[index], layout, answer)
+                for index, answer in zip(indices, answers, strict=True)
+            ]
+            known.update((row.index, row) for row in rows)
+            if keep:
+                keep.add(rows)
+            on_progress(len(known), len(examples))
+    finally:
+        if keep:
+            keep.close()
+    ordered = tuple(known[index] for index in range(len(examples)))
+    estimates = {metric.name: metric.estimate(ordered) for metric in metrics}
+    labelled = {"accuracy", "macro_f1"} & set(estimates)
+    table = confusion(ordered) if labelled else None
+    result = Evaluation(ordered, estimates, table, time.perf_counter() - started, reused)
+    if keep and out:
+        write_json(
+            out / SUMMARY, {"digest": keep.digest, "complete": True, **as_record(result), "about": about}
+        )
+    return result
+
+
+def judged(index: int, example: Example, layout: Template, answer: Answer) -> Row:
+    """A row: the example as text, and the answer to it."""
+    return Row(index, example.row, shown_input(layout, example), wanted_text(layout, example), **vars(answer))
+
+
+def as_record(found: Evaluation) -> dict[str, Any]:
+    """The figures as plain data, for a file or a report."""
+    return {
+        "kind": "evaluation",
+        "rows": len(found.rows),
+        "reused": found.reused,
+        "seconds": found.seconds,
+        "metrics": {
+            name: {**asdict(one), "unit": METRICS[name].unit, "better": METRICS[name].better}
+            for name, one in found.estimates.items()
+        },
+        "confusion": None if found.confusion is None else asdict(found.confusion),
+    }
+
+
+def wanted_text(layout: Template, example: Example) -> str:
+    """What a perfect answer says: the target, the assistant's last turn, or all of the text."""
+    if layout.target is not None:
+        return example.fields.get(layout.target, "")
+    if layout.chat:
+        said = [one.content for one in example.messages or () if one.role == "assistant"]
+        return said[-1] if said else ""
+    return written_out(layout, example)
+
+
+def shown_input(layout: Template, example: Example) -> str:
+    """What is read before the answer, as text without virtual tokens."""
+    if layout.target is None and not layout.chat:
+        return ""
+    return written_out(layout, example)
+
+
+def written_out(layout: Template, example: Example) -> str:
+    """The template filled in as plain text, slots left out, up to the target if it has one."""
+    parts: list[str] = []
+    for piece in layout.pieces:
+        match piece:
+            case Text(text):
+                parts.append(text)
+            case Field(name) if name == layout.target:
+                break
+            case Field(name):
+                parts.append(example.fields.get(name, ""))
+            case Messages():
+                turns = list(example.messages or ())
+                if turns and turns[-1].role == "assistant":
+                    turns.pop()
+                parts.append("\n".join(f"{one.role}: {one.content}" for one in turns))
+            case Soft():
+                pass
+    return "".join(parts)
+
+
+def digest_of(about: Mapping[str, Any], examples: Sequence[Example]) -> str:
+    """Stands for all that a row's result depends on."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for one in examples:
+        digest.update(json.dumps([one.row, dict(one.fields), repr(one.messages)], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def default_metrics(layout: Template, examples: Sequence[Example]) -> list[str]:
+    """What suits the task: labels (few, short, repeated), an answer, or running text. The first is judged by."""
+    if layout.target is None:
+        return ["nll", "perplexity", "bits_per_byte"]
+    wanted = [wanted_text(layout, one).strip() for one in examples]
+    distinct = set(wanted)
+    if len(distinct) <= max(2, len(wanted) // 2) and all(len(label) <= 60 for label in distinct):
+        return ["accuracy", "macro_f1", "nll"]
+    if all("####" in answer for answer in distinct):
+        return ["numeric_match", "nll", "bits_per_byte"]
+    return ["rouge_l", "chrf", "nll", "bits_per_byte"]
+
+
+def read_gates(texts: Sequence[str]) -> list[tuple[Metric, float]]:
+    """`accuracy=0.8` to a metric and its limit. Raises RecipeError."""
+    gates = []
+    for text in texts:
+        name, equals, limit = text.partition("=")
+        if name.strip() not in METRICS or not equals:
+            raise RecipeError(
+                f"--fail-under {text}: wanted METRIC=LIMIT such as accuracy=0.8, METRIC one of {', '.join(METRICS)}."
+            )
+        try:
+            gates.append((METRICS[name.strip()], float(limit)))
+        except ValueError:
+            raise RecipeError(f"--fail-under {text}: {limit!r} is not a number.") from None
+    return gates
+
+
+def demand(gates: Sequence[tuple[Metric, float]], estimates: Mapping[str, Estimate]) -> None:
+    """Raise GateFailed, with one line a gate, unless every figure is at least as good as its limit.
+
+    For a loss that means at most the limit. A figure that is not known fails."""
+    failed = []
+    for metric, limit in gates:
+        found = estimates[metric.name]
+        fine = found.value >= limit if metric.better == "higher" else found.value <= limit
+        if not fine:
+            wanted = "at least" if metric.better == "higher" else "at most"
+            failed.append(f"{metric.name}: found {found}, wanted {wanted} {limit:g}.")
+    if failed:
+        raise GateFailed("\n".join(failed))

@@ -1,0 +1,258 @@
+"""The metrics. Each counts something of every row and makes one figure of the sums; errors follow from the counts.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from softprompt.data.template import did_you_mean
+from softprompt.errors import MissingExtra, RecipeError
+from softprompt.evaluation import overlap
+from softprompt.evaluation.interval import Counts, Difference, jackknife, mean_over_seeds, paired_difference
+from softprompt.evaluation.interval import Estimate as Estimate
+from softprompt.evaluation.rows import Row
+
+Needs = Literal["loss", "answer"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`total` makes the figure of the summed `counts` of all rows.
+
+    `needs` says whether a row must have been scored or answered; `better` which way is up; `unit` is said behind it.
+    """
+
+    name: str
+    counts: Callable[[Row], Counts]
+    total: Callable[[Counts], float]
+    help: str
+    needs: Needs = "answer"
+    better: Literal["higher", "lower"] = "higher"
+    unit: str = ""
+
+    def estimate(self, rows: Sequence[Row]) -> Estimate:
+        """The figure on these rows. Rows that were not measured make it nan, never 0."""
+        return jackknife([self._counted(row) for row in rows], self._known)
+
+    def over_seeds(self, seeds: Sequence[Sequence[Row]]) -> Estimate:
+        """The mean figure of several runs on the same rows."""
+        return mean_over_seeds([[self._counted(row) for row in rows] for rows in seeds], self._known)
+
+    def difference(self, ours: Sequence[Sequence[Row]], theirs: Sequence[Sequence[Row]]) -> Difference:
+        """Ours less theirs, each a list of runs. Raises ValueError unless all were judged on the very same rows."""
+        judged = {tuple((row.index, row.input, row.wanted) for row in rows) for rows in (*ours, *theirs)}
+        if len(judged) != 1:
+            raise ValueError("the runs were judged on different rows, so their difference says nothing.")
+        return paired_difference(
+            [[self._counted(row) for row in rows] for rows in ours],
+            [[self._counted(row) for row in rows] for rows in theirs],
+            self._known,
+        )
+
+    def _counted(self, row: Row) -> Counts:
+        if (math.isnan(row.nll) or not row.tokens) if self.needs == "loss" else row.said is None:
+            return {"unknown": 1.0}
+        return self.counts(row)
+
+    def _known(self, counts: Counts) -> float:
+        return math.nan if counts.get("unknown") else self.total(counts)
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often each wanted label (a row) was answered by each said one (a column).
+
+    `other` counts answers that are none of `labels`, by wanted label."""
+
+    labels: tuple[str, ...]
+    table: tuple[tuple[int, ...], ...]
+    other: tuple[int, ...]
+
+
+def confusion(rows: Sequence[Row]) -> Confusion:
+    """The table over the labels that occur among the wanted ones."""
+    labels = tuple(sorted({row.wanted.strip() for row in rows}))
+    place = {label: i for i, label in enumerate(labels)}
+    table = [[0] * len(labels) for _ in labels]
+    other = [0] * len(labels)
+    for row in rows:
+        wanted, said = place[row.wanted.strip()], place.get((row.said or "").strip())
+        if said is None:
+            other[wanted] += 1
+        else:
+            table[wanted][said] += 1
+    return Confusion(labels, tuple(map(tuple, table)), tuple(other))
+
+
+def metrics_named(names: Sequence[str]) -> list[Metric]:
+    """The metrics of these names, each once. Raises RecipeError for an unknown name, MissingExtra for bleu alone."""
+    for name in names:
+        if name not in METRICS:
+            raise RecipeError(
+                f"metric: found {name!r}, wanted one of {', '.join(METRICS)}.{did_you_mean(name, list(METRICS))}"
+            )
+        if name == "bleu":
+            _sacrebleu()
+    return [METRICS[name] for name in dict.fromkeys(names)]
+
+
+def _mean(counts: Counts) -> float:
+    return counts["sum"] / counts["n"] if counts.get("n") else math.nan
+
+
+def _mean_of(judge: Callable[[str, str], float]) -> Callable[[Row], Counts]:
+    return lambda row: {"sum": float(judge(row.said or "", row.wanted)), "n": 1.0}
+
+
+def _same(said: str, wanted: str) -> float:
+    return float(said.strip() == wanted.strip())
+
+
+def _same_number(said: str, wanted: str) -> float:
+    number = overlap.final_number(wanted)
+    return float(number is not None and overlap.final_number(said) == number)
+
+
+def _label_counts(row: Row) -> Counts:
+    wanted, said = row.wanted.strip(), (row.said or "").strip()
+    return {f"hit:{wanted}": 1.0} if wanted == said else {f"missed:{wanted}": 1.0, f"wrong:{said}": 1.0}
+
+
+def _macro_f1(counts: Counts) -> float:
+    """F1 of every label that was wanted at least once, all weighing the same."""
+    scores = []
+    for label in {
+        name.partition(":")[2] for name, count in counts.items() if not name.startswith("wrong:") and count
+    }:
+        hit, missed, wrong = (counts.get(f"{kind}:{label}", 0.0) for kind in ("hit", "missed", "wrong"))
+        scores.append(2 * hit / (2 * hit + missed + wrong))
+    return math.fsum(scores) / len(scores) if scores else math.nan
+
+
+def _loss_counts(row: Row) -> Counts:
+    return {"nats": row.nll, "tokens": float(row.tokens), "bytes": float(row.text_bytes)}
+
+
+def _per(unit: str, figure: Callable[[float], float] = lambda nats: nats) -> Callable[[Counts], float]:
+    def total(counts: Counts) -> float:
+        if not counts.get(unit):
+            return math.nan
+        try:
+            return figure(counts["nats"] / counts[unit])
+        except OverflowError:
+            return math.inf
+
+    return total
+
+
+@cache
+def _sacrebleu() -> Any:
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+    except ImportError:
+        raise MissingExtra(
+            "metric bleu: needs sacrebleu, which is not installed. Run: pip install 'softprompt[eval]'"
+        ) from None
+    return BLEU(effective_order=True)
+
+
+def _bleu_counts(row: Row) -> Counts:
+    found = _sacrebleu().sentence_score(row.said or "", [row.wanted])
+    return {
+        **{f"hit{order}": float(count) for order, count in enumerate(found.counts)},
+        **{f"all{order}": float(count) for order, count in enumerate(found.totals)},
+        "said": float(found.sys_len),
+        "wanted": float(found.ref_len),
+    }
+
+
+def _bleu(counts: Counts) -> float:
+    if "hit0" not in counts:
+        return math.nan
+    found = type(_sacrebleu()).compute_bleu(
+        [int(counts[f"hit{order}"]) for order in range(4)],
+        [int(counts[f"all{order}"]) for order in range(4)],
+        int(counts["said"]),
+        int(counts["wanted"]),
+        smooth_method="exp",  # sacrebleu's own choice for a corpus
+    )
+    return float(found.score)
+
+
+def _chrf_counts(row: Row) -> Counts:
+    counted = overlap.character_counts(row.said or "", row.wanted)
+    kinds = ("said", "wanted", "both")
+    return {
+        f"{kind}{order}": float(one[place])
+        for order, one in enumerate(counted)
+        for place, kind in enumerate(kinds)
+    }
+
+
+def _chrf(counts: Counts) -> float:
+    if "said0" not in counts:
+        return math.nan
+    orders = range(overlap.CHARACTER_ORDERS)
+    return overlap.chrf([(counts[f"said{o}"], counts[f"wanted{o}"], counts[f"both{o}"]) for o in orders])
+
+
+METRICS: Mapping[str, Metric] = {
+    one.name: one
+    for one in (
+        Metric("accuracy", _mean_of(_same), _mean, "Share of rows whose label is right."),
+        Metric("macro_f1", _label_counts, _macro_f1, "F1 of every label, averaged over labels."),
+        Metric(
+            "exact_match", _mean_of(_same), _mean, "Share of rows answered to the letter, outer blanks aside."
+        ),
+        Metric(
+            "numeric_match",
+            _mean_of(_same_number),
+            _mean,
+            "Share of rows whose final number is right (gsm8k's ####).",
+        ),
+        Metric(
+            "token_f1", _mean_of(overlap.word_f1), _mean, "Words shared with the wanted answer (SQuAD's F1)."
+        ),
+        Metric(
+            "rouge_l", _mean_of(overlap.rouge_l), _mean, "Longest common subsequence of words, F-measure."
+        ),
+        Metric("bleu", _bleu_counts, _bleu, "Corpus BLEU as sacrebleu computes it, one reference, 0 to 100."),
+        Metric("chrf", _chrf_counts, _chrf, "Corpus chrF2, one reference, 0 to 100."),
+        Metric(
+            "nll", _loss_counts, _per("tokens"), "Loss of the wanted text.", "loss", "lower", "nats per token"
+        ),
+        Metric(
+            "perplexity",
+            _loss_counts,
+            _per("tokens", math.exp),
+            "exp of the loss per token.",
+            "loss",
+            "lower",
+            "per token",
+        ),
+        Metric(
+            "bits_per_byte",
+            _loss_counts,
+            _per("bytes", lambda nats: nats / math.log(2)),
+            "Loss of the wanted text in bits, comparable between tokenizers.",
+            "loss",
+            "lower",
+            "bits per byte",
+        ),
+        Metric(
+            "byte_perplexity",
+            _loss_counts,
+            _per("bytes", math.exp),
+            "exp of the loss per byte.",
+            "loss",
+            "lower",
+            "per byte",
+        ),
+    )
+}

@@ -1,0 +1,221 @@
+"""Predictors: how the base answers under no prompt, a text, a soft or a deep prompt. One road for all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from softprompt.base.context_length import longest_text
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.data.batch import Encoded, End, encode
+from softprompt.data.example import Example
+from softprompt.data.template import Field, Soft, Template, Text
+from softprompt.errors import DataError, RecipeError
+from softprompt.evaluation.evaluate import Answer, Predict, wanted_text, written_out
+from softprompt.evaluation.metric import Metric
+from softprompt.inference.compiled import CompiledPrompt, compile_prompt
+from softprompt.inference.generate import DecodeSettings, generate
+from softprompt.inference.score import Scored, score
+
+# Inputs that say nothing (Zhao et al. 2021): how likely each label is after them is the prompt's bias.
+CONTENT_FREE = ("N/A", "...", "none")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How answers are had.
+
+    With `labels` the likeliest of them is taken, else text is generated over the whole vocabulary. `calibrated`
+    divides every label's probability by its mean probability after inputs without content. A missing `stop` or
+    `max_new_tokens` is settled from the wanted texts by `settled`.
+    """
+
+    labels: tuple[str, ...] | None = None
+    calibrated: bool = False
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] | None = None
+    temperature: float = 0.0
+    seed: int = 0
+    end: End = "auto"
+
+    def settled(self, lm: FrozenLM, layout: Template, examples: Sequence[Example]) -> Asking:
+        """Room for the longest wanted answer and a quarter more; a line's end ends an answer unless one has several."""
+        wanted = [wanted_text(layout, one) for one in examples]
+        longest = max((len(lm.tokenizer(text)["input_ids"]) for text in set(wanted)), default=1)
+        return replace(
+            self,
+            max_new_tokens=self.max_new_tokens or math.ceil(longest * 1.25) + 2,
+            stop=self.stop
+            if self.stop is not None
+            else (() if any("\n" in one.strip() for one in wanted) else ("\n",)),
+        )
+
+
+def predictor(
+    lm: FrozenLM,
+    prompt: CompiledPrompt,
+    layout: Template,
+    metrics: Sequence[Metric],
+    asking: Asking,
+    *,
+    batch_rows: int = 16,
+) -> Predict:
+    """Answers and losses, as far as `metrics` need them, from `lm` under `prompt`.
+
+    `layout` is the task's template with its slots and target; the wanted text is scored on the same tokens under
+    every prompt. Raises RecipeError for metrics that compare answers where the template has no target.
+    """
+    needs = {metric.needs for metric in metrics}
+    if "answer" in needs and layout.target is None and not layout.chat:
+        names = ", ".join(metric.name for metric in metrics if metric.needs == "answer")
+        raise RecipeError(
+            f"metric {names}: compares answers, but the template has no target. Set data.target, or use nll, "
+            "perplexity, bits_per_byte."
+        )
+    bias = _bias(lm, prompt, layout, asking, batch_rows) if asking.labels and asking.calibrated else {}
+
+    def predict(examples: Sequence[Example]) -> list[Answer]:
+        answers = [Answer() for _ in examples]
+        if "loss" in needs:
+            answers = _losses(lm, prompt, layout, examples, asking.end, batch_rows)
+        if "answer" not in needs:
+            return answers
+        if asking.labels:
+            ranked = _label_scores(lm, prompt, asking.labels, examples, asking.end, batch_rows)
+            return [
+                replace(one, said=_likeliest(scores, bias), scores=scores)
+                for one, scores in zip(answers, ranked, strict=True)
+            ]
+        settings = DecodeSettings(
+            max_new_tokens=asking.max_new_tokens,
+            stop=asking.stop or (),
+            temperature=asking.temperature,
+            seed=asking.seed,
+        )
+        said = generate(lm, list(examples), prompt, settings, batch_rows=batch_rows)
+        return [
+            replace(one, said=text.text, new_tokens=text.tokens, finish_reason=text.finish_reason)
+            for one, text in zip(answers, said, strict=True)
+        ]
+
+    return predict
+
+
+def text_prompt(lm: FrozenLM, layout: Template, text: str, name: str = "text") -> CompiledPrompt:
+    """A text in front of the task's template, its soft slots left out."""
+    return compile_prompt(lm, with_text(layout, text), name=name)
+
+
+def with_text(layout: Template, text: str) -> Template:
+    """`layout` without soft slots, behind `text`. The text stays a piece of its own."""
+    return Template((Text(text), *without_slots(layout).pieces), layout.target)
+
+
+def without_slots(layout: Template) -> Template:
+    """What the base alone reads."""
+    return Template(tuple(piece for piece in layout.pieces if not isinstance(piece, Soft)), layout.target)
+
+
+def _losses(
+    lm: FrozenLM,
+    prompt: CompiledPrompt,
+    layout: Template,
+    examples: Sequence[Example],
+    end: End,
+    batch_rows: int,
+) -> list[Answer]:
+    """The loss of every wanted text. The base alone cannot score a text's very first token, so no prompt may."""
+    alone = [_alone(lm, layout, one, prompt, end) for one in examples]
+    answers = []
+    for one, found in zip(alone, _scored(lm, prompt, layout, examples, alone, end, batch_rows), strict=True):
+        values = found.token_log_probabilities[-one.trained_tokens :]
+        answers.append(Answer(nll=-math.fsum(values), tokens=len(values), text_bytes=one.text_bytes))
+    return answers
+
+
+def _scored(
+    lm: FrozenLM,
+    prompt: CompiledPrompt,
+    layout: Template,
+    examples: Sequence[Example],
+    alone: Sequence[Encoded],
+    end: End,
+    batch_rows: int,
+) -> list[Scored]:
+    if prompt.kind != "text" or layout.target is not None or layout.chat:
+        return score(lm, list(examples), None, prompt, end=end, batch_rows=batch_rows)
+    # All text is wanted: what stands in front of it is the prompt, and is not scored.
+    front = Template((*prompt.template.pieces[:1], Field("all")), "all")
+    return score(
+        lm,
+        [replace(one, fields={"all": written_out(layout, one)}) for one in examples],
+        None,
+        compile_prompt(lm, front, name=prompt.name),
+        end="always" if alone[0].end else "never",
+        batch_rows=batch_rows,
+    )
+
+
+def _alone(lm: FrozenLM, layout: Template, example: Example, prompt: CompiledPrompt, end: End) -> Encoded:
+    found = encode(
+        layout, example, lm.tokenizer, base_only=True, score_first=False, end=end, habit=prompt.habit
+    )
+    assert found is not None  # no limit was given, so nothing was dropped
+    most = longest_text(lm)
+    need = prompt.length + len(found)
+    if most is not None and need > most:
+        raise DataError(
+            f"{example.where}: {need} positions with the prompt, but {lm.name} has {most}. "
+            "Judge on shorter rows, or use a shorter prompt."
+        )
+    return found
+
+
+def _label_scores(
+    lm: FrozenLM,
+    prompt: CompiledPrompt,
+    labels: Sequence[str],
+    examples: Sequence[Example],
+    end: End,
+    batch_rows: int,
+) -> list[dict[str, float]]:
+    """Log-probability of every label as the whole answer, its end token with it where the template learns one."""
+    found = score(
+        lm,
+        [one for one in examples for _ in labels],
+        [label for _ in examples for label in labels],
+        prompt,
+        end=end,
+        batch_rows=batch_rows,
+    )
+    return [
+        {label: found[i * len(labels) + j].log_probability for j, label in enumerate(labels)}
+        for i in range(len(examples))
+    ]
+
+
+def _bias(
+    lm: FrozenLM, prompt: CompiledPrompt, layout: Template, asking: Asking, batch_rows: int
+) -> dict[str, float]:
+    """Log of each label's mean probability after inputs that say nothing."""
+    assert asking.labels is not None
+    empty = [Example(dict.fromkeys(layout.inputs, text)) for text in CONTENT_FREE]
+    found = _label_scores(lm, prompt, asking.labels, empty, asking.end, batch_rows)
+    return {label: _log_mean_exp([one[label] for one in found]) for label in asking.labels}
+
+
+def _log_mean_exp(values: Sequence[float]) -> float:
+    top = max(values)
+    return top + math.log(math.fsum(math.exp(value - top) for value in values) / len(values))
+
+
+def _likeliest(scores: dict[str, float], bias: dict[str, float]) -> str:
+    return max(scores, key=lambda label: scores[label] - bias.get(label, 0.0))
+
+
+def labels_of(layout: Template, examples: Sequence[Example]) -> tuple[str, ...]:
+    """The distinct wanted answers, sorted. Raises RecipeError without a target."""
+    if layout.target is None or Field(layout.target) not in layout.pieces:
+        raise RecipeError("labels can only be ranked where the template has a target. Set data.target.")
+    return tuple(sorted({wanted_text(layout, one) for one in examples}))

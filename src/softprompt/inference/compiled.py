@@ -1,0 +1,248 @@
+"""A prompt as key/value state: soft, deep and text prompts become one thing, computed once.
+
+Everything of a prompt's layout that stands before a row's own text is read by the frozen model once and kept. A row
+takes over as much of it as its own sequence shares, token for token and vector for vector, and only the rest is
+computed: so a compiled prompt gives what reading the whole sequence gives, wherever the tokenizer joins text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.kv import EMPTY, State, row_state
+from softprompt.data.batch import Encoded, End, encode
+from softprompt.data.example import Example
+from softprompt.data.template import Field, Messages, Soft, Template, Text
+from softprompt.data.tokenizer import Habits, habits, tokens
+from softprompt.errors import DataError, PromptError, RecipeError
+from softprompt.inference.prefill import Row, prefill
+from softprompt.inference.verify import demand_exact
+from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
+
+Usable = SoftPrompt | DeepPrompt | str | Template | None
+"""What can be compiled: a learned prompt, a text in front, a text around the input, or nothing (the base alone)."""
+
+
+@dataclass(frozen=True)
+class CompiledPrompt:
+    """A prompt after the frozen model has read it. Make one with `compile_prompt`; it belongs to that base.
+
+    `state` holds the keys and values; `name` is None for the base alone. `kind` is none, text, soft or deep.
+    """
+
+    state: State
+    name: str | None
+    kind: str
+    habit: Habits
+    template: Template
+    vectors_PD: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Positions that are computed already: virtual tokens, and the fixed text around them."""
+        return self.state.length
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the keys and values take."""
+        return self.state.bytes
+
+    @property
+    def keys_LPHK(self) -> Tensor:
+        """Keys as the model caches them. Raises PromptError where layers differ in their heads."""
+        return _stacked(self.state.keys, "keys")
+
+    @property
+    def values_LPHK(self) -> Tensor:
+        """Values. Raises PromptError where layers differ in their heads."""
+        return _stacked(self.state.values, "values")
+
+    def marks(self, lm: FrozenLM, given: str | Example) -> list[int]:
+        """The whole sequence of a row, up to where its continuation starts: token ids, and -1 - i for vector i."""
+        return self.laid_out(self.encoded(lm, self.template, self.example(given), generation=True))
+
+    def example(self, given: str | Example) -> Example:
+        """The row that `given` stands for. Plain text fills the template's only input, and the other way round."""
+        if isinstance(given, str):
+            return self.template.example(given)
+        if self.template.inputs == ("text",) and "text" not in given.fields and len(given.fields) == 1:
+            return replace(given, fields={"text": next(iter(given.fields.values()))})
+        return given
+
+    def encoded(
+        self, lm: FrozenLM, template: Template, example: Example, *, generation: bool, end: End = "never"
+    ) -> Encoded:
+        """`example` in `template` as this kind of prompt wants it, slots kept only for vectors to stand in."""
+        found = encode(
+            template,
+            example,
+            lm.tokenizer,
+            generation=generation,
+            end=end,
+            base_only=self.kind != "soft",
+            habit=self.habit,
+        )
+        assert found is not None  # no limit was given, so nothing was dropped
+        return found
+
+    def laid_out(self, encoded: Encoded) -> list[int]:
+        """The marks of an encoded row (data.batch.Encoded): a deep prompt's virtual tokens stand before it."""
+        own = list(range(-1, -1 - self.state.length, -1)) if self.kind == "deep" else []
+        return own + [
+            token if soft < 0 else -1 - soft for token, soft in zip(encoded.ids, encoded.soft, strict=True)
+        ]
+
+    def row(self, marks: Sequence[int], need: int | None = None) -> Row:
+        """What is left to compute of a row when the hidden states from position `need` on (the last) are wanted."""
+        if not marks:
+            raise DataError(
+                "The text is empty and there is no prompt: nothing to go on from. Give some text."
+            )
+        need = len(marks) - 1 if need is None else need
+        used = min(self.state.shared(marks), need)
+        if self.kind == "deep" and used < self.length:
+            raise DataError(
+                f"{self.name}: a deep prompt has no output of its own, so at least one token must follow it, "
+                "and that token cannot be scored. Give some text before what is wanted."
+            )
+        return Row(self.state.first(used), tuple(marks), self.vectors_PD)
+
+
+@torch.no_grad()
+def compile_prompt(
+    lm: FrozenLM, prompt: Usable, *, template: Template | str | None = None, name: str | None = None
+) -> CompiledPrompt:
+    """Read a prompt once.
+
+    A learned prompt is laid out by its own template (`template` replaces it). A text stands in front of every input,
+    to the letter; a Template without slots puts text around it. None is the base alone, which sees the input, or the
+    input in `template` with its soft slots left out.
+
+    Raises WrongBase for a prompt that was learned on another base, PromptError or DataError where it cannot stand.
+    """
+    demand_exact(lm)
+    habit = habits(lm.tokenizer)
+    if isinstance(prompt, str):
+        prompt = Template((Text(prompt), Field("text")) if prompt else (Field("text"),))
+    if isinstance(prompt, Template):
+        template, name = prompt, name or "text"
+    if prompt is None or isinstance(prompt, Template):
+        layout = Template.parse(template or "{text}") if not isinstance(template, Template) else template
+        compiled = CompiledPrompt(EMPTY, name, "none" if name is None else "text", habit, layout)
+        return replace(compiled, state=_read(lm, _head(lm, compiled)))
+    prompt.base.demand(lm.fingerprint, prompt.name)
+    layout = _layout(prompt, template)
+    if isinstance(prompt, DeepPrompt):
+        keys, values = (
+            tuple(tensor.to(lm.device, lm.dtype).transpose(1, 2).contiguous())
+            for tensor in (prompt.keys_LPHK, prompt.values_LPHK)
+        )
+        own = State(keys, values, tuple(range(-1, -1 - prompt.length, -1)))
+        return CompiledPrompt(own, name or prompt.name, "deep", habit, layout)
+    vectors_PD = prompt.embeddings_PD.to(lm.device, lm.dtype)
+    compiled = CompiledPrompt(EMPTY, name or prompt.name, "soft", habit, layout, vectors_PD)
+    return replace(compiled, state=_read(lm, _head(lm, compiled), vectors_PD))
+
+
+def _layout(prompt: SoftPrompt | DeepPrompt, template: Template | str | None) -> Template:
+    source = prompt.template if template is None else str(template)
+    target = template.target if isinstance(template, Template) else prompt.target
+    try:
+        return Template.parse(source or "{text}", target=target, length=prompt.length)
+    except RecipeError as error:
+        raise PromptError(f"{prompt.name} has {prompt.length} virtual tokens. {error}") from error
+
+
+@torch.no_grad()
+def text_state(lm: FrozenLM, text: str, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [L, P, H, K] of a real text: the best start known for a deep prompt (P is `length`).
+
+    Its first `length` tokens are read; a shorter text is repeated until it is long enough."""
+    ids = _ids(lm, text, habits(lm.tokenizer))
+    if not ids:
+        raise PromptError("The starting text has no tokens. Give some text.")
+    state = _read(lm, [ids[place % len(ids)] for place in range(length)])
+    return _stacked(state.keys, "keys").float(), _stacked(state.values, "values").float()
+
+
+@torch.no_grad()
+def vectors_state(lm: FrozenLM, vectors_PD: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [L, P, H, K] of a shallow prompt's vectors: a deep prompt that starts where it stands."""
+    marks = range(-1, -1 - len(vectors_PD), -1)
+    state = _read(lm, list(marks), vectors_PD.to(lm.device, lm.dtype))
+    return _stacked(state.keys, "keys").float(), _stacked(state.values, "values").float()
+
+
+@torch.no_grad()
+def as_deep(lm: FrozenLM, prompt: SoftPrompt | DeepPrompt) -> DeepPrompt:
+    """The same prompt as keys and values for every layer, exact: what its vectors, and text before them, compile to.
+
+    Its template is the old one with what was compiled left out. Raises PromptError where text of the row stands
+    before a slot, or where layers differ in their heads.
+    """
+    if isinstance(prompt, DeepPrompt):
+        return prompt
+    compiled = compile_prompt(lm, prompt)
+    pieces = compiled.template.pieces
+    last = max(place for place, piece in enumerate(pieces) if isinstance(piece, Soft))
+    if any(isinstance(piece, Field | Messages) for piece in pieces[:last]):
+        raise PromptError(
+            f'{prompt.name}: in its template "{compiled.template}" a field stands before a slot, so what the vectors '
+            "compile to differs from row to row. Export the vectors themselves (embeddings)."
+        )
+    length = max(place for place, mark in enumerate(compiled.state.marks) if mark < 0) + 1
+    if length > prompt.length and compiled.habit.before:
+        raise PromptError(
+            f'{prompt.name}: in its template "{compiled.template}" text stands before the slot, and this base puts a '
+            "start token before it, which readers of keys and values would put in again. Export the vectors themselves."
+        )
+    state = compiled.state.first(length)
+    return DeepPrompt(
+        _stacked(state.keys, "keys"),
+        _stacked(state.values, "values"),
+        prompt.base,
+        str(Template((Soft(length), *pieces[last + 1 :]))),
+        prompt.target,
+        prompt.name,
+        prompt.notes,
+    )
+
+
+def _head(lm: FrozenLM, compiled: CompiledPrompt) -> list[int]:
+    """Marks of what stands before a row's own text. The tokenizer may join its end with that text: rows see to that."""
+    pieces = compiled.template.pieces
+    first = next((i for i, piece in enumerate(pieces) if isinstance(piece, Field | Messages)), len(pieces))
+    if first == 0 or (isinstance(pieces[first], Messages) and not isinstance(pieces[first - 1], Soft)):
+        return []
+    # What two rows share whose own texts share nothing.
+    layout = Template((*pieces[:first], Field("own")))
+    one, other = (
+        compiled.laid_out(compiled.encoded(lm, layout, Example({"own": own}), generation=True))
+        for own in "a0"
+    )
+    return one[: State((), (), tuple(other)).shared(one)]
+
+
+def _read(lm: FrozenLM, marks: Sequence[int], vectors_PD: Tensor | None = None) -> State:
+    if not marks:
+        return EMPTY
+    done = prefill(lm, [Row(EMPTY, tuple(marks), vectors_PD)])
+    return row_state(done.cache, 0, *done.span(0), marks)
+
+
+def _ids(lm: FrozenLM, text: str, habit: Habits) -> list[int]:
+    return [*habit.before, *tokens(lm.tokenizer, text, habit, continues=False)]
+
+
+def _stacked(layers: Sequence[Tensor], what: str) -> Tensor:
+    if len({layer.shape for layer in layers}) != 1:
+        raise PromptError(
+            f"This base's layers differ in their {what} ({sorted({tuple(layer.shape) for layer in layers})}), so they "
+            "are not one tensor [L, P, H, K]."
+        )
+    return torch.stack([layer.transpose(0, 1) for layer in layers])

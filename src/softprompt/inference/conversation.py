@@ -1,0 +1,61 @@
+"""A conversation that keeps what the model holds: each turn computes only what is new."""
+
+from __future__ import annotations
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.kv import EMPTY, State
+from softprompt.data.example import Example, Message
+from softprompt.data.tokenizer import tokens
+from softprompt.inference.compiled import CompiledPrompt, Usable, compile_prompt
+from softprompt.inference.generate import Generation, generation, run
+from softprompt.inference.prefill import Row
+from softprompt.inference.running_batch import GREEDY, Running, request
+from softprompt.inference.sampling import DecodeSettings
+
+
+class Conversation:
+    """Turns under one prompt. `say` one, get the answer, go on.
+
+    Under a chat template a turn is a message of the user, and the whole chat is laid out anew for each answer; else a
+    turn is text that goes on where the last answer ended. Either way the key/value state is kept as far as the
+    sequence is the same, so the answers are those of recomputing everything.
+    """
+
+    def __init__(self, lm: FrozenLM, prompt: Usable | CompiledPrompt = None) -> None:
+        self.lm = lm
+        self.prompt = prompt if isinstance(prompt, CompiledPrompt) else compile_prompt(lm, prompt)
+        self.messages: list[Message] = []
+        self.marks: tuple[int, ...] = ()
+        self.state: State = EMPTY
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the state that is kept."""
+        return self.state.bytes
+
+    def say(self, text: str, settings: DecodeSettings = GREEDY) -> Generation:
+        """Add a turn and generate the answer to it (the first of `settings.n`).
+
+        Raises DataError where it does not fit the base's context; the conversation is then as it was."""
+        said = [*self.messages, Message("user", text)]
+        one = request(self.lm, self.prompt, "", settings, keep_state=True, row=self._row(text, said))
+        run(Running(self.lm, max_rows=1), [one])
+        assert one.state is not None
+        self.state, self.marks = one.state, (*one.row.marks, *one.token_ids)
+        if self.prompt.template.chat:
+            self.messages = [*said, Message("assistant", one.text)]
+        return generation(self.prompt.name, text, one)
+
+    def _row(self, text: str, said: list[Message]) -> Row:
+        if self.prompt.template.chat:
+            marks = self.prompt.marks(self.lm, Example({}, tuple(said)))
+        elif not self.marks:
+            marks = self.prompt.marks(self.lm, text)
+        else:
+            marks = [*self.marks, *tokens(self.lm.tokenizer, text, self.prompt.habit, continues=True)]
+        known = (
+            self.state if self.state.shared(marks) >= self.prompt.state.shared(marks) else self.prompt.state
+        )
+        return Row(
+            known.first(min(known.shared(marks), len(marks) - 1)), tuple(marks), self.prompt.vectors_PD
+        )

@@ -1,0 +1,147 @@
+"""Generation: texts continued under any mix of prompts, every row as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.data.example import Example
+from softprompt.errors import DataError
+from softprompt.inference.compiled import CompiledPrompt, Usable, compile_prompt
+from softprompt.inference.running_batch import GREEDY, FinishReason, Request, Running, request
+from softprompt.inference.sampling import DecodeSettings as DecodeSettings
+
+Choice = Usable | CompiledPrompt
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One continuation.
+
+    `prompt` is the prompt's name (None: the base alone), `input` what was given, as one text, `tokens` the number of
+    new tokens with an end token among them. `log_probability` sums the chosen tokens' in nats; None where it was not
+    asked for.
+    """
+
+    prompt: str | None
+    input: str
+    text: str
+    tokens: int
+    finish_reason: FinishReason
+    token_ids: tuple[int, ...] = ()
+    sample: int = 0
+    log_probability: float | None = None
+
+
+def generate(
+    lm: FrozenLM,
+    inputs: Sequence[str | Example],
+    prompts: Choice | Sequence[Choice] = None,
+    settings: DecodeSettings | Sequence[DecodeSettings] = GREEDY,
+    *,
+    batch_rows: int = 16,
+    memory_bytes: int | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Generation]:
+    """Continue every input, in the order of `inputs`, `settings.n` texts each.
+
+    `prompts` and `settings` are one for all inputs or one for each. At most `batch_rows` rows run side by side, in at
+    most `memory_bytes` of key/value state. `on_text` is called with the input's number and each new piece of its
+    text; it takes n = 1.
+
+    Raises DataError for an input that has no room to go on, WrongBase and PromptError as compiling does.
+    """
+    chosen = one_each(prompts, len(inputs), "prompts")
+    how = one_each(settings, len(inputs), "settings")
+    compiled: dict[int, CompiledPrompt] = {}
+    requests: list[list[Request]] = []
+    for place, (given, prompt, decode) in enumerate(zip(inputs, chosen, how, strict=True)):
+        if id(prompt) not in compiled:
+            compiled[id(prompt)] = (
+                prompt if isinstance(prompt, CompiledPrompt) else compile_prompt(lm, prompt)
+            )
+        if on_text is not None and decode.drawn > 1:
+            raise DataError(f"Streaming takes one text an input; found n {decode.drawn}. Set n to 1.")
+        tell = None if on_text is None else _teller(on_text, place)
+        first = request(lm, compiled[id(prompt)], given, decode, on_text=tell)
+        more = [
+            request(lm, compiled[id(prompt)], given, decode, sample=sample, row=first.row)
+            for sample in range(1, decode.drawn)
+        ]
+        requests.append([first, *more])
+    run(
+        Running(lm, max_rows=batch_rows, memory_bytes=memory_bytes),
+        [one for group in requests for one in group],
+    )
+    return [
+        generation
+        for given, prompt, group in zip(inputs, chosen, requests, strict=True)
+        for generation in _best(given, compiled[id(prompt)].name, group)
+    ]
+
+
+def run(running: Running, requests: Sequence[Request]) -> None:
+    """Take all requests through a running batch: long rows first, new ones as a quarter of the rows falls free."""
+    waiting = sorted(requests, key=lambda one: one.total)
+    while waiting or len(running):
+        free = running.max_rows - len(running)
+        if waiting and (len(running) == 0 or free * 4 >= running.max_rows):
+            joining: list[Request] = []
+            while waiting and len(joining) < free and running.fits([*joining, waiting[-1]]):
+                joining.append(waiting.pop())
+            running.admit(joining)
+        running.step()
+
+
+def _best(given: str | Example, name: str | None, group: Sequence[Request]) -> list[Generation]:
+    settings = group[0].settings
+    if settings.drawn > settings.n:
+        group = sorted(group, key=lambda one: -sum(one.log_probabilities) / len(one.log_probabilities))[
+            : settings.n
+        ]
+    return [generation(name, given, one) for one in group]
+
+
+def generation(name: str | None, given: str | Example, one: Request) -> Generation:
+    """What came of a finished request."""
+    assert one.finish_reason is not None
+    rated = sum(one.log_probabilities) if one.settings.rated else None
+    return Generation(
+        name,
+        _shown(given),
+        one.text,
+        len(one.token_ids),
+        one.finish_reason,
+        tuple(one.token_ids),
+        one.sample,
+        rated,
+    )
+
+
+def _shown(given: str | Example) -> str:
+    """An input as one text: its only field, its last message, or its fields by name."""
+    if isinstance(given, str):
+        return given
+    if given.messages:
+        return given.messages[-1].content
+    fields = given.fields
+    return (
+        next(iter(fields.values())) if len(fields) == 1 else "\n".join(f"{k}: {v}" for k, v in fields.items())
+    )
+
+
+def one_each(given: Any, count: int, what: str) -> list[Any]:
+    """A list of `count`: the given one, or one value over and over."""
+    if isinstance(given, list | tuple):
+        if len(given) != count:
+            raise DataError(
+                f"{what}: found {len(given)} for {count} inputs. Give one for all, or one for each."
+            )
+        return list(given)
+    return [given] * count
+
+
+def _teller(on_text: Callable[[int, str], None], place: int) -> Callable[[str], None]:
+    return lambda piece: on_text(place, piece)

@@ -1,0 +1,92 @@
+"""One forward pass over rows that differ in prompt and length, each going on from state that is known already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt.base.context_length import longest_text
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.kv import State, batch_cache
+from softprompt.errors import PromptError
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sequence: the part whose state is known, and the marks of all of it."""
+
+    state: State
+    marks: tuple[int, ...]
+    vectors_PD: Tensor | None = None
+
+    @property
+    def rest(self) -> int:
+        """Positions that are still to be computed."""
+        return len(self.marks) - self.state.length
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """One forward pass over rows that differ in prompt and length.
+
+    Row b's real columns of `cache` are `columns - rows[b].state.length` up to `columns + rows[b].rest`;
+    `hidden_BTD[b, t]` is the state at its position `rows[b].state.length + t`.
+    """
+
+    cache: Any
+    columns: int
+    hidden_BTD: Tensor
+    rows: tuple[Row, ...]
+
+    def span(self, b: int) -> tuple[int, int]:
+        """First column of row b, and the one after its last."""
+        return self.columns - self.rows[b].state.length, self.columns + self.rows[b].rest
+
+
+def side_by_side(lm: FrozenLM, rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows in groups that one pass can read: known state and rest, each as long as the group's longest, fit the base.
+
+    Some architectures (MPT, GPT-Neo) have tables of that many columns, padding included."""
+    most = longest_text(lm)
+    groups: list[list[Row]] = []
+    for row in rows:
+        together = [*groups[-1], row] if groups else [row]
+        columns = max(one.state.length for one in together) + max(one.rest for one in together)
+        if groups and (most is None or columns <= most):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def prefill(lm: FrozenLM, rows: Sequence[Row]) -> Prefilled:
+    """Compute the rest of every row in one pass: [left pad][known state][rest][right pad]."""
+    cache, columns = batch_cache([row.state for row in rows])
+    device = lm.device
+    longest = max(row.rest for row in rows)
+    rests = [row.marks[row.state.length :] for row in rows]
+    ids_BT = torch.tensor(
+        [[max(mark, 0) for mark in rest] + [0] * (longest - len(rest)) for rest in rests], device=device
+    )
+    embeddings_BTD = lm.embed(ids_BT)
+    for b, (row, rest) in enumerate(zip(rows, rests, strict=True)):
+        soft = [(t, -1 - mark) for t, mark in enumerate(rest) if mark < 0]
+        if soft:
+            if row.vectors_PD is None:
+                raise PromptError(
+                    "The row has soft positions, but its prompt has no vectors. Use a soft prompt for it."
+                )
+            places, indices = zip(*soft, strict=True)
+            embeddings_BTD[b, list(places)] = row.vectors_PD[list(indices)].to(embeddings_BTD.dtype)
+    known_B1 = torch.tensor([[row.state.length] for row in rows], device=device)
+    rest_B1 = torch.tensor([[row.rest] for row in rows], device=device)
+    column_S = torch.arange(columns + longest, device=device)
+    mask_BS = ((column_S >= columns - known_B1) & (column_S < columns + rest_B1)).long()
+    # Padding repeats the last real position, so that no table of positions is ever read past its end.
+    positions_BT = known_B1 + torch.minimum(torch.arange(longest, device=device)[None], rest_B1 - 1)
+    hidden_BTD = lm.hidden(embeddings_BTD, mask_BS, positions_BT, past=cache)
+    return Prefilled(cache, columns, hidden_BTD, tuple(rows))

@@ -1,0 +1,362 @@
+"""A running batch: rows with different prompts join, step together, and leave when they are done.
+
+Everything that generates stands on this loop: `generate` fills it from a list, a server from its requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from softprompt.base.context_length import demand_room, longest_text
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.kv import EMPTY, State, row_state
+from softprompt.data.example import Example
+from softprompt.errors import DataError, OutOfMemory
+from softprompt.inference.compiled import CompiledPrompt
+from softprompt.inference.detokenize import Spoken
+from softprompt.inference.prefill import Prefilled, Row, prefill, side_by_side
+from softprompt.inference.running_cache import RunningCache, room
+from softprompt.inference.sampling import DecodeSettings, draw, kept, penalised, row_generator
+
+FinishReason = Literal["stop", "length", "cancelled"]
+DEFAULT_NEW_TOKENS = 100
+GREEDY = DecodeSettings()
+
+
+@dataclass(eq=False)
+class Request:
+    """One text to continue. `request` makes one; a running batch fills in what comes of it.
+
+    `token_ids` are the new tokens, an end token included; `text` is what they say, without special tokens and
+    without a stop text. `on_text` is called with every piece of text as soon as it is certain.
+    """
+
+    row: Row
+    settings: DecodeSettings
+    limit: int
+    sample: int = 0
+    on_text: Callable[[str], None] | None = None
+    keep_state: bool = False
+    token_ids: list[int] = field(default_factory=list)
+    log_probabilities: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    state: State | None = None
+
+    @property
+    def total(self) -> int:
+        """Positions that the row takes at most."""
+        return len(self.row.marks) + self.limit
+
+    @property
+    def known_ids(self) -> list[int]:
+        """Token ids of the text before the continuation."""
+        return [mark for mark in self.row.marks if mark >= 0]
+
+
+def request(
+    lm: FrozenLM,
+    prompt: CompiledPrompt,
+    given: str | Example | Sequence[int],
+    settings: DecodeSettings = GREEDY,
+    *,
+    sample: int = 0,
+    on_text: Callable[[str], None] | None = None,
+    keep_state: bool = False,
+    row: Row | None = None,
+) -> Request:
+    """Lay out one input under a prompt. `given` may be the marks of a whole sequence instead of text.
+
+    Raises DataError where the text leaves no room for a new token.
+    """
+    if row is None:
+        marks = prompt.marks(lm, given) if isinstance(given, str | Example) else list(given)
+        row = prompt.row(marks)
+    text_tokens = sum(mark >= 0 for mark in row.marks)
+    limit = settings.max_new_tokens
+    if settings.max_length is not None:
+        left = settings.max_length - text_tokens
+        if left < 1:
+            raise DataError(
+                f"The text has {text_tokens} tokens and max_length is {settings.max_length} tokens in all: no room "
+                "for a new one. Raise max_length, or set max_new_tokens instead."
+            )
+        limit = left if limit is None else min(limit, left)
+    limit = DEFAULT_NEW_TOKENS if limit is None else limit
+    most = longest_text(lm)
+    if most is not None:
+        demand_room(lm, len(row.marks) + 1, "The text with one new token")
+        limit = min(limit, most - len(row.marks))
+    return Request(row, settings, limit, sample, on_text, keep_state)
+
+
+class Running:
+    """Rows that are being continued, at most `max_rows` of them, in at most `memory_bytes` of key/value state.
+
+    `admit` what `fits`, then `step` until nothing is left; `cancel` any row in between. A row's result does not
+    depend on which rows run beside it, nor on when it joined.
+    """
+
+    def __init__(self, lm: FrozenLM, *, max_rows: int = 16, memory_bytes: int | None = None) -> None:
+        self.lm = lm
+        self.max_rows = max_rows
+        self.memory_bytes = memory_bytes
+        self._slots: list[_Slot] = []
+        self._cache = RunningCache(lm.device)
+        self._ids_B = torch.zeros(0, dtype=torch.int64, device=lm.device)
+        self._positions_B = torch.zeros(0, dtype=torch.int64, device=lm.device)
+        self._seen_BN = torch.zeros(0, 0, dtype=torch.int64, device=lm.device)
+        self._plan = _Plan.of([], lm.device)
+        self._ends = end_ids(lm)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def requests(self) -> list[Request]:
+        """What is running now."""
+        return [slot.request for slot in self._slots]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the running rows' keys and values take, free columns included."""
+        return self._cache.bytes
+
+    def bytes_for(self, requests: Sequence[Request]) -> int:
+        """Memory that keys and values take at most once `requests` run beside the rows that are running.
+
+        It counts every row at its full length, and the copy that exists while texts are being read."""
+        everyone = [*self.requests, *requests]
+        columns = room(max((one.total for one in everyone), default=0))
+        read = max((len(one.row.marks) for one in requests), default=0)
+        return (len(everyone) * columns + len(requests) * read) * position_bytes(self.lm)
+
+    def fits(self, requests: Sequence[Request]) -> bool:
+        """Whether `requests` can join now.
+
+        Raises OutOfMemory for a request that would not fit even alone.
+        """
+        if len(self._slots) + len(requests) > self.max_rows:
+            return False
+        if self.memory_bytes is None or self.bytes_for(requests) <= self.memory_bytes:
+            return True
+        if not self._slots and len(requests) == 1:
+            raise OutOfMemory(
+                f"One row of {requests[0].total} positions takes {self.bytes_for(requests):,} bytes of key/value "
+                f"state, and the limit is {self.memory_bytes:,}. Lower max_new_tokens or raise the limit."
+            )
+        return False
+
+    @torch.inference_mode()
+    def admit(self, requests: Sequence[Request]) -> list[Request]:
+        """Read the rows' texts in one pass and choose their first tokens; gives back those already done."""
+        if not requests:
+            return []
+        started = len(self._slots)
+        self._reserve(requests)
+        hidden: list[Tensor] = []
+        rows = list({id(one.row): one.row for one in requests}.values())
+        for group in side_by_side(self.lm, rows):
+            done = prefill(self.lm, group)
+            for row in range(len(group)):
+                for one in requests:
+                    if one.row is group[row]:
+                        self._join(one, done, row)
+                        hidden.append(done.hidden_BTD[row, group[row].rest - 1])
+        self._plan = _Plan.of(self.requests, self.lm.device)
+        return self._chosen(self.lm.logits(torch.stack(hidden)), started)
+
+    def _join(self, one: Request, done: Prefilled, row: int) -> None:
+        b = len(self._slots)
+        self._cache.join(done.cache, row, *done.span(row))
+        self._slots.append(self._slot(one))
+        self._positions_B[b] = len(one.row.marks)
+        self._see(b, one.known_ids)
+
+    @torch.inference_mode()
+    def step(self) -> list[Request]:
+        """One token for every row; gives back the requests that are done with it and have left."""
+        rows = len(self._slots)
+        if not rows:
+            return []
+        mask_BS = self._cache.open_column()
+        embeddings_B1D = self.lm.embed(self._ids_B[:rows, None])
+        hidden_B1D = self.lm.hidden(embeddings_B1D, mask_BS, self._positions_B[:rows, None], past=self._cache)
+        self._cache.advance()
+        self._positions_B[:rows] += 1
+        return self._chosen(self.lm.logits(hidden_B1D[:, -1]), 0)
+
+    @torch.inference_mode()
+    def cancel(self, one: Request) -> None:
+        """Let a row leave now. What it has said so far stays in the request; a row that is done is left alone."""
+        place = next((b for b, slot in enumerate(self._slots) if slot.request is one), None)
+        if place is not None:
+            self._retire(place, "cancelled")
+            self._plan = _Plan.of(self.requests, self.lm.device)
+
+    def _chosen(self, logits_BV: Tensor, start: int) -> list[Request]:
+        """Choose the next tokens of the rows from `start` on, and let go of those that are done."""
+        plan = self._plan
+        if plan.penalises or plan.rated or plan.warm:  # the likeliest of all needs no exact numbers
+            logits_BV = logits_BV.float()
+        raw_BV = logits_BV
+        if plan.penalises:
+            logits_BV = penalised(logits_BV, self._seen_BN[start : len(self._slots)], plan.penalty_B[start:])
+        ids_B = logits_BV.argmax(1)
+        warm = [b for b in plan.warm if b >= start]
+        if warm:
+            local = [b - start for b in warm]
+            probabilities_BV = kept(
+                logits_BV[local], plan.temperature_B[warm], plan.top_k_B[warm], plan.top_p_B[warm]
+            )
+            uniform_B = torch.cat(
+                [torch.rand(1, generator=self._slots[b].generator, dtype=torch.float64) for b in warm]
+            )
+            ids_B[local] = draw(probabilities_BV, uniform_B)
+        self._ids_B[start : len(self._slots)] = ids_B
+        ids: list[int] = ids_B.tolist()
+        if plan.rated:
+            chosen_B = raw_BV.gather(1, ids_B[:, None])[:, 0] - raw_BV.logsumexp(1)
+            for slot, value in zip(self._slots[start:], chosen_B.tolist(), strict=True):
+                if slot.request.settings.rated:
+                    slot.request.log_probabilities.append(value)
+        finished: list[tuple[int, FinishReason]] = []
+        for b, token in enumerate(ids, start=start):
+            one = self._slots[b].request
+            one.token_ids.append(token)
+            reason = self._reason(self._slots[b], token)
+            if reason is not None:
+                finished.append((b, reason))
+            elif one.settings.repetition_penalty != 1.0:
+                self._see(b, [token])
+        done = [self._retire(b, reason) for b, reason in reversed(finished)]
+        if done:
+            self._plan = _Plan.of(self.requests, self.lm.device)
+        return done[::-1]
+
+    def _reason(self, slot: _Slot, token: int) -> FinishReason | None:
+        one = slot.request
+        if token in self._ends and not one.settings.ignore_end:
+            return "stop"
+        if slot.spoken is not None and slot.spoken.add(token):
+            return "stop"
+        return "length" if len(one.token_ids) >= one.limit else None
+
+    def _retire(self, b: int, reason: FinishReason) -> Request:
+        slot = self._slots[b]
+        one = slot.request
+        if slot.spoken is None:
+            slot.spoken = Spoken(self.lm.tokenizer, one.known_ids)
+            slot.spoken.ids += one.token_ids
+        one.text = slot.spoken.finish()
+        one.finish_reason = reason
+        if one.keep_state:
+            one.state = self._cache.state(b, (*one.row.marks, *one.token_ids)[: self._cache.length(b)])
+        self._cache.leave(b)
+        last = self._slots.pop()
+        if last is not slot:
+            self._slots[b] = last
+            for tensor in (self._ids_B, self._positions_B, self._seen_BN):
+                tensor[b] = tensor[len(self._slots)]
+        return one
+
+    def _slot(self, one: Request) -> _Slot:
+        slot = _Slot(one)
+        if one.settings.stop or one.on_text:  # text as it comes is only followed where someone waits for it
+            slot.spoken = Spoken(self.lm.tokenizer, one.known_ids, one.settings.stop, one.on_text)
+        if one.settings.temperature > 0:
+            slot.generator = row_generator(one.settings.seed, one.sample, one.row.marks)
+        return slot
+
+    def _see(self, b: int, ids: Sequence[int]) -> None:
+        slot = self._slots[b]
+        if not ids or slot.request.settings.repetition_penalty == 1.0:
+            return
+        if slot.seen == 0:
+            self._seen_BN[b] = ids[0]  # unused places repeat a seen id: it is weighed down once
+        end = slot.seen + len(ids)
+        self._seen_BN[b, slot.seen : end] = torch.tensor(ids, device=self.lm.device)
+        slot.seen = end
+
+    def _reserve(self, requests: Sequence[Request]) -> None:
+        everyone = [*self.requests, *requests]
+        rows, columns = len(everyone), room(max(one.total for one in everyone))
+        longest = max(len(one.row.marks) for one in requests)
+        # Buffers only grow, unless the widest and the most rows there ever were would together pass the limit.
+        both = max(rows, self._cache.mask.shape[0]) * max(columns, self._cache.mask.shape[1])
+        exactly = self.memory_bytes is not None and both * position_bytes(self.lm) > self.memory_bytes
+        self._cache.reserve(rows, columns, longest, exactly=exactly)
+        if rows > len(self._ids_B) or columns > self._seen_BN.shape[1]:
+            self._ids_B = _grown(self._ids_B, (max(rows, len(self._ids_B)),))
+            self._positions_B = _grown(self._positions_B, (max(rows, len(self._positions_B)),))
+            self._seen_BN = _grown(self._seen_BN, (len(self._ids_B), max(columns, self._seen_BN.shape[1])))
+
+
+@dataclass
+class _Slot:
+    """A running row: its request, the text so far where someone follows it, and how many of its ids are in `seen`."""
+
+    request: Request
+    spoken: Spoken | None = None
+    generator: torch.Generator | None = None
+    seen: int = 0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The rows' settings as tensors; made anew only when a row joins or leaves."""
+
+    penalises: bool
+    rated: bool
+    warm: list[int]
+    penalty_B: Tensor
+    temperature_B: Tensor
+    top_k_B: Tensor
+    top_p_B: Tensor
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], device: torch.device) -> _Plan:
+        every = [one.settings for one in requests]
+        return cls(
+            any(one.repetition_penalty != 1.0 for one in every),
+            any(one.rated for one in every),
+            [b for b, one in enumerate(every) if one.temperature > 0],
+            torch.tensor([one.repetition_penalty for one in every], device=device),
+            torch.tensor([one.temperature for one in every], device=device),
+            torch.tensor([one.top_k for one in every], device=device, dtype=torch.int64),
+            torch.tensor([one.top_p for one in every], device=device),
+        )
+
+
+def end_ids(lm: FrozenLM) -> frozenset[int]:
+    """Tokens that end a text: the generation config's (what transformers' generate stops at) and the tokenizer's."""
+    config = getattr(lm.model, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    ends = [found] if isinstance(found, int) else list(found or [])
+    if lm.tokenizer.eos_token_id is not None:
+        ends.append(lm.tokenizer.eos_token_id)
+    return frozenset(int(one) for one in ends)
+
+
+def position_bytes(lm: FrozenLM) -> int:
+    """Memory of one position's keys and values in all layers, measured once for a base."""
+    if lm not in _POSITION_BYTES:
+        with torch.inference_mode():
+            done = prefill(lm, [Row(EMPTY, (1 % lm.vocab_size,))])
+        _POSITION_BYTES[lm] = row_state(done.cache, 0, 0, 1, (1,)).bytes
+    return _POSITION_BYTES[lm]
+
+
+_POSITION_BYTES: WeakKeyDictionary[FrozenLM, int] = WeakKeyDictionary()
+
+
+def _grown(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    grown = tensor.new_zeros(shape)
+    grown[tuple(slice(0, size) for size in tensor.shape)] = tensor
+    return grown

@@ -1,0 +1,173 @@
+"""The key/value state of a running batch: rows join, step and leave, each right-aligned (base/kv.py says why)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from softprompt.base.kv import State, row_state
+
+
+def room(columns: int) -> int:
+    """Columns to reserve for rows of this length: an eighth more, so that live columns move at most every so often."""
+    return columns + columns // 8 + 1
+
+
+@dataclass
+class _Window:
+    """The live columns of a running cache. Every layer looks at the same one."""
+
+    start: int = 0
+    end: int = 0
+
+
+class _BufferLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One layer's buffers [rows, H, columns, K]: a step writes one column in place, where a DynamicLayer copies all."""
+
+    def __init__(self, window: _Window, keys: Tensor, values: Tensor, rows: int, columns: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.window = window
+        self.keys: Any
+        self.values: Any
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys = keys.new_zeros(rows, keys.shape[1], columns, keys.shape[3])
+        self.values = values.new_zeros(rows, values.shape[1], columns, values.shape[3])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        rows, new = key_states.shape[0], key_states.shape[2]
+        start, end = self.window.start, self.window.end
+        self.keys[:rows, :, end : end + new] = key_states
+        self.values[:rows, :, end : end + new] = value_states
+        return self.keys[:rows, :, start : end + new], self.values[:rows, :, start : end + new]
+
+    def get_seq_length(self) -> int:
+        return self.window.end - self.window.start
+
+
+class RunningCache(Cache):
+    """The key/value state of a running batch: rows join, step and leave; live rows are always 0..rows-1.
+
+    `mask` is [rows, columns], True where a row has a real position. Its live part is `live_mask()`.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        super().__init__(
+            layer_class_to_replicate=DynamicLayer
+        )  # replaced by buffers when the first row joins
+        self.layer_class_to_replicate = None
+        self.layers: list[Any] = []
+        self.window = _Window()
+        self.rows = 0
+        self.mask = torch.zeros(0, 0, dtype=torch.bool, device=device)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the buffers take, used or not."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for layer in self.layers
+            for tensor in (layer.keys, layer.values)
+        )
+
+    def live_mask(self) -> Tensor:
+        """[rows, live columns]."""
+        return self.mask[: self.rows, self.window.start : self.window.end]
+
+    def advance(self) -> None:
+        """The column that the last step wrote becomes part of every row."""
+        self.window.end += 1
+
+    def open_column(self) -> Tensor:
+        """Make room for one more column, mark it real in every row, and give the mask that includes it."""
+        self._make_room(self.rows, 1)
+        self.mask[: self.rows, self.window.end] = True
+        return self.mask[: self.rows, self.window.start : self.window.end + 1]
+
+    def join(self, cache: Any, row: int, start: int, end: int) -> None:
+        """Copy the columns start..end of one row of a prefilled `cache` in, right-aligned, as the last row."""
+        length = end - start
+        if not self.layers:
+            self.layers = [
+                _BufferLayer(self.window, layer.keys, layer.values, self.mask.shape[0], self.mask.shape[1])
+                for layer in cache.layers
+            ]
+        self._make_room(self.rows + 1, 0, length)
+        self.window.start = min(self.window.start, self.window.end - length)
+        here = slice(self.window.end - length, self.window.end)
+        for mine, theirs in zip(self.layers, cache.layers, strict=True):
+            mine.keys[self.rows, :, here] = theirs.keys[row, :, start:end]
+            mine.values[self.rows, :, here] = theirs.values[row, :, start:end]
+        self.mask[self.rows] = False
+        self.mask[self.rows, here] = True
+        self.rows += 1
+
+    def leave(self, row: int) -> None:
+        """Drop a row; the last one takes its place. Columns that no row needs any more are freed."""
+        last = self.rows - 1
+        if row != last:
+            live = slice(self.window.start, self.window.end)
+            for layer in self.layers:
+                layer.keys[row, :, live] = layer.keys[last, :, live]
+                layer.values[row, :, live] = layer.values[last, :, live]
+            self.mask[row] = self.mask[last]
+        self.rows = last
+        if last == 0:
+            self.window.start = self.window.end = 0
+        else:
+            self.window.start += int(self.live_mask().any(0).int().argmax())
+
+    def length(self, row: int) -> int:
+        """Positions that a row holds."""
+        return int(self.mask[row, self.window.start : self.window.end].sum())
+
+    def state(self, row: int, marks: Sequence[int]) -> State:
+        """A copy of the first len(marks) positions of a row."""
+        start = self.window.end - self.length(row)
+        return row_state(self, row, start, start + len(marks), marks)
+
+    def reserve(self, rows: int, columns: int, longest: int = 0, *, exactly: bool = False) -> None:
+        """Make the buffers at least this large (or `exactly`), with room to join a row of `longest` positions."""
+        if not exactly:
+            rows, columns = max(rows, self.mask.shape[0]), max(columns, self.mask.shape[1])
+        live = self.window.end - self.window.start
+        if (rows, columns) != tuple(self.mask.shape) or self.window.end < longest:
+            self._resize(rows, columns, max(live, longest) - live)
+
+    def _make_room(self, rows: int, right: int, length: int = 0) -> None:
+        """Room for `rows` rows, `right` more columns behind the live ones and a row of `length` in front of the end."""
+        live = self.window.end - self.window.start
+        span = max(live, length)
+        fits = self.window.end - span >= 0 and self.window.end + right <= self.mask.shape[1]
+        if rows <= self.mask.shape[0] and fits:
+            return
+        columns = max(self.mask.shape[1], room(span + right))  # with some to spare, so that moving stays rare
+        self._resize(max(rows, self.mask.shape[0]), columns, span - live)
+
+    def _resize(self, rows: int, columns: int, start: int) -> None:
+        """New buffers where they grow; the live columns then begin at `start`."""
+        live = self.window.end - self.window.start
+        old, new = slice(self.window.start, self.window.end), slice(start, start + live)
+        for layer in self.layers:
+            layer.keys = _moved(layer.keys, rows, columns, old, new, self.rows)
+            layer.values = _moved(layer.values, rows, columns, old, new, self.rows)
+        mask = torch.zeros(rows, columns, dtype=torch.bool, device=self.mask.device)
+        mask[: self.rows, new] = self.mask[: self.rows, old]
+        self.mask = mask
+        self.window.start, self.window.end = start, start + live
+
+
+def _moved(buffer: Tensor, rows: int, columns: int, old: slice, new: slice, used: int) -> Tensor:
+    if buffer.shape[0] == rows and buffer.shape[2] == columns:
+        buffer[:used, :, new] = buffer[:used, :, old].clone()  # they may overlap
+        return buffer
+    moved = buffer.new_zeros(rows, buffer.shape[1], columns, buffer.shape[3])
+    moved[:used, :, new] = buffer[:used, :, old]
+    return moved

@@ -1,0 +1,131 @@
+"""How likely the base finds given text under a prompt: log-probabilities, batched, every row as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from softprompt.base.context_length import demand_room
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.nll import BLOCK_LOGITS
+from softprompt.data.batch import End
+from softprompt.data.example import Example
+from softprompt.data.template import Field, Template
+from softprompt.inference.compiled import CompiledPrompt, compile_prompt
+from softprompt.inference.generate import Choice, one_each
+from softprompt.inference.prefill import Row, prefill, side_by_side
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The log-probabilities (natural) of a text's tokens, and whether greedy decoding would have said them all.
+
+    `text_bytes` are the UTF-8 bytes that the scored tokens stand for.
+    """
+
+    prompt: str | None
+    log_probability: float
+    token_ids: tuple[int, ...]
+    token_log_probabilities: tuple[float, ...]
+    greedy: bool
+    text_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@torch.inference_mode()
+def score(
+    lm: FrozenLM,
+    inputs: Sequence[str | Example],
+    continuations: str | Sequence[str | None] | None = None,
+    prompts: Choice | Sequence[Choice] = None,
+    *,
+    end: End = "never",
+    batch_rows: int = 16,
+) -> list[Scored]:
+    """Score each continuation of its input under its prompt, with the very layout that training uses.
+
+    Without a continuation the trained text of the row is scored: its target, or all of its text. `end` scores an end
+    token after it (data.batch.encode). The first position of a row, which nothing predicts, is not scored.
+    """
+    wanted = one_each(continuations, len(inputs), "continuations")
+    compiled: dict[int, CompiledPrompt] = {}
+    rows: list[tuple[Row, list[int], str | None, int]] = []
+    for given, continuation, prompt in zip(
+        inputs, wanted, one_each(prompts, len(inputs), "prompts"), strict=True
+    ):
+        if id(prompt) not in compiled:
+            compiled[id(prompt)] = (
+                prompt if isinstance(prompt, CompiledPrompt) else compile_prompt(lm, prompt)
+            )
+        rows.append(_laid_out(lm, compiled[id(prompt)], given, continuation, end))
+    results: dict[int, Scored] = {}
+    order = sorted(range(len(rows)), key=lambda i: rows[i][0].rest)
+    for start in range(0, len(order), batch_rows):
+        group = order[start : start + batch_rows]
+        results.update(zip(group, _scored(lm, [rows[i] for i in group]), strict=True))
+    return [results[i] for i in range(len(rows))]
+
+
+def _laid_out(
+    lm: FrozenLM, prompt: CompiledPrompt, given: str | Example, continuation: str | None, end: End
+) -> tuple[Row, list[int], str | None, int]:
+    template, example = prompt.template, prompt.example(given)
+    if continuation is not None:
+        target = template.target
+        if target is None:
+            target = "continuation"
+            template = Template((*template.pieces, Field(target)), target)
+        example = replace(example, fields={**example.fields, target: continuation})
+    encoded = prompt.encoded(lm, template, example, generation=False, end=end)
+    marks = prompt.laid_out(encoded)
+    demand_room(lm, len(marks), example.where)
+    shift = len(marks) - len(encoded)
+    scored = [place + shift for place, trained in enumerate(encoded.trained) if trained and place + shift > 0]
+    return prompt.row(marks, need=scored[0] - 1), scored, prompt.name, encoded.text_bytes
+
+
+def _scored(lm: FrozenLM, rows: Sequence[tuple[Row, list[int], str | None, int]]) -> list[Scored]:
+    hidden: list[Tensor] = []
+    scored_at = {id(row): scored for row, scored, *_ in rows}
+    for group in side_by_side(lm, [row for row, *_ in rows]):
+        done = prefill(lm, group)
+        for b, row in enumerate(group):
+            # The state before a token predicts it.
+            places = [place - 1 - row.state.length for place in scored_at[id(row)]]
+            hidden.append(done.hidden_BTD[b, places])
+    targets = [row.marks[place] for row, scored, *_ in rows for place in scored]
+    values_N, likeliest_N = _rated(lm, torch.cat(hidden), torch.tensor(targets, device=lm.device))
+    values, likeliest = values_N.tolist(), likeliest_N.tolist()
+    results, start = [], 0
+    for _, scored, name, text_bytes in rows:
+        stop = start + len(scored)
+        results.append(
+            Scored(
+                name,
+                sum(values[start:stop]),
+                tuple(targets[start:stop]),
+                tuple(values[start:stop]),
+                all(likeliest[start:stop]),
+                text_bytes,
+            )
+        )
+        start = stop
+    return results
+
+
+def _rated(lm: FrozenLM, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target, and whether it is the likeliest token, a block of logits at a time."""
+    size = max(1, BLOCK_LOGITS // lm.vocab_size)
+    values, likeliest = [], []
+    for start in range(0, len(targets_N), size):
+        hidden_nD, targets_n = hidden_ND[start : start + size], targets_N[start : start + size]
+        logits_nV = lm.logits(hidden_nD).float()
+        values.append(logits_nV.gather(1, targets_n[:, None])[:, 0] - logits_nV.logsumexp(1))
+        likeliest.append(logits_nV.argmax(1) == targets_n)
+    return torch.cat(values), torch.cat(likeliest)

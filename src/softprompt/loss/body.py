@@ -1,0 +1,115 @@
+"""The frozen body as learning runs it: the same weights and the same results, in less time.
+
+The body is copied without its weights, which both share, and parts of the copy are exchanged: attention that keeps no
+scores, a fused activation, products in the arithmetic that is fast here. The model itself stays as transformers made it.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu
+
+from softprompt.base.hardware import has_int8_products, product_dtype
+from softprompt.loss.kernels.attention import SHORT, fused_attention
+from softprompt.loss.kernels.gelu import SmallGelu
+from softprompt.loss.kernels.linear import FrozenLinear, Int8Linear
+
+Products = Literal["float", "int8"]
+LARGE = 2**16  # weights of a linear layer; for smaller ones a call costs more than its product
+
+
+def learning_body(body: nn.Module, products: Products = "float") -> Any:
+    """A twin of `body` that shares its weights, or `body` itself where there is nothing to gain.
+
+    Its results are equal to rounding, unless int8 products are asked for."""
+    if getattr(getattr(body, "config", None), "quantization_config", None) is not None:
+        return body  # its layers are not what they seem
+    shared = {id(tensor): tensor for tensor in (*body.parameters(), *body.buffers())}
+    twin = copy.deepcopy(body, shared)
+    on_cpu = next(body.parameters()).device.type == "cpu"
+    bias = _Bias()
+    changed = False
+    for module in list(twin.modules()):
+        if isinstance(module, BloomAttention):
+            module.forward = MethodType(_bloom_attention, module)  # type: ignore[method-assign]
+            module.bias = bias  # type: ignore[assignment]
+            changed = True
+        for name, child in list(module.named_children()):
+            exchanged = _exchanged(child, products, on_cpu)
+            if exchanged is not None:
+                setattr(module, name, exchanged)
+                changed = True
+    return twin.eval().requires_grad_(False) if changed else body
+
+
+def _exchanged(module: nn.Module, products: Products, on_cpu: bool) -> nn.Module | None:
+    if isinstance(module, BloomGelu):
+        return SmallGelu() if on_cpu else nn.GELU(approximate="tanh")  # the same function, fused
+    if type(module) is not nn.Linear or module.weight.numel() < LARGE:
+        return None
+    weight_OI = module.weight
+    if products == "int8" and on_cpu and has_int8_products():
+        return Int8Linear(weight_OI.detach(), module.bias)
+    if product_dtype(weight_OI.dtype, weight_OI.device) != weight_OI.dtype:
+        return FrozenLinear(weight_OI.detach(), module.bias)
+    return None
+
+
+def _bloom_attention(
+    self: Any,
+    hidden_states: Tensor,
+    residual: Tensor,
+    alibi: Tensor,
+    attention_mask: Tensor | None,
+    layer_past: Any = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """BloomAttention.forward with ALiBi and mask as one bias, made once for all layers, of a fused attention."""
+    rows, length, width = hidden_states.shape
+    fused = self.query_key_value(hidden_states)
+    short = layer_past is None and length <= SHORT and fused.device.type == "cpu"
+    bias_BHST = self.bias.of(alibi, attention_mask, self.num_heads, length if short else None, fused.dtype)
+    if short:
+        context = fused_attention(fused, bias_BHST, self.num_heads, self.inv_norm_factor)
+        return self.dense(context) + residual, None
+    query, key, value = self._reshape(fused)
+    if layer_past is not None:
+        key, value = layer_past.update(key, value, self.layer_idx)
+    dtype = product_dtype(fused.dtype, fused.device)
+    context = functional.scaled_dot_product_attention(
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
+        attn_mask=bias_BHST.to(dtype),
+        scale=self.inv_norm_factor,
+    ).to(fused.dtype)
+    return self.dense(context.transpose(1, 2).reshape(rows, length, width)) + residual, None
+
+
+class _Bias:
+    """The bias of the latest forward pass: every layer is given the same ALiBi and mask."""
+
+    def __init__(self) -> None:
+        self.made_of: tuple[Tensor, Tensor | None, int | None] | None = None
+        self.bias_BHST = torch.empty(0)
+
+    def of(
+        self, alibi: Tensor, mask: Tensor | None, heads: int, square: int | None, dtype: torch.dtype
+    ) -> Tensor:
+        """[B, H, S or 1, T]; float32 and in full, [B, H, S, S], where `square` is a length."""
+        known = self.made_of
+        if known is not None and known[0] is alibi and known[1] is mask and known[2] == square:
+            return self.bias_BHST
+        bias_BHST = alibi.view(-1, heads, 1, alibi.shape[-1])
+        if square is not None:
+            bias_BHST = bias_BHST.float().expand(-1, -1, square, -1)
+        if mask is not None:
+            bias_BHST = bias_BHST + mask
+        self.made_of, self.bias_BHST = (alibi, mask, square), bias_BHST.contiguous()
+        return self.bias_BHST

@@ -1,0 +1,126 @@
+"""Text before the first soft token, read once: no prompt can change its keys and values, nor needs a gradient there.
+
+They are kept for as many contexts as the budget holds and used again in every epoch. What does not fit is read anew each
+time, still without the backward pass. Results are those of reading everything, to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.kv import State, batch_cache, new_cache, row_state
+from softprompt.base.placement import Placed, padding_mask
+from softprompt.data.batch import Batch, Encoded, collate
+
+Context = tuple[int, ...]
+GIGABYTE = 10**9
+SHORTEST = 8  # tokens; reading fewer anew costs less than setting their state beside the row
+
+
+class ContextCache:
+    """The states of contexts over one base, by their token ids, in at most `budget_bytes`; `read` computes new ones."""
+
+    def __init__(self, lm: FrozenLM, read: Callable[[Placed], Tensor], budget_bytes: int = GIGABYTE) -> None:
+        self.lm, self.read_placed = lm, read
+        self.budget_bytes = budget_bytes
+        self.bytes = 0
+        self.read = 0
+        self._states: dict[Context, State] = {}
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def clear(self) -> None:
+        """Free everything that is kept."""
+        self._states, self.bytes = {}, 0
+
+    def split(self, batch: Batch) -> tuple[Batch, Placed] | None:
+        """The batch from each row's first soft position on, and where that stands: mask, positions and the contexts.
+
+        None where there is nothing to gain: a row starts with its soft slot, or a token of a context is trained."""
+        if not self.budget_bytes:
+            return None
+        starts = (batch.soft_BS >= 0).int().argmax(1).tolist()
+        if min(starts) < SHORTEST:
+            return None
+        if any(
+            bool(trained_S[:start].any()) for trained_S, start in zip(batch.trained_BS, starts, strict=True)
+        ):
+            return None
+        contexts = [tuple(ids_S[:start].tolist()) for ids_S, start in zip(batch.ids_BS, starts, strict=True)]
+        cache, columns = batch_cache(self._read(contexts))
+        rest = _from(batch, starts)
+        known_B1 = torch.tensor(starts, device=batch.ids_BS.device)[:, None]
+        place_R = torch.arange(rest.ids_BS.shape[1], device=batch.ids_BS.device)
+        # Padding repeats the last real position, so that no table of positions is ever read past its end.
+        positions_BR = known_B1 + torch.minimum(place_R[None], rest.lengths_B[:, None] - 1)
+        mask_BR = padding_mask(rest)
+        if mask_BR is not None or min(starts) < columns:
+            column_C = torch.arange(columns, device=batch.ids_BS.device)
+            real_BR = torch.ones_like(rest.ids_BS) if mask_BR is None else mask_BR
+            mask_BR = torch.cat([(column_C >= columns - known_B1).long(), real_BR], 1)
+        return rest, Placed(torch.empty(0), mask_BR, positions_BR, cache)
+
+    def _read(self, contexts: Sequence[Context]) -> list[State]:
+        """The state of each context, from what is kept or from the base; kept from now on if there is room."""
+        found = {context: self._states[context] for context in contexts if context in self._states}
+        missing = sorted(set(contexts) - set(found), key=len)
+        if missing:
+            self.read += len(missing)
+            # Not as inference tensors, even when a loss without gradient asks first: learning uses them later.
+            with torch.inference_mode(False), torch.no_grad():
+                found |= zip(missing, self._compute(missing), strict=True)
+        for context in missing:
+            if self.bytes + found[context].bytes <= self.budget_bytes:
+                self._states[context] = found[context]
+                self.bytes += found[context].bytes
+        return [found[context] for context in contexts]
+
+    def _compute(self, contexts: Sequence[Context]) -> list[State]:
+        """Read contexts side by side, right-padded."""
+        rows = [
+            Encoded(list(context), [-1] * len(context), [False] * len(context), -1, 0) for context in contexts
+        ]
+        batch = collate(rows).to(self.lm.device)
+        cache = new_cache()
+        self.read_placed(Placed(self.lm.embed(batch.ids_BS), padding_mask(batch), None, cache))
+        return [row_state(cache, b, 0, len(context), context) for b, context in enumerate(contexts)]
+
+
+def contexts_of(rows: Sequence[Encoded]) -> set[Context]:
+    """What of these rows can be read once: all different texts before a first soft token, none of it trained."""
+    found = set()
+    for row in rows:
+        start = next((at for at, soft in enumerate(row.soft) if soft >= 0), 0)
+        if start >= SHORTEST and not any(row.trained[:start]):
+            found.add(tuple(row.ids[:start]))
+    return found
+
+
+def context_bytes(lm: FrozenLM, contexts: set[Context]) -> int:
+    """Memory of the keys and values of all these contexts."""
+    known = lm.fingerprint
+    values = 2 * known.layers * known.kv_heads * known.head_width
+    return sum(map(len, contexts)) * values * lm.dtype.itemsize
+
+
+def _from(batch: Batch, starts: Sequence[int]) -> Batch:
+    """The rows without their first `starts` positions."""
+    lengths_B = batch.lengths_B - torch.tensor(starts, device=batch.lengths_B.device)
+    longest = int(lengths_B.max())
+    start_B1 = torch.tensor(starts, device=batch.ids_BS.device)[:, None]
+    place_BR = start_B1 + torch.arange(longest, device=batch.ids_BS.device)[None]
+    real_BR = place_BR < batch.lengths_B[:, None]
+    place_BR = place_BR.clamp(max=batch.ids_BS.shape[1] - 1)
+    return replace(
+        batch,
+        ids_BS=batch.ids_BS.gather(1, place_BR),
+        soft_BS=batch.soft_BS.gather(1, place_BR).where(real_BR, -1),
+        trained_BS=batch.trained_BS.gather(1, place_BR) & real_BR,
+        lengths_B=lengths_B,
+    )

@@ -1,0 +1,124 @@
+"""The loss of every trained token, faster than the base's own: same signature, same values up to rounding.
+
+`FrozenLM.token_nll` is the exact, plain reference. A FastLoss reads the same batches through a copy of the body that
+shares its weights (body.py), keeps what stands before a row's first virtual token (context_cache.py), and screens large
+heads with int8 products (kernels/screened_head.py). The base itself is only read, so that several losses, runs and a
+server can share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.nll import token_nll
+from softprompt.base.placement import Placed, place
+from softprompt.data.batch import Batch
+from softprompt.loss.body import learning_body
+from softprompt.loss.checkpointing import checkpointed
+from softprompt.loss.context_cache import GIGABYTE, ContextCache
+from softprompt.loss.kernels.screened_head import PackedHead, ScreenedHead, packed
+from softprompt.prompt.soft_prompt import Plain
+
+
+class FastLoss:
+    """A loss over one base, to call as `FrozenLM.token_nll`.
+
+    `int8_products`: gradients are taken with the body's weights in int8 (losses without a gradient never are).
+    `context_bytes`: memory for text that stands before the first virtual token; 0 reads it again every time.
+    `recompute`: gradient checkpointing, one layer's memory at a time and a third more time."""
+
+    def __init__(
+        self,
+        lm: FrozenLM,
+        *,
+        int8_products: bool = False,
+        context_bytes: int = GIGABYTE,
+        recompute: bool = False,
+    ) -> None:
+        self.lm = lm
+        self.int8_products, self.recompute = int8_products, recompute
+        self.contexts = ContextCache(lm, self._read, context_bytes)
+
+    def __call__(self, batch: Batch, prompt: Plain | None = None) -> Tensor:
+        """Loss in nats of every trained token, float32 [N], in the order of the batch's rows and positions.
+
+        `prompt` is what is learned or judged: (vectors [P, D],), (keys, values) [L, P, H, K] each, or None for the
+        untouched base. Differentiable towards it, and towards nothing else."""
+        batch = batch.to(self.lm.device)
+        split = self.contexts.split(batch) if prompt is not None and len(prompt) == 1 else None
+        if split is None:
+            placed = place(self.lm, batch, prompt)
+        else:
+            batch, known = split
+            placed = replace(known, embeddings_BSD=place(self.lm, batch, prompt).embeddings_BSD)
+        hidden_BSD = self._read(placed)
+        before_BS = batch.trained_BS[:, 1:]  # the state at s predicts the token at s + 1
+        return token_nll(
+            hidden_BSD[:, :-1][before_BS], batch.ids_BS[:, 1:][before_BS], self.lm.head, self._head_loss
+        )
+
+    def prepare(self) -> None:
+        """Build the fast body now rather than in the first loss."""
+        _ = self._body
+
+    def _read(self, placed: Placed) -> Tensor:
+        """Last hidden states [B, S, D] by the fast body."""
+        int8 = self.int8_products and torch.is_grad_enabled()
+        return self.lm.states(placed, self._int8_body if int8 else self._body)
+
+    @cached_property
+    def _body(self) -> Any:
+        return self._checkpointed(_shared(self.lm).body)
+
+    @cached_property
+    def _int8_body(self) -> Any:
+        return self._checkpointed(_shared(self.lm).int8_body)
+
+    @cached_property
+    def _head_loss(self) -> ScreenedHead | None:
+        head = _shared(self.lm).head
+        return None if head is None else ScreenedHead(head)
+
+    def _checkpointed(self, body: Any) -> Any:
+        return checkpointed(body, self.lm.num_layers, self.lm.name) if self.recompute else body
+
+
+class _Shared:
+    """What follows from the frozen weights alone, so that all losses over one base share it."""
+
+    def __init__(self, lm: FrozenLM) -> None:
+        self.plain_body = lm.body
+        self.body = _proved(lm, learning_body(lm.body))
+        self.head: PackedHead | None = packed(lm.head)
+
+    @cached_property
+    def int8_body(self) -> Any:
+        return learning_body(self.plain_body, "int8")
+
+
+_SHARED: WeakKeyDictionary[FrozenLM, _Shared] = WeakKeyDictionary()
+
+
+def _shared(lm: FrozenLM) -> _Shared:
+    if lm not in _SHARED:
+        _SHARED[lm] = _Shared(lm)
+    return _SHARED[lm]
+
+
+def _proved(lm: FrozenLM, twin: Any) -> Any:
+    """`twin` where it gives the body's own hidden states for a few tokens, else the body itself."""
+    if twin is lm.body:
+        return twin
+    ids_BT = (torch.arange(1, 9, device=lm.device) * 7 % lm.vocab_size)[None]
+    probe = Placed(lm.embed(ids_BT), None)
+    with torch.no_grad():
+        ours, theirs = (lm.states(probe, body).float() for body in (twin, lm.body))
+    close = 16 * torch.finfo(lm.dtype).eps * theirs.abs().max().clamp(min=1.0)
+    return twin if bool((ours - theirs).abs().max() <= close) else lm.body

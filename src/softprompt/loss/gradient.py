@@ -1,0 +1,130 @@
+"""What the base is asked for in learning: the loss of some rows, and its gradient at the prompt.
+
+The gradient is taken at a copy of the plain prompt, in pieces that fit into memory, and goes from there to the trained
+form. Several prompts can share a pass: each row of the batch reads its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from softprompt.data.batch import Batch, Encoded, collate
+from softprompt.errors import OutOfMemory
+from softprompt.prompt.reparam import Form
+from softprompt.prompt.soft_prompt import Plain
+
+
+class Loss(Protocol):
+    """The loss in nats of every trained token of a batch under a prompt, float32 [N], differentiable towards it.
+
+    FrozenLM.token_nll and loss.fast.FastLoss are two; a test's fake is a lambda."""
+
+    def __call__(self, batch: Batch, prompt: Plain | None = None) -> Tensor: ...
+
+
+class Gradients:
+    """Losses and gradients by `loss`, at most `rows` rows a forward pass.
+
+    Where memory runs out, `rows` is halved and `halved(rows)` is called."""
+
+    def __init__(self, loss: Loss, rows: int, halved: Callable[[int], None] = lambda rows: None) -> None:
+        self.loss, self.rows, self.halved = loss, rows, halved
+
+    def __call__(self, forms: Sequence[Form], rows: Sequence[Sequence[Encoded]]) -> list[float]:
+        """Add to each form's gradient that of the mean loss of its own rows. Mean losses, in nats per trained token.
+
+        Raises OutOfMemory where even one row does not fit."""
+        prompts = [form() for form in forms]
+        while True:
+            leaves = [_leaf(prompt) for prompt in prompts]
+            try:
+                losses = self._at(leaves, rows)
+                break
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._halve(rows, error)
+        for prompt, leaf in zip(prompts, leaves, strict=True):
+            torch.autograd.backward(prompt, [_gradient(tensor) for tensor in leaf])
+        return losses
+
+    def losses(self, prompts: Sequence[Plain], rows: Sequence[Sequence[Encoded]]) -> list[float]:
+        """Each prompt's mean loss on its own rows, in nats per trained token; no gradient."""
+        with torch.inference_mode():
+            return self._at(prompts, rows)
+
+    def _at(self, leaves: Sequence[Plain], rows: Sequence[Sequence[Encoded]]) -> list[float]:
+        tokens = [sum(row.trained_tokens for row in own) for own in rows]
+        losses = [0.0] * len(leaves)
+        for prompt, pieces in _shared(leaves, rows):
+            for first in range(0, len(pieces), self.rows):
+                piece = pieces[first : first + self.rows]
+                nll_N = self.loss(collate([row for _, row in piece]), prompt)
+                if nll_N.requires_grad:
+                    owners = [r for r, row in piece for _ in range(row.trained_tokens)]
+                    share_N = torch.tensor([1 / tokens[r] for r in owners], device=nll_N.device)
+                    (nll_N * share_N).sum().backward()  # type: ignore[no-untyped-call]
+                counts = [row.trained_tokens for _, row in piece]
+                for (r, _), own in zip(piece, torch.split(nll_N.detach().double(), counts), strict=True):
+                    losses[r] += float(own.sum())
+        return [loss / count for loss, count in zip(losses, tokens, strict=True)]
+
+    def _halve(self, rows: Sequence[Sequence[Encoded]], error: BaseException) -> None:
+        largest = min(self.rows, sum(map(len, rows)))
+        if largest == 1:
+            longest = max(len(row) for own in rows for row in own)
+            raise OutOfMemory(
+                f"{longest} positions of one row do not fit into memory. Shorten the text with "
+                "data.max_length and data.on_overflow: truncate, or take a smaller base."
+            ) from error
+        self.rows = math.ceil(largest / 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.halved(self.rows)
+
+
+def _shared(
+    prompts: Sequence[Plain], rows: Sequence[Sequence[Encoded]]
+) -> list[tuple[Plain, list[tuple[int, Encoded]]]]:
+    """Which rows can go through the base together, and the prompt that they read: (prompt, [(owner, row)]).
+
+    Rows of alike length come side by side, so that batches hold little padding."""
+    owned = [sorted(((r, row) for row in own), key=_length) for r, own in enumerate(rows)]
+    vectors = [prompt[0] for prompt in prompts if len(prompt) == 1]
+    if len(prompts) == 1 or len(vectors) < len(prompts):
+        # Keys and values stand before a whole batch, so deep prompts take a pass each.
+        return list(zip(prompts, owned, strict=True))
+    # One long prompt, of which every row reads its owner's part.
+    starts = [sum(len(one) for one in vectors[:r]) for r in range(len(vectors))]
+    together = [(r, _shifted(row, starts[r])) for own in owned for r, row in own]
+    return [((torch.cat(vectors),), sorted(together, key=_length))]
+
+
+def _length(owned: tuple[int, Encoded]) -> int:
+    return len(owned[1])
+
+
+def _shifted(row: Encoded, start: int) -> Encoded:
+    return replace(row, soft=[place if place < 0 else place + start for place in row.soft])
+
+
+def _leaf(prompt: Plain) -> Plain:
+    return tuple(tensor.detach().clone().requires_grad_() for tensor in prompt)
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in said for words in ("can't allocate memory", "not enough memory", "out of memory")
+    )

@@ -1,0 +1,89 @@
+"""Attention over short rows on a CPU, from the fused projection and back to its gradient without a detour.
+
+For the lengths that prompts are usually learned on, batched products over the whole score matrix are twice as fast as
+torch's fused attention, forward and backward together; and the gradient is written right into the fused layout. From
+`SHORT` positions on the score matrix grows too large and the caller takes torch's own attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt.base.hardware import product_dtype
+from softprompt.loss.kernels.workspace import scratch
+
+SHORT = 384  # positions
+
+
+def fused_attention(fused_BSE: Tensor, bias_BHSS: Tensor, heads: int, scale: float) -> Tensor:
+    """Context [B, S, H*K] of a projection whose last dimension is heads x (query, key, value) x K.
+
+    `bias_BHSS` is added to the scaled scores: mask and ALiBi, float32, contiguous."""
+    context: Tensor = _FusedAttention.apply(fused_BSE, bias_BHSS, heads, scale)  # type: ignore[no-untyped-call]
+    return context
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fused_BSE: Tensor, bias_BHSS: Tensor, heads: int, scale: float) -> Tensor:
+        rows, length, width = fused_BSE.shape
+        query, key, value = _apart(fused_BSE, heads)
+        chances = _chances(query, key, bias_BHSS, scale)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(fused_BSE, bias_BHSS)
+        ctx.heads, ctx.scale = heads, scale
+        context = torch.bmm(chances, value).view(rows, heads, length, -1)
+        return context.transpose(1, 2).to(fused_BSE.dtype).reshape(rows, length, width // 3)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        fused_BSE, bias_BHSS = ctx.saved_tensors
+        heads, scale = ctx.heads, ctx.scale
+        rows, length, width = fused_BSE.shape
+        query, key, value = _apart(fused_BSE, heads)
+        chances = _chances(query, key, bias_BHSS, scale)  # again: kept, those of all layers would pile up
+        slope = upstream[0].view(rows, length, heads, -1).transpose(1, 2)
+        slope = _laid_out("slope", slope, query.dtype).view(rows * heads, length, -1)
+        on_chances = torch.bmm(
+            slope, value.transpose(1, 2), out=scratch("scores", *chances.shape, dtype=chances.dtype)
+        )
+        on_scores = torch._softmax_backward_data(on_chances, chances, -1, chances.dtype).mul_(scale)
+        on_fused = fused_BSE.new_empty(rows, length, heads, 3, width // (3 * heads))
+        for place, part in enumerate(
+            (
+                torch.bmm(on_scores, key),
+                torch.bmm(on_scores.transpose(1, 2), query),
+                torch.bmm(chances.transpose(1, 2), slope),
+            )
+        ):
+            on_fused[:, :, :, place] = part.view(rows, heads, length, -1).transpose(1, 2)
+        return on_fused.view(rows, length, width), None, None, None
+
+
+def _chances(query: Tensor, key: Tensor, bias_BHSS: Tensor, scale: float) -> Tensor:
+    """What each position takes from every other, [B*H, S, S], in memory that the next layer takes again."""
+    rows, heads, length, _ = bias_BHSS.shape
+    bias = bias_BHSS.to(query.dtype).view(rows * heads, length, length)
+    scores = scratch("scores", *bias.shape, dtype=bias.dtype)
+    torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale, out=scores)
+    return torch.softmax(scores, -1, out=scratch("chances", *bias.shape, dtype=bias.dtype))
+
+
+def _apart(fused_BSE: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, [B*H, S, K] each, contiguous, in the dtype of products."""
+    rows, length, width = fused_BSE.shape
+    parts = fused_BSE.view(rows, length, heads, 3, width // (3 * heads)).permute(3, 0, 2, 1, 4)
+    dtype = product_dtype(fused_BSE.dtype, fused_BSE.device)
+    query, key, value = (
+        _laid_out(use, part, dtype).view(rows * heads, length, -1)
+        for use, part in zip(("query", "key", "value"), parts, strict=True)
+    )
+    return query, key, value
+
+
+def _laid_out(use: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy in `dtype`, in one go, in memory that the next layer takes again."""
+    return scratch(use, *tensor.shape, dtype=dtype).copy_(tensor)

@@ -1,0 +1,227 @@
+"""The loss of a large frozen head on a CPU: int8 finds the entries that matter, float products compute just those.
+
+Nearly all of a vocabulary is out of the question at any one position, and the gradient from there is below rounding
+(cut-cross-entropy, Wijmans et al. 2024, drops what is under 2^-12). So all logits are first taken with int8 products,
+which this CPU does several times faster. Entries that any token of the block gives 2^-13 or more are then computed
+from the real weights: their logits, their share of the sum, their gradient. The rest counts with its int8 estimate in
+the sum of probabilities, where errors of single entries average out. Its gradient is not dropped, which would cost up
+to a quarter of the whole: of vectors around a mean m with covariance C, weighed by exp(h . w), the mean is m + C h
+(exactly so for a normal distribution), with the mean of each block of the vocabulary and one covariance for all. That
+leaves an error of under 0.2 %, less than what bfloat16 products leave.
+
+Every call compares int8 with the real logits on the entries computed both ways, and where they are far apart, or where
+most of the vocabulary matters, the dense road is taken instead. The int8 copy is a byte a weight; nothing else is held
+but one block of probabilities of bounded size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt.base.hardware import has_int8_products, product_dtype
+from softprompt.base.nll import Head, _dense_block, target_logits
+from softprompt.loss.kernels.workspace import scratch
+
+MATTERS = 2.0**-13  # of the probability at any token of the block
+BLOCK_VOCABULARY = 2048
+BLOCK_PROBABILITIES = 2**25  # bfloat16: 64 MB; 128 tokens of a vocabulary of 250,880
+AT_MOST = 1 / 4  # of the vocabulary may matter; from there on the dense road is as fast
+TRUSTED = 0.1  # root mean square difference of int8 logits from the real ones, in nats
+SAMPLED_A_WIDTH = 16  # rows a dimension, for the covariance
+CODED_AT_ONCE = 2**17  # numbers: half a megabyte, which the cache of a core holds
+LARGE = 2**25  # weights; smaller heads cost little either way
+OFFSET = 30.0  # room above the target's logit: exp stays finite up to 118 nats above it
+
+
+class PackedHead:
+    """A head in int8, with what approximates the part of the gradient that is left out. Packed with the first loss."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self.blocks: list[_Block] = []
+        self.means_MD = torch.empty(0)
+        self.covariance_DD = torch.empty(0)
+
+    def pack(self) -> None:
+        """Every row of the weight as int8 with a scale of its own, packed as the product wants it; once."""
+        if self.blocks:
+            return
+        weight_VD = self.head.weight_VD
+        width = weight_VD.shape[1]
+        stride = max(1, len(weight_VD) // (SAMPLED_A_WIDTH * width))
+        means, sampled = [], 0
+        self.covariance_DD = torch.zeros(width, width)
+        for first in range(0, len(weight_VD), BLOCK_VOCABULARY):
+            rows_vD = weight_VD[first : first + BLOCK_VOCABULARY]
+            weight_vD = scratch("head", *rows_vD.shape).copy_(rows_vD)
+            means.append(weight_vD.mean(0))
+            around_sD = weight_vD[::stride] - means[-1]
+            self.covariance_DD.addmm_(around_sD.T, around_sD)
+            sampled += len(around_sD)
+            self.blocks.append(_Block(weight_vD, first))
+        self.means_MD = torch.stack(means)
+        self.covariance_DD /= sampled
+
+
+class ScreenedHead:
+    """A road for `token_nll` over a packed head. It counts the blocks that int8 could not settle, to stop trying."""
+
+    def __init__(self, packed: PackedHead) -> None:
+        self.packed, self.head = packed, packed.head
+        self.taken = 0
+        self.refused = 0
+
+    def __call__(
+        self, hidden_ND: Tensor, targets_N: Tensor, head: Head, wants_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Loss and gradient as `nll.dense` gives them, to the rounding of bfloat16."""
+        self.packed.pack()
+        nll_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
+        gradient_ND = hidden_ND.new_empty(hidden_ND.shape, dtype=torch.float32) if wants_gradient else None
+        size = max(16, min(512, BLOCK_PROBABILITIES // len(head.weight_VD)))
+        probabilities_nV = scratch(
+            "probabilities", min(size, len(hidden_ND)), len(head.weight_VD), dtype=torch.bfloat16
+        )
+        for start in range(0, len(hidden_ND), size):
+            block = slice(start, start + size)
+            hidden_nD, targets_n = hidden_ND[block], targets_N[block]
+            found = None
+            if self.refused <= self.taken + 2:
+                found = self._screened(
+                    hidden_nD.float(), targets_n, wants_gradient, probabilities_nV[: len(hidden_nD)]
+                )
+                self.taken += found is not None
+                self.refused += found is None
+            nll_N[block], part_nD = found or _dense_block(hidden_nD, targets_n, head, wants_gradient)
+            if gradient_ND is not None and part_nD is not None:
+                gradient_ND[block] = part_nD
+        return nll_N, gradient_ND
+
+    def _screened(
+        self, hidden_nD: Tensor, targets_n: Tensor, wants_gradient: bool, probabilities_nV: Tensor
+    ) -> tuple[Tensor, Tensor | None] | None:
+        head = self.head
+        dtype = product_dtype(head.weight_VD.dtype, head.weight_VD.device)
+        target_nD = head.weight_VD[targets_n].float()
+        target_n1 = target_logits(hidden_nD, target_nD, targets_n, head)
+        shift_n1 = target_n1 + OFFSET
+        below_n1 = shift_n1.neg()
+        codes_nD, step_n1 = quantised(hidden_nD * head.scale)
+        sums_nM = hidden_nD.new_empty(len(hidden_nD), len(self.packed.blocks))
+        for place, block in enumerate(self.packed.blocks):
+            likely_nv = block.product(codes_nD)
+            torch.addcmul(below_n1, likely_nv, step_n1, out=likely_nv).exp_()
+            torch.sum(likely_nv, 1, out=sums_nM[:, place])
+            probabilities_nV[:, block.first : block.first + likely_nv.shape[1]] = likely_nv
+        sum_n1 = sums_nM.sum(1, keepdim=True)
+        if not bool(torch.isfinite(sum_n1).all()):
+            return None
+        share_n1 = sum_n1.reciprocal().bfloat16()
+        matters_V = torch.empty(len(head.weight_VD), dtype=torch.bool)
+        for block in self.packed.blocks:
+            here = slice(block.first, block.first + BLOCK_VOCABULARY)
+            torch.ge((probabilities_nV[:, here] * share_n1).amax(0), MATTERS, out=matters_V[here])
+        matters_V[targets_n] = True
+        chosen_M = matters_V.nonzero()[:, 0]
+        if len(chosen_M) > AT_MOST * len(head.weight_VD):
+            return None
+        # Chosen entries: the real logits take the place of the int8 ones.
+        hidden_cast_nD = hidden_nD.to(dtype)
+        exact_n1 = torch.zeros_like(sum_n1)
+        pull_nD = torch.zeros_like(hidden_nD)
+        off, weighed = torch.zeros(()), torch.zeros(())
+        for chosen_m in chosen_M.split(BLOCK_VOCABULARY):  # type: ignore[no-untyped-call]
+            weight_mD = head.weight_VD[chosen_m].to(dtype)
+            rough_nm = probabilities_nV[:, chosen_m].float()
+            likely_nm = torch.mm(hidden_cast_nD, weight_mD.T).float().mul_(head.scale).sub_(shift_n1).exp_()
+            exact_n1 += likely_nm.sum(1, keepdim=True)
+            sums_nM.index_add_(1, chosen_m // BLOCK_VOCABULARY, rough_nm, alpha=-1)
+            # Relative differences of probabilities are differences of logits, as long as they are small.
+            off += (likely_nm - rough_nm).div_(sum_n1).square_().sum()
+            weighed += (likely_nm / sum_n1).square_().sum()
+            if wants_gradient:
+                if dtype == torch.float32:
+                    pull_nD.addmm_(likely_nm, weight_mD)
+                else:
+                    pull_nD.add_(likely_nm.to(dtype) @ weight_mD)
+        if not float(off) <= TRUSTED**2 * float(weighed):
+            return None
+        total_n1 = exact_n1 + sums_nM.clamp_(min=0).sum(1, keepdim=True)
+        nll_n = (shift_n1 + total_n1.log() - target_n1)[:, 0]
+        if not wants_gradient:
+            return nll_n, None
+        tilt_nD = torch.mm(hidden_nD * head.scale, self.packed.covariance_DD)
+        pull_nD.addmm_(sums_nM, self.packed.means_MD).addcmul_(sums_nM.sum(1, keepdim=True), tilt_nD)
+        pull_nD.div_(total_n1).sub_(target_nD)
+        return nll_n, pull_nD.mul_(head.scale)
+
+
+class _Block:
+    """A stretch of the vocabulary in int8."""
+
+    def __init__(self, weight_vD: Tensor, first: int) -> None:
+        self.first = first
+        codes_vD, self.step_v = coded(weight_vD)
+        self.packed: Any = torch.ops.onednn.qlinear_prepack(codes_vD, [256, weight_vD.shape[1]])
+        self.zero_v = torch.zeros(len(weight_vD), dtype=torch.int32)
+
+    def product(self, codes_nD: Tensor) -> Tensor:
+        """Codes of `quantised` times these weights, float32 [n, v], up to the step of each row of the codes."""
+        return int8_product(codes_nD, self.packed, self.step_v, self.zero_v)
+
+
+def coded(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights as int8 (in scratch memory: pack them at once) and the step of each row."""
+    wide_OI = scratch("weights", *weight_OI.shape).copy_(weight_OI)
+    spare_OI = torch.abs(wide_OI, out=scratch("absolute", *weight_OI.shape))
+    step_O = spare_OI.amax(1).clamp_(min=1e-12).div_(127)
+    wide_OI.div_(step_O[:, None]).round_()
+    return scratch("codes", *weight_OI.shape, dtype=torch.int8).copy_(wide_OI), step_O
+
+
+def quantised(rows_nD: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row as unsigned codes around 128, and its step: rows = (codes - 128) * step. uint8 [n, D], float32 [n, 1]."""
+    count, width = rows_nD.shape
+    codes_nD = torch.empty(count, width, dtype=torch.uint8)
+    steps_n1 = torch.empty(count, 1)
+    size = max(1, CODED_AT_ONCE // width)
+    # Few rows at a time, in the same memory: five times as fast as over all rows, whose pages are all new.
+    wide_mD, spare_mD = scratch("quantised", 2, min(size, count), width)
+    for first in range(0, count, size):
+        part_mD = rows_nD[first : first + size]
+        wide_mD, spare_mD = wide_mD[: len(part_mD)], spare_mD[: len(part_mD)]
+        if part_mD.dtype != torch.float32:
+            part_mD = wide_mD.copy_(part_mD)
+        torch.abs(part_mD, out=spare_mD)
+        step_m1 = spare_mD.amax(1, keepdim=True).clamp_(min=1e-12).div_(127)
+        steps_n1[first : first + size] = step_m1
+        # The conversion cuts off, so that half more is rounding.
+        torch.mul(part_mD, step_m1.reciprocal_(), out=spare_mD).add_(128.5)
+        codes_nD[first : first + size] = spare_mD
+    return codes_nD, steps_n1
+
+
+def int8_product(codes_nD: Tensor, packed: Any, step_v: Tensor, zero_v: Tensor) -> Tensor:
+    """(codes - 128) times packed int8 weights times their steps, float32 [n, v]."""
+    product_nv: Tensor = torch.ops.onednn.qlinear_pointwise(
+        codes_nD, 1.0, 128, packed, step_v, zero_v, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return product_nv
+
+
+def packed(head: Head) -> PackedHead | None:
+    """The head to screen where that is faster and holds: large, bfloat16, without bias and soft cap, on such a CPU."""
+    weight_VD = head.weight_VD
+    if (
+        weight_VD.device.type != "cpu"
+        or weight_VD.dtype != torch.bfloat16  # who asks for float32 gets its rounding
+        or weight_VD.numel() < LARGE
+        or head.bias_V is not None
+        or head.softcap is not None
+        or not has_int8_products()
+    ):
+        return None
+    return PackedHead(head)

@@ -1,0 +1,1 @@
+"""Tables of settings: declared once, read from YAML, flags and Python. No torch here."""

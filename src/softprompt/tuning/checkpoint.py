@@ -1,0 +1,119 @@
+"""Everything that a killed run needs to go on, on disk: written whole or not at all, the two newest kept.
+
+A file is one line (what it is, and the digest of the rest) and then what torch.save makes of tensors and plain values.
+Reading it runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softprompt.errors import RecipeError, SaveError
+from softprompt.store.artifact import write_together
+from softprompt.tuning.recipe import Recipe, Tune
+
+FOLDER, ENDING, KEPT = "checkpoints", ".checkpoint", 2
+HEAD = b"softprompt checkpoint 1 "
+MAY_DIFFER = {"out", "device", "tune.trackers"}  # settings that do not change what is computed, or only where
+
+
+class Checkpoints:
+    """The checkpoints of the run in `out`. What stands in the way of writing one is told, and does not end the run."""
+
+    def __init__(self, out: Path, settings: Tune, tell: Callable[[str], None]) -> None:
+        self.folder = out / FOLDER
+        self.every_steps, self.every_seconds = settings.checkpoint_steps, settings.checkpoint_seconds
+        self.tell = tell
+        self.last_step, self.last_time = 0, time.monotonic()
+        self.own = False  # what lies in the folder belongs to this run
+
+    def due(self, step: int) -> bool:
+        """Whether it is time for the next one."""
+        if self.every_steps is not None and step - self.last_step >= self.every_steps:
+            return True
+        return time.monotonic() - self.last_time >= self.every_seconds
+
+    def keep(self, step: int, state: Mapping[str, Any]) -> None:
+        """Write `state`, then let go of all but the two newest."""
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        content = buffer.getvalue()
+        head = HEAD + hashlib.sha256(content).hexdigest().encode() + b"\n"
+        self.last_step, self.last_time = step, time.monotonic()
+        try:
+            if not self.own:
+                self.clear()  # of a former run
+            write_together(self.folder, {f"{step:09}{ENDING}": head + content})
+        except (SaveError, OSError) as error:
+            self.tell(f"No checkpoint of step {step}: {error} The run goes on, and tries again later.")
+            return
+        self.own = True
+        for old in self._newest_first()[KEPT:]:
+            old.unlink(missing_ok=True)
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest whole one; damaged ones are told of and passed over. None where there is none."""
+        found = self._newest_first()
+        for place, path in enumerate(found):
+            try:
+                state = _read(path)
+            except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                then = "the one before is taken" if place + 1 < len(found) else "the run starts anew"
+                self.tell(f"{path} is damaged ({error}): {then}.")
+                continue
+            self.last_step, self.own = int(path.name.removesuffix(ENDING)), True
+            return state
+        return None
+
+    def clear(self) -> None:
+        """Remove all of them."""
+        for path in self._newest_first():
+            path.unlink(missing_ok=True)
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.folder.glob(f"*{ENDING}"), reverse=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    head, _, content = path.read_bytes().partition(b"\n")
+    if not head.startswith(HEAD):
+        raise ValueError("it does not begin like a checkpoint")
+    if hashlib.sha256(content).hexdigest().encode() != head.removeprefix(HEAD):
+        raise ValueError("its content is not what was written")
+    state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
+    return state
+
+
+def identity(recipe: Recipe, base_sha256: str, rows_sha256: str) -> dict[str, str]:
+    """What must be the same for a run to go on as the same run: every setting that counts, the base, the rows."""
+    flat = {"the base's weights": base_sha256, "the data": rows_sha256}
+    for section, value in recipe.model_dump().items():
+        settings = value if isinstance(value, dict) else {"": value}
+        for name, setting in settings.items():
+            path = f"{section}.{name}".rstrip(".")
+            if path not in MAY_DIFFER and not name.startswith("checkpoint_"):
+                flat[path] = json.dumps(setting, sort_keys=True)
+    return flat
+
+
+def demand_same(then: Mapping[str, str], now: Mapping[str, str], out: str) -> None:
+    """Raise RecipeError, naming every difference, unless a checkpoint's run is the one that is asked for."""
+    differing = [
+        f"{name} was {then.get(name, 'not known')}, is {now.get(name, 'not known')}"
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name)
+    ]
+    if differing:
+        raise RecipeError(
+            f"{out}: its checkpoint is of another run: {'; '.join(differing)}. Set these back to go on, or leave out "
+            "--resume to start anew."
+        )

@@ -1,0 +1,80 @@
+"""A recipe settled on its base and data: what `tune` will do, with nothing left to derive."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.data.batch import Encoded, EncodedSet
+from softprompt.data.example import Splits
+from softprompt.data.template import Template
+from softprompt.loss.context_cache import GIGABYTE, context_bytes, contexts_of
+from softprompt.loss.gradient import Loss
+from softprompt.tuning.recipe import Recipe
+
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything settled: nothing is `auto` any more.
+
+    `held_out` are the rows that choose the best step, each scored on the same tokens with a prompt and, as
+    `held_out_base`, without one. They are validation rows, or the training rows where there are none."""
+
+    recipe: Recipe
+    lm: FrozenLM
+    loss: Loss
+    splits: Splits
+    template: Template
+    train: EncodedSet
+    held_out: Sequence[Encoded]
+    held_out_base: Sequence[Encoded]
+    judged_on: str
+    learning_rate: float
+    batch_size: int
+    steps: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train.encoded) / self.batch_size)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that the loss counts in one epoch."""
+        return sum(row.trained_tokens for row in self.train.encoded)
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of text read in one epoch, virtual ones not counted."""
+        return sum(place < 0 for row in self.train.encoded for place in row.soft)
+
+    def rows_sha256(self) -> str:
+        """Digest of every row that is learned from or judged by, as encoded."""
+        rows = [(one.ids, one.soft, one.trained) for one in (*self.train.encoded, *self.held_out)]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def remarks(self) -> list[str]:
+        """What the one who waits should know of the data, in sentences."""
+        train = self.train
+        said = list(self.splits.notes)
+        if train.truncated:
+            said.append(f"{train.truncated} texts were cut, by {train.cut_tokens} tokens in all.")
+        if train.dropped:
+            said.append(f"{train.dropped} rows were left out because they are too long.")
+        contexts = contexts_of([*self.train.encoded, *self.held_out])
+        budget = self.recipe.tune.context_cache_gigabytes
+        if contexts and budget:
+            need = context_bytes(self.lm, contexts)
+            said.append(
+                f"Text before the soft prompt is read once and kept: {len(contexts)} contexts, "
+                f"{need / GIGABYTE:.2g} GB of at most {budget:.2g} GB "
+                "(tune.context_cache_gigabytes)."
+            )
+        if self.judged_on == "training":
+            said.append("Nothing is held out: losses before and after are those of the training rows.")
+        return said

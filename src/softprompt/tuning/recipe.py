@@ -1,0 +1,297 @@
+"""Every setting of a run, declared once: its name, default, limits, help and command-line flag.
+
+The YAML file, `--set a.b=value`, the flags of `softprompt tune` and docs/recipe.md all derive from the fields below,
+by way of settings.py. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from softprompt.errors import RecipeError
+from softprompt.settings.table import Section, explain, merge_file, put, sections, setting, settings
+
+Auto: TypeAlias = Literal["auto"]
+Count: TypeAlias = Annotated[int, Field(ge=1)]
+Positive: TypeAlias = Annotated[float, Field(gt=0)]
+NotNegative: TypeAlias = Annotated[float, Field(ge=0)]
+Rows: TypeAlias = Annotated[int, Field(ge=0)]
+Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Data(Section):
+    """What is learned from."""
+
+    source: str = setting(
+        ...,
+        "A file (csv, tsv, json, jsonl, parquet), a folder, a data set's id on the hub, or `builtin:NAME`.",
+        flag="--data",
+        elsewhere="dataset",
+    )
+    revision: str | None = setting(None, "The hub data set's commit, branch or tag.")
+    config: str | None = setting(None, "The hub data set's configuration.")
+    split: str = setting("train", "The split to learn from.")
+    column: str | None = setting(
+        None, "The text column: the loss counts all of its tokens. `{text}` in the template.", flag="--column"
+    )
+    fields: dict[str, str] = setting({}, "Names in the template, and the column that each stands for.")
+    messages: str | None = setting(
+        None, "The column of chat messages: the base's chat template, and the loss on the assistant's turns."
+    )
+    target: str | None = setting(
+        None, "The template's field that is to be learned; without it the loss counts the whole text."
+    )
+    template: str | None = setting(
+        None,
+        "How a row becomes text, such as `{soft:20} {text}` or `Tweet: {text} Complaint? {label}`; without it, "
+        "the soft prompt stands right before the text.",
+    )
+    limit: Count | None = setting(None, "Learn from the first N rows alone.", flag="--limit")
+    validation: Share | Rows | str | None = setting(
+        None,
+        "Held out to choose the best step: a share (0.1), a number of rows (50; 0 for none), a split's name or a "
+        "file. Without it, the source's own validation split if it has one.",
+    )
+    test: Share | Rows | str | None = setting(
+        None,
+        "Held out to the end: given like `validation`. Without it, the source's own test split if it has one.",
+    )
+    seed: int = setting(
+        0, "Which rows are held out; apart from `tune.seed`, so that runs are judged on the same rows.", ge=0
+    )
+    max_length: Count | None = setting(
+        None,
+        "Longest text in tokens, soft prompt included; without it, the base's context.",
+        flag="--max-length",
+    )
+    on_overflow: Literal["error", "truncate", "drop"] = setting(
+        "error", "What becomes of a text that is longer: refuse the data, cut the text, or leave the row out."
+    )
+    end: Literal["auto", "always", "never"] = setting(
+        "auto",
+        "Whether the end-of-text token is appended and learned: auto means after a target or an assistant's turn.",
+    )
+    encoding: str | None = setting(
+        None, "The file's text encoding; without it, it is detected, and a guess is said."
+    )
+    streaming: bool = setting(
+        False, "Read only the first `limit` rows of a hub data set, rather than downloading all of it."
+    )
+
+
+class Prompt(Section):
+    """What is learned."""
+
+    kind: Literal["soft", "deep"] = setting(
+        "soft", "soft: vectors in front of the first layer. deep: keys and values for every layer."
+    )
+    length: Count | None = setting(
+        None,
+        "How many virtual tokens; without it as many as `init_text` or `init_from` has, else 20.",
+        flag="--length",
+        elsewhere="num_virtual_tokens",
+    )
+    init: Literal[
+        "auto", "random", "vocabulary", "text", "labels", "zero", "prompt", "mean", "concatenation"
+    ] = setting(
+        "auto",
+        "Where it starts: random at the embedding table's scale, rows of the most frequent vocabulary, the "
+        "embeddings of `init_text`, or those of the class labels; or the first prompt of `init_from`, the mean or "
+        "the concatenation of them all. A deep prompt starts from what the base holds after reading those, or from "
+        "zero. auto means text where `init_text` is given, prompt where `init_from` is, else vocabulary.",
+        flag="--init",
+    )
+    init_text: str | None = setting(None, "The text whose embeddings `init: text` starts from.")
+    init_from: list[str] = setting([], "Folders of prompts of the same base to start from.")
+    form: Literal["direct", "residual", "mlp", "lstm", "low_rank", "superposition", "multitask"] = setting(
+        "direct",
+        "The form that is trained, and folded into a plain prompt on saving: direct is the vectors themselves; "
+        "residual, mlp and lstm put a small network behind them; low_rank, superposition and multitask train fewer "
+        "numbers.",
+    )
+    form_width: Count | None = setting(
+        None,
+        "Size of the form: hidden width of a network, rank, or how many embeddings are superposed; without it, the "
+        "form's own.",
+    )
+
+
+class Tune(Section):
+    """How it is learned."""
+
+    learning_rate: Positive | Literal["auto", "find"] = setting(
+        "auto",
+        "The highest step size. auto derives it from the embeddings' scale; find tries five rates around that in "
+        "short runs first.",
+        flag="--learning-rate",
+        elsewhere="lr",
+    )
+    epochs: Count = setting(5, "How often every row is seen.", flag="--epochs", elsewhere="num_train_epochs")
+    max_steps: Count | None = setting(None, "Stop after this many steps, whatever `epochs` says.")
+    batch_size: Count | Auto = setting(
+        "auto",
+        "Rows a step; auto is 8. Where memory runs out, it is halved and two are added up for a step.",
+        flag="--batch-size",
+    )
+    optimizer: Literal["muon", "adamw", "adafactor"] = setting(
+        "muon", "The rule that moves the prompt; arms of `compare` that train weights take adamw for muon."
+    )
+    schedule: Literal["linear", "cosine", "constant"] = setting(
+        "linear", "How the learning rate goes down after the warm-up."
+    )
+    warmup: Annotated[float, Field(ge=0, lt=1)] | Auto = setting(
+        "auto", "The share of all steps over which it rises; auto is none with muon, else 0.06."
+    )
+    weight_decay: NotNegative = setting(0.0, "Pull towards zero; a prompt rarely gains by it.")
+    context_cache_gigabytes: NotNegative = setting(
+        1.0,
+        "Memory for text that stands before the first soft token: it is read once and its keys and values are used "
+        "again in every epoch. 0 for none.",
+    )
+    int8: bool = setting(
+        False,
+        "Take the learning steps with the base's weights in int8, which CPUs with VNNI multiply several times faster. "
+        "Held-out losses stay those of the base as it is. A small approximation; other machines take no notice.",
+    )
+    clip: Positive | None = setting(1.0, "Largest norm of the gradient; null for no limit.")
+    gradient_checkpointing: bool = setting(
+        False,
+        "Compute each layer a second time rather than keep what it computed: long texts on little memory.",
+    )
+    seed: int = setting(0, "Seed of the start and of the rows' order.", flag="--seed", ge=0)
+    valid_every_steps: Count | None = setting(
+        None, "How often the held-out loss is measured; without it, after every epoch."
+    )
+    select: Literal["nll", "token_accuracy", "exact_match"] = setting(
+        "nll",
+        "What the best step is chosen by, on the held-out rows: loss; the share of trained tokens that are the most "
+        "likely ones; or of rows of which all are, which greedy decoding would say exactly.",
+    )
+    patience: Count | None = setting(
+        None, "Stop after this many measurements without a better one; without it, run to the end."
+    )
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = setting(
+        [], "Where the figures go besides metrics.jsonl: tensorboard, trackio, wandb, if installed."
+    )
+    checkpoint_steps: Count | None = setting(
+        None, "Write a checkpoint every so many steps, for `--resume`; without it, by time alone."
+    )
+    checkpoint_seconds: Positive = setting(60.0, "Write a checkpoint after so many seconds without one.")
+
+    @property
+    def warmup_share(self) -> float:
+        """`warmup`, with auto settled."""
+        if self.warmup == "auto":
+            return 0.0 if self.optimizer == "muon" else 0.06
+        return self.warmup
+
+
+class Recipe(Section):
+    """One run of prompt tuning, complete."""
+
+    base: str = setting(
+        "builtin",
+        "The frozen model: `builtin`, a local folder, or a model's id on the hub.",
+        flag="--base",
+        elsewhere="model",
+    )
+    base_revision: str | None = setting(None, "The hub model's commit, branch or tag.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = setting(
+        "auto",
+        "The base's number format; auto takes what the machine is fastest at; int8 and int4 pack its weights "
+        "(bitsandbytes).",
+    )
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps.")
+    trust_remote_code: bool = setting(
+        False, "Run code that comes with the base. No base named here needs it."
+    )
+    out: str = setting(
+        "runs/prompt", "The folder that the prompt is written to.", flag="--out", elsewhere="output_dir"
+    )
+    data: Data = Field(description="What is learned from.")
+    prompt: Prompt = Field(default_factory=Prompt, description="What is learned.")
+    tune: Tune = Field(default_factory=Tune, description="How it is learned.")
+
+    def __init__(
+        self, /, *, _places: Mapping[str, str] | None = None, _origin: str = "recipe", **values: Any
+    ) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise RecipeError(explain(type(self), error, _places or {}, _origin)) from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file, then apply `a.b=value` overrides in order. RecipeError names the file and the line."""
+        return cls.from_flags({}, overrides, path=path)
+
+    @classmethod
+    def from_flags(
+        cls,
+        flags: Mapping[str, str | None],
+        overrides: Sequence[str] = (),
+        *,
+        path: str | Path | None = None,
+    ) -> Self:
+        """Settle a recipe from a file, if any, then `--set` overrides, then flags by name ("--learning-rate")."""
+        tree: dict[str, Any] = {}
+        places: dict[str, str] = {}
+        if path is not None:
+            merge_file(cls, tree, places, path)
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise RecipeError(f"--set {override}: found no '=', wanted KEY=VALUE such as tune.epochs=3.")
+            put(cls, tree, places, key.strip(), text, f"--set {key.strip()}")
+        named = {one.flag: one for one in settings(cls) if one.flag}
+        for flag, value in flags.items():
+            if value is not None:
+                put(cls, tree, places, named[flag].path, value, flag)
+        for section in sections(cls):
+            tree.setdefault(section, {})
+        return cls(_places=places, _origin=str(path) if path is not None else "recipe", **tree)
+
+    def changed(self, overrides: Sequence[str]) -> Self:
+        """The same recipe with `a.b=value` overrides applied in order."""
+        tree = self.model_dump()
+        places: dict[str, str] = {}
+        for override in overrides:
+            key, _, text = override.partition("=")
+            put(type(self), tree, places, key.strip(), text, key.strip())
+        return type(self)(_places=places, **tree)
+
+    def to_yaml(self) -> str:
+        """Every setting, defaults included, as a file that `load` reads back to the same recipe."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.prompt.init == "text" and not self.prompt.init_text:
+            raise ValueError(
+                "prompt.init is text, but prompt.init_text is empty. Give the text to start from."
+            )
+        if self.prompt.init == "zero" and self.prompt.kind != "deep":
+            raise ValueError(
+                "prompt.init is zero, which only keys and values can start from: vectors would all be the same. Set "
+                "prompt.kind to deep, or prompt.init to random or vocabulary."
+            )
+        if self.prompt.init in ("prompt", "mean", "concatenation") and not self.prompt.init_from:
+            raise ValueError(
+                f"prompt.init is {self.prompt.init}, but prompt.init_from is empty. Name folders of learned prompts."
+            )
+        if self.prompt.init == "labels" and self.data.target is None:
+            raise ValueError(
+                "prompt.init is labels, but data.target is not set. Name the field of the label."
+            )
+        if self.data.column is not None and self.data.messages is not None:
+            raise ValueError("data.column and data.messages are both set. Keep the one that holds the text.")
+        if self.data.target is not None and self.data.template is None:
+            raise ValueError(
+                "data.target is set, but data.template is not. Write where the target stands in the text."
+            )
+        return self

@@ -1,0 +1,105 @@
+"""What a run leaves beside its prompt: the recipe as settled, and every figure it measured."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import platform
+import resource
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from softprompt.errors import SaveError
+from softprompt.tuning.events import Event
+from softprompt.tuning.recipe import Recipe
+
+METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
+
+
+class RunFolder:
+    """`recipe.yaml`, and `metrics.jsonl`, a line an event. No file is changed, and events wait, until `begin`."""
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.recipe, self.path = recipe, folder / METRICS
+        self.recorded_bytes = 0
+        self._whole = True
+        self._waiting = io.BytesIO()
+        self._file: IO[bytes] = self._waiting
+
+    def begin(self, kept_bytes: int = 0) -> None:
+        """Write the recipe, and forget all that was recorded but the first `kept_bytes`, which a checkpoint knows of:
+        no step may stand there twice. Raises SaveError."""
+        folder, waiting = self.path.parent, self._waiting.getvalue()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / RECIPE).write_text(self.recipe.to_yaml(), encoding="utf-8")
+            self._file = self.path.open("ab")
+            kept_bytes = min(kept_bytes, self.path.stat().st_size)
+            self._file.truncate(kept_bytes)
+            self._file.write(waiting)
+            self._file.flush()
+        except OSError as error:
+            raise SaveError(
+                f"{folder}: the run cannot be recorded there ({error.strerror}). Choose another folder with --out."
+            ) from error
+        self.recorded_bytes = kept_bytes + len(waiting)
+
+    def __call__(self, event: Event) -> str | None:
+        """Record an event. Where that fails the run goes on; the first time, the answer says why."""
+        figures = {name: number_or_none(value) for name, value in asdict(event).items()}
+        line = json.dumps({"event": type(event).__name__, **figures}, ensure_ascii=False) + "\n"
+        try:
+            self._file.write(line.encode())
+            self._file.flush()
+        except OSError as error:
+            first, self._whole = self._whole, False
+            return f"{self.path}: cannot be written ({error.strerror}); the run goes on." if first else None
+        self.recorded_bytes += len(line.encode())
+        return None
+
+    def close(self) -> None:
+        """Close the file; what was recorded stays."""
+        with contextlib.suppress(OSError):  # a full disk was told of before
+            self._file.close()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held so far: on the GPU where the base lies on one."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with: packages, Python, and the git revision of the working folder if it has one."""
+    found = {"python": platform.python_version()}
+    for package in ("softprompt", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    revision = _git_revision()
+    return found | ({"git": revision} if revision else {})
+
+
+def _git_revision() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def number_or_none(value: Any) -> Any:
+    """A figure for JSON, which has no NaN: None where it is unknown."""
+    return value if value == value else None

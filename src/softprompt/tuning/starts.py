@@ -1,0 +1,193 @@
+"""The start that a recipe names, on the base and rows at hand, in the form that is to be trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.outline import Outline
+from softprompt.data.tokenizer import habits
+from softprompt.errors import RecipeError
+from softprompt.inference.compiled import text_state, vectors_state
+from softprompt.prompt import init
+from softprompt.prompt.reparam import FORMS, Form, as_plain, as_rows
+from softprompt.prompt.soft_prompt import Plain, Prompt, SoftPrompt
+from softprompt.store.artifact import load_prompt
+from softprompt.tuning.plan import Plan
+from softprompt.tuning.recipe import Recipe
+
+LENGTH = 20  # Lester et al. 2021: little is gained beyond 20 vectors
+
+
+def natural_length(recipe: Recipe, lm: FrozenLM | Outline) -> int:
+    """As many vectors as what the prompt starts from has."""
+    prompt = recipe.prompt
+    if prompt.init_from and prompt.init in ("auto", "prompt", "mean", "concatenation"):
+        lengths = [one.length for one in read_prompts(recipe, lm)]
+        return sum(lengths) if prompt.init == "concatenation" else lengths[0]
+    return len(_start_ids(lm, prompt.init_text)) if prompt.init_text else LENGTH
+
+
+def start(plan: Plan) -> Form:
+    """The trained form at its starting values."""
+    recipe = plan.recipe
+    generator = torch.Generator().manual_seed(recipe.tune.seed)
+    plain = plain_start(plan, generator)
+    table_mW = _table(plan, generator) if recipe.prompt.form == "superposition" else torch.empty(0)
+    return FORMS[recipe.prompt.form](plain, table_mW, recipe.prompt.form_width, generator)
+
+
+def plain_start(plan: Plan, generator: torch.Generator) -> Plain:
+    """The plain prompt that learning starts from."""
+    prompt = plan.recipe.prompt
+    name = prompt.init
+    if name == "auto":
+        name = "text" if prompt.init_text else "prompt" if prompt.init_from else "vocabulary"
+    starts: Mapping[str, Callable[[Plan, torch.Generator], Plain]] = (
+        DEEP_STARTS if prompt.kind == "deep" else STARTS
+    )
+    return starts[name](plan, generator)
+
+
+def _table(plan: Plan, generator: torch.Generator) -> Tensor:
+    """Embeddings to superpose, frequent tokens drawn at random; for a deep prompt as the base reads each alone."""
+    rows_mD = _sampled(plan, plan.recipe.prompt.form_width or 128, generator)
+    if plan.recipe.prompt.kind != "deep":
+        return rows_mD
+    return torch.cat([as_rows(vectors_state(plan.lm, row_D[None])) for row_D in rows_mD])
+
+
+def _random(plan: Plan, generator: torch.Generator) -> Tensor:
+    return init.random_at_scale(frequent_vectors(plan.lm), plan.template.soft_length, generator)
+
+
+def _vocabulary(plan: Plan, generator: torch.Generator) -> Tensor:
+    return _sampled(plan, plan.template.soft_length, generator)
+
+
+def _sampled(plan: Plan, count: int, generator: torch.Generator) -> Tensor:
+    rows = init.sampled_vocabulary(
+        torch.arange(plan.lm.vocab_size)[:, None].float(),
+        count,
+        generator,
+        plan.lm.tokenizer.all_special_ids,
+    )
+    return plan.lm.embed(rows[:, 0].long().to(plan.lm.device)).float().cpu()
+
+
+def _text(plan: Plan, generator: torch.Generator) -> Tensor:
+    ids = _start_ids(plan.lm, plan.recipe.prompt.init_text or "")
+    return init.token_embeddings(_embedded(plan.lm, ids), plan.template.soft_length)
+
+
+def _labels(plan: Plan, generator: torch.Generator) -> Tensor:
+    target = plan.template.target or ""
+    counted = Counter(example.fields[target] for example in plan.splits.train)
+    vectors = [
+        _embedded(plan.lm, _text_ids(plan.lm, " " + label.strip())) for label, _ in counted.most_common()
+    ]
+    return init.class_labels(vectors, frequent_vectors(plan.lm), plan.template.soft_length, generator)
+
+
+def _from_prompts(combine: Callable[[Sequence[Tensor], int], Tensor]) -> Callable[..., Plain]:
+    """A start from learned prompts of the same base: vectors, or what a deep prompt holds."""
+
+    def combined(plan: Plan, generator: torch.Generator) -> Plain:
+        found = read_prompts(plan.recipe, plan.lm)
+        length = plan.template.soft_length
+        if plan.recipe.prompt.kind == "soft":
+            return (combine([one.plain[0] for one in found], length),)
+        deep = [
+            vectors_state(plan.lm, one.embeddings_PD) if isinstance(one, SoftPrompt) else one.plain
+            for one in found
+        ]
+        layers, _, heads, width = deep[0][0].shape
+        return as_plain(combine([as_rows(one) for one in deep], length), (layers, length, heads, width))
+
+    return combined
+
+
+def read_prompts(recipe: Recipe, lm: FrozenLM | Outline) -> list[Prompt]:
+    """The prompts that `prompt.init_from` names. Raises WrongBase, DamagedPrompt, or RecipeError for an unfit kind."""
+    found = [load_prompt(path, base=lm.fingerprint) for path in recipe.prompt.init_from]
+    for path, one in zip(recipe.prompt.init_from, found, strict=True):
+        if recipe.prompt.kind == "soft" and not isinstance(one, SoftPrompt):
+            raise RecipeError(
+                f"prompt.init_from: {path} is a deep prompt, which has no vectors. Set prompt.kind to deep."
+            )
+        moved = recipe.prompt.init == "concatenation" or one.length != found[0].length
+        if moved and len(found) > 1 and not isinstance(one, SoftPrompt):
+            raise RecipeError(
+                f"prompt.init_from: {path} is a deep prompt, whose keys belong to their positions, so it can stand at "
+                "no other. Concatenate soft prompts, or take the mean of deep ones of one length."
+            )
+    return found
+
+
+def _alone(start: Callable[[Plan, torch.Generator], Tensor]) -> Callable[[Plan, torch.Generator], Plain]:
+    """A soft start: the vectors as they are."""
+    return lambda plan, generator: (start(plan, generator),)
+
+
+def _read_by_base(
+    start: Callable[[Plan, torch.Generator], Tensor],
+) -> Callable[[Plan, torch.Generator], Plain]:
+    """A deep start: the keys and values that the base holds after reading a shallow one."""
+    return lambda plan, generator: vectors_state(plan.lm, start(plan, generator))
+
+
+def _zero(plan: Plan, generator: torch.Generator) -> Plain:
+    keys_LPHK, values_LPHK = vectors_state(plan.lm, _vocabulary(plan, generator))
+    return torch.zeros_like(keys_LPHK), torch.zeros_like(values_LPHK)
+
+
+def _text_read_by_base(plan: Plan, generator: torch.Generator) -> Plain:
+    return text_state(plan.lm, plan.recipe.prompt.init_text or "", plan.template.soft_length)
+
+
+VECTORS: dict[str, Callable[[Plan, torch.Generator], Tensor]] = {
+    "random": _random,
+    "vocabulary": _vocabulary,
+    "text": _text,
+    "labels": _labels,
+}
+FROM_PROMPTS: dict[str, Callable[[Plan, torch.Generator], Plain]] = {
+    "prompt": _from_prompts(lambda prompts, length: init.resized(prompts[0], length)),
+    "mean": _from_prompts(init.mean),
+    "concatenation": _from_prompts(init.concatenation),
+}
+STARTS: dict[str, Callable[[Plan, torch.Generator], Plain]] = {
+    **{name: _alone(vectors) for name, vectors in VECTORS.items()},
+    **FROM_PROMPTS,
+}
+DEEP_STARTS: dict[str, Callable[[Plan, torch.Generator], Plain]] = {
+    **{name: _read_by_base(vectors) for name, vectors in VECTORS.items()},
+    "text": _text_read_by_base,
+    "zero": _zero,
+    **FROM_PROMPTS,
+}
+
+
+def frequent_vectors(lm: FrozenLM) -> Tensor:
+    """What the first layer reads for the most frequent tokens: not the table itself where the base scales it (Gemma)."""
+    return _embedded(lm, range(min(init.FREQUENT, lm.vocab_size)))
+
+
+def _embedded(lm: FrozenLM, ids: Sequence[int]) -> Tensor:
+    return lm.embed(torch.tensor(ids, device=lm.device)).float().cpu()
+
+
+def _start_ids(lm: FrozenLM | Outline, text: str) -> list[int]:
+    """The text as the base wants any text to begin: behind a start token (BOS) where its tokenizer puts one."""
+    return [*habits(lm.tokenizer).before, *_text_ids(lm, text)]
+
+
+def _text_ids(lm: FrozenLM | Outline, text: str) -> list[int]:
+    ids: list[int] = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise RecipeError(f"prompt.init_text: found {text!r}, which has no token. Give some text.")
+    return ids

@@ -1,0 +1,262 @@
+"""Many settings, several seeds each, learned side by side; after each stretch the worse half is let go.
+
+Successive halving (Jamieson and Talwalkar 2016): with 8 settings, all run for an eighth of their steps, 4 for a
+quarter, 2 for half, one to its end. Without halving all run to the end. What is compared is the best held-out loss so
+far, as the mean over a setting's seeds, so settings are judged on the same seeds and rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.data.example import Splits
+from softprompt.errors import NotFinite, RecipeError, SaveError
+from softprompt.loss.gradient import Loss
+from softprompt.prompt.soft_prompt import Prompt
+from softprompt.settings.text import scalar
+from softprompt.store.artifact import load_prompt, save_prompt
+from softprompt.tuning.events import Event
+from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.records import number_or_none
+from softprompt.tuning.together import Together
+
+RECORDS, TRIALS = "sweep.jsonl", "trials"
+ABREAST = 8
+
+Setting = tuple[str, ...]
+"""Overrides of the recipe, such as ("tune.learning_rate=0.03", "prompt.length=10")."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting with one seed, how far it is and how good (nats per trained token; `nll` is its best so far)."""
+
+    name: str
+    setting: Setting
+    seed: int
+    step: int = 0
+    nll_start: float = math.nan
+    nll: float = math.nan
+    best_step: int = 0
+    kept: bool = True
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The winner's prompt, its trials and all others; `nll` is the mean over the winner's seeds, with its error."""
+
+    prompt: Prompt
+    setting: Setting
+    trials: tuple[Trial, ...]
+    nll: float
+    nll_error: float
+
+    def record(self, out: str) -> dict[str, Any]:
+        """The outcome as plain data."""
+        return {
+            "path": out,
+            "setting": list(self.setting),
+            "nll": self.nll,
+            "nll_error": self.nll_error,
+            "trials": [asdict(trial) for trial in self.trials],
+        }
+
+
+def grid(choices: Mapping[str, Sequence[str]]) -> list[Setting]:
+    """Every combination of the values of each key."""
+    keyed = [[f"{key}={value}" for value in values] for key, values in choices.items()]
+    return list(itertools.product(*keyed))
+
+
+def drawn(ranges: Mapping[str, str], count: int, seed: int) -> list[Setting]:
+    """`count` random settings. A range is `a,b,c` (one of them) or `low..high`, evenly in the logarithm where both are
+    above 0. Whole numbers stay whole. Raises RecipeError for anything else."""
+    rng = random.Random(seed)
+    return [tuple(f"{key}={_draw(key, text, rng)}" for key, text in ranges.items()) for _ in range(count)]
+
+
+def _draw(key: str, text: str, rng: random.Random) -> str:
+    low_text, dots, high_text = text.partition("..")
+    if not dots:
+        return rng.choice(text.split(","))
+    low, high = scalar(low_text), scalar(high_text)
+    numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high))
+    if not numbers or not low < high:  # type: ignore[operator]
+        raise RecipeError(f"--random {key}: found {text!r}, wanted low..high such as 1e-3..0.3, or a,b,c.")
+    assert isinstance(low, int | float)
+    assert isinstance(high, int | float)
+    value = math.exp(rng.uniform(math.log(low), math.log(high))) if low > 0 else rng.uniform(low, high)
+    return str(round(value)) if isinstance(low, int) and isinstance(high, int) else f"{value:.4g}"
+
+
+def stretches(settings: int, halving: bool) -> list[float]:
+    """The shares of all steps after which the worse half goes; the last is 1."""
+    rounds = max(0, math.ceil(math.log2(settings))) if halving else 0
+    return [0.5**left for left in range(rounds, -1, -1)]
+
+
+def sweep(
+    recipe: Recipe,
+    settings: Sequence[Setting],
+    *,
+    seeds: int = 1,
+    halving: bool = False,
+    abreast: int = ABREAST,
+    lm: FrozenLM | None = None,
+    splits: Splits | None = None,
+    loss: Loss | None = None,
+    on_event: Callable[[str, Event], None] = lambda trial, event: None,
+    on_stretch: Callable[[Sequence[Trial]], None] = lambda trials: None,
+    resume: bool = False,
+) -> Swept:
+    """Learn `recipe` under every setting and seed, `abreast` prompts in a pass, and save the winner in `recipe.out`.
+
+    Every trial has a folder of its own under `trials/`; `sweep.jsonl` holds a line for each trial and stretch. With
+    `resume`, a sweep that was killed goes on. Raises RecipeError for settings that do not fit, or NotFinite when every
+    setting broke."""
+    out = Path(recipe.out)
+    trials = [
+        Trial(f"{number:03}-seed{seed}", setting, seed)
+        for number, setting in enumerate(settings)
+        for seed in range(recipe.tune.seed, recipe.tune.seed + seeds)
+    ]
+    recipes = [
+        recipe.changed([*trial.setting, f"tune.seed={trial.seed}", f"out={out / TRIALS / trial.name}"])
+        for trial in trials
+    ]
+    shares = stretches(len(settings), halving)
+    records = _Records(
+        out, {"settings": settings, "seeds": seeds, "halving": halving, "recipe": recipe.model_dump()}
+    )
+    done = records.begin(resume)
+    trials = [replace(trial, **done.get(trial.name, {})) for trial in trials]
+    going = [n for n, trial in enumerate(trials) if trial.kept]
+
+    def tell(place: int, event: Event) -> None:
+        on_event(trials[going[place]].name, event)
+
+    together = Together(
+        [recipes[n] for n in going], lm=lm, splits=splits, loss=loss, on_event=tell, resume=resume
+    )
+    try:
+        for share in shares[records.stretches_done :]:
+            left = [place for place in together.active if trials[going[place]].kept]
+            for first in range(0, len(left), abreast):
+                together.advance(share, left[first : first + abreast])
+            now = together.losses() if share < 1 else {}  # a stretch may end between two validations
+            for place, n in enumerate(going):
+                run = together.runs[place].learner
+                trials[n] = replace(
+                    trials[n],
+                    step=run.step,
+                    nll_start=run.nll_start,
+                    nll=math.nan if place in together.failed else min(run.nll_best, now.get(place, math.inf)),
+                    best_step=run.best_step,
+                )
+            kept = _better_half(trials) if share < 1 else {trial.setting for trial in trials if trial.kept}
+            trials = [replace(trial, kept=trial.kept and trial.setting in kept) for trial in trials]
+            together.checkpoint()
+            records.stretch(share, trials)
+            for place, n in enumerate(going):
+                if not trials[n].kept and place in together.active:
+                    together.drop(place)
+            on_stretch(trials)
+        saved = together.save()
+    finally:
+        together.close()
+    winner = min((trial.setting for trial in trials if trial.kept), key=lambda one: _rank(trials, one))
+    mine = [trial for trial in trials if trial.setting == winner]
+    if not any(math.isfinite(trial.nll) for trial in mine):
+        raise next(iter(together.failed.values()), NotFinite("Every trial broke. Lower tune.learning_rate."))
+    best = min(mine, key=lambda trial: trial.nll if math.isfinite(trial.nll) else math.inf)
+    place = going.index(trials.index(best))
+    prompt = saved[place].prompt if place in saved else load_prompt(out / TRIALS / best.name)
+    nlls = [trial.nll for trial in mine if math.isfinite(trial.nll)]
+    error = statistics.stdev(nlls) / len(nlls) ** 0.5 if len(nlls) > 1 else math.nan
+    notes = {**prompt.notes, "sweep": {"setting": list(winner), "trial": best.name, "of": len(settings)}}
+    prompt = replace(prompt, name=out.resolve().name, notes=notes)
+    save_prompt(prompt, out)
+    swept = Swept(prompt, winner, tuple(trials), statistics.fmean(nlls), error)
+    records.end(swept.record(str(out)))
+    return swept
+
+
+def _rank(trials: Sequence[Trial], setting: Setting) -> float:
+    """Mean over the seeds; infinite where any of them broke."""
+    mean = statistics.fmean(trial.nll for trial in trials if trial.setting == setting)
+    return mean if math.isfinite(mean) else math.inf
+
+
+def _better_half(trials: Sequence[Trial]) -> set[Setting]:
+    going = list(dict.fromkeys(trial.setting for trial in trials if trial.kept))
+    return set(sorted(going, key=lambda one: _rank(trials, one))[: math.ceil(len(going) / 2)])
+
+
+class _Records:
+    """`sweep.jsonl`: what was asked for, a line a trial and stretch, and the outcome."""
+
+    def __init__(self, out: Path, asked: Mapping[str, Any]) -> None:
+        self.path = out / RECORDS
+        self.asked = json.loads(json.dumps({"event": "Asked", **asked}))
+        self.stretches_done = 0
+
+    def begin(self, resume: bool) -> dict[str, dict[str, Any]]:
+        """Start the file, or read what a killed sweep left: each trial's figures after its last stretch."""
+        if not resume or not self.path.exists():
+            self._write([self.asked], "w")
+            return {}
+        lines = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break  # the kill cut it short
+        if not lines or lines[0] != self.asked:
+            raise RecipeError(
+                f"{self.path}: holds a sweep of other settings. Give the same ones to go on, or leave out --resume."
+            )
+        whole = [number for number, line in enumerate(lines) if line["event"] == "Stretch"]
+        lines = lines[: whole[-1] + 1] if whole else lines[:1]
+        self._write(lines, "w")
+        self.stretches_done = len(whole)
+        figures = {"step", "nll_start", "nll", "best_step", "kept"}
+        return {
+            line["name"]: {
+                key: math.nan if value is None else value for key, value in line.items() if key in figures
+            }
+            for line in lines
+            if line["event"] == "Trial"
+        }
+
+    def stretch(self, share: float, trials: Sequence[Trial]) -> None:
+        """Every trial as it stands, and then that the stretch is over."""
+        lines = [{"event": "Trial", **asdict(trial)} for trial in trials]
+        self._write([*lines, {"event": "Stretch", "share": share}], "a")
+
+    def end(self, record: Mapping[str, Any]) -> None:
+        """The outcome."""
+        self._write(
+            [{"event": "Winner", **{key: record[key] for key in ("path", "setting", "nll", "nll_error")}}],
+            "a",
+        )
+
+    def _write(self, lines: Sequence[Mapping[str, Any]], mode: str) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open(mode, encoding="utf-8") as file:
+                for line in lines:
+                    plain = {key: number_or_none(value) for key, value in line.items()}
+                    file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise SaveError(
+                f"{self.path}: cannot be written ({error.strerror}). Free some space or choose another folder."
+            ) from error
