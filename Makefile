@@ -45,6 +45,7 @@ imports: $(DEV)
 docs: $(DEV)
 	$(BIN)/softprompt recipe --markdown > docs/recipe.md
 	$(OFFLINE) $(BIN)/python tests/test_architectures.py
+	$(BIN)/python tests/house_map.py
 
 setup: $(DEV)
 

@@ -516,13 +516,13 @@ def test_an_unknown_architecture_proves_itself_when_it_is_first_used(monkeypatch
 def test_an_architecture_that_ignores_the_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("softprompt.inference.verify.PROVEN", frozenset())
     lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), name="odd")
-    hidden = lm.hidden
+    hidden = FrozenLM.hidden
 
     def without_mask(
-        embeddings: torch.Tensor, mask: object = None, *rest: object, past: object = None
+        self: FrozenLM, embeddings: torch.Tensor, mask: object = None, *rest: object, past: object = None
     ) -> object:
-        return hidden(embeddings, None, *rest, past=past)  # type: ignore[arg-type]
+        return hidden(self, embeddings, None, *rest, past=past)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(lm, "hidden", without_mask)
+    monkeypatch.setattr(FrozenLM, "hidden", without_mask)
     with pytest.raises(BaseError, match=r"odd: LlamaForCausalLM gives other logits .* Choose another base"):
         compile_prompt(lm, "hello")

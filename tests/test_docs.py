@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import house_map
 from softprompt.cli.app import main
 from softprompt.tuning.recipe import Recipe
 
@@ -89,12 +90,11 @@ def test_the_tutorials_recipe_is_the_tutorial_to_the_letter() -> None:
     assert recipe.device == "cpu"
 
 
-def test_the_layout_in_the_docs_names_only_files_that_exist() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    folder = Path()
-    for line in re.search(r"    src/softprompt/\n(.*?)\n    tests/", text, re.DOTALL)[1].splitlines():  # type: ignore[index]
-        name = line.split()[0]
-        if line.startswith("      ") and not line.startswith("       "):
-            folder = Path(name) if name.endswith("/") else Path()
-        here = Path(name) if not line.startswith("       ") else folder / name
-        assert (ROOT / "src" / "softprompt" / here).exists(), line
+def test_the_map_in_the_docs_names_every_file_and_no_other() -> None:
+    page = house_map.PAGE.read_text(encoding="utf-8")
+    assert house_map.with_map(page) == page, "run `make docs`"
+
+
+def test_every_file_says_what_it_is() -> None:
+    for path in house_map.SOURCE.rglob("*.py"):
+        assert house_map.first_sentence(path), f"{path} has no docstring"

@@ -152,7 +152,7 @@ def test_parts_side_by_side_are_matrices_of_their_own() -> None:
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "adafactor"])
 def test_a_learner_goes_on_from_its_state_to_the_bit(optimizer: str) -> None:
     def made() -> Learner:
-        return Learner(Direct(torch.ones(4, 6)), Tune(optimizer=optimizer), 0.1, 5)  # type: ignore[arg-type]
+        return Learner(Direct((torch.ones(4, 6),)), Tune(optimizer=optimizer), 0.1, 5)  # type: ignore[arg-type]
 
     def move(learner: Learner, gradient: torch.Tensor) -> None:
         learner.parameters[0].grad = gradient.clone()
@@ -166,20 +166,20 @@ def test_a_learner_goes_on_from_its_state_to_the_bit(optimizer: str) -> None:
     second.restore(first.state())
     for gradient in gradients()[3:]:
         move(second, gradient)
-    assert torch.equal(whole.now(), second.now())  # type: ignore[arg-type]
+    assert torch.equal(whole.now()[0], second.now()[0])
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
-    learner = Learner(Direct(torch.ones(2, 2)), Tune(), 0.1, 5)
+    learner = Learner(Direct((torch.ones(2, 2),)), Tune(), 0.1, 5)
     learner.parameters[0].grad = torch.tensor([[1.0, math.nan], [0.0, 0.0]])
     assert not learner.move()
-    assert torch.equal(learner.now(), torch.ones(2, 2))  # type: ignore[arg-type]
+    assert torch.equal(learner.now()[0], torch.ones(2, 2))
     assert learner.step == 0
 
 
 def test_the_gradient_is_clipped_to_the_norm_asked_for() -> None:
     """AdamW's second step after a long gradient tells whether the first was clipped; Adafactor's first does not."""
-    learner = Learner(Direct(torch.zeros(1, 2)), Tune(optimizer="adamw", clip=1.0), 0.1, 5)
+    learner = Learner(Direct((torch.zeros(1, 2),)), Tune(optimizer="adamw", clip=1.0), 0.1, 5)
     learner.parameters[0].grad = torch.tensor([[30.0, 40.0]])
     learner.move()
     state = learner.optimiser.state[learner.parameters[0]]

@@ -20,7 +20,7 @@ from softprompt.cli.app import main
 from softprompt.data.preview import preview
 from softprompt.errors import BaseError
 from softprompt.tuning.recipe import Recipe
-from softprompt.tuning.settle import read_splits, room, settle_template
+from softprompt.tuning.task import read_splits, settle_template, task_of
 from test_learn import learn, lm_of
 from tiny_models import HEADS_OF_8, tiny_model, tiny_tokenizer
 
@@ -85,7 +85,7 @@ def test_a_preview_without_the_weights_is_that_of_the_whole_base(
         settle_template(recipe, lm),
         read_splits(recipe).train,
         lm.tokenizer,
-        max_length=room(recipe, lm),
+        max_length=task_of(recipe, lm).max_positions,
         on_overflow="truncate",
     )
     assert (whole.truncated > 0) is (longest_text(lm) is not None)
@@ -185,5 +185,5 @@ def test_after_a_preview_the_weights_are_still_fetched(monkeypatch: pytest.Monke
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", tokenizer)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", model)
-    assert FrozenLM.load("some/base", device="cpu").layers == 2
+    assert FrozenLM.load("some/base", device="cpu").num_layers == 2
     assert asked == [("tokenizer", True), ("weights", True), ("tokenizer", False), ("weights", False)]

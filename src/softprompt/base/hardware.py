@@ -1,4 +1,6 @@
-"""Which arithmetic is fast here, measured rather than guessed from the CPU's name.
+"""The machine: which arithmetic is fast here, what memory a process holds, what timings were taken on.
+
+Which arithmetic is fast is measured rather than guessed from the CPU's name.
 
 bfloat16 instructions do not say that bfloat16 products are fast: on some CPUs they run at half the rate of float32, on
 others at more than twice. Weights are kept in the base's dtype either way; only products may be done in float32, whose
@@ -11,12 +13,16 @@ import contextlib
 import json
 import os
 import platform
+import resource
+import sys
 import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from softprompt.store.atomic import replace_file
 
 # Large enough for the full rate, small enough for a few milliseconds.
 ROWS, WIDTH, COLUMNS = 256, 1024, 1024
@@ -38,7 +44,7 @@ def float32_is_faster(than: torch.dtype) -> bool:
     it did before, however busy the machine is then."""
     kept = _cache_file()
     known = _read(kept)
-    key = f"{_processor()}, torch {torch.__version__}, float32 faster than {than}"
+    key = f"{processor_name()}, torch {torch.__version__}, float32 faster than {than}"
     if key not in known:
         known[key] = _float32_is_faster(than)
         _write(kept, known)
@@ -81,12 +87,11 @@ def _write(path: Path, known: dict[str, bool]) -> None:
     # Without a cache folder it is measured in every process: slower by some milliseconds, and no failure.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(known, indent=2), encoding="utf-8")
-        draft.replace(path)
+        replace_file(path, json.dumps(known, indent=2))
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """What the processor calls itself."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -103,3 +108,54 @@ def _seconds(product: Any) -> float:
         product()
         best = min(best, time.perf_counter() - began)
     return best
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory that this process holds now: on the GPU where the base lies on one."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return _status("VmRSS") or _peak_of_process()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most it has held since `forget_peak`, or since it started where the system cannot forget."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return _status("VmHWM") or _peak_of_process()
+
+
+def forget_peak(device: torch.device) -> None:
+    """Start measuring the peak anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # Linux alone; elsewhere the peak is that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    # Not ru_maxrss: a child inherits its parent's peak there.
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _peak_of_process() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the timings were taken on; a load above the number of cores means that others slowed them."""
+    found: dict[str, Any] = {
+        "system": platform.platform(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+    }
+    with contextlib.suppress(OSError):
+        found["load"] = round(os.getloadavg()[0], 1)
+    return found

@@ -18,7 +18,8 @@ from softprompt.cli.generate import answers, show_side_by_side
 from softprompt.cli.preview import show_preview
 from softprompt.cli.screen import emit, fact, figure, heading, screen
 from softprompt.cli.tune import learn, show_base
-from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.recipe import Data, Recipe, Tune
+from softprompt.tuning.recipe import Prompt as PromptSettings
 
 if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
@@ -112,9 +113,9 @@ def roles_recipe(out: Path, seed: int) -> Recipe:
     """All text of role prompts is learned, as in the tutorial."""
     return Recipe(
         out=str(out / "roles"),
-        data={"source": "builtin:roles", "column": "prompt", "template": "{soft:20}{text}"},
-        prompt={"init": "vocabulary"},
-        tune={"epochs": 4, "batch_size": 8, "seed": seed},
+        data=Data(source="builtin:roles", column="prompt", template="{soft:20}{text}"),
+        prompt=PromptSettings(init="vocabulary"),
+        tune=Tune(epochs=4, batch_size=8, seed=seed),
     )
 
 
@@ -122,13 +123,13 @@ def messages_recipe(out: Path, seed: int) -> Recipe:
     """The label alone is learned."""
     return Recipe(
         out=str(out / "messages"),
-        data={
-            "source": "builtin:messages",
-            "template": "{text}\n{soft:10} {label}",  # the slot stands right before the answer
-            "target": "label",
-        },
-        prompt={"init": "labels"},
-        tune={"epochs": 8, "batch_size": 8, "seed": seed},
+        data=Data(
+            source="builtin:messages",
+            template="{text}\n{soft:10} {label}",  # the slot stands right before the answer
+            target="label",
+        ),
+        prompt=PromptSettings(init="labels"),
+        tune=Tune(epochs=8, batch_size=8, seed=seed),
     )
 
 
@@ -142,7 +143,7 @@ def first_task(console: Console, lm: FrozenLM, recipe: Recipe) -> Tuned:
 
 def second_task(console: Console, lm: FrozenLM, recipe: Recipe) -> dict[str, Any]:
     """Sorting messages: accuracy on the test rows with the base alone and with the prompt."""
-    from softprompt.tuning.settle import read_splits
+    from softprompt.tuning.task import read_splits
 
     heading(console, "task 2: sorting messages, on the same base. What will be trained")
     preview(console, lm, recipe, rows=1)
@@ -166,7 +167,7 @@ def second_task(console: Console, lm: FrozenLM, recipe: Recipe) -> dict[str, Any
 
 def preview(console: Console, lm: FrozenLM, recipe: Recipe, rows: int) -> None:
     from softprompt.data.preview import preview as look
-    from softprompt.tuning.settle import read_splits, settle_template
+    from softprompt.tuning.task import read_splits, settle_template
 
     show_preview(
         console, look(settle_template(recipe, lm), read_splits(recipe).train, lm.tokenizer, show=rows)

@@ -104,7 +104,7 @@ def command(
 
     from softprompt.base.frozen_lm import FrozenLM
     from softprompt.store.artifact import load_prompt
-    from softprompt.tuning.settle import read_splits, settle_template
+    from softprompt.tuning.task import read_splits, settle_template
 
     prompt = None if prompt_folder is None else load_prompt(prompt_folder)
     flags = {"--base": base, "--data": data, "--column": column}
@@ -230,7 +230,7 @@ def chosen(splits: Splits, recipe: Recipe, split: str | None) -> tuple[tuple[Exa
         if parts.get(split):
             return parts[split], split
         from softprompt.tuning.recipe import Recipe
-        from softprompt.tuning.settle import read_splits
+        from softprompt.tuning.task import read_splits
 
         tree = recipe.model_dump()
         tree["data"] |= {"split": split, "validation": 0, "test": 0, "limit": None}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -54,6 +53,7 @@ def machine(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
     import torch
 
     from softprompt.base.frozen_lm import choose_device, choose_dtype
+    from softprompt.base.hardware import processor_name
 
     chosen = choose_device(device)
     number_format, reason = choose_dtype(dtype, chosen)
@@ -62,7 +62,7 @@ def machine(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in (*REQUIRED, *OPTIONAL)},
-        "processor": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else _processor(),
+        "processor": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory_bytes(),
@@ -78,15 +78,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _memory_bytes() -> int | None:

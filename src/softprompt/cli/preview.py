@@ -30,25 +30,15 @@ def command(
 ) -> None:
     """Show exactly what would be trained: tokens, soft slots, what the loss counts."""
     from softprompt.base.outline import Outline
-    from softprompt.data.preview import preview
-    from softprompt.tuning.settle import read_splits, room, settle_template
+    from softprompt.tuning.task import task_of
 
-    data = recipe.data
-    splits = read_splits(recipe)
     base = Outline.load(
         recipe.base, revision=recipe.base_revision, trust_remote_code=recipe.trust_remote_code
     )
-    shown = preview(
-        settle_template(recipe, base),
-        splits.train,
-        base.tokenizer,
-        show=rows,
-        max_length=room(recipe, base),
-        on_overflow=data.on_overflow,
-        end=data.end,
-    )
+    task = task_of(recipe, base)
+    shown = task.preview(task.splits.train, show=rows)
     console = screen(as_json=as_json)
-    for note in splits.notes:
+    for note in task.splits.notes:
         console.print(note, markup=False, soft_wrap=True)
     show_preview(console, shown)
     if as_json:

@@ -50,7 +50,7 @@ def reference() -> str:
         "",
         "<!-- Written by `softprompt recipe --markdown`; `make docs` renews it, `make check` compares it. -->",
         "",
-        "Every setting is declared once, in `softprompt/tune/recipe.py`. It can be written into a YAML file, passed",
+        "Every setting is declared once, in `softprompt/tuning/recipe.py`. It can be written into a YAML file, passed",
         "as `--set section.name=value` or, where a flag is named, as that flag. Flags win over `--set`, and `--set`",
         "over the file. Numbers may be written `5e-3`, `.5` or `1_000`; only `true` and `false` are booleans; an",
         "empty value or `null` means not set. Unknown settings, settings given twice and values of the wrong kind",

@@ -95,22 +95,12 @@ def describe_losses(record: dict[str, Any]) -> tuple[str, str]:
 
 def show_plan(console: Console, recipe: Recipe) -> dict[str, Any]:
     """All that a run would do, without its first step."""
-    from softprompt.data.preview import preview
-    from softprompt.tuning.settle import make_plan, room
+    from softprompt.tuning.settle import make_plan
 
     plan = make_plan(recipe)
     show_base(console, plan.lm)
     heading(console, "what would be trained")
-    data = recipe.data
-    shown = preview(
-        plan.template,
-        plan.splits.train,
-        plan.lm.tokenizer,
-        show=2,
-        max_length=room(recipe, plan.lm),
-        on_overflow=data.on_overflow,
-        end=data.end,
-    )
+    shown = plan.task.preview(plan.splits.train, show=2)
     show_preview(console, shown)
     heading(console, "how")
     record = planned(plan)

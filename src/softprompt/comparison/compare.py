@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.hardware import machine
 from softprompt.comparison.health import health
-from softprompt.comparison.measure import machine
-from softprompt.comparison.run_arm import RESULT, judged_rows, load_base, run_job
+from softprompt.comparison.run_arm import RESULT, judged_rows, run_job
 from softprompt.comparison.settings import ARM_NAMES, Job, Settings
 from softprompt.errors import DataError, MissingExtra, SaveError, SoftPromptError
 from softprompt.evaluation.evaluate import default_metrics
@@ -24,7 +23,8 @@ from softprompt.evaluation.metric import metrics_named
 from softprompt.evaluation.rows import ROWS, read_rows, write_json
 from softprompt.evaluation.summary import summarise
 from softprompt.tuning.records import versions
-from softprompt.tuning.settle import read_splits, settle_template
+from softprompt.tuning.settle import load_base
+from softprompt.tuning.task import task_of
 
 RECORD = "comparison.json"
 
@@ -47,13 +47,13 @@ def compare(
     tried again next time; SoftPromptError is raised where none succeeds.
     """
     _need_extras(settings)
-    splits = read_splits(settings.recipe)
-    judged, split = judged_rows(splits, settings.limit)
     lm = load_base(settings.recipe)
-    layout = settle_template(settings.recipe, lm)
+    task = task_of(settings.recipe, lm)
+    splits, layout = task.splits, task.template
+    judged, split = judged_rows(splits, settings.limit)
     metrics = settings.metrics or tuple(default_metrics(layout, [*splits.train, *judged]))
     metrics_named(metrics)
-    base, device, tokenizer, most = _described(lm), lm.device, lm.tokenizer, longest_text(lm)
+    base, device = _described(lm), lm.device
     del lm  # each arm loads its own, and this process would only take its memory
     _make(out)
     records: dict[str, list[dict[str, Any]]] = {}
@@ -101,7 +101,7 @@ def compare(
         "own_process": own_process,
         "metrics": list(metrics),
         "arm_names": {arm: ARM_NAMES[arm] for arm in settings.arms},
-        "health": health(splits, judged, layout, tokenizer, settings.recipe, most),
+        "health": health(task, judged),
         "summary": summarise(records, rows, metrics),
         "runs": records,
         "failed": failed,

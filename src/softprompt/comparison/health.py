@@ -6,27 +6,19 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from softprompt.data.example import Example, Splits
-from softprompt.data.preview import preview
+from softprompt.data.example import Example
 from softprompt.data.template import Template
-from softprompt.data.tokenizer import Tokenizer
 from softprompt.errors import DataError
 from softprompt.evaluation.evaluate import wanted_text
-from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.task import Task
 
 LABELS = 60  # longer answers, or more of them, are texts and not labels
 SHOWN = 20
 
 
-def health(
-    splits: Splits,
-    judged: Sequence[Example],
-    layout: Template,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    most: int | None,
-) -> dict[str, Any]:
+def health(task: Task, judged: Sequence[Example]) -> dict[str, Any]:
     """Lengths, truncation, duplicates within and between splits, contradictions, label balance, as plain data."""
+    splits, layout = task.splits, task.template
     parts: dict[str, Sequence[Example]] = {
         "train": splits.train,
         "validation": splits.validation,
@@ -36,7 +28,7 @@ def health(
     found: dict[str, Any] = {"notes": list(splits.notes), "splits": {}}
     for name, rows in parts.items():
         if rows:
-            found["splits"][name] = _split(rows, keys[name], layout, tokenizer, recipe, most)
+            found["splits"][name] = _split(task, rows, keys[name])
     known = set(keys["train"])
     found["judged_also_trained"] = sum(key in known for key in keys["judged"])
     found["validation_also_trained"] = sum(key in known for key in keys["validation"])
@@ -53,25 +45,11 @@ def health(
     return found
 
 
-def _split(
-    rows: Sequence[Example],
-    keys: Sequence[str],
-    layout: Template,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    most: int | None,
-) -> dict[str, Any]:
+def _split(task: Task, rows: Sequence[Example], keys: Sequence[str]) -> dict[str, Any]:
+    layout = task.template
     record: dict[str, Any] = {"rows": len(rows), "duplicates": len(keys) - len(set(keys))}
     try:
-        seen = preview(
-            layout,
-            rows,
-            tokenizer,
-            show=0,
-            max_length=recipe.data.max_length or most,
-            on_overflow=recipe.data.on_overflow,
-            end=recipe.data.end,
-        )
+        seen = task.preview(rows, show=0)
     except DataError as error:
         record["problem"] = str(error)
     else:

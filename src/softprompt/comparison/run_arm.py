@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base import hardware
 from softprompt.comparison import forgetting, measure
 from softprompt.comparison.anatomy import anatomy
 from softprompt.comparison.arms import ARMS, Ready, Task
@@ -29,8 +29,8 @@ from softprompt.evaluation.rows import ROWS, SUMMARY, write_json
 from softprompt.inference.compiled import compile_prompt
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.tuning.events import Event, Stepped
-from softprompt.tuning.recipe import Recipe
-from softprompt.tuning.settle import read_splits, settle_template
+from softprompt.tuning.settle import load_base
+from softprompt.tuning.task import read_splits, settle_template
 
 RESULT = "result.json"
 TOLD_EVERY_SECONDS = 1.0
@@ -54,13 +54,13 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> dict[str, Any
     path = None if settings.general_text is None else Path(settings.general_text)
     general = forgetting.fitted(lm, forgetting.passages(path))
     general_before = forgetting.general_loss(lm, forgetting.before_general_text(lm, None), general)
-    loaded_bytes = measure.memory_bytes(lm.device)
+    loaded_bytes = hardware.memory_bytes(lm.device)
 
-    measure.forget_peak(lm.device)
+    hardware.forget_peak(lm.device)
     clock = measure.Clock(lm.device)
     ready = ARMS[job.arm](Task(lm, splits, layout, job, _learning(tell)))
     learning = clock.read()
-    peak_learning = measure.peak_memory_bytes(lm.device)
+    peak_learning = hardware.peak_memory_bytes(lm.device)
 
     names = settings.metrics or tuple(default_metrics(layout, [*splits.train, *judged]))
     metrics = metrics_named(names)
@@ -71,7 +71,7 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> dict[str, Any
     ).settled(lm, layout, judged)
     if ready.trained_parameters:  # what was learned anew is judged anew
         discard_rows(job.folder)
-    measure.forget_peak(lm.device)
+    hardware.forget_peak(lm.device)
     clock = measure.Clock(lm.device)
     found = evaluate(
         predictor(ready.lm, ready.prompt, layout, metrics, asking, batch_rows=settings.batch_rows),
@@ -83,7 +83,7 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> dict[str, Any
         on_progress=lambda done, rows: tell("judging", done, rows),
     )
     judging = clock.read()
-    peak_judging = measure.peak_memory_bytes(lm.device)
+    peak_judging = hardware.peak_memory_bytes(lm.device)
 
     tell("measuring", 0, 1)
     alone = compile_prompt(lm, None, template=layout)
@@ -113,7 +113,7 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> dict[str, Any
         "validation": ready.validation,
         "about": {key: value for key, value in ready.about.items() if key != "learned"},
         "anatomy": anatomy(lm, ready.about["learned"]) if "learned" in ready.about else None,
-        "machine": measure.machine(lm.device),
+        "machine": hardware.machine(lm.device),
     }
     record |= _base_after(ready, before, general, general_before.value)
     record["made"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -126,17 +126,6 @@ def discard_rows(folder: Path) -> None:
     """Forget what was judged in a folder."""
     for name in (ROWS, SUMMARY, RESULT):
         (folder / name).unlink(missing_ok=True)
-
-
-def load_base(recipe: Recipe) -> FrozenLM:
-    """The base as the recipe names it."""
-    return FrozenLM.load(
-        recipe.base,
-        revision=recipe.base_revision,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        trust_remote_code=recipe.trust_remote_code,
-    )
 
 
 def judged_rows(splits: Splits, limit: int | None) -> tuple[list[Example], str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Batch, Encoded, collate, encode_all, epoch_order
+from softprompt.data.batch import Batch, collate, epoch_order
 from softprompt.errors import MissingExtra, NotFinite
 from softprompt.loss.mean import mean_nll
 from softprompt.prompt.soft_prompt import Plain
@@ -22,20 +22,6 @@ from softprompt.tuning.plan import Plan
 
 Nll = Callable[[Batch], tuple[Tensor, int]]
 LORA_RANK = 8
-
-
-def rows_without_slots(plan: Plan) -> list[Encoded]:
-    """The training rows as the base alone reads them."""
-    data = plan.recipe.data
-    return encode_all(
-        plan.template,
-        plan.splits.train,
-        plan.lm.tokenizer,
-        max_length=data.max_length or plan.lm.max_positions,
-        on_overflow=data.on_overflow,
-        end=data.end,
-        base_only=True,
-    ).encoded
 
 
 def learn_weights(
@@ -48,7 +34,7 @@ def learn_weights(
     tell: Callable[[Event], None],
 ) -> int:
     """Run the plan's steps and leave `weights` at the step of lowest held-out loss, which is given back."""
-    rows = rows_without_slots(plan)
+    rows = plan.task.to_learn(plan.splits.train, slots=False).encoded
     settings = plan.recipe.tune
     if settings.optimizer == "muon":  # a decomposition of every layer a step, and no rates known for it
         settings = plan.recipe.changed(["tune.optimizer=adamw"]).tune

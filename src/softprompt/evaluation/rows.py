@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from softprompt.errors import DataError, SaveError
+from softprompt.store.atomic import replace_file
 
 ROWS, SUMMARY = "rows.jsonl", "evaluation.json"
 
@@ -106,7 +106,7 @@ class RowFile:
             write_json(folder / SUMMARY, {"digest": digest, "complete": False})
             # Written afresh, so that an unfinished last line is gone.
             text = "".join(row.to_json() + "\n" for _, row in sorted(self.known.items()))
-            _replace(self.path, text)
+            replace_file(self.path, text)
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise SaveError(
@@ -128,16 +128,7 @@ class RowFile:
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record so that a reader finds the old file or the new one, never half of it."""
-    _replace(path, json.dumps(_plain(record), indent=1, ensure_ascii=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    replace_file(path, json.dumps(_plain(record), indent=1, ensure_ascii=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

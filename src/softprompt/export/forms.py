@@ -14,7 +14,7 @@ import safetensors.torch
 
 from softprompt.errors import PromptError
 from softprompt.prompt.soft_prompt import Prompt, SoftPrompt
-from softprompt.store.artifact import write_together
+from softprompt.store.atomic import write_together
 
 VECTORS = "prompt_embeds"
 

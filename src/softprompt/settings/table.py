@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticUndefined
 
@@ -26,6 +27,72 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True
     )
+
+
+class Table(Section):
+    """A whole table of settings, such as a recipe: filled from Python, YAML, `--set` and flags alike.
+
+    Whatever is refused raises RecipeError, with one line a setting: where it was written, found, wanted."""
+
+    if not TYPE_CHECKING:  # checkers see pydantic's own signature: every setting by name, with its type
+
+        def __init__(
+            self, /, *, _places: Mapping[str, str] | None = None, _origin: str = "settings", **values: Any
+        ) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise RecipeError(explain(type(self), error, _places or {}, _origin)) from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file, then apply `a.b=value` overrides in order. RecipeError names the file and the line."""
+        return cls.from_flags({}, overrides, path=path)
+
+    @classmethod
+    def from_flags(
+        cls,
+        flags: Mapping[str, str | None],
+        overrides: Sequence[str] = (),
+        *,
+        path: str | Path | None = None,
+    ) -> Self:
+        """Settle a table from a file, if any, then `--set` overrides, then flags by name ("--learning-rate")."""
+        tree: dict[str, Any] = {}
+        places: dict[str, str] = {}
+        if path is not None:
+            merge_file(cls, tree, places, path)
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise RecipeError(f"--set {override}: found no '=', wanted KEY=VALUE such as tune.epochs=3.")
+            put(cls, tree, places, key.strip(), text, f"--set {key.strip()}")
+        named = {one.flag: one for one in settings(cls) if one.flag}
+        for flag, value in flags.items():
+            if value is not None:
+                put(cls, tree, places, named[flag].path, value, flag)
+        return cls._filled(tree, places, str(path) if path is not None else "settings")
+
+    def changed(self, overrides: Sequence[str]) -> Self:
+        """The same table with `a.b=value` overrides applied in order."""
+        tree = self.model_dump()
+        places: dict[str, str] = {}
+        for override in overrides:
+            key, _, text = override.partition("=")
+            put(type(self), tree, places, key.strip(), text, key.strip())
+        return type(self)._filled(tree, places, "settings")
+
+    def to_yaml(self) -> str:
+        """Every setting, defaults included, as a file that `load` reads back to the same table."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+
+    @classmethod
+    def _filled(cls, tree: dict[str, Any], places: Mapping[str, str], origin: str) -> Self:
+        for section in sections(cls):
+            tree.setdefault(section, {})
+        made: Any = cls
+        filled: Self = made(_places=places, _origin=origin, **tree)
+        return filled
 
 
 def setting(

@@ -14,15 +14,12 @@ moves leaves drafts, which are read instead of the files that they were to repla
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import secrets
-import signal
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,8 +29,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from softprompt.errors import DamagedPrompt, PromptError, SaveError
+from softprompt.errors import DamagedPrompt, PromptError
 from softprompt.prompt.soft_prompt import DeepPrompt, Fingerprint, Prompt, SoftPrompt
+from softprompt.store.atomic import draft_path, write_together
 
 CONFIG, TENSORS, OURS, CARD = (
     "adapter_config.json",
@@ -96,66 +94,10 @@ def prompt_bytes(folder: str | Path) -> int:
     return _place(Path(folder), TENSORS, _read_ours(Path(folder))).stat().st_size
 
 
-def write_together(folder: Path, files: Mapping[str, bytes], mark: str = "") -> None:
-    """Write all files in full before the first takes its place. Raises SaveError, leaving nothing behind.
-
-    When the first has taken its place the others' drafts, named by `mark`, stay until they have taken theirs."""
-    drafts = [_draft(folder, name, mark or str(os.getpid())) for name in files]
-    made, whole = not folder.exists(), False
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for draft, content in zip(drafts, files.values(), strict=True):
-            with draft.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        whole = True
-        with _interrupts_held():
-            for draft, name in zip(drafts, files, strict=True):
-                os.replace(draft, folder / name)
-    except OSError as error:
-        if whole and not drafts[0].exists():
-            raise SaveError(
-                f"{folder}: not every file could be moved to its place ({error.strerror or error}). The prompt was "
-                "saved, but PEFT cannot read it. Save it again."
-            ) from error
-        raise SaveError(
-            f"{folder}: could not be written ({error.strerror or error}). What lay there before is unchanged. "
-            "Free some space or choose another folder."
-        ) from error
-    finally:
-        if not whole or drafts[0].exists():
-            for draft in drafts:
-                draft.unlink(missing_ok=True)
-        if made and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _draft(folder: Path, name: str, mark: str) -> Path:
-    return folder / f".{name}.{mark}.draft"
-
-
 def _place(folder: Path, name: str, ours: Mapping[str, Any]) -> Path:
     """Where a file of the prompt lies: where it was drafted, if a kill kept it from its place."""
-    draft = _draft(folder, name, str(ours.get("drafts")))
+    draft = draft_path(folder, name, str(ours.get("drafts")))
     return draft if os.path.exists(draft) else folder / name
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C comes after the block rather than in it: between two renames it would leave new files beside old ones."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is ever interrupted
-        return
-    came: list[int] = []
-    former = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, former if former is not None else signal.SIG_DFL)
-        if came:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _packed(prompt: Prompt) -> Tensor:

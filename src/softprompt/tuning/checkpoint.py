@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from softprompt.errors import RecipeError, SaveError
-from softprompt.store.artifact import write_together
+from softprompt.store.atomic import write_together
 from softprompt.tuning.recipe import Recipe, Tune
 
 FOLDER, ENDING, KEPT = "checkpoints", ".checkpoint", 2

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.hardware import peak_memory_bytes
 from softprompt.data.batch import Encoded, epoch_order
 from softprompt.data.example import Splits
 from softprompt.errors import NotFinite
@@ -25,7 +26,7 @@ from softprompt.tuning.find_rate import find_rate
 from softprompt.tuning.learner import Learner, is_finite
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
-from softprompt.tuning.records import RunFolder, number_or_none, peak_memory_bytes, versions
+from softprompt.tuning.records import RunFolder, number_or_none, versions
 from softprompt.tuning.scores import SCORES
 from softprompt.tuning.settle import make_plan
 from softprompt.tuning.starts import start

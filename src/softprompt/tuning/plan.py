@@ -15,6 +15,7 @@ from softprompt.data.template import Template
 from softprompt.loss.context_cache import GIGABYTE, context_bytes, contexts_of
 from softprompt.loss.gradient import Loss
 from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.task import Task
 
 BATCH_SIZE = 8
 
@@ -29,8 +30,7 @@ class Plan:
     recipe: Recipe
     lm: FrozenLM
     loss: Loss
-    splits: Splits
-    template: Template
+    task: Task
     train: EncodedSet
     held_out: Sequence[Encoded]
     held_out_base: Sequence[Encoded]
@@ -38,6 +38,16 @@ class Plan:
     learning_rate: float
     batch_size: int
     steps: int
+
+    @property
+    def template(self) -> Template:
+        """The task's template, with the length of every slot."""
+        return self.task.template
+
+    @property
+    def splits(self) -> Splits:
+        """The task's rows."""
+        return self.task.splits
 
     @property
     def steps_per_epoch(self) -> int:

@@ -6,15 +6,11 @@ by way of settings.py. No torch here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Literal, Self, TypeAlias
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from softprompt.errors import RecipeError
-from softprompt.settings.table import Section, explain, merge_file, put, sections, setting, settings
+from softprompt.settings.table import Section, Table, setting
 
 Auto: TypeAlias = Literal["auto"]
 Count: TypeAlias = Annotated[int, Field(ge=1)]
@@ -191,7 +187,7 @@ class Tune(Section):
         return self.warmup
 
 
-class Recipe(Section):
+class Recipe(Table):
     """One run of prompt tuning, complete."""
 
     base: str = setting(
@@ -216,58 +212,6 @@ class Recipe(Section):
     data: Data = Field(description="What is learned from.")
     prompt: Prompt = Field(default_factory=Prompt, description="What is learned.")
     tune: Tune = Field(default_factory=Tune, description="How it is learned.")
-
-    def __init__(
-        self, /, *, _places: Mapping[str, str] | None = None, _origin: str = "recipe", **values: Any
-    ) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise RecipeError(explain(type(self), error, _places or {}, _origin)) from None
-
-    @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a YAML file, then apply `a.b=value` overrides in order. RecipeError names the file and the line."""
-        return cls.from_flags({}, overrides, path=path)
-
-    @classmethod
-    def from_flags(
-        cls,
-        flags: Mapping[str, str | None],
-        overrides: Sequence[str] = (),
-        *,
-        path: str | Path | None = None,
-    ) -> Self:
-        """Settle a recipe from a file, if any, then `--set` overrides, then flags by name ("--learning-rate")."""
-        tree: dict[str, Any] = {}
-        places: dict[str, str] = {}
-        if path is not None:
-            merge_file(cls, tree, places, path)
-        for override in overrides:
-            key, equals, text = override.partition("=")
-            if not equals:
-                raise RecipeError(f"--set {override}: found no '=', wanted KEY=VALUE such as tune.epochs=3.")
-            put(cls, tree, places, key.strip(), text, f"--set {key.strip()}")
-        named = {one.flag: one for one in settings(cls) if one.flag}
-        for flag, value in flags.items():
-            if value is not None:
-                put(cls, tree, places, named[flag].path, value, flag)
-        for section in sections(cls):
-            tree.setdefault(section, {})
-        return cls(_places=places, _origin=str(path) if path is not None else "recipe", **tree)
-
-    def changed(self, overrides: Sequence[str]) -> Self:
-        """The same recipe with `a.b=value` overrides applied in order."""
-        tree = self.model_dump()
-        places: dict[str, str] = {}
-        for override in overrides:
-            key, _, text = override.partition("=")
-            put(type(self), tree, places, key.strip(), text, key.strip())
-        return type(self)(_places=places, **tree)
-
-    def to_yaml(self) -> str:
-        """Every setting, defaults included, as a file that `load` reads back to the same recipe."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=100)
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -6,15 +6,11 @@ import contextlib
 import io
 import json
 import platform
-import resource
 import subprocess
-import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
-
-import torch
 
 from softprompt.errors import SaveError
 from softprompt.tuning.events import Event
@@ -68,14 +64,6 @@ class RunFolder:
         """Close the file; what was recorded stays."""
         with contextlib.suppress(OSError):  # a full disk was told of before
             self._file.close()
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held so far: on the GPU where the base lies on one."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def versions() -> dict[str, str]:

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
 
 import torch
 
-from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.outline import Outline
-from softprompt.data.batch import EncodedSet, encode_all
-from softprompt.data.example import Example, Splits
-from softprompt.data.source import load_splits
-from softprompt.data.template import Template
-from softprompt.errors import RecipeError
+from softprompt.data.example import Splits
 from softprompt.inference.compiled import vectors_state
 from softprompt.loss.context_cache import GIGABYTE
 from softprompt.loss.fast import FastLoss
@@ -24,7 +16,8 @@ from softprompt.prompt.reparam import as_rows
 from softprompt.tuning.optim import RATE_PER_RMS, automatic_rate
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
-from softprompt.tuning.starts import frequent_vectors, natural_length
+from softprompt.tuning.starts import frequent_vectors
+from softprompt.tuning.task import read_splits, task_of
 
 BATCH_SIZE = 8
 
@@ -34,48 +27,36 @@ def make_plan(
 ) -> Plan:
     """Load what is not in hand, encode every row, and settle all that is `auto`. `loss` may be shared by plans of one
     base and equal settings of it."""
-    data = recipe.data
     splits = splits or read_splits(recipe)
-    lm = lm or FrozenLM.load(
-        recipe.base,
-        revision=recipe.base_revision,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    loss = loss or fast_loss(recipe, lm)
-    template = settle_template(recipe, lm)
-    deep = recipe.prompt.kind == "deep"
-
-    def encoded(examples: Sequence[Example], base_only: bool, score_first: bool) -> EncodedSet:
-        return encode_all(
-            template,
-            examples,
-            lm.tokenizer,
-            max_length=room(recipe, lm),
-            on_overflow=data.on_overflow,
-            end=data.end,
-            base_only=base_only or deep,
-            score_first=score_first,
-        )
-
+    lm = lm or load_base(recipe)
+    task = task_of(recipe, lm, splits)
     judged = splits.validation or splits.train
-    train = encoded(splits.train, False, True)
+    train = task.to_learn(splits.train)
     steps_per_epoch = math.ceil(len(train.encoded) / _batch_size(recipe))
     steps = recipe.tune.epochs * steps_per_epoch
     return Plan(
         recipe=recipe,
         lm=lm,
-        loss=loss,
-        splits=splits,
-        template=template,
+        loss=loss or fast_loss(recipe, lm),
+        task=task,
         train=train,
-        held_out=encoded(judged, False, False).encoded,
-        held_out_base=encoded(judged, True, False).encoded,
+        held_out=task.to_judge(judged, prompt=True).encoded,
+        held_out_base=task.to_judge(judged, prompt=False).encoded,
         judged_on="validation" if splits.validation else "training",
         learning_rate=_rate(recipe, lm),
         batch_size=_batch_size(recipe),
         steps=min(steps, recipe.tune.max_steps or steps),
+    )
+
+
+def load_base(recipe: Recipe) -> FrozenLM:
+    """The base as the recipe names it."""
+    return FrozenLM.load(
+        recipe.base,
+        revision=recipe.base_revision,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
     )
 
 
@@ -88,48 +69,6 @@ def fast_loss(recipe: Recipe, lm: FrozenLM) -> FastLoss:
         context_bytes=round(tune.context_cache_gigabytes * GIGABYTE),
         recompute=tune.gradient_checkpointing,
     )
-
-
-def room(recipe: Recipe, lm: FrozenLM | Outline) -> int | None:
-    """Longest row in positions, virtual ones included: what the recipe says, within what the base reads exactly."""
-    bounds = [bound for bound in (recipe.data.max_length, longest_text(lm)) if bound is not None]
-    return min(bounds, default=None)
-
-
-def read_splits(recipe: Recipe) -> Splits:
-    """The rows that the recipe names."""
-    data = recipe.data
-    return load_splits(
-        data.source,
-        revision=data.revision,
-        config=data.config,
-        split=data.split,
-        column=data.column,
-        fields=data.fields,
-        messages=data.messages,
-        target=data.target,
-        limit=data.limit,
-        validation=data.validation,
-        test=data.test,
-        seed=data.seed,
-        encoding=data.encoding,
-        streaming=data.streaming,
-    )
-
-
-def settle_template(recipe: Recipe, lm: FrozenLM | Outline) -> Template:
-    """The recipe's template with the length of every slot."""
-    data, prompt = recipe.data, recipe.prompt
-    source = data.template or ("{soft}{messages}" if data.messages else "{soft}{text}")
-    length = prompt.length
-    if length is None and not re.search(r"\{soft:\d+\}", source):
-        length = natural_length(recipe, lm)
-    template = Template.parse(source, target=data.target, length=length)
-    if prompt.kind == "deep" and not re.match(r"\{soft:\d+\}(?!.*\{soft)", str(template)):
-        raise RecipeError(
-            f'data.template: found "{template}", but a deep prompt stands before all text. Put its one slot in front.'
-        )
-    return template
 
 
 def _batch_size(recipe: Recipe) -> int:

@@ -9,27 +9,12 @@ import torch
 from torch import Tensor
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.outline import Outline
-from softprompt.data.tokenizer import habits
-from softprompt.errors import RecipeError
 from softprompt.inference.compiled import text_state, vectors_state
 from softprompt.prompt import init
 from softprompt.prompt.reparam import FORMS, Form, as_plain, as_rows
-from softprompt.prompt.soft_prompt import Plain, Prompt, SoftPrompt
-from softprompt.store.artifact import load_prompt
+from softprompt.prompt.soft_prompt import Plain, SoftPrompt
+from softprompt.tuning.init_from import read_prompts, start_ids, text_ids
 from softprompt.tuning.plan import Plan
-from softprompt.tuning.recipe import Recipe
-
-LENGTH = 20  # Lester et al. 2021: little is gained beyond 20 vectors
-
-
-def natural_length(recipe: Recipe, lm: FrozenLM | Outline) -> int:
-    """As many vectors as what the prompt starts from has."""
-    prompt = recipe.prompt
-    if prompt.init_from and prompt.init in ("auto", "prompt", "mean", "concatenation"):
-        lengths = [one.length for one in read_prompts(recipe, lm)]
-        return sum(lengths) if prompt.init == "concatenation" else lengths[0]
-    return len(_start_ids(lm, prompt.init_text)) if prompt.init_text else LENGTH
 
 
 def start(plan: Plan) -> Form:
@@ -80,7 +65,7 @@ def _sampled(plan: Plan, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _text(plan: Plan, generator: torch.Generator) -> Tensor:
-    ids = _start_ids(plan.lm, plan.recipe.prompt.init_text or "")
+    ids = start_ids(plan.lm, plan.recipe.prompt.init_text or "")
     return init.token_embeddings(_embedded(plan.lm, ids), plan.template.soft_length)
 
 
@@ -88,7 +73,7 @@ def _labels(plan: Plan, generator: torch.Generator) -> Tensor:
     target = plan.template.target or ""
     counted = Counter(example.fields[target] for example in plan.splits.train)
     vectors = [
-        _embedded(plan.lm, _text_ids(plan.lm, " " + label.strip())) for label, _ in counted.most_common()
+        _embedded(plan.lm, text_ids(plan.lm, " " + label.strip())) for label, _ in counted.most_common()
     ]
     return init.class_labels(vectors, frequent_vectors(plan.lm), plan.template.soft_length, generator)
 
@@ -109,23 +94,6 @@ def _from_prompts(combine: Callable[[Sequence[Tensor], int], Tensor]) -> Callabl
         return as_plain(combine([as_rows(one) for one in deep], length), (layers, length, heads, width))
 
     return combined
-
-
-def read_prompts(recipe: Recipe, lm: FrozenLM | Outline) -> list[Prompt]:
-    """The prompts that `prompt.init_from` names. Raises WrongBase, DamagedPrompt, or RecipeError for an unfit kind."""
-    found = [load_prompt(path, base=lm.fingerprint) for path in recipe.prompt.init_from]
-    for path, one in zip(recipe.prompt.init_from, found, strict=True):
-        if recipe.prompt.kind == "soft" and not isinstance(one, SoftPrompt):
-            raise RecipeError(
-                f"prompt.init_from: {path} is a deep prompt, which has no vectors. Set prompt.kind to deep."
-            )
-        moved = recipe.prompt.init == "concatenation" or one.length != found[0].length
-        if moved and len(found) > 1 and not isinstance(one, SoftPrompt):
-            raise RecipeError(
-                f"prompt.init_from: {path} is a deep prompt, whose keys belong to their positions, so it can stand at "
-                "no other. Concatenate soft prompts, or take the mean of deep ones of one length."
-            )
-    return found
 
 
 def _alone(start: Callable[[Plan, torch.Generator], Tensor]) -> Callable[[Plan, torch.Generator], Plain]:
@@ -179,15 +147,3 @@ def frequent_vectors(lm: FrozenLM) -> Tensor:
 
 def _embedded(lm: FrozenLM, ids: Sequence[int]) -> Tensor:
     return lm.embed(torch.tensor(ids, device=lm.device)).float().cpu()
-
-
-def _start_ids(lm: FrozenLM | Outline, text: str) -> list[int]:
-    """The text as the base wants any text to begin: behind a start token (BOS) where its tokenizer puts one."""
-    return [*habits(lm.tokenizer).before, *_text_ids(lm, text)]
-
-
-def _text_ids(lm: FrozenLM | Outline, text: str) -> list[int]:
-    ids: list[int] = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise RecipeError(f"prompt.init_text: found {text!r}, which has no token. Give some text.")
-    return ids

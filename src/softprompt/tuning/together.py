@@ -26,8 +26,9 @@ from softprompt.tuning.events import BatchHalved, Event
 from softprompt.tuning.loop import Run, Tuned
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
-from softprompt.tuning.settle import make_plan, read_splits
+from softprompt.tuning.settle import make_plan
 from softprompt.tuning.starts import plain_start, start
+from softprompt.tuning.task import read_splits
 
 
 class Together:

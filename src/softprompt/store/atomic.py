@@ -1,0 +1,79 @@
+"""Files that are written whole or not at all: drafts beside the place, then a rename. The one owner of such writes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from softprompt.errors import SaveError
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write `path` so that a reader finds the old file or the new one, never half of it. Raises OSError."""
+    draft = draft_path(path.parent, path.name, str(os.getpid()))
+    try:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_together(folder: Path, files: Mapping[str, bytes], mark: str = "") -> None:
+    """Write all files in full before the first takes its place. Raises SaveError, leaving nothing behind.
+
+    When the first has taken its place the others' drafts, named by `mark`, stay until they have taken theirs."""
+    drafts = [draft_path(folder, name, mark or str(os.getpid())) for name in files]
+    made, whole = not folder.exists(), False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for draft, content in zip(drafts, files.values(), strict=True):
+            with draft.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        whole = True
+        with _interrupts_held():
+            for draft, name in zip(drafts, files, strict=True):
+                os.replace(draft, folder / name)
+    except OSError as error:
+        if whole and not drafts[0].exists():
+            raise SaveError(
+                f"{folder}: not every file could be moved to its place ({error.strerror or error}). The prompt was "
+                "saved, but PEFT cannot read it. Save it again."
+            ) from error
+        raise SaveError(
+            f"{folder}: could not be written ({error.strerror or error}). What lay there before is unchanged. "
+            "Free some space or choose another folder."
+        ) from error
+    finally:
+        if not whole or drafts[0].exists():
+            for draft in drafts:
+                draft.unlink(missing_ok=True)
+        if made and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def draft_path(folder: Path, name: str, mark: str) -> Path:
+    """Where a file is drafted before it takes its place."""
+    return folder / f".{name}.{mark}.draft"
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C comes after the block rather than in it: between two renames it would leave new files beside old ones."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is ever interrupted
+        return
+    came: list[int] = []
+    former = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former if former is not None else signal.SIG_DFL)
+        if came:
+            signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,51 @@
+"""The texts and prompts that a recipe names to start from, and how many virtual tokens they make."""
+
+from __future__ import annotations
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.outline import Outline
+from softprompt.data.tokenizer import habits
+from softprompt.errors import RecipeError
+from softprompt.prompt.soft_prompt import Prompt, SoftPrompt
+from softprompt.store.artifact import load_prompt
+from softprompt.tuning.recipe import Recipe
+
+LENGTH = 20  # Lester et al. 2021: little is gained beyond 20 vectors
+
+
+def natural_length(recipe: Recipe, lm: FrozenLM | Outline) -> int:
+    """As many vectors as what the prompt starts from has."""
+    prompt = recipe.prompt
+    if prompt.init_from and prompt.init in ("auto", "prompt", "mean", "concatenation"):
+        lengths = [one.length for one in read_prompts(recipe, lm)]
+        return sum(lengths) if prompt.init == "concatenation" else lengths[0]
+    return len(start_ids(lm, prompt.init_text)) if prompt.init_text else LENGTH
+
+
+def read_prompts(recipe: Recipe, lm: FrozenLM | Outline) -> list[Prompt]:
+    """The prompts that `prompt.init_from` names. Raises WrongBase, DamagedPrompt, or RecipeError for an unfit kind."""
+    found = [load_prompt(path, base=lm.fingerprint) for path in recipe.prompt.init_from]
+    for path, one in zip(recipe.prompt.init_from, found, strict=True):
+        if recipe.prompt.kind == "soft" and not isinstance(one, SoftPrompt):
+            raise RecipeError(
+                f"prompt.init_from: {path} is a deep prompt, which has no vectors. Set prompt.kind to deep."
+            )
+        moved = recipe.prompt.init == "concatenation" or one.length != found[0].length
+        if moved and len(found) > 1 and not isinstance(one, SoftPrompt):
+            raise RecipeError(
+                f"prompt.init_from: {path} is a deep prompt, whose keys belong to their positions, so it can stand at "
+                "no other. Concatenate soft prompts, or take the mean of deep ones of one length."
+            )
+    return found
+
+
+def start_ids(lm: FrozenLM | Outline, text: str) -> list[int]:
+    """The text as the base wants any text to begin: behind a start token (BOS) where its tokenizer puts one."""
+    return [*habits(lm.tokenizer).before, *text_ids(lm, text)]
+
+
+def text_ids(lm: FrozenLM | Outline, text: str) -> list[int]:
+    ids: list[int] = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise RecipeError(f"prompt.init_text: found {text!r}, which has no token. Give some text.")
+    return ids
