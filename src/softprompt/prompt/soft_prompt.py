@@ -1,10 +1,13 @@
-"""The learned thing itself: a few vectors, the template they stand in, and the base they were learned on."""
+"""What is learned: a few vectors, the template that they are part of, and the base that they were learned on."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +15,7 @@ from torch import Tensor
 from softprompt.errors import PromptError, WrongBase
 
 Plain: TypeAlias = tuple[Tensor, ...]
-"""The tensors of a prompt and no more: (vectors [P, D],) or (keys, values), [L, P, H, K] each."""
+"""A prompt's tensors alone: (vectors [P, D],) or (keys, values), [L, P, H, K] each."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,97 @@ class Fingerprint:
         if self.sha256 and loaded.sha256 and self.sha256 != loaded.sha256:
             raise WrongBase(
                 f"{prompt}: learned on {self.name} (weights {self.sha256[:12]}), but the loaded base {loaded.name} "
-                f"has the same sizes and other weights ({loaded.sha256[:12]}). Load the very model it was learned "
+                f"has the same sizes and other weights ({loaded.sha256[:12]}). Load the model that it was learned "
                 "on, or tune again."
             )
 
 
-@dataclass
-class SoftPrompt:
-    """Vectors that stand where token embeddings would stand (Lester et al. 2021).
+class _Learned:
+    """What soft and deep prompts share: they compare by content, print short, and know their way to a folder.
 
-    `embeddings_PD` is float32, in the units of the base's input embeddings. `template` is where they stand, `target`
-    the field that was learned (None: all text). `notes` holds what was recorded when it was made: plain data.
+    Two prompts are equal if they have the same tensors, base, template and target, that is, if they answer alike on
+    the same base. Name and notes do not count. A prompt's tensors can be changed in place, so it has no hash: use
+    `id(prompt)` or the name as a key.
+    """
+
+    kind: ClassVar[str]
+    base: Fingerprint
+    template: str
+    target: str | None
+    name: str
+    notes: Mapping[str, Any]
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is learned, by name."""
+        raise NotImplementedError
+
+    @property
+    def length(self) -> int:
+        """P, the number of virtual tokens."""
+        raise NotImplementedError
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Learned):
+            return NotImplemented
+        mine, theirs = self.tensors, other.tensors
+        return (
+            self.kind == other.kind
+            and (self.base, self.template, self.target) == (other.base, other.template, other.target)
+            and all(torch.equal(mine[name].cpu(), theirs[name].cpu()) for name in mine)
+        )
+
+    def __repr__(self) -> str:
+        learned = f", target={self.target!r}" if self.target else ""
+        template = f", template={self.template!r}" if self.template else ""
+        return (
+            f"{type(self).__name__}({self.name!r}, {self.length} virtual tokens on {self.base.name!r}"
+            f"{template}{learned})"
+        )
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks. Everything in it is escaped: a prompt's texts may come from a stranger."""
+        rows = {
+            "kind": self.kind,
+            "virtual tokens": self.length,
+            "template": self.template or "none: in front of the text",
+            "target": self.target or "all text",
+            "base": self.base.name,
+            "values": f"{sum(tensor.numel() for tensor in self.tensors.values()):,}",
+        }
+        cells = "".join(
+            f"<tr><th>{key}</th><td>{html.escape(str(value))}</td></tr>" for key, value in rows.items()
+        )
+        return f"<table><caption>{html.escape(self.name)}</caption>{cells}</table>"
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the prompt into `folder`, as `softprompt.save_prompt` does. Raises SaveError."""
+        # Files are the business of `store`, a layer above this one, so it is only looked up when it is asked for.
+        return cast(Path, import_module("softprompt.store.artifact").save_prompt(self, folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, base: Fingerprint | None = None) -> Self:
+        """Read a prompt of this kind from a folder that softprompt or PEFT saved, as `softprompt.load_prompt` does.
+
+        Raises PromptError for a prompt of the other kind, and what `load_prompt` raises."""
+        # See save_pretrained.
+        prompt = import_module("softprompt.store.artifact").load_prompt(folder, base=base)
+        if not isinstance(prompt, cls):
+            raise PromptError(
+                f"{folder}: found a {prompt.kind} prompt, wanted a {cls.kind} one. Use "
+                f"{type(prompt).__name__}.from_pretrained, or softprompt.load_prompt for either kind."
+            )
+        return prompt
+
+
+@dataclass(eq=False, repr=False)
+class SoftPrompt(_Learned):
+    """Vectors in place of token embeddings (Lester et al. 2021).
+
+    `embeddings_PD` is float32, in the units of the base's input embeddings. `template` says where they are inserted,
+    `target` names the field that was learned (None: all text). `notes` records how the prompt was made: plain data.
     """
 
     embeddings_PD: Tensor
@@ -64,7 +147,7 @@ class SoftPrompt:
     name: str = "prompt"
     notes: Mapping[str, Any] = field(default_factory=dict)
 
-    kind = "soft"
+    kind: ClassVar[str] = "soft"
 
     def __post_init__(self) -> None:
         self.embeddings_PD = _checked(self.embeddings_PD, 2, "embeddings [P, D]", self.name)
@@ -91,8 +174,8 @@ class SoftPrompt:
         return (self.embeddings_PD,)
 
 
-@dataclass
-class DeepPrompt:
+@dataclass(eq=False, repr=False)
+class DeepPrompt(_Learned):
     """Keys and values for every layer (prefix tuning, Li and Liang 2021; P-tuning v2, Liu et al. 2022).
 
     Both are float32 [L, P, H, K], keys as the model caches them: rotated for positions 0..P-1 where it rotates.
@@ -106,7 +189,7 @@ class DeepPrompt:
     name: str = "prompt"
     notes: Mapping[str, Any] = field(default_factory=dict)
 
-    kind = "deep"
+    kind: ClassVar[str] = "deep"
 
     def __post_init__(self) -> None:
         self.keys_LPHK = _checked(self.keys_LPHK, 4, "keys [L, P, H, K]", self.name)
