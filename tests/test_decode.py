@@ -173,9 +173,10 @@ def test_the_repetition_penalty_is_that_of_transformers(lm: FrozenLM, penalty: f
         assert list(one.token_ids) == theirs(lm, ids_of(lm, text), repetition_penalty=how.repetition_penalty)
 
 
-def test_the_penalty_weighs_a_repeated_id_down_once() -> None:
-    logits = penalised(torch.tensor([[2.0, -2.0, 1.0]]), torch.tensor([[0, 1, 0, 0]]), torch.tensor([2.0]))
-    assert logits.tolist() == [[1.0, -4.0, 1.0]]
+def test_the_penalty_divides_positive_logits_and_multiplies_negative_ones_of_seen_tokens() -> None:
+    seen = torch.tensor([[True, True, False, False]])
+    logits = penalised(torch.tensor([[2.0, -2.0, 1.0, -1.0]]), seen, torch.tensor([2.0]))
+    assert logits.tolist() == [[1.0, -4.0, 1.0, -1.0]]
 
 
 def test_max_length_counts_the_text_and_not_the_virtual_tokens(lm: FrozenLM, prompts: list[Choice]) -> None:
@@ -248,7 +249,8 @@ def test_what_may_be_drawn_is_what_transformers_keeps(top_k: int, top_p: float) 
         warpers.append(TopPLogitsWarper(top_p))
     expected_BV = warpers(seen_BN, logits_BV.clone()).softmax(1)
     six = torch.ones(6)
-    ours_BV = kept(penalised(logits_BV, seen_BN, six * 1.5), six * 0.7, (six * top_k).long(), six * top_p)
+    seen_BV = torch.zeros(6, 320, dtype=torch.bool).scatter(1, seen_BN, True)
+    ours_BV = kept(penalised(logits_BV, seen_BV, six * 1.5), six * 0.7, (six * top_k).long(), six * top_p)
     torch.testing.assert_close(ours_BV, expected_BV)
 
 

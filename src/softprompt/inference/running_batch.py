@@ -17,7 +17,7 @@ from softprompt.base.context_length import demand_room, longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State, row_state
 from softprompt.data.example import Example
-from softprompt.errors import DataError, OutOfMemory
+from softprompt.errors import DataError, NotFinite, OutOfMemory
 from softprompt.inference.compiled import CompiledPrompt
 from softprompt.inference.detokenize import Spoken
 from softprompt.inference.prefill import Prefilled, Row, prefill, side_by_side
@@ -111,7 +111,8 @@ class Running:
         self._cache = RunningCache(lm.device)
         self._ids_B = torch.zeros(0, dtype=torch.int64, device=lm.device)
         self._positions_B = torch.zeros(0, dtype=torch.int64, device=lm.device)
-        self._seen_BN = torch.zeros(0, 0, dtype=torch.int64, device=lm.device)
+        # Which tokens occurred in each row; no columns while no row has a repetition penalty.
+        self._seen_BV = torch.zeros(0, 0, dtype=torch.bool, device=lm.device)
         self._plan = _Plan.of([], lm.device)
         self._ends = end_ids(lm)
 
@@ -177,7 +178,9 @@ class Running:
         self._cache.join(done.cache, row, *done.span(row))
         self._slots.append(self._slot(one))
         self._positions_B[b] = len(one.row.marks)
-        self._see(b, one.known_ids)
+        if one.settings.repetition_penalty != 1.0:
+            self._seen_BV[b] = False  # the place may have been another row's
+            self._seen_BV[b, one.known_ids] = True
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
@@ -207,8 +210,10 @@ class Running:
             logits_BV = logits_BV.float()
         raw_BV = logits_BV
         if plan.penalises:
-            logits_BV = penalised(logits_BV, self._seen_BN[start : len(self._slots)], plan.penalty_B[start:])
+            logits_BV = penalised(logits_BV, self._seen_BV[start : len(self._slots)], plan.penalty_B[start:])
         ids_B = logits_BV.argmax(1)
+        # argmax takes a NaN for the largest, so that a row is finite where its largest logit is.
+        finite_B = logits_BV.gather(1, ids_B[:, None])[:, 0].isfinite()
         warm = [b for b in plan.warm if b >= start]
         if warm:
             local = [b - start for b in warm]
@@ -221,6 +226,7 @@ class Running:
             ids_B[local] = draw(probabilities_BV, uniform_B)
         self._ids_B[start : len(self._slots)] = ids_B
         ids: list[int] = ids_B.tolist()
+        broken = [b for b, finite in enumerate(finite_B.tolist(), start=start) if not finite]
         if plan.rated:
             chosen_B = raw_BV.gather(1, ids_B[:, None])[:, 0] - raw_BV.logsumexp(1)
             for slot, value in zip(self._slots[start:], chosen_B.tolist(), strict=True):
@@ -229,15 +235,21 @@ class Running:
         finished: list[tuple[int, FinishReason]] = []
         for b, token in enumerate(ids, start=start):
             one = self._slots[b].request
+            if b in broken:
+                finished.append((b, "cancelled"))
+                continue
             one.token_ids.append(token)
             reason = self._reason(self._slots[b], token)
             if reason is not None:
                 finished.append((b, reason))
             elif one.settings.repetition_penalty != 1.0:
-                self._see(b, [token])
+                self._seen_BV[b, token] = True
+        failed = [self._slots[b].request for b in broken]
         done = [self._retire(b, reason) for b, reason in reversed(finished)]
         if done:
             self._plan = _Plan.of(self.requests, self.lm.device)
+        if failed:  # the other rows have their tokens and may go on
+            raise _not_finite(self.lm, failed[0])
         return done[::-1]
 
     def _reason(self, slot: _Slot, token: int) -> FinishReason | None:
@@ -262,7 +274,7 @@ class Running:
         last = self._slots.pop()
         if last is not slot:
             self._slots[b] = last
-            for tensor in (self._ids_B, self._positions_B, self._seen_BN):
+            for tensor in (self._ids_B, self._positions_B, self._seen_BV):
                 tensor[b] = tensor[len(self._slots)]
         return one
 
@@ -274,16 +286,6 @@ class Running:
             slot.generator = row_generator(one.settings.seed, one.sample, one.row.marks)
         return slot
 
-    def _see(self, b: int, ids: Sequence[int]) -> None:
-        slot = self._slots[b]
-        if not ids or slot.request.settings.repetition_penalty == 1.0:
-            return
-        if slot.seen == 0:
-            self._seen_BN[b] = ids[0]  # unused places repeat a seen id: it is weighed down once
-        end = slot.seen + len(ids)
-        self._seen_BN[b, slot.seen : end] = torch.tensor(ids, device=self.lm.device)
-        slot.seen = end
-
     def _reserve(self, requests: Sequence[Request]) -> None:
         everyone = [*self.requests, *requests]
         rows, columns = len(everyone), room(max(one.total for one in everyone))
@@ -292,20 +294,21 @@ class Running:
         both = max(rows, self._cache.mask.shape[0]) * max(columns, self._cache.mask.shape[1])
         exactly = self.memory_bytes is not None and both * position_bytes(self.lm) > self.memory_bytes
         self._cache.reserve(rows, columns, longest, exactly=exactly)
-        if rows > len(self._ids_B) or columns > self._seen_BN.shape[1]:
-            self._ids_B = _grown(self._ids_B, (max(rows, len(self._ids_B)),))
-            self._positions_B = _grown(self._positions_B, (max(rows, len(self._positions_B)),))
-            self._seen_BN = _grown(self._seen_BN, (len(self._ids_B), max(columns, self._seen_BN.shape[1])))
+        rows = max(rows, len(self._ids_B))
+        penalises = any(one.settings.repetition_penalty != 1.0 for one in requests)
+        width = self.lm.vocab_size if penalises else self._seen_BV.shape[1]
+        self._ids_B = _grown(self._ids_B, (rows,))
+        self._positions_B = _grown(self._positions_B, (rows,))
+        self._seen_BV = _grown(self._seen_BV, (rows, width))
 
 
 @dataclass
 class _Slot:
-    """A running row: its request, the text so far where someone follows it, and how many of its ids are in `seen`."""
+    """A running row: its request, the text so far where someone follows it, and its random numbers."""
 
     request: Request
     spoken: Spoken | None = None
     generator: torch.Generator | None = None
-    seen: int = 0
 
 
 @dataclass(frozen=True)
@@ -344,6 +347,14 @@ def end_ids(lm: FrozenLM) -> frozenset[int]:
     return frozenset(int(one) for one in ends)
 
 
+def _not_finite(lm: FrozenLM, row: Request) -> NotFinite:
+    text = str(lm.tokenizer.decode(row.known_ids, skip_special_tokens=True))
+    return NotFinite(
+        f'The row "{text if len(text) <= 60 else text[:57] + "..."}" has logits that are not finite at its new token {len(row.token_ids) + 1}: its prompt '
+        f"overflows {lm.name}, or a weight of the base is NaN. Load the base with dtype float32, or use another prompt."
+    )
+
+
 def position_bytes(lm: FrozenLM) -> int:
     """Memory of one position's keys and values in all layers, measured once for a base."""
     if lm not in _POSITION_BYTES:
@@ -357,6 +368,8 @@ _POSITION_BYTES: WeakKeyDictionary[FrozenLM, int] = WeakKeyDictionary()
 
 
 def _grown(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tensor.shape == shape:
+        return tensor
     grown = tensor.new_zeros(shape)
     grown[tuple(slice(0, size) for size in tensor.shape)] = tensor
     return grown

@@ -103,6 +103,9 @@ class RunningCache(Cache):
         self.window.start = min(self.window.start, self.window.end - length)
         here = slice(self.window.end - length, self.window.end)
         for mine, theirs in zip(self.layers, cache.layers, strict=True):
+            # What a former row left would be masked, but a NaN times a weight of 0 is still NaN.
+            mine.keys[self.rows].zero_()
+            mine.values[self.rows].zero_()
             mine.keys[self.rows, :, here] = theirs.keys[row, :, start:end]
             mine.values[self.rows, :, here] = theirs.values[row, :, start:end]
         self.mask[self.rows] = False

@@ -80,20 +80,20 @@ def row_generator(seed: int, sample: int, marks: Sequence[int]) -> torch.Generat
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def penalised(logits_BV: Tensor, seen_BN: Tensor, penalty_B: Tensor) -> Tensor:
+def penalised(logits_BV: Tensor, seen_BV: Tensor, penalty_B: Tensor) -> Tensor:
     """Weigh down the tokens seen so far (Keskar et al. 2019): positive logits divided, negative ones multiplied.
 
-    `seen_BN` may repeat an id; a token is weighed down once."""
-    logits_BN = logits_BV.gather(1, seen_BN)
+    `seen_BV` marks the tokens that occurred in each row. It is a mask and not a list of ids, since a list needs a
+    filler, and every filler is a token of some row."""
     penalty_B1 = penalty_B[:, None]
-    return logits_BV.scatter(
-        1, seen_BN, torch.where(logits_BN < 0, logits_BN * penalty_B1, logits_BN / penalty_B1)
+    return torch.where(
+        seen_BV, torch.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1), logits_BV
     )
 
 
 def kept(logits_BV: Tensor, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
     """Probabilities [B, V] after temperature, top-k (0: off) and top-p; what is left out has probability 0."""
-    logits_BV = logits_BV / temperature_B[:, None]
+    logits_BV = _at_temperature(logits_BV, temperature_B)
     most = int(top_k_B.max())
     if most > 0:
         most = min(most, logits_BV.shape[1])
@@ -109,6 +109,18 @@ def kept(logits_BV: Tensor, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Ten
             torch.zeros_like(out_BV).scatter(1, order_BV, out_BV), float("-inf")
         )
     return logits_BV.softmax(1)
+
+
+def _at_temperature(logits_BV: Tensor, temperature_B: Tensor) -> Tensor:
+    """Logits divided by the temperature, shifted first where that would overflow: near 0 only the likeliest is left."""
+    temperature_B1 = temperature_B.clamp(min=torch.finfo(logits_BV.dtype).tiny)[:, None]
+    scaled_BV = logits_BV / temperature_B1
+    overflows_B1 = ~scaled_BV.amax(1, keepdim=True).isfinite()
+    if not bool(overflows_B1.any()):
+        return scaled_BV
+    # Probabilities do not change with a shift; the largest becomes 0 and the others fall to -inf.
+    shifted_BV = (logits_BV - logits_BV.amax(1, keepdim=True)) / temperature_B1
+    return torch.where(overflows_B1, shifted_BV, scaled_BV)
 
 
 def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:

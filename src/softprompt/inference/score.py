@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from softprompt.base.nll import BLOCK_LOGITS
 from softprompt.data.batch import End
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Template
+from softprompt.errors import NotFinite
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.inference.generate import Choice, one_each
 from softprompt.inference.prefill import Row, prefill, side_by_side
@@ -102,6 +104,7 @@ def _scored(lm: FrozenLM, rows: Sequence[tuple[Row, list[int], str | None, int]]
     targets = [row.marks[place] for row, scored, *_ in rows for place in scored]
     values_N, likeliest_N = _rated(lm, torch.cat(hidden), torch.tensor(targets, device=lm.device))
     values, likeliest = values_N.tolist(), likeliest_N.tolist()
+    _demand_finite(lm, rows, values)
     results, start = [], 0
     for _, scored, name, text_bytes in rows:
         stop = start + len(scored)
@@ -117,6 +120,21 @@ def _scored(lm: FrozenLM, rows: Sequence[tuple[Row, list[int], str | None, int]]
         )
         start = stop
     return results
+
+
+def _demand_finite(
+    lm: FrozenLM, rows: Sequence[tuple[Row, list[int], str | None, int]], values: Sequence[float]
+) -> None:
+    start = 0
+    for row, scored, name, _ in rows:
+        if any(math.isnan(value) for value in values[start : start + len(scored)]):
+            text = str(lm.tokenizer.decode([mark for mark in row.marks if mark >= 0]))
+            raise NotFinite(
+                f'{name or "The base"}: the log-probabilities of the row "{text[:60]}" are not finite: the prompt '
+                f"overflows {lm.name}, or a weight of the base is NaN. Load the base with dtype float32, or use another "
+                "prompt."
+            )
+        start += len(scored)
 
 
 def _rated(lm: FrozenLM, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
