@@ -120,7 +120,7 @@ def command(
         device=device if device != "auto" else recipe.device,
         trust_remote_code=trust_remote_code or recipe.trust_remote_code,
     )
-    layout = settle_template(recipe, lm)
+    layout = settle_template(recipe, lm, splits)
     compiled = compiled_for(lm, prompt, text, layout)
     names = list(
         dict.fromkeys(

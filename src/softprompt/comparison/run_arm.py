@@ -48,7 +48,7 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> dict[str, Any
     tell("loading", 0, 1)
     lm = load_base(settings.recipe)
     splits = read_splits(settings.recipe)
-    layout = settle_template(settings.recipe, lm)
+    layout = settle_template(settings.recipe, lm, splits)
     judged, split = judged_rows(splits, settings.limit)
     before = lm.weights_sha256()
     path = None if settings.general_text is None else Path(settings.general_text)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from softprompt.data.example import Example, Message
+from softprompt.data.example import Example, Message, Shape
 from softprompt.data.files import Raw
+from softprompt.data.shapes import CHAT_COLUMNS, SHAPES, filled, shape_of
 from softprompt.data.template import did_you_mean
+from softprompt.data.turns import messages_of, refuse_broken, tools_of
 from softprompt.errors import DataError
 
-_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}  # ShareGPT and its kin
 _MISSING = object()
 
 
@@ -30,16 +27,29 @@ class Columns:
     fields: Mapping[str, str]
     messages: str | None
     target: str | None
+    shape: Shape | None = None
 
-    def examples(self, rows: Iterator[Raw], name: str, limit: int | None) -> tuple[Example, ...]:
-        """Rows as frozen records of text.
+    def shaped(self, raw: Raw) -> Columns:
+        """These columns with the form that a row shows, as long as the user named none himself."""
+        names = {shape.target for shape in SHAPES} if self.target is not None else {None}
+        if self.column is not None or self.fields or self.messages is not None or self.target not in names:
+            return self
+        return replace(self, shape=None if self.target in raw else shape_of(raw))
+
+    def examples(
+        self, rows: Iterator[Raw], name: str, limit: int | None, notes: list[str]
+    ) -> tuple[Example, ...]:
+        """Rows as frozen records of text; what is left out of them is added to `notes`.
 
         Raises DataError when there is no row, a column is missing, or cells that have to be text are not.
         """
         found: list[Example] = []
         learned = self.target or "text"  # the rest is only read, and may be blank
         blank: dict[str, list[int]] = {}
+        left_out: dict[str, None] = {}  # keys of chat turns, in the order in which they come
         for number, raw in enumerate(islice(rows, limit)):
+            if self.shape is not None:
+                raw = filled(raw, self.shape)
             if number == 0:
                 self._check_columns(raw, name)
             fields = {key: text for key, value in raw.items() if (text := _scalar(value)) is not None}
@@ -52,8 +62,11 @@ class Columns:
                     blank.setdefault(column, []).append(number)
             for key, text in fields.items():
                 if not text.isascii():
-                    _refuse_broken(text, f"{name}, row {number}, column {key!r}")
-            found.append(Example(fields, self._turns(raw, f"{name}, row {number}"), number))
+                    refuse_broken(text, f"{name}, row {number}, column {key!r}")
+            turns = self._turns(raw, f"{name}, row {number}", left_out)
+            if turns is not None and (tools := tools_of(raw.get("tools"), f"{name}, row {number}")):
+                fields["tools"] = tools
+            found.append(Example(fields, turns, number))
         if not found:
             raise DataError(f"{name} has no row. Give at least one.")
         for column, numbers in blank.items():
@@ -61,6 +74,10 @@ class Columns:
             raise DataError(
                 f"{name}: {len(numbers)} of {len(found)} rows have nothing in column {column!r} "
                 f"(rows {shown}, counted from 0). Fill them in or take these rows out."
+            )
+        if left_out:
+            notes.append(
+                f"{name}: chat turns have keys that are left out ({', '.join(left_out)}): they are no part of the chat."
             )
         return tuple(found)
 
@@ -90,17 +107,21 @@ class Columns:
                     f"{did_you_mean(column, known)} Change {setting}."
                 )
 
-    def _turns(self, raw: Raw, where: str) -> tuple[Message, ...] | None:
+    def _turns(self, raw: Raw, where: str, left_out: dict[str, None]) -> tuple[Message, ...] | None:
         column = self.messages
         if column is None:
             if self.column is not None or self.fields:
                 return None
-            column = next(
-                (one for one in ("messages", "conversations") if isinstance(raw.get(one), list)), None
-            )
+            column = next((name for name in CHAT_COLUMNS if isinstance(raw.get(name), list)), None)
+            if column is None and self.shape is not None and "{messages}" in self.shape.template:
+                column = next((name for name in CHAT_COLUMNS if raw.get(name) is not None), CHAT_COLUMNS[0])
         if column is None:
             return None
-        return _messages(_reach(raw, column), f"{where}, column {column!r}")
+        cell = _reach(raw, column)
+        system = raw.get("system") if column != "system" else None
+        return messages_of(
+            cell, f"{where}, column {column!r}", system, lambda key: left_out.setdefault(key, None)
+        )
 
 
 def _reach(raw: Raw, column: str) -> Any:
@@ -119,17 +140,28 @@ def _reach(raw: Raw, column: str) -> Any:
 
 
 def _scalar(value: object) -> str | None:
-    """Text as it is; numbers and truth values as JSON writes them; None for all else."""
+    """Text as it is; numbers and truth values as JSON writes them; None for all else, missing values among it.
+
+    NaN, in JSON, parquet and frames, marks a missing value."""
     if isinstance(value, str):
         return value
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()  # a numpy scalar, as frames and arrays hold them
+    if isinstance(value, float) and math.isnan(value):
+        return None
     if isinstance(value, (bool, int, float)):
         return json.dumps(value)
     return None
 
 
+def _is_nan(value: object) -> bool:
+    """Whether a cell is one of the marks for a missing value: NaN, pandas' NA and NaT."""
+    return (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in ("NAType", "NaTType")
+
+
 def _text(raw: Raw, column: str, where: str) -> str | None:
     value = _reach(raw, column)
-    if value is None or value is _MISSING:
+    if value is None or value is _MISSING or _is_nan(value):
         return None
     text = _scalar(value)
     if text is None:
@@ -141,47 +173,3 @@ def _text(raw: Raw, column: str, where: str) -> str | None:
             hint = f" Perhaps {column}.0.{next(iter(value[0]))} is meant."
         raise DataError(f"{where}, column {column!r}: {kind}, but text or a number is wanted.{hint}")
     return text
-
-
-def _refuse_broken(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: half a character (a lone surrogate, \\u{ord(text[error.start]):04x}) at {error.start}. "
-            "Mend the file."
-        ) from None
-
-
-def _messages(value: Any, where: str) -> tuple[Message, ...]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            value = None
-    if isinstance(value, Mapping) and all(isinstance(one, list) for one in value.values()):
-        # a list of turns as arrow stores it: one list a key
-        value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
-    if not isinstance(value, list) or not value or not all(isinstance(one, Mapping) for one in value):
-        raise DataError(
-            f'{where}: no chat turns; wanted a list such as [{{"role": "user", "content": "..."}}, ...].'
-        )
-    return tuple(_message(one, f"{where}, turn {number}") for number, one in enumerate(value))
-
-
-def _message(turn: Mapping[str, Any], where: str) -> Message:
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    if isinstance(content, list):  # parts, as multimodal chats have them
-        texts = [
-            part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
-            for part in content
-        ]
-        content = None if None in texts else "".join(str(text) for text in texts)
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise DataError(
-            f"{where}: it has {', '.join(map(str, turn)) or 'nothing'}; wanted a text under 'role' and one under "
-            "'content' (or 'from' and 'value')."
-        )
-    _refuse_broken(content, where)
-    return Message(_ROLES.get(role, role), content)

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat; `role` is what the base's chat template calls it (system, user, assistant)."""
+    """One turn of a chat; `role` is what the base's chat template calls it (system, user, assistant).
+
+    `more` is what the turn has beside its text, as JSON texts by name (tool_calls, name, ...): the chat template writes
+    it. An assistant's turn that is not `learned` is only read."""
 
     role: str
     content: str
+    more: tuple[tuple[str, str], ...] = ()
+    learned: bool = True
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,22 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """A known form of rows, and what to learn from them where a recipe names no template: said by `note`."""
+
+    name: str
+    template: str
+    target: str | None
+    note: str
+
+
+@dataclass(frozen=True)
 class Splits:
     """The rows to learn from, to choose by and to judge on; they share none unless the user's files do.
 
     `source` is where they came from, `revision` the commit of a hub data set or `sha256:...` of a local file
     (None when unknown). `notes` are sentences on whatever had to be assumed while reading: show them.
+    `shape` is the known form of the rows, where no column was named (TRL, Alpaca, ShareGPT).
     """
 
     train: tuple[Example, ...]
@@ -45,3 +61,4 @@ class Splits:
     source: str = ""
     revision: str | None = None
     notes: tuple[str, ...] = ()
+    shape: Shape | None = None

@@ -8,13 +8,14 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from softprompt.data.columns import Columns
 from softprompt.data.example import Example, Splits
 from softprompt.data.files import Raw, data_suffix, named_classes, quiet_datasets, read_file
+from softprompt.data.memory import MemoryRows, Source, checked, package_of, split_mapping
 from softprompt.data.template import did_you_mean
 from softprompt.errors import DataError, SoftPromptError
 
@@ -25,13 +26,14 @@ _ALIASES = {  # other names under which a split is found
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
+_GIVEN = "the given rows"  # how messages name rows that came from no file
 _HASHED_BYTES = 2**30  # larger files go without a revision rather than being read through
 
 Held = float | int | str | Path | None
 
 
 def load_splits(
-    source: str | Path | Sequence[Mapping[str, Any] | str],
+    source: Source,
     *,
     revision: str | None = None,
     config: str | None = None,
@@ -50,7 +52,10 @@ def load_splits(
     """Read rows and part them into what is learned from, chosen by and judged on.
 
     `source`: a file (csv, tsv, json, jsonl, parquet), a folder of such files named after their splits, a folder that
-    `datasets` saved, "builtin:NAME", a data set's id on the hub, or rows in memory. Local files come first.
+    `datasets` saved, "builtin:NAME", or a data set's id on the hub; local files come first. Or rows in memory: any
+    iterable of texts, mappings and Examples, a pandas or polars DataFrame, a pyarrow Table, a Dataset or (with a
+    `limit`) an IterableDataset, and a DatasetDict or a mapping of split names to any of these. Rows in memory are
+    numbered from 0 in the order in which they come.
 
     Every column of text or numbers is a field under its own name. `column` is also {text}; `fields` gives columns
     other names (template name to column; "instances.0.output" reaches into nested values); `messages` is the column
@@ -70,8 +75,12 @@ def load_splits(
         raise DataError("data.streaming reads rows until data.limit, which is not set. Set data.limit.")
     columns = Columns(column, dict(fields or {}), messages, target)
     notes: list[str] = []
-    origin = _origin(source, revision, config, encoding, streaming, notes)
-    rows = columns.examples(origin.rows(split), origin.name, limit)
+    origin = _origin(source, revision, config, encoding, streaming, notes, limit)
+    raw_rows = origin.rows(split)
+    first = list(islice(raw_rows, 1))
+    if first:
+        columns = columns.shaped(first[0])
+    rows = columns.examples(chain(first, raw_rows), origin.name, limit, notes)
     if limit is not None and len(rows) < limit:
         notes.append(f"{origin.name} has {len(rows)} rows; data.limit asked for {limit}.")
     drawn = _Draw(list(rows), seed)
@@ -84,13 +93,19 @@ def load_splits(
         else:
             other = None if wanted is None else _as_origin(wanted, origin, encoding, notes)
             held[part] = _named(
-                part, wanted, origin, other, split, columns, limit if streaming else None, notes
+                part, wanted, origin, other, split, columns, limit if origin.endless else None, notes
             )
     train = drawn.rest()
     for part, examples in held.items():
         notes += _repeated(train, examples, part)
     return Splits(
-        train, held["validation"], held["test"], origin.name, origin.revision, tuple(dict.fromkeys(notes))
+        train,
+        held["validation"],
+        held["test"],
+        origin.name,
+        origin.revision,
+        tuple(dict.fromkeys(notes)),
+        columns.shape,
     )
 
 
@@ -102,6 +117,9 @@ class _Origin(Protocol):
 
     @property
     def revision(self) -> str | None: ...
+
+    @property
+    def endless(self) -> bool: ...  # rows may go on for ever, so that every split is read up to the limit
 
     def splits(self) -> tuple[str, ...]: ...
 
@@ -116,6 +134,7 @@ class _Files:
     by_split: Mapping[str, tuple[Path, ...]]
     encoding: str | None
     notes: list[str]
+    endless: bool = False
 
     @property
     def revision(self) -> str | None:
@@ -140,25 +159,18 @@ class _Files:
 
 @dataclass(frozen=True)
 class _Memory:
-    given: Sequence[Mapping[str, Any] | str]
-    name: str = "the given rows"
+    """Rows in memory, by split."""
+
+    by_split: Mapping[str, MemoryRows]
+    name: str = _GIVEN
     revision: str | None = None
+    endless: bool = False
 
     def splits(self) -> tuple[str, ...]:
-        return ("train",)
+        return tuple(self.by_split)
 
     def rows(self, split: str) -> Iterator[Raw]:
-        _split_name(split, self)
-        for number, one in enumerate(self.given):
-            if isinstance(one, str):
-                yield {"text": one}
-            elif isinstance(one, Mapping):
-                yield dict(one)
-            else:
-                raise DataError(
-                    f"The given rows: row {number} is {type(one).__name__}; "
-                    "wanted a text, or a mapping of column to value."
-                )
+        return self.by_split[_split_name(split, self)].rows()
 
 
 @dataclass(frozen=True)
@@ -173,11 +185,17 @@ class _Hub:
     def __post_init__(self) -> None:
         object.__setattr__(self, "revision", _commit(self.parts) or self.asked)
 
+    @property
+    def endless(self) -> bool:
+        return any(not hasattr(part, "__len__") for part in self.parts.values())
+
     def splits(self) -> tuple[str, ...]:
         return tuple(self.parts)
 
     def rows(self, split: str) -> Iterator[Raw]:
         part = self.parts[_split_name(split, self)]
+        if hasattr(part, "with_format"):
+            part = part.with_format(None)  # plain Python values, whatever the data set was set to give
         features = part.features
         if (
             features
@@ -199,16 +217,17 @@ class _Hub:
 
 
 def _origin(
-    source: str | Path | Sequence[Mapping[str, Any] | str],
+    source: Source,
     revision: str | None,
     config: str | None,
     encoding: str | None,
     streaming: bool,
     notes: list[str],
+    limit: int | None = None,
 ) -> _Origin:
-    if not isinstance(source, (str, Path)):
-        return _Memory(source)
-    written = str(source)
+    if not isinstance(source, (str, os.PathLike)):
+        return _in_memory(source, limit)
+    written = os.fspath(source)
     if not written.strip():
         raise DataError(
             "data.source is empty. Give a file, a folder, builtin:NAME, or a data set's id on the hub."
@@ -224,11 +243,29 @@ def _origin(
                 f"{written}: not a data file by its name. Wanted csv, tsv, json, jsonl or parquet."
             )
         return _Files(written, {"train": (path,)}, encoding, notes)
-    if isinstance(source, Path) or _reads_as_path(written):
+    if not isinstance(source, str) or _reads_as_path(written):
         raise DataError(
             f"{written}: no such file or folder (looked in {Path.cwd()}).{_near(path)} Check data.source."
         )
     return _hub(written, revision, config, streaming)
+
+
+def _in_memory(source: object, limit: int | None) -> _Origin:
+    """Rows in memory, as one split called train or as the splits that they are given by."""
+    if split_mapping(source, sum(_ALIASES.values(), ())):
+        assert isinstance(source, Mapping)
+        parts = {str(name): part for name, part in source.items()}
+    else:
+        parts = {"train": source}
+    for part in parts.values():
+        if package_of(part) == "datasets" and not hasattr(part, "__len__") and limit is None:
+            raise DataError(
+                f"{_GIVEN.capitalize()}: an {type(part).__name__} need not end. Set data.limit to the rows to read."
+            )
+    if all(package_of(part) == "datasets" and hasattr(part, "features") for part in parts.values()):
+        return _Hub(_GIVEN, parts)
+    name = "{}" if len(parts) == 1 else "{}, split {}"
+    return _Memory({split: checked(part, name.format(_GIVEN, split)) for split, part in parts.items()})
 
 
 def _as_origin(wanted: str | Path, origin: _Origin, encoding: str | None, notes: list[str]) -> _Origin | None:
@@ -265,7 +302,7 @@ def _named(
     """Rows held out in a split or file of their own."""
     if wanted is not None and other is not None:
         own = other.splits()
-        return columns.examples(other.rows(part if part in own else own[0]), other.name, limit)
+        return columns.examples(other.rows(part if part in own else own[0]), other.name, limit, notes)
     name = (
         next((one for one in _ALIASES[part] if one in origin.splits()), None)
         if wanted is None
@@ -280,7 +317,7 @@ def _named(
             f"data.{part} is the split {name!r}, which is learned from. Name another, or a share such as 0.1."
         )
     try:
-        return columns.examples(origin.rows(name), f"{origin.name}, split {name}", limit)
+        return columns.examples(origin.rows(name), f"{origin.name}, split {name}", limit, notes)
     except DataError as error:
         if wanted is not None:
             raise

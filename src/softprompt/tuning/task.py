@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from softprompt.base.context_length import longest_text
@@ -72,10 +72,13 @@ class Task:
 
 def task_of(recipe: Recipe, base: FrozenLM | Outline, splits: Splits | None = None) -> Task:
     """The task of a recipe on a base, with its weights or without. `splits` stand in for the recipe's data."""
+    splits = splits or read_splits(recipe)
+    if splits.shape is not None and _unsaid(recipe):
+        splits = replace(splits, notes=tuple(dict.fromkeys((*splits.notes, splits.shape.note))))
     bounds = [bound for bound in (recipe.data.max_length, longest_text(base)) if bound is not None]
     return Task(
-        template=settle_template(recipe, base),
-        splits=splits or read_splits(recipe),
+        template=settle_template(recipe, base, splits),
+        splits=splits,
         tokenizer=base.tokenizer,
         max_positions=min(bounds, default=None),
         on_overflow=recipe.data.on_overflow,
@@ -105,16 +108,24 @@ def read_splits(recipe: Recipe) -> Splits:
     )
 
 
-def settle_template(recipe: Recipe, lm: FrozenLM | Outline) -> Template:
-    """The recipe's template with the length of every slot."""
+def settle_template(recipe: Recipe, lm: FrozenLM | Outline, splits: Splits | None = None) -> Template:
+    """The recipe's template with the length of every slot; without one, that of the rows' known form."""
     data, prompt = recipe.data, recipe.prompt
     source = data.template or ("{soft}{messages}" if data.messages else "{soft}{text}")
+    target = data.target
+    if splits is not None and splits.shape is not None and _unsaid(recipe):
+        source, target = splits.shape.template, splits.shape.target
     length = prompt.length
     if length is None and not re.search(r"\{soft:\d+\}", source):
         length = natural_length(recipe, lm)
-    template = Template.parse(source, target=data.target, length=length)
+    template = Template.parse(source, target=target, length=length)
     if prompt.kind == "deep" and not re.match(r"\{soft:\d+\}(?!.*\{soft)", str(template)):
         raise RecipeError(
             f'data.template: found "{template}", but a deep prompt stands before all text. Put its one slot in front.'
         )
     return template
+
+
+def _unsaid(recipe: Recipe) -> bool:
+    """Whether the recipe leaves it to the rows what is learned of them."""
+    return recipe.data.template is None and recipe.data.target is None
