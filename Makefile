@@ -44,6 +44,7 @@ imports: $(DEV)
 # The pages that derive from the code. `make check` compares them in the tests.
 docs: $(DEV)
 	$(BIN)/softprompt recipe --markdown > docs/recipe.md
+	$(BIN)/softprompt settings --markdown > docs/settings.md
 	$(OFFLINE) $(BIN)/python tests/test_architectures.py
 	$(BIN)/python tests/house_map.py
 

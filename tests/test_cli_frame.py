@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -51,10 +52,73 @@ def test_every_public_name_can_be_imported() -> None:
         _ = softprompt.nonsense
 
 
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_help_ends_with_an_example_of_the_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "-h"]) == 0
+    end = capsys.readouterr().out.rstrip().rpartition("Example:")[2]
+    assert f"softprompt {verb}" in end
+
+
+@pytest.mark.parametrize("arguments", [["-V"], ["--version"], ["tune", "-V"]])
+def test_the_version_is_told_before_and_after_a_verb(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import softprompt
+
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"{softprompt.__version__}\n"
+
+
+def test_quiet_leaves_only_the_record(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--device", "cpu", "-q"]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["info", "--device", "cpu", "-q", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["device"] == "cpu"
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("softprompt tune --optimi", []),
+        ("softprompt tune --kind ", ["soft", "deep"]),
+        ("softprompt generate --dtype b", ["bfloat16"]),
+        ("softprompt tune --virt", ["--virtual-tokens"]),
+    ],
+)
+def test_the_shell_completes_flags_and_choices(words: str, offered: list[str]) -> None:
+    environment = {
+        **os.environ,
+        "_SOFTPROMPT_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "softprompt"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == offered
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+@pytest.mark.parametrize("verb", ["info", "recipe", "settings generate", "--help", "tune --help"])
+def test_no_terminals_encoding_ends_a_command(verb: str, encoding: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [sys.executable, "-m", "softprompt", *verb.split()], env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"should not happen" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["tunee"], "Did you mean 'tune'?"),
+        (["train", "x.yaml"], "Did you mean 'tune'?"),
+        (["fit"], "Did you mean 'tune'?"),
+        (["predict"], "Did you mean 'generate'?"),
+        (["chat"], "Did you mean 'generate'?"),
         (["tune", "--learning-rte", "3"], "--learning-rte"),
         (["generate"], "TEXT"),
         (["generate", "--top-k", "many", "x"], "--top-k"),
@@ -88,6 +152,12 @@ def test_wrong_usage_is_one_message_and_code_2(
         (KeyboardInterrupt(), 130),
         (MemoryError(), 4),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 4),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 400 GB"
+            ),
+            4,
+        ),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1),
         (ZeroDivisionError("division by zero"), 1),
     ],

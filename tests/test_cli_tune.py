@@ -138,7 +138,7 @@ def test_people_see_progress_the_losses_the_place_and_the_next_commands(
 
 def test_preview_tells_soft_read_and_trained_tokens_apart(rows: Path, run: Run) -> None:
     Path("kinds.csv").write_text("text,label\nwhere is it,delivery\nthank you,thanks\n")
-    arguments = ["preview", "--data", "kinds.csv", "--set", "data.target=label", "--rows", "1"]
+    arguments = ["preview", "--data", "kinds.csv", "--set", "data.target=label", "--show", "1"]
     record = run(*arguments, "--set", "data.template={soft:2}Say: {text} Kind: {label}")
     (row,) = record["shown"]
     kinds = [token["kind"] for token in row["tokens"]]
@@ -154,11 +154,13 @@ def test_preview_tells_soft_read_and_trained_tokens_apart(rows: Path, run: Run) 
 
 def test_preview_counts_what_a_run_would_refuse(rows: Path, run: Run) -> None:
     Path("uneven.csv").write_text("text\nshort\n" + "long " * 40 + "\n")
-    record = run("preview", "--data", "uneven.csv", "--column", "text", "--max-length", "30", "--length", "2")
+    record = run(
+        "preview", "--data", "uneven.csv", "--column", "text", "--max-positions", "30", "--length", "2"
+    )
     assert (record["too_long"], record["truncated"], record["dropped"]) == (1, 0, 0)
     for how, counted in (("truncate", "truncated"), ("drop", "dropped")):
         again = run(
-            "preview", "--data", "uneven.csv", "--column", "text", "--max-length", "30", "--length", "2",
+            "preview", "--data", "uneven.csv", "--column", "text", "--max-positions", "30", "--length", "2",
             "--set", f"data.on_overflow={how}",
         )  # fmt: skip
         assert (again[counted], again["too_long"]) == (1, 0)
@@ -202,7 +204,7 @@ def test_a_row_without_a_trained_token_is_refused_by_its_number(rows: Path, refu
 def test_a_text_longer_than_the_limit_is_refused_with_the_ways_out(
     rows: Path, refused: Refused, run: Run
 ) -> None:
-    arguments = ["tune", "--data", "rows.csv", *QUICK, "--max-length", "10", "--out", "out"]
+    arguments = ["tune", "--data", "rows.csv", *QUICK, "--max-positions", "10", "--out", "out"]
     message = refused(3, *arguments)
     assert "limit is 10" in message
     assert "truncate or drop" in message

@@ -98,3 +98,10 @@ def test_the_map_in_the_docs_names_every_file_and_no_other() -> None:
 def test_every_file_says_what_it_is() -> None:
     for path in house_map.SOURCE.rglob("*.py"):
         assert house_map.first_sentence(path), f"{path} has no docstring"
+
+
+def test_the_settings_reference_is_current(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["settings", "--markdown"]) == 0
+    assert capsys.readouterr().out == (ROOT / "docs" / "settings.md").read_text(encoding="utf-8"), (
+        "run `make docs`"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from softprompt.errors import RecipeError
-from softprompt.settings.table import Section, explain, merge_file, put, setting, settings
+from softprompt.settings.table import Section, Table, explain, fill, merge_file, put, setting, settings
 from softprompt.settings.text import scalar
 from softprompt.tuning.recipe import Recipe
 
@@ -188,12 +189,80 @@ def test_any_text_survives_being_written_and_read(text: str) -> None:
 
 
 def test_every_setting_has_a_help_text_and_a_default_that_it_accepts() -> None:
-    for one in settings(Recipe):
-        assert one.help.endswith("."), one.path
-        if not one.required and one.default not in (None, {}):
-            Recipe.from_flags({"--data": "x"}, [f"{one.path}={one.default}".replace("=False", "=false")])
-    flags = [one.flag for one in settings(Recipe) if one.flag]
-    assert len(flags) == len(set(flags)) == 12
+    for each in settings(Recipe):
+        assert each.help.endswith("."), each.path
+        if not each.required and each.default not in (None, {}):
+            Recipe.from_flags({"--data": "x"}, [f"{each.path}={each.default}".replace("=False", "=false")])
+    flags = [each.flag for each in settings(Recipe) if each.flag]
+    assert len(flags) == len(set(flags))
+
+
+def test_the_flags_that_people_try_first_are_there() -> None:
+    paths = {name: each.path for each in settings(Recipe) for name in (each.flag, *each.aliases)}
+    wanted = {
+        "--base": "base",
+        "--data": "data.source",
+        "--target": "data.target",
+        "--template": "data.template",
+        "--validation": "data.validation",
+        "--kind": "prompt.kind",
+        "--virtual-tokens": "prompt.length",
+        "--length": "prompt.length",
+        "--steps": "tune.max_steps",
+        "--dtype": "dtype",
+        "--device": "device",
+        "--trust-remote-code": "trust_remote_code",
+    }
+    assert {name: paths.get(name) for name in wanted} == wanted
+
+
+class Listening(Table):
+    stop: tuple[str, ...] = setting((), "Texts.", flag="--stop")
+    arms: list[Literal["base", "soft"]] = setting([], "Words.", flag="--arms")
+    rates: dict[str, float] = setting({}, "Numbers by name.", flag="--rate")
+    loud: bool = setting(False, "Yes or no.", flag="--loud")
+    seed: int = setting(0, "A number.", flag="--seed", le=9)
+
+
+class Cooking(Table):
+    seed: int = setting(0, "A number.", flag="--seed", le=9)
+    dish: str = setting("soup", "A text.")
+
+
+def test_one_file_and_one_set_of_flags_fill_all_tables_of_a_verb(tmp_path: Path) -> None:
+    path = written(tmp_path, "stop: ['a,b']\nseed: 3\ndish: 1e5\n")
+    listening, cooking = fill(
+        (Listening, Cooking), {"--arms": ["base,soft"], "--rate": ["lora=1e-3"], "--loud": True}, path=path
+    )
+    assert listening == Listening(
+        stop=("a,b",), arms=["base", "soft"], rates={"lora": 0.001}, loud=True, seed=3
+    )
+    assert cooking == Cooking(seed=3, dish="1e5")
+    listening, _ = fill(
+        (Listening, Cooking), {"--stop": ["x,y", "z"], "--seed": "4", "--loud": False}, path=path
+    )
+    assert listening == Listening(stop=("x,y", "z"), seed=4)
+
+
+def test_what_any_of_a_verbs_tables_refuses_is_said_once_with_flag_or_line(tmp_path: Path) -> None:
+    path = written(tmp_path, "dsh: soup\nseed: 12\n")
+    with pytest.raises(RecipeError) as caught:
+        fill((Listening, Cooking), {"--arms": ["base,sfot"], "--rate": ["lora=fast"]}, path=path)
+    assert str(caught.value).replace(f"{tmp_path}/", "").splitlines() == [
+        "--arms: found 'sfot' (text), wanted a list: one of base, soft.",
+        "--rate: rates: found 'fast' (text), wanted a mapping of names to numbers.",
+        "recipe.yaml:1: dsh: unknown setting. Did you mean dish?",
+        "recipe.yaml:2: seed: found 12 (a number), wanted a whole number of at most 9.",
+    ]
+
+
+def test_a_file_alone_cannot_let_a_bases_own_code_run(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL + "trust_remote_code: true\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:3: trust_remote_code .*pass --trust-remote-code"):
+        Recipe.load(path)
+    assert Recipe.load(path, ["trust_remote_code=true"]).trust_remote_code
+    assert Recipe.from_flags({"--trust-remote-code": True}, path=path).trust_remote_code
+    assert not Recipe.from_flags({"--trust-remote-code": False}, path=path).trust_remote_code
 
 
 class Oven(Section):

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from softprompt.cli.ending import exit_code
+from softprompt.cli.streams import prepare_streams
 
 VERBS = {
     "demo": "The whole path in under two minutes, offline: load, tune, compare before and after.",
@@ -30,9 +31,45 @@ VERBS = {
     "plot": "Draw the losses of one run or several, in the terminal or as a picture.",
     "inspect": "Show what a prompt is: its origin, template, sizes and nearest tokens.",
     "export": "Write a prompt in the forms that PEFT, vLLM and other programs read.",
-    "info": "Show versions, device and number format, and why they were chosen.",
+    "info": "Show versions, device and dtype, and why they were chosen.",
     "recipe": "Write a recipe to start from, with every setting explained.",
+    "settings": "Show the settings of any verb, as a file to start from.",
 }
+
+MEANT = {
+    "train": "tune",
+    "fit": "tune",
+    "learn": "tune",
+    "finetune": "tune",
+    "fine-tune": "tune",
+    "predict": "generate",
+    "run": "generate",
+    "infer": "generate",
+    "chat": "generate",
+    "complete": "generate",
+    "ask": "generate",
+    "eval": "evaluate",
+    "test": "evaluate",
+    "score": "evaluate",
+    "judge": "evaluate",
+    "benchmark": "compare",
+    "show": "inspect",
+    "look": "inspect",
+    "describe": "inspect",
+    "convert": "export",
+    "save": "export",
+    "search": "sweep",
+    "grid": "sweep",
+    "tune-many": "together",
+    "version": "info",
+    "config": "settings",
+    "init": "recipe",
+    "new": "recipe",
+}
+"""Words that other programs have for our verbs."""
+
+
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 
 class Verb(TyperCommand):
@@ -41,8 +78,16 @@ class Verb(TyperCommand):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         module = import_module(f"softprompt.cli.{self.name}")
         app = typer.Typer(add_completion=False)
-        app.command(self.name, help=self.help)(module.command)
-        return typer.main.get_command(app).make_context(info_name, args, parent=parent, **extra)
+        example = getattr(module, "EXAMPLE", None)
+        app.command(
+            self.name,
+            help=self.help,
+            epilog=f"Example:  {example}".replace("[", "\\[") if example else None,
+            context_settings=HELP_NAMES,
+        )(module.command)
+        command = typer.main.get_command(app)
+        command.params += _everywhere()
+        return command.make_context(info_name, args, parent=parent, **extra)
 
 
 class Verbs(TyperGroup):
@@ -53,8 +98,14 @@ class Verbs(TyperGroup):
         for name, help in VERBS.items():
             self.add_command(Verb(name, help=help, rich_markup_mode=self.rich_markup_mode))
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0].lower() in MEANT and args[0] not in self.commands:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {MEANT[args[0].lower()]!r}?")
+        return super().resolve_command(ctx, args)
 
-app = typer.Typer(cls=Verbs, no_args_is_help=True, rich_markup_mode="rich")
+
+SHOWS = {"traceback": False}
+"""What the options of every verb ask for, beyond what lies in the environment."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -65,29 +116,94 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def softprompt(
+def _be_quiet(wanted: bool) -> None:
+    if wanted:
+        os.environ["SOFTPROMPT_QUIET"] = "1"
+
+
+def _be_verbose(wanted: bool) -> None:
+    if wanted:
+        os.environ |= dict.fromkeys(
+            ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"), "info"
+        )
+        warnings.simplefilter("default")
+
+
+def _show_traceback(wanted: bool) -> None:
+    if wanted:
+        SHOWS["traceback"] = True
+
+
+def everywhere(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version",
+            "-V",
+            callback=_print_version,
+            is_eager=True,
+            expose_value=False,
+            help="Print the version.",
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet",
+            "-q",
+            callback=_be_quiet,
+            is_eager=True,
+            expose_value=False,
+            help="Print only errors, generated texts and --json.",
+        ),
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            callback=_be_verbose,
+            is_eager=True,
+            expose_value=False,
+            help="Show what the libraries log too.",
+        ),
     ] = False,
     traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where a failure arose (also: SOFTPROMPT_TRACEBACK=1).")
+        bool,
+        typer.Option(
+            "--traceback",
+            callback=_show_traceback,
+            is_eager=True,
+            expose_value=False,
+            help="Show where a failure arose.",
+        ),
     ] = False,
 ) -> None:
     """Learn, measure and keep soft prompts: a few vectors that fit one frozen language model to a task."""
 
 
+def _everywhere() -> list[Any]:
+    """The options that may be written before the verb or after it."""
+    options = typer.Typer(add_completion=False)
+    options.command()(everywhere)
+    return list(typer.main.get_command(options).params)
+
+
+app = typer.Typer(cls=Verbs, no_args_is_help=True, rich_markup_mode="rich", context_settings=HELP_NAMES)
+app.callback()(everywhere)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    traceback = "--traceback" in options or os.environ.get("SOFTPROMPT_TRACEBACK") == "1"
-    if "--traceback" in options:
-        arguments.remove("--traceback")  # it may stand behind the verb too
+    SHOWS["traceback"] = os.environ.get("SOFTPROMPT_TRACEBACK") == "1"
+    os.environ.pop("SOFTPROMPT_QUIET", None)
     _prepare_libraries()
+    prepare_streams()
     command = typer.main.get_command(app)
     return exit_code(
-        lambda: command.main(arguments, prog_name="softprompt", standalone_mode=False), traceback=traceback
+        lambda: command.main(arguments, prog_name="softprompt", standalone_mode=False),
+        traceback=lambda: SHOWS["traceback"],
     )
 
 

@@ -1,39 +1,64 @@
-"""Options that several verbs share: which base, loaded how."""
+"""What several verbs share: the flag --json, how they load a base, and how they describe it."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from softprompt.errors import BaseError, PromptError
+from softprompt.settings.base_settings import BaseSettings
+
 if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
+    from softprompt.prompt.soft_prompt import Fingerprint, Prompt
 
-Base: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--base", help="The frozen model: `builtin`, a folder or a hub id.", show_default="the prompt's own"
-    ),
-]
-Revision: TypeAlias = Annotated[
-    str | None, typer.Option("--base-revision", help="The hub model's commit or tag.")
-]
-Dtype: TypeAlias = Annotated[
-    str, typer.Option("--dtype", help="auto, float32, bfloat16, float16, int8, int4.")
-]
-Device: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps.")]
-TrustRemoteCode: TypeAlias = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")
-]
-Overrides: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Any setting of the recipe; `softprompt recipe` lists them."
-    ),
-]
 AsJson: TypeAlias = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")
 ]
+
+
+def load_base(settings: BaseSettings, *prompts: Prompt) -> FrozenLM:
+    """The base that the settings name, otherwise the one that the prompts were learned on, otherwise the bundled one.
+
+    A base that only a prompt names is loaded if it is on this machine; the hub is not asked for it, since a prompt may
+    come from anyone."""
+    by_prompt = own_base(prompts) if settings.base is None else None
+    if by_prompt is not None:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+    from softprompt.base.frozen_lm import FrozenLM
+
+    try:
+        return FrozenLM.load(
+            settings.base or (by_prompt.name if by_prompt else "builtin"),
+            revision=settings.base_revision or (by_prompt.revision if by_prompt else None),
+            dtype=settings.dtype,
+            device=settings.device,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except BaseError as error:
+        if by_prompt is None or "HF_HUB_OFFLINE" not in str(error):
+            raise
+        raise BaseError(
+            f"{prompts[0].name} names the base {by_prompt.name}, which is not on this machine, and a prompt alone "
+            f"downloads nothing. If you trust that base, pass --base {by_prompt.name}."
+        ) from None
+
+
+def own_base(prompts: Sequence[Prompt]) -> Fingerprint | None:
+    """The base that the prompts name; None without prompts. Prompts of several bases are refused."""
+    named = {prompt.base.name: prompt.base for prompt in prompts if prompt.base.name}
+    if len(named) > 1:
+        raise PromptError(
+            f"The prompts were learned on {', '.join(sorted(named))}. Use prompts of one base together."
+        )
+    if prompts and not named:
+        raise PromptError(
+            f"{prompts[0].name} does not say which base it was learned on. Name it with --base."
+        )
+    return next(iter(named.values()), None)
 
 
 def describe_base(lm: FrozenLM) -> dict[str, object]:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from softprompt.cli import asked
-from softprompt.cli.flags import takes_recipe
+from softprompt.cli.flags import takes
 from softprompt.cli.screen import emit, fact, heading, screen, size
 from softprompt.comparison.settings import ARM_NAMES, Job, Settings
 from softprompt.errors import RecipeError
@@ -23,8 +23,10 @@ from softprompt.report.figures import difference, estimate
 from softprompt.report.verdict import verdict
 from softprompt.tuning.recipe import Recipe
 
+EXAMPLE = "softprompt compare my.yaml --arms base,few-shot,soft --seeds 3"
 
-@takes_recipe
+
+@takes(Recipe)
 def command(
     recipe: Recipe,
     *,

@@ -37,6 +37,9 @@ SECOND_TASK_UNTIL_SECONDS = (
 )
 
 
+EXAMPLE = "softprompt demo --out runs/demo"
+
+
 def command(
     out: Annotated[Path, typer.Option(help="The folder that the two prompts are written to.")] = Path(
         "runs/demo"

@@ -12,10 +12,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from typer.exceptions import Abort, TyperException
@@ -23,12 +26,17 @@ from typer.exceptions import Abort, TyperException
 from softprompt.errors import SoftPromptError
 
 INTERRUPTED = 130
+NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+"""How torch and its allocators say it."""
 
 
-def exit_code(call: Callable[[], Any], *, traceback: bool = False) -> int:
-    """Call, and say in one message what went wrong. With `traceback`, also where."""
+def exit_code(call: Callable[[], Any], *, traceback: Callable[[], bool] = lambda: False) -> int:
+    """Call, and say in one message what went wrong; where `traceback()` is true, also where.
+
+    SIGTERM and SIGHUP end the call as Ctrl-C does, so that what was learned is kept."""
     try:
-        result = call()
+        with _signals_interrupt():
+            result = call()
         if result == INTERRUPTED:  # typer turns Ctrl-C into this code
             raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
@@ -43,7 +51,7 @@ def exit_code(call: Callable[[], Any], *, traceback: bool = False) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if traceback:
+        if traceback():
             import traceback as printer
 
             printer.print_exception(error)
@@ -51,11 +59,35 @@ def exit_code(call: Callable[[], Any], *, traceback: bool = False) -> int:
         return _say(message, code)
 
 
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGTERM (a scheduler stops the job) and SIGHUP (the terminal has gone)."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # A signal that is ignored (nohup) stays ignored; only the main thread may set handlers.
+    former = {
+        number: signal.getsignal(number)
+        for number in numbers
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is signal.SIG_DFL
+    }
+    for number in former:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 def told(error: Exception) -> tuple[str, int]:
     """An exception in a person's words, and its exit code."""
     if isinstance(error, SoftPromptError):
         return str(error), error.exit_code
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY):
         return (
             "out of memory. Choose a smaller base or tune.batch_size=1, shorten the texts with data.max_length, "
             f"or close other programs. ({_first_line(error)})",
@@ -91,6 +123,8 @@ def _say(message: str, code: int) -> int:
     from rich.console import Console
     from rich.text import Text
 
+    from softprompt.cli.screen import visible
+
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(Text.assemble(("softprompt: ", "bold red"), message))
+    console.print(Text.assemble(("softprompt: ", "bold red"), visible(message)))
     return code

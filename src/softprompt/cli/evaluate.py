@@ -27,9 +27,14 @@ if TYPE_CHECKING:
     from softprompt.tuning.recipe import Recipe
 
 
+EXAMPLE = "softprompt evaluate --prompt runs/mine --out runs/judged"
+
+
 def command(
     recipe_file: Annotated[Path | None, typer.Argument(metavar="RECIPE.yaml", show_default=False)] = None,
-    base: asked.Base = None,
+    base: Annotated[
+        str | None, typer.Option(help="The frozen model.", show_default="the prompt's own")
+    ] = None,
     prompt_folder: Annotated[
         Path | None, typer.Option("--prompt", help="The learned prompt's folder.")
     ] = None,
@@ -85,9 +90,11 @@ def command(
     fail_under: Annotated[
         list[str] | None, typer.Option(metavar="METRIC=LIMIT", help="Exit with 100 if a figure is worse.")
     ] = None,
-    dtype: asked.Dtype = "auto",
-    device: asked.Device = "auto",
-    trust_remote_code: asked.TrustRemoteCode = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, int8, int4.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")
+    ] = False,
     as_json: asked.AsJson = False,
 ) -> None:
     """Measure the base, a text or a learned prompt on held-out rows."""

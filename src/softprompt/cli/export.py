@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from softprompt.cli import asked
+from softprompt.cli.flags import takes
 from softprompt.cli.screen import emit, fact, heading, screen
 from softprompt.errors import PromptError, RecipeError
+from softprompt.settings.base_settings import BaseSettings
 
 if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
@@ -24,15 +26,16 @@ FORMS = {
 }
 
 
+EXAMPLE = "softprompt export runs/mine --to vectors --out mine.safetensors"
+
+
+@takes(BaseSettings)
 def command(
+    base: BaseSettings,
+    *,
     folder: Annotated[Path, typer.Argument(metavar="PROMPT", help="The prompt's folder.")],
     to: Annotated[str, typer.Option("--to", help=", ".join(FORMS) + ".")],
     out: Annotated[Path, typer.Option("--out", help="Where to write: a folder, or a file for vectors.")],
-    base: asked.Base = None,
-    base_revision: asked.Revision = None,
-    dtype: asked.Dtype = "auto",
-    device: asked.Device = "auto",
-    trust_remote_code: asked.TrustRemoteCode = False,
     as_json: asked.AsJson = False,
 ) -> None:
     """Write a prompt in a form that other programs read."""
@@ -43,15 +46,7 @@ def command(
     prompt = load_prompt(folder)
 
     def loaded() -> FrozenLM:
-        from softprompt.base.frozen_lm import FrozenLM
-
-        return FrozenLM.load(
-            base or prompt.base.name,
-            revision=base_revision,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
+        return asked.load_base(base, prompt)
 
     advice = {"peft": to_peft, "peft-prefix": to_prefix, "vectors": to_vectors, "merged": to_merged}[to](
         prompt, out, loaded

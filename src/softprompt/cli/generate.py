@@ -14,8 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from softprompt.cli import asked
+from softprompt.cli.flags import takes
 from softprompt.cli.screen import emit, screen
-from softprompt.errors import PromptError, RecipeError
+from softprompt.errors import RecipeError
+from softprompt.settings.base_settings import BaseSettings
 
 if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
@@ -24,11 +26,16 @@ if TYPE_CHECKING:
     from softprompt.prompt.soft_prompt import Prompt
 
 
+EXAMPLE = 'softprompt generate --prompt runs/mine "Where is my parcel?"'
+
+
+@takes(BaseSettings)
 def command(
+    base: BaseSettings,
+    *,
     texts: Annotated[
         list[str], typer.Argument(metavar="TEXT...", help="What to continue; - reads standard input.")
     ],
-    base: asked.Base = None,
     prompts: Annotated[
         list[Path] | None, typer.Option("--prompt", help="A prompt's folder; give it again for more prompts.")
     ] = None,
@@ -54,10 +61,6 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     n: Annotated[int, typer.Option("--n", "-n", help="Continuations for each text.")] = 1,
-    base_revision: asked.Revision = None,
-    dtype: asked.Dtype = "auto",
-    device: asked.Device = "auto",
-    trust_remote_code: asked.TrustRemoteCode = False,
     as_json: asked.AsJson = False,
 ) -> None:
     """Continue texts with the base, with one prompt or with several."""
@@ -77,17 +80,10 @@ def command(
         seed=seed,
         n=n,
     )
-    from softprompt.base.frozen_lm import FrozenLM
     from softprompt.store.artifact import load_prompt
 
     loaded = [load_prompt(folder) for folder in folders]
-    lm = FrozenLM.load(
-        base or own_base(loaded),
-        revision=base_revision,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    lm = asked.load_base(base, *loaded)
     for folder, prompt in zip(folders, loaded, strict=True):
         prompt.base.demand(lm.fingerprint, str(folder))
     inputs = [sys.stdin.read() if text == "-" else text for text in texts]
@@ -113,20 +109,6 @@ def command(
         for one in rows:
             # To the letter, so that it can be piped; the input stands before what follows it.
             print(f"{one.input}{one.text}")
-
-
-def own_base(prompts: Sequence[Prompt]) -> str:
-    """The base that the prompts name, or the bundled one without prompts."""
-    names = {prompt.base.name for prompt in prompts} - {""}
-    if len(names) > 1:
-        raise PromptError(
-            f"The prompts were learned on {', '.join(sorted(names))}. Use prompts of one base together."
-        )
-    if prompts and not names:
-        raise PromptError(
-            f"{prompts[0].name} does not say which base it was learned on. Name it with --base."
-        )
-    return names.pop() if names else "builtin"
 
 
 def answers(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from softprompt.cli import asked
+from softprompt.cli.flags import takes
 from softprompt.cli.screen import emit, fact, screen, size
+from softprompt.settings.base_settings import BaseSettings
 
 REQUIRED = ("torch", "transformers", "datasets", "safetensors", "huggingface_hub")
 OPTIONAL = {
@@ -22,13 +23,17 @@ OPTIONAL = {
 }
 
 
+EXAMPLE = "softprompt info --dtype bfloat16"
+
+
+@takes(BaseSettings)
 def command(
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    base: BaseSettings,
+    *,
+    as_json: asked.AsJson = False,
 ) -> None:
-    """Show versions, device and number format, and why they were chosen."""
-    record = machine(device, dtype)
+    """Show versions, device and dtype, and why they were chosen."""
+    record = machine(base.device, base.dtype)
     if as_json:
         return emit(record)
     console = screen()

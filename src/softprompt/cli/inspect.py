@@ -10,35 +10,40 @@ from rich.table import Table
 from rich.text import Text
 
 from softprompt.cli import asked
+from softprompt.cli.flags import takes
 from softprompt.cli.screen import emit, fact, heading, screen, size
 from softprompt.errors import BaseError
+from softprompt.settings.base_settings import BaseSettings
 
 if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
     from softprompt.prompt.soft_prompt import Prompt, SoftPrompt
 
 
+EXAMPLE = "softprompt inspect runs/mine"
+
+
+@takes(BaseSettings)
 def command(
+    base: BaseSettings,
+    *,
     folder: Annotated[Path, typer.Argument(metavar="PROMPT", help="The prompt's folder.")],
-    base: asked.Base = None,
-    base_revision: asked.Revision = None,
     nearest: Annotated[int, typer.Option(min=1, help="Vocabulary tokens to name for each vector.")] = 5,
     as_json: asked.AsJson = False,
 ) -> None:
     """Show what a prompt is: its origin, template, sizes and nearest tokens."""
-    from softprompt.base.frozen_lm import FrozenLM
     from softprompt.store.artifact import load_prompt, prompt_bytes
 
     prompt = load_prompt(folder)
     record = describe(prompt, folder, prompt_bytes(folder))
     unavailable = None
     try:
-        lm = FrozenLM.load(base or prompt.base.name or "builtin", revision=base_revision)
+        lm = asked.load_base(base, prompt)
         prompt.base.demand(lm.fingerprint, str(folder))
         if prompt.kind == "soft":
             record["vectors"] = against_vocabulary(lm, prompt, nearest)  # type: ignore[arg-type]
     except BaseError as error:
-        if base is not None:
+        if base.base is not None:
             raise
         unavailable = str(error)  # the prompt can be read without its base, its neighbours cannot
     if as_json:

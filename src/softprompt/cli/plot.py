@@ -10,6 +10,8 @@ import typer
 from softprompt.cli.screen import screen
 from softprompt.report.plot import draw, for_terminal, read_curves
 
+EXAMPLE = "softprompt plot runs/mine runs/other --out losses.png"
+
 
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of a sweep.")],

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from softprompt.cli import asked
-from softprompt.cli.flags import takes_recipe
+from softprompt.cli.flags import takes
 from softprompt.cli.screen import emit, fact, screen
 from softprompt.tuning.recipe import Recipe
 
@@ -21,11 +21,14 @@ STYLES = {"soft": "bold cyan", "context": "dim", "trained": "green", "special": 
 WORDS = {"soft": "soft", "context": "read only", "trained": "trained", "special": "start token"}
 
 
-@takes_recipe
+EXAMPLE = "softprompt preview --data rows.csv --column text"
+
+
+@takes(Recipe)
 def command(
     recipe: Recipe,
     *,
-    rows: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 3,
+    show: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 3,
     as_json: asked.AsJson = False,
 ) -> None:
     """Show exactly what would be trained: tokens, soft slots, what the loss counts."""
@@ -36,7 +39,7 @@ def command(
         recipe.base, revision=recipe.base_revision, trust_remote_code=recipe.trust_remote_code
     )
     task = task_of(recipe, base)
-    shown = task.preview(task.splits.train, show=rows)
+    shown = task.preview(task.splits.train, show=show)
     console = screen(as_json=as_json)
     for note in task.splits.notes:
         console.print(note, markup=False, soft_wrap=True)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Annotated, Any
 
 import typer
 import yaml
 
-from softprompt.settings.table import Setting, sections, settings
+from softprompt.settings.table import Section, Setting, sections, settings
 from softprompt.tuning.recipe import Recipe
 
+EXAMPLE = "softprompt recipe > my.yaml"
 SECTIONS = sections(Recipe)
+STAND_INS = {"data.source": "builtin:roles"}
+"""What a file to start from gives for a required setting, so that it runs as it is."""
 
 
 def command(
@@ -23,23 +27,29 @@ def command(
 
 
 def starting_recipe() -> str:
-    """Every setting with its help and default, as YAML; those without a default stand commented out."""
+    """A recipe with every setting at its default."""
+    return starting_file(Recipe)
+
+
+def starting_file(table: type[Section]) -> str:
+    """Every setting with its help and default, as YAML; those without a default are commented out."""
     lines = ["# Every setting of softprompt, at its default. Keep the lines that you change."]
-    for section, group in _by_section():
+    inner = sections(table)
+    for section, group in _by_section(table):
         if section:
-            lines += ["", f"{section}:  # {SECTIONS[section].__doc__}"]
+            lines += ["", f"{section}:  # {inner[section].__doc__}"]
         indent = "  " if section else ""
-        for one in group:
+        for each in group:
             lines += textwrap.wrap(
-                one.help, 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+                each.help, 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
             )
-            name = one.path.split(".")[-1]
-            if one.required:
-                lines.append(f"{indent}{name}: builtin:roles")
-            elif one.default is None:
+            name = each.path.split(".")[-1]
+            if each.required:
+                lines.append(f"{indent}{name}: {STAND_INS.get(each.path, '')}".rstrip())
+            elif each.default is None:
                 lines.append(f"{indent}# {name}:")
             else:
-                lines.append(f"{indent}{name}: {_written(one.default)}")
+                lines.append(f"{indent}{name}: {_written(each.default)}")
     return "\n".join(lines) + "\n"
 
 
@@ -56,28 +66,34 @@ def reference() -> str:
         "empty value or `null` means not set. Unknown settings, settings given twice and values of the wrong kind",
         "are refused with file and line.",
     ]
-    for section, group in _by_section():
+    for section, group in _by_section(Recipe):
         title = f"`{section}`: {str(SECTIONS[section].__doc__).rstrip('.').lower()}" if section else "The run"
         lines += [
             "",
             f"## {title}",
             "",
-            "| setting | flag | kind | default | meaning |",
-            "|---|---|---|---|---|",
+            *table_of(group),
         ]
-        for one in group:
-            default = (
-                "(required)" if one.required else "" if one.default is None else f"`{_written(one.default)}`"
-            )
-            flag = f"`{one.flag}`" if one.flag else ""
-            lines.append(f"| `{one.path}` | {flag} | {one.wanted} | {default} | {one.help} |")
     return "\n".join(lines) + "\n"
 
 
-def _by_section() -> list[tuple[str, list[Setting]]]:
-    named = groupby(settings(Recipe), key=lambda one: one.path.rpartition(".")[0])
+def table_of(group: Iterable[Setting]) -> list[str]:
+    """Settings as the lines of a Markdown table."""
+    lines = ["| setting | flag | kind | default | meaning |", "|---|---|---|---|---|"]
+    for each in group:
+        default = (
+            "(required)" if each.required else "" if each.default is None else f"`{_written(each.default)}`"
+        )
+        flags = ", ".join(f"`{name}`" for name in (each.flag, *each.aliases) if name)
+        lines.append(f"| `{each.path}` | {flags} | {each.wanted} | {default} | {each.help} |")
+    return lines
+
+
+def _by_section(table: type[Section]) -> list[tuple[str, list[Setting]]]:
+    named = groupby(settings(table), key=lambda each: each.path.rpartition(".")[0])
     return [(section, list(group)) for section, group in named]
 
 
 def _written(default: Any) -> str:
+    default = list(default) if isinstance(default, tuple) else default
     return yaml.safe_dump(default, default_flow_style=True).removesuffix("\n").removesuffix("\n...")

@@ -10,6 +10,8 @@ import typer
 from softprompt.cli import asked
 from softprompt.cli.screen import emit, fact, screen
 
+EXAMPLE = "softprompt report runs/compared"
+
 
 def command(
     runs: Annotated[

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from softprompt.cli import asked
-from softprompt.cli.flags import takes_recipe
+from softprompt.cli.flags import takes
 from softprompt.cli.progress import ShowTable
 from softprompt.cli.screen import emit, fact, figure, heading, screen
 from softprompt.errors import RecipeError
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from softprompt.tuning.sweep import Trial
 
 
-@takes_recipe
+EXAMPLE = "softprompt sweep my.yaml --grid tune.learning_rate=0.01,0.03,0.1 --seeds 2"
+
+
+@takes(Recipe)
 def command(
     recipe: Recipe,
     *,

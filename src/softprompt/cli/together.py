@@ -14,11 +14,16 @@ from softprompt.cli.tune import describe_losses
 from softprompt.tuning.events import Event, Said, Saved, Validated
 from softprompt.tuning.recipe import Recipe
 
+EXAMPLE = "softprompt together first.yaml second.yaml --set tune.epochs=3"
+
 
 def command(
     recipe_files: Annotated[list[Path], typer.Argument(metavar="RECIPE.yaml...", show_default=False)],
     *,
-    overrides: asked.Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any setting, for all recipes."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with runs that were killed, from their last checkpoints.")
     ] = False,

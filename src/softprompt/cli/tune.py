@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from softprompt.cli import asked
-from softprompt.cli.flags import takes_recipe
+from softprompt.cli.flags import takes
 from softprompt.cli.preview import show_preview
 from softprompt.cli.progress import ShowProgress
 from softprompt.cli.screen import emit, fact, figure, heading, screen, size
@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from softprompt.tuning.plan import Plan
 
 
-@takes_recipe
+EXAMPLE = (
+    "softprompt tune --data builtin:messages --target label "
+    '--template "{text}{soft:10} {label}" --out runs/mine'
+)
+
+
+@takes(Recipe)
 def command(
     recipe: Recipe,
     *,

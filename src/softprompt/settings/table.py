@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import PydanticUndefined
 
 from softprompt.errors import RecipeError
@@ -37,12 +38,18 @@ class Table(Section):
     if not TYPE_CHECKING:  # checkers see pydantic's own signature: every setting by name, with its type
 
         def __init__(
-            self, /, *, _places: Mapping[str, str] | None = None, _origin: str = "settings", **values: Any
+            self,
+            /,
+            *,
+            _places: Mapping[str, str] | None = None,
+            _origin: str = "settings",
+            _among: type[Section] | None = None,
+            **values: Any,
         ) -> None:
             try:
                 super().__init__(**values)
             except ValidationError as error:
-                raise RecipeError(explain(type(self), error, _places or {}, _origin)) from None
+                raise RecipeError(explain(_among or type(self), error, _places or {}, _origin)) from None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -52,26 +59,15 @@ class Table(Section):
     @classmethod
     def from_flags(
         cls,
-        flags: Mapping[str, str | None],
+        flags: Mapping[str, Flag],
         overrides: Sequence[str] = (),
         *,
         path: str | Path | None = None,
     ) -> Self:
         """Settle a table from a file, if any, then `--set` overrides, then flags by name ("--learning-rate")."""
-        tree: dict[str, Any] = {}
-        places: dict[str, str] = {}
-        if path is not None:
-            merge_file(cls, tree, places, path)
-        for override in overrides:
-            key, equals, text = override.partition("=")
-            if not equals:
-                raise RecipeError(f"--set {override}: found no '=', wanted KEY=VALUE such as tune.epochs=3.")
-            put(cls, tree, places, key.strip(), text, f"--set {key.strip()}")
-        named = {one.flag: one for one in settings(cls) if one.flag}
-        for flag, value in flags.items():
-            if value is not None:
-                put(cls, tree, places, named[flag].path, value, flag)
-        return cls._filled(tree, places, str(path) if path is not None else "settings")
+        (table,) = fill((cls,), flags, overrides, path=path)
+        assert isinstance(table, cls)
+        return table
 
     def changed(self, overrides: Sequence[str]) -> Self:
         """The same table with `a.b=value` overrides applied in order."""
@@ -84,24 +80,114 @@ class Table(Section):
 
     def to_yaml(self) -> str:
         """Every setting, defaults included, as a file that `load` reads back to the same table."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
     @classmethod
-    def _filled(cls, tree: dict[str, Any], places: Mapping[str, str], origin: str) -> Self:
+    def _filled(
+        cls,
+        tree: dict[str, Any],
+        places: Mapping[str, str],
+        origin: str,
+        among: type[Section] | None = None,
+    ) -> Self:
         for section in sections(cls):
             tree.setdefault(section, {})
         made: Any = cls
-        filled: Self = made(_places=places, _origin=origin, **tree)
+        filled: Self = made(_places=places, _origin=origin, _among=among, **tree)
         return filled
 
 
+Flag: TypeAlias = str | bool | Sequence[str] | None
+"""A flag's value as the shell gives it: text, true or false, several texts where it is repeated; None: not given."""
+
+
+def fill(
+    tables: Sequence[type[Table]],
+    flags: Mapping[str, Flag] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    path: str | Path | None = None,
+) -> tuple[Table, ...]:
+    """Fill all tables of a verb from one YAML file, then `--set` overrides, then flags by name.
+
+    Each key belongs to the tables that declare it; a key that none declares is refused. All faults are reported at
+    once. A setting that is declared `by_hand` cannot be switched on by the file alone."""
+    model = joined(tuple(tables))
+    tree: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    if path is not None:
+        merge_file(model, tree, places, path)
+    by_file = dict(tree)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {override}: found no '=', wanted KEY=VALUE such as tune.epochs=3.")
+        put(model, tree, places, key.strip(), text, f"--set {key.strip()}")
+    named = {each.flag: each for each in settings(model) if each.flag}
+    for flag, value in (flags or {}).items():
+        if value is not None:
+            put(model, tree, places, named[flag].path, value, flag)
+    for each in settings(model):
+        if each.by_hand and by_file.get(each.path) and places[each.path].startswith(f"{path}:"):
+            raise RecipeError(
+                f"{places[each.path]}: {each.path} is set, which a file alone cannot do: {each.help} "
+                f"If you trust it, pass {each.flag} as well."
+            )
+    origin = str(path) if path is not None else "settings"
+    filled, faults = [], []
+    unknown = [key for key in tree if key not in model.model_fields]
+    faults += [f"{places[key]}: {key}: unknown setting.{_did_you_mean(model, key)}" for key in unknown]
+    for table in tables:
+        own = {key: value for key, value in tree.items() if key in table.model_fields}
+        try:
+            filled.append(table._filled(own, places, origin, model))
+        except RecipeError as error:
+            faults += [line for line in str(error).splitlines() if line not in faults]
+    if faults:
+        raise RecipeError("\n".join(sorted(faults, key=lambda line: _line_number(line, origin))))
+    return tuple(filled)
+
+
+def _line_number(fault: str, origin: str) -> int:
+    """The file's line that a fault names, so that faults are reported in the order of the file; 0 without one."""
+    number = fault.removeprefix(f"{origin}:").partition(":")[0]
+    return int(number) if fault.startswith(f"{origin}:") and number.isdecimal() else 0
+
+
+@cache
+def joined(tables: tuple[type[Section], ...]) -> type[Section]:
+    """A model with the settings of all tables, to look them up in; the first that declares a name counts."""
+    if len(tables) == 1:
+        return tables[0]
+    fields: dict[str, Any] = {}
+    for table in tables:
+        for name, field in table.model_fields.items():
+            fields.setdefault(name, (field.annotation, field))
+    model: type[Section] = create_model("Joined", __base__=Section, **fields)
+    return model
+
+
 def setting(
-    default: Any, help: str, *, flag: str | None = None, elsewhere: str | None = None, **limits: Any
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    aliases: Sequence[str] = (),
+    elsewhere: str | None = None,
+    by_hand: bool = False,
+    **limits: Any,
 ) -> Any:
-    """Declare one setting; `flag` is its short name on the command line, `elsewhere` what other tools call it."""
-    return Field(
-        default, description=help, json_schema_extra={"flag": flag, "elsewhere": elsewhere}, **limits
-    )
+    """Declare one setting.
+
+    `flag` is its name on the command line, `aliases` are further names there ("-n"), and `elsewhere` is what other
+    tools call it. A setting `by_hand` must be set on the command line or in Python: a file alone cannot switch it on."""
+    names: dict[str, Any] = {
+        "flag": flag,
+        "aliases": list(aliases),
+        "elsewhere": elsewhere,
+        "by_hand": by_hand,
+    }
+    return Field(default, description=help, json_schema_extra=names, **limits)
 
 
 @dataclass(frozen=True)
@@ -113,8 +199,14 @@ class Setting:
     required: bool
     help: str
     flag: str | None
+    aliases: tuple[str, ...]
     elsewhere: str | None
+    by_hand: bool
     wanted: str
+    shape: Literal["value", "switch", "list", "mapping"]
+    """How a flag takes it: one value, --x or --no-x, or several values."""
+    choices: tuple[str, ...]
+    """The words among its values, for the shell to complete."""
 
 
 def settings(model: type[Section], prefix: str = "") -> Iterator[Setting]:
@@ -125,16 +217,44 @@ def settings(model: type[Section], prefix: str = "") -> Iterator[Setting]:
             yield from settings(inner[name], f"{prefix}{name}.")
             continue
         names: Any = field.json_schema_extra or {}
-        required = field.default is PydanticUndefined
+        default = field.get_default(call_default_factory=True, validated_data={})
+        required = default is PydanticUndefined
         yield Setting(
             path=f"{prefix}{name}",
-            default=None if required else field.default,
+            default=None if required else default,
             required=required,
             help=field.description or "",
             flag=names.get("flag"),
+            aliases=tuple(names.get("aliases", ())),
             elsewhere=names.get("elsewhere"),
+            by_hand=bool(names.get("by_hand")),
             wanted=_wanted(field.annotation, field.metadata),
+            shape=_shape(field.annotation),
+            choices=tuple(_choices(field.annotation)),
         )
+
+
+def _shape(annotation: Any) -> Literal["value", "switch", "list", "mapping"]:
+    members = _members(annotation) - {NoneType}
+    if members == {bool}:
+        return "switch"
+    origins = {get_origin(member) for member in members}
+    if origins & {list, tuple}:
+        return "list"
+    return "mapping" if origins & {dict, Mapping} else "value"
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The words that a setting's Literals name."""
+    words: list[str] = []
+    for member in sorted(_members(annotation), key=str):
+        if get_origin(member) is Literal:
+            words += [str(word) for word in get_args(member)]
+        elif get_origin(member) in (list, tuple, dict, Mapping):
+            words += [
+                word for inner in get_args(member)[:1] if inner is not Ellipsis for word in _choices(inner)
+            ]
+    return words
 
 
 def sections(model: type[Section]) -> dict[str, type[Section]]:
@@ -152,20 +272,28 @@ def merge_file(model: type[Section], tree: dict[str, Any], places: dict[str, str
 
 
 def put(
-    model: type[Section], tree: dict[str, Any], places: dict[str, str], path: str, text: str, where: str
+    model: type[Section],
+    tree: dict[str, Any],
+    places: dict[str, str],
+    path: str,
+    value: str | bool | Sequence[str],
+    where: str,
 ) -> None:
-    """Set one setting by its dotted path from a flag's text; `where` is what an error calls it."""
+    """Set one setting by its dotted path from a flag's text or texts; `where` is what an error calls it."""
     *outer, last = path.split(".")
     section = model
     for name in outer:
         inner = sections(section)
         if name not in inner:
-            if name in section.model_fields and get_origin(section.model_fields[name].annotation) is dict:
-                tree = tree.setdefault(name, {})  # data.fields.text=body
-                tree[last] = text
+            field = section.model_fields.get(name)
+            if field is not None and _shape(field.annotation) == "mapping" and isinstance(value, str):
+                tree[name] = dict(tree.get(name) or {})
+                _put_named(tree[name], last, value, field.annotation, where)  # data.fields.text=body
                 return
             raise RecipeError(f"{where}: unknown setting.{_did_you_mean(model, path)}")
         section, tree = inner[name], tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"{where}: {name} is a section of settings, and is given as one value before.")
     places[path] = where
     if last in sections(section):
         raise RecipeError(
@@ -174,14 +302,47 @@ def put(
     field = section.model_fields.get(last)
     if field is None:
         raise RecipeError(f"{where}: unknown setting.{_did_you_mean(model, path)}")
-    wants_text = _members(field.annotation) <= {str, NoneType}
-    # Text is taken to the letter: a template's braces and a text's last blank are no YAML.
-    tree[last] = text if wants_text else _plain(read_value(text, where), field.annotation)
+    annotation = field.annotation
+    if isinstance(value, bool):
+        tree[last] = value
+    elif not isinstance(value, str):
+        _put_several(tree, last, value, annotation, where)
+    else:
+        # Text is taken exactly as written: a template's braces and a text's last blank are no YAML.
+        wants_text = _members(annotation) <= {str, NoneType}
+        tree[last] = value if wants_text else _plain(read_value(value, where), annotation)
+
+
+def _put_several(tree: dict[str, Any], name: str, values: Sequence[str], annotation: Any, where: str) -> None:
+    """Set a list or a mapping from the texts of a repeated flag; words of a known list may be joined by commas."""
+    if _shape(annotation) == "mapping":
+        tree[name] = {}
+        for value in values:
+            key, equals, text = value.partition("=")
+            if not equals:
+                raise RecipeError(f"{where} {value}: found no '=', wanted NAME=VALUE.")
+            _put_named(tree[name], key.strip(), text, annotation, where)
+        return
+    (kind,) = {get_args(m)[0] for m in _members(annotation) if get_origin(m) in (list, tuple)}
+    if _choices(kind):
+        values = [word.strip() for value in values for word in value.split(",") if word.strip()]
+    tree[name] = _as_kind([_plain(read_value(value, where), kind) for value in values], annotation)
+
+
+def _put_named(tree: dict[str, Any], key: str, text: str, annotation: Any, where: str) -> None:
+    (kind,) = {get_args(m)[1] for m in _members(annotation) if get_origin(m) in (dict, Mapping)}
+    tree[key] = text if _members(kind) <= {str, NoneType} else _plain(read_value(text, where), kind)
+
+
+def _as_kind(values: list[Any], annotation: Any) -> list[Any] | tuple[Any, ...]:
+    """A tuple where the setting is one; strict fields take no list for it."""
+    is_tuple = any(get_origin(member) is tuple for member in _members(annotation))
+    return tuple(values) if is_tuple else values
 
 
 def explain(model: type[Section], error: ValidationError, places: Mapping[str, str], origin: str) -> str:
     """One line for each setting that was refused: where, which, found, wanted."""
-    known = {one.path: one for one in settings(model)}
+    known = {each.path: each for each in settings(model)}
     lines: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         names = [str(part) for part in problem["loc"]]
@@ -244,12 +405,16 @@ def _merge(
 
 def _plain(item: Written, annotation: Any) -> Any:
     """The value for a field: a setting that wants text takes `1e5` or `true` as the text it was written as."""
+    members = _members(annotation)
     if isinstance(item.value, dict):
-        inner = get_args(annotation)[1] if get_origin(annotation) is dict else Any
+        inner = next(
+            (get_args(member)[1] for member in members if get_origin(member) in (dict, Mapping)), Any
+        )
         return {key: _plain(value, inner) for key, value in item.value.items()}
     if isinstance(item.value, list):
-        return [_plain(value, Any) for value in item.value]
-    if item.value is not None and _members(annotation) <= {str, NoneType}:
+        inner = next((get_args(member)[0] for member in members if get_origin(member) in (list, tuple)), Any)
+        return _as_kind([_plain(value, inner) for value in item.value], annotation)
+    if item.value is not None and members <= {str, NoneType}:
         return item.text
     return item.value
 
@@ -274,9 +439,11 @@ def _wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if get_origin(annotation) is Literal:
         options = [str(option) for option in get_args(annotation)]
         return options[0] if len(options) == 1 else f"one of {', '.join(options)}"
-    if get_origin(annotation) is dict:
-        return "a mapping of names to texts"
-    if get_origin(annotation) is list:
+    if get_origin(annotation) in (dict, Mapping):
+        kinds = {"text": "texts", "a number": "numbers"}
+        inner = _wanted(get_args(annotation)[1])
+        return f"a mapping of names to {kinds.get(inner, inner)}"
+    if get_origin(annotation) in (list, tuple):
         inner = _wanted(get_args(annotation)[0])
         return "a list of texts" if inner == "text" else f"a list: {inner}"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -291,18 +458,18 @@ def _wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 
 def _first_in(model: type[Section], section: str) -> str:
-    known = [one.path for one in settings(model)]
+    known = [each.path for each in settings(model)]
     return next((path for path in known if path.startswith(f"{section}.")), known[0])
 
 
 def _did_you_mean(model: type[Section], path: str) -> str:
     """The nearest known setting as a question, or where to look."""
-    known = [one.path for one in sorted(settings(model), key=lambda one: one.flag is None)]
+    known = [each.path for each in sorted(settings(model), key=lambda each: each.flag is None)]
     section, _, last = path.rpartition(".")
-    same_name = [one for one in known if one.split(".")[-1] == last]
-    siblings = {one.split(".")[-1]: one for one in known if one.rpartition(".")[0] == section}
-    anywhere = {one.split(".")[-1]: one for one in reversed(known)}
-    elsewhere = {one.elsewhere: one.path for one in settings(model)}
+    same_name = [name for name in known if name.split(".")[-1] == last]
+    siblings = {name.split(".")[-1]: name for name in known if name.rpartition(".")[0] == section}
+    anywhere = {name.split(".")[-1]: name for name in reversed(known)}
+    elsewhere = {each.elsewhere: each.path for each in settings(model)}
     near = (
         same_name
         or ([elsewhere[last]] if last in elsewhere else [])

@@ -10,7 +10,8 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from softprompt.settings.table import Section, Table, setting
+from softprompt.settings.base_settings import BaseSettings
+from softprompt.settings.table import Section, setting
 
 Auto: TypeAlias = Literal["auto"]
 Count: TypeAlias = Annotated[int, Field(ge=1)]
@@ -40,18 +41,22 @@ class Data(Section):
         None, "The column of chat messages: the base's chat template, and the loss on the assistant's turns."
     )
     target: str | None = setting(
-        None, "The template's field that is to be learned; without it the loss counts the whole text."
+        None,
+        "The template's field that is to be learned; without it the loss counts the whole text.",
+        flag="--target",
     )
     template: str | None = setting(
         None,
         "How a row becomes text, such as `{soft:20} {text}` or `Tweet: {text} Complaint? {label}`; without it, "
         "the soft prompt stands right before the text.",
+        flag="--template",
     )
     limit: Count | None = setting(None, "Learn from the first N rows alone.", flag="--limit")
     validation: Share | Rows | str | None = setting(
         None,
         "Held out to choose the best step: a share (0.1), a number of rows (50; 0 for none), a split's name or a "
         "file. Without it, the source's own validation split if it has one.",
+        flag="--validation",
     )
     test: Share | Rows | str | None = setting(
         None,
@@ -63,7 +68,7 @@ class Data(Section):
     max_length: Count | None = setting(
         None,
         "Longest text in tokens, soft prompt included; without it, the base's context.",
-        flag="--max-length",
+        flag="--max-positions",
     )
     on_overflow: Literal["error", "truncate", "drop"] = setting(
         "error", "What becomes of a text that is longer: refuse the data, cut the text, or leave the row out."
@@ -84,12 +89,15 @@ class Prompt(Section):
     """What is learned."""
 
     kind: Literal["soft", "deep"] = setting(
-        "soft", "soft: vectors in front of the first layer. deep: keys and values for every layer."
+        "soft",
+        "soft: vectors in front of the first layer. deep: keys and values for every layer.",
+        flag="--kind",
     )
     length: Count | None = setting(
         None,
         "How many virtual tokens; without it as many as `init_text` or `init_from` has, else 20.",
-        flag="--length",
+        flag="--virtual-tokens",
+        aliases=["--length"],
         elsewhere="num_virtual_tokens",
     )
     init: Literal[
@@ -128,7 +136,9 @@ class Tune(Section):
         elsewhere="lr",
     )
     epochs: Count = setting(5, "How often every row is seen.", flag="--epochs", elsewhere="num_train_epochs")
-    max_steps: Count | None = setting(None, "Stop after this many steps, whatever `epochs` says.")
+    max_steps: Count | None = setting(
+        None, "Stop after this many steps, whatever `epochs` says.", flag="--steps"
+    )
     batch_size: Count | Auto = setting(
         "auto",
         "Rows a step; auto is 8. Where memory runs out, it is halved and two are added up for a step.",
@@ -187,7 +197,7 @@ class Tune(Section):
         return self.warmup
 
 
-class Recipe(Table):
+class Recipe(BaseSettings):
     """One run of prompt tuning, complete."""
 
     base: str = setting(
@@ -195,16 +205,6 @@ class Recipe(Table):
         "The frozen model: `builtin`, a local folder, or a model's id on the hub.",
         flag="--base",
         elsewhere="model",
-    )
-    base_revision: str | None = setting(None, "The hub model's commit, branch or tag.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = setting(
-        "auto",
-        "The base's number format; auto takes what the machine is fastest at; int8 and int4 pack its weights "
-        "(bitsandbytes).",
-    )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps.")
-    trust_remote_code: bool = setting(
-        False, "Run code that comes with the base. No base named here needs it."
     )
     out: str = setting(
         "runs/prompt", "The folder that the prompt is written to.", flag="--out", elsewhere="output_dir"
