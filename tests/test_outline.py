@@ -180,7 +180,8 @@ def test_after_a_preview_the_weights_are_still_fetched(monkeypatch: pytest.Monke
         asked.append(("weights", local_files_only))
         if local_files_only:
             raise OSError("there are no weights in the cache")
-        return tiny_model().to(torch.float32)
+        assert options["output_loading_info"]
+        return tiny_model().to(torch.float32), {}
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", tokenizer)

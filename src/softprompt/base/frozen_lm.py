@@ -14,10 +14,11 @@ import transformers
 from torch import Tensor, nn
 
 from softprompt.base.context_length import demand_one_vector, stated_context
-from softprompt.base.locate import local_first, locate
+from softprompt.base.locate import demand_no_adapter, load_local_first, locate
 from softprompt.base.nll import Head, token_nll
 from softprompt.base.placement import Placed, place
 from softprompt.base.quantised import QUANTISED, quantised
+from softprompt.base.whole import demand_finite, demand_whole
 from softprompt.data.batch import Batch
 from softprompt.errors import BaseError
 from softprompt.prompt.soft_prompt import Fingerprint, Plain
@@ -53,6 +54,7 @@ class FrozenLM:
         self.vocab_size = int(self.embedding_VD.shape[0])
         self.width = int(self.embedding_VD.shape[1])
         self.max_positions = stated_context(self.config)
+        demand_finite(model, name)
         kv_heads, head_width = self._check_against_transformers()
         self.fingerprint: Fingerprint = Fingerprint(
             name=name,
@@ -96,14 +98,21 @@ class FrozenLM:
         if bits:
             weights |= quantised(bits, number_format, on)
 
-        def both(local: bool) -> tuple[Any, Any]:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local, **options)
-            return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(
-                where, local_files_only=local, **options, **weights
+        def read_weights(local: bool) -> Any:
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                where,
+                local_files_only=local,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # the report names them, and they are refused with the others
+                **options,
+                **weights,
             )
+            model, report = loaded
+            demand_no_adapter(model, name)
+            demand_whole(model, report, name)
+            return model
 
-        # Together, for a preview leaves a tokenizer in the cache without weights, and the hub may have moved on since.
-        tokenizer, model = local_first(both, where, name)
+        tokenizer, model = load_local_first(where, name, options, read_weights)
         found = revision or getattr(model.config, "_commit_hash", None)
         if bits:
             reason = f"weights in {bits} bits as asked, the rest: {reason}"

@@ -10,7 +10,6 @@ rounding is finer.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import resource
@@ -22,11 +21,12 @@ from typing import Any
 
 import torch
 
-from softprompt.store.atomic import replace_file
+from softprompt.base.disk_cache import read_table, remember
 
 # Large enough for the full rate, small enough for a few milliseconds.
 ROWS, WIDTH, COLUMNS = 256, 1024, 1024
 CLEARLY = 1.2
+RATES = "rates.json"
 
 
 def product_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
@@ -42,13 +42,12 @@ def float32_is_faster(than: torch.dtype) -> bool:
 
     Measured once a machine and kept in the user's cache folder: a run that goes on, or is done again, must round as
     it did before, however busy the machine is then."""
-    kept = _cache_file()
-    known = _read(kept)
     key = f"{processor_name()}, torch {torch.__version__}, float32 faster than {than}"
-    if key not in known:
-        known[key] = _float32_is_faster(than)
-        _write(kept, known)
-    return known[key]
+    faster = read_table(RATES).get(key)
+    if not isinstance(faster, bool):
+        faster = _float32_is_faster(than)
+        remember(RATES, key, faster)
+    return faster
 
 
 def _float32_is_faster(than: torch.dtype) -> bool:
@@ -69,25 +68,6 @@ def has_int8_products() -> bool:
         and hasattr(torch.ops.onednn, "qlinear_prepack")
         and hasattr(torch.ops.onednn, "qlinear_pointwise")
     )
-
-
-def _cache_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softprompt" / "rates.json"
-
-
-def _read(path: Path) -> dict[str, bool]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {str(key): value for key, value in found.items() if isinstance(value, bool)} if found else {}
-
-
-def _write(path: Path, known: dict[str, bool]) -> None:
-    # Without a cache folder it is measured in every process: slower by some milliseconds, and no failure.
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(known, indent=2))
 
 
 def processor_name() -> str:

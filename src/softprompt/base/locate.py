@@ -1,78 +1,135 @@
-"""Where a base comes from: bundled, a local folder, the hub's cache on this machine or the hub."""
+"""Where a base comes from: bundled, a local folder, a GGUF file, the hub's cache on this machine or the hub."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import transformers
 
+from softprompt.base.gguf_base import converted, is_gguf
 from softprompt.errors import BaseError
 
 BUILTIN = Path(__file__).parent / "builtin"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+FILE_ENDINGS = (
+    ".gguf",
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".onnx",
+    ".json",
+    ".zip",
+    ".gz",
+    ".tar",
+)
+MAX_GIST = 300  # characters of another library's error that are passed on
 
-Loaded = TypeVar("Loaded")
+Rest = TypeVar("Rest")
 
 
 def locate(name_or_path: str) -> tuple[str, str]:
-    """Where to load from, and the name to remember."""
+    """Where to load from, and the name to remember. What looks like a path is never looked up on the hub."""
     if name_or_path == "builtin":
         return str(BUILTIN), "builtin"
+    if not name_or_path.strip():
+        raise BaseError("base: found an empty name. Give a model's folder, its hub id, or `builtin`.")
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise BaseError(
-                f"{name_or_path}: found a folder without config.json, wanted a model as transformers saves it. "
-                "Check the path."
-            )
-        return str(path), str(name_or_path)
-    if path.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+        _demand_base_folder(path, name_or_path)
+        return str(path), name_or_path
+    if path.is_file():
+        if is_gguf(path):
+            with quiet():
+                return str(converted(path, name_or_path)), name_or_path
+        raise BaseError(
+            f"{name_or_path}: found a file that is no GGUF file, wanted a model's folder (config.json, weights and "
+            f"tokenizer together) or a GGUF file. Give the folder: {path.parent}."
+        )
+    if path.exists():
+        raise BaseError(f"{name_or_path}: neither a folder nor a regular file. Give a model's folder.")
+    if looks_like_path(name_or_path):
         raise BaseError(
             f"{name_or_path}: there is no such folder. Give a model's folder, its hub id, or `builtin`."
+        )
+    if not HUB_ID.fullmatch(name_or_path):
+        raise BaseError(
+            f"{name_or_path}: neither a folder here nor a hub id (owner/name). Give one of these, or `builtin`."
         )
     return name_or_path, name_or_path
 
 
-def local_first(load: Callable[[bool], Loaded], where: str, name: str) -> Loaded:
-    """What `load` gives without the network (True), or else with it. Raises BaseError where neither does."""
-    with _quiet():
-        try:
-            return load(True)
-        except Exception as error:
-            offline = bool(os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"))
-            missing = isinstance(error, OSError) and not Path(where).is_dir()
-            if not missing or offline:
-                raise _load_error(name, error, offline and missing) from error
-        try:
-            return load(False)
-        except Exception as error:
-            raise _load_error(name, error, False) from error
-
-
-def _load_error(name: str, error: Exception, offline: bool) -> BaseError:
-    if offline:
-        return BaseError(
-            f"{name}: not a folder here, not wholly in the local hub cache, and HF_HUB_OFFLINE forbids looking further. "
-            "Give a model's folder, `builtin`, or unset HF_HUB_OFFLINE."
-        )
-    text = str(error).strip().splitlines()
-    said = text[0] if text else type(error).__name__
-    if "trust_remote_code" in str(error):
-        return BaseError(
-            f"{name}: brings code of its own. Pass trust_remote_code only if you trust its author."
-        )
-    if "Unrecognized configuration class" in str(error):
-        return BaseError(f"{name}: not a causal language model, which is what a prompt is learned on. {said}")
-    return BaseError(
-        f"{name}: cannot be loaded as a causal language model: {said} Check the name or the folder."
+def looks_like_path(name: str) -> bool:
+    """Whether a name that does not exist here is a mistyped path rather than a model on the hub."""
+    first, separator, rest = name.replace("\\", "/").partition("/")
+    return (
+        name.startswith((".", "/", "~"))
+        or "\\" in name
+        or "/" in rest
+        or (separator == "/" and Path(first).is_dir())
+        or name.lower().endswith(FILE_ENDINGS)
     )
 
 
+def load_local_first(
+    where: str, name: str, options: dict[str, Any], rest: Callable[[bool], Rest]
+) -> tuple[Any, Rest]:
+    """The tokenizer, and what `rest` gives: both without the network (`rest(True)`), or else both with it.
+
+    Together, for a preview leaves a tokenizer in the hub's cache without weights, and the hub may have moved on since.
+    Raises BaseError where neither is to be had."""
+    loading = "its tokenizer"
+
+    def both(local: bool) -> tuple[Any, Rest]:
+        nonlocal loading
+        loading = "its tokenizer"
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local, **options)
+        loading = ""
+        return tokenizer, rest(local)
+
+    with quiet():
+        try:
+            return both(True)
+        except BaseError:
+            raise
+        except Exception as error:
+            offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+            absent = isinstance(error, OSError) and not Path(where).is_dir()
+            if not absent or offline:
+                raise _load_error(name, error, loading, offline and absent) from error
+        try:
+            return both(False)
+        except BaseError:
+            raise
+        except Exception as error:
+            raise _load_error(name, error, loading, False) from error
+
+
+def demand_no_adapter(model: Any, name: str) -> None:
+    """Raise BaseError where transformers put an adapter from the same repository into the base."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise BaseError(_with_adapter(name))
+
+
+def gist(error: BaseException) -> str:
+    """What another library's error says, on one line of bounded length; with its class where that says more."""
+    text = " ".join(str(error).split())
+    if len(text) > MAX_GIST:
+        text = text[:MAX_GIST].rpartition(" ")[0] + " …"
+    if not text or isinstance(error, KeyError):
+        text = f"{type(error).__name__} {text}".strip()
+    return text
+
+
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' bars and advice from the terminal; errors still come as exceptions."""
     log: Any = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
@@ -84,3 +141,56 @@ def _quiet() -> Iterator[None]:
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()
+
+
+def _demand_base_folder(path: Path, name: str) -> None:
+    """Raise BaseError for a folder that holds no base, or a base and something that would change it."""
+    has_config, adapter = (path / "config.json").exists(), path / "adapter_config.json"
+    if has_config and adapter.exists():
+        raise BaseError(_with_adapter(name))
+    if adapter.exists():
+        base = None
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise BaseError(
+            f"{name}: found an adapter or prompt ({adapter.name}), wanted the base that it was learned on"
+            f"{f': {base}' if isinstance(base, str) else ''}. Give that as the base, and this folder as the prompt."
+        )
+    if not has_config:
+        packed = sorted(file.name for file in path.glob("*.gguf"))
+        raise BaseError(
+            f"{name}: found a folder without config.json, wanted a model as transformers saves it. "
+            f"{f'Give the GGUF file itself: {path / packed[0]}.' if packed else 'Check the path.'}"
+        )
+
+
+def _with_adapter(name: str) -> str:
+    return (
+        f"{name}: holds a base and an adapter (adapter_config.json), and transformers would load the base with the "
+        "adapter in it. Move the adapter's files to a folder of their own, or merge them."
+    )
+
+
+def _load_error(name: str, error: Exception, loading: str, offline: bool) -> BaseError:
+    if offline:
+        return BaseError(
+            f"{name}: not a folder here, not wholly in the local hub cache, and HF_HUB_OFFLINE forbids looking further. "
+            "Give a model's folder, `builtin`, or unset HF_HUB_OFFLINE."
+        )
+    if "trust_remote_code" in str(error):
+        return BaseError(
+            f"{name}: brings code of its own. Pass trust_remote_code only if you trust its author."
+        )
+    if "Unrecognized configuration class" in str(error):
+        return BaseError(
+            f"{name}: not a causal language model, which is what a prompt is learned on. {gist(error)}"
+        )
+    if loading:
+        return BaseError(
+            f"{name}: {loading} cannot be loaded. Put the tokenizer's files (tokenizer.json, tokenizer_config.json) "
+            f"beside config.json. transformers says: {gist(error)}"
+        )
+    return BaseError(
+        f"{name}: cannot be loaded as a causal language model. Check the name or the folder. transformers says: "
+        f"{gist(error)}"
+    )

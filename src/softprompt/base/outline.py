@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 
 from softprompt.base.context_length import demand_one_vector
-from softprompt.base.locate import local_first, locate
+from softprompt.base.locate import load_local_first, locate
 from softprompt.errors import BaseError
 from softprompt.prompt.soft_prompt import Fingerprint
 
@@ -30,13 +30,10 @@ class Outline:
         where, name = locate(name_or_path)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 
-        def both(local: bool) -> tuple[Any, Any]:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local, **options)
-            return tokenizer, transformers.AutoConfig.from_pretrained(
-                where, local_files_only=local, **options
-            )
+        def read_config(local: bool) -> Any:
+            return transformers.AutoConfig.from_pretrained(where, local_files_only=local, **options)
 
-        tokenizer, config = local_first(both, where, name)
+        tokenizer, config = load_local_first(where, name, options, read_config)
         kind = type(config)
         own_code = getattr(config, "auto_map", None) or {}
         if kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from softprompt.errors import SaveError
+
+ABANDONED_SECONDS = 3600.0  # a draft folder this old belongs to a process that was killed
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
@@ -55,6 +60,33 @@ def write_together(folder: Path, files: Mapping[str, bytes], mark: str = "") -> 
                 draft.unlink(missing_ok=True)
         if made and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A draft folder to fill, which takes its place as `folder` when the block ends, and is removed when it fails.
+
+    Where another process was first, its folder stays. Raises OSError."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for former in folder.parent.glob(f".{folder.name}.*.draft"):
+        with contextlib.suppress(OSError):
+            if time.time() - former.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(former)
+    draft = draft_path(folder.parent, folder.name, secrets.token_hex(8))
+    draft.mkdir()
+    try:
+        yield draft
+        for path in filter(Path.is_file, draft.rglob("*")):
+            path.chmod(draft.stat().st_mode & 0o666)  # some libraries write for their owner alone
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        try:
+            os.rename(draft, folder)
+        except OSError:
+            if not (folder.is_dir() and any(folder.iterdir())):
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def draft_path(folder: Path, name: str, mark: str) -> Path:

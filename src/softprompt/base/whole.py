@@ -1,0 +1,67 @@
+"""Whether a loaded base is whole: every tensor from its files, of the right shape, finite; none left over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from softprompt.errors import BaseError
+
+# Buffers that old checkpoints hold and today's classes compute themselves: causal masks and rotary frequencies.
+RECOMPUTED = re.compile(r"(^|\.)((attn|attention|self_attn)\.(masked_)?bias|inv_freq|position_ids)$")
+NAMES_SHOWN = 3
+
+
+def demand_whole(model: Any, report: Mapping[str, Any], name: str) -> None:
+    """Raise BaseError, naming tensors, where transformers filled in, left out or reshaped some.
+
+    `report` is what `from_pretrained(..., output_loading_info=True)` gives, in which tied weights and what a class
+    declares as ignorable are no faults."""
+    missing = sorted(report.get("missing_keys", ()))
+    unexpected = sorted(key for key in report.get("unexpected_keys", ()) if not RECOMPUTED.search(key))
+    mismatched = sorted(
+        f"{key} (found {list(found)}, wanted {list(wanted)})"
+        for key, found, wanted in report.get("mismatched_keys", ())
+    )
+    faults = [
+        f"{len(keys)} {what}: {_shown(keys)}"
+        for what, keys in (
+            ("missing", missing),
+            ("of another shape", mismatched),
+            ("that the model has no place for", unexpected),
+        )
+        if keys
+    ]
+    if faults:
+        raise BaseError(
+            f"{name}: its files do not hold the weights of a {type(model).__name__}. Tensors {'; '.join(faults)}. The "
+            "model would run on made-up numbers. Fetch it again, or correct model_type and sizes in config.json."
+        )
+
+
+def demand_finite(model: Any, name: str) -> None:
+    """Raise BaseError, naming tensors, where weights are NaN or infinite."""
+    broken = [
+        key
+        for key, weight in model.named_parameters()
+        # The largest magnitude is NaN where any value is: one pass, no mask of the tensor's size.
+        if weight.is_floating_point()
+        and weight.numel()
+        and not bool(torch.isfinite(weight.detach().abs().max()))
+    ]
+    if broken:
+        raise BaseError(
+            f"{name}: {len(broken)} of its weights hold NaN or infinite numbers in "
+            f"{str(next(model.parameters()).dtype).removeprefix('torch.')}: {_shown(broken)}. Fetch the base again, "
+            "or load it with dtype: float32."
+        )
+
+
+def _shown(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
