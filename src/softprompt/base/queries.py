@@ -1,0 +1,78 @@
+"""The queries of every layer's attention, as the base forms them when it reads a text."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.errors import BaseError
+
+
+class RecordedQueries:
+    """While inside, `body` is a copy of the base's body that shares its weights and records every layer's queries."""
+
+    def __init__(self, lm: FrozenLM) -> None:
+        shared = {id(tensor): tensor for tensor in (*lm.body.parameters(), *lm.body.buffers())}
+        self.body: Any = copy.deepcopy(lm.body, shared)
+        self.seen: list[tuple[Tensor, float]] = []
+        self.layers, self.name = lm.num_layers, lm.name
+        _register()
+        config = copy.deepcopy(self.body.config)
+        config._attn_implementation = _CAPTURE
+        for module in self.body.modules():
+            if hasattr(module, "config"):
+                module.config = config
+
+    def __enter__(self) -> RecordedQueries:
+        _own.record = self.seen.append
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        del _own.record
+        if error[0] is None and len(self.seen) != self.layers:
+            raise BaseError(
+                f"{self.name}: its attention cannot be looked into, so a context cannot be cut down to the keys that matter. "
+                "Distil with init: vocabulary or text instead."
+            )
+
+
+_CAPTURE = "softprompt_queries"
+_own = threading.local()
+
+
+def _register() -> None:
+    AttentionInterface.register(_CAPTURE, _recorded)
+    AttentionMaskInterface.register(_CAPTURE, eager_mask)
+
+
+def _recorded(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Plain attention, as transformers' eager one, that keeps its queries."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    record: Callable[[tuple[Tensor, float]], None] = _own.record
+    record((query, scaling))
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[-2]]
+    weights = scores.float().softmax(-1).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), None
