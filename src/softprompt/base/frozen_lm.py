@@ -18,7 +18,7 @@ from softprompt.base.locate import demand_no_adapter, load_local_first, locate
 from softprompt.base.nll import Head, token_nll
 from softprompt.base.placement import Placed, place
 from softprompt.base.quantised import QUANTISED, quantised
-from softprompt.base.whole import demand_finite, demand_whole
+from softprompt.base.whole import demand_causal_lm, demand_finite, demand_ids_in_table, demand_whole
 from softprompt.data.batch import Batch
 from softprompt.errors import BaseError
 from softprompt.prompt.soft_prompt import Fingerprint, Plain
@@ -39,6 +39,7 @@ class FrozenLM:
         revision: str | None = None,
         dtype_reason: str = "as given",
     ) -> None:
+        demand_causal_lm(model, name)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -53,6 +54,7 @@ class FrozenLM:
         self.num_layers = int(self.config.num_hidden_layers)
         self.vocab_size = int(self.embedding_VD.shape[0])
         self.width = int(self.embedding_VD.shape[1])
+        demand_ids_in_table(tokenizer, self.vocab_size, name)
         self.max_positions = stated_context(self.config)
         demand_finite(model, name)
         kv_heads, head_width = self._check_against_transformers()

@@ -9,6 +9,7 @@ import transformers
 
 from softprompt.base.context_length import demand_one_vector
 from softprompt.base.locate import load_local_first, locate
+from softprompt.base.whole import demand_ids_in_table
 from softprompt.errors import BaseError
 from softprompt.prompt.soft_prompt import Fingerprint
 
@@ -43,6 +44,8 @@ class Outline:
             )
         text_config = config.get_text_config()
         demand_one_vector(text_config, type(text_config).__name__, name)
+        if rows := getattr(text_config, "vocab_size", None):
+            demand_ids_in_table(tokenizer, rows, name)
         return cls(name, revision or getattr(config, "_commit_hash", None), tokenizer, text_config)
 
     @property

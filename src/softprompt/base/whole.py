@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import transformers
 
 from softprompt.errors import BaseError
 
@@ -57,6 +58,31 @@ def demand_finite(model: Any, name: str) -> None:
             f"{name}: {len(broken)} of its weights hold NaN or infinite numbers in "
             f"{str(next(model.parameters()).dtype).removeprefix('torch.')}: {_shown(broken)}. Fetch the base again, "
             "or load it with dtype: float32."
+        )
+
+
+def demand_causal_lm(model: Any, name: str) -> None:
+    """Raise BaseError for what is no transformers model, or one inside a wrapper that changes what it computes."""
+    if type(model).__module__.partition(".")[0] == "peft":
+        raise BaseError(
+            f"{name}: found a {type(model).__name__}, a model that PEFT has wrapped, wanted the model itself. Give "
+            "`model.get_base_model()` of a prompt, or `model.merge_and_unload()` of LoRA and its like."
+        )
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise BaseError(
+            f"{name}: found a {type(model).__name__}, wanted a causal language model of transformers "
+            "(AutoModelForCausalLM). Give that, or use FrozenLM.load."
+        )
+
+
+def demand_ids_in_table(tokenizer: Any, rows: int, name: str) -> None:
+    """Raise BaseError where the tokenizer has ids that no row of the embedding table belongs to."""
+    beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= rows}
+    if beyond:
+        raise BaseError(
+            f"{name}: its tokenizer has ids up to {max(beyond)}, and its embedding table has {rows:,} rows. Tokens "
+            f"without a row: {_shown([repr(beyond[index]) for index in sorted(beyond)])}. Use the tokenizer that "
+            "belongs to the model, or a model with a row for each token (resize_token_embeddings, then training)."
         )
 
 
