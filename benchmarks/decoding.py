@@ -34,7 +34,7 @@ TEXTS = [
 def arms(lm: Any, rows: int, new: int) -> dict[str, Callable[[], Any]]:
     import torch
 
-    from softprompt.inference.compiled import compile_prompt
+    from softprompt.inference.compiled import TextPrompt, compile_prompt
     from softprompt.inference.generate import DecodeSettings, generate
     from softprompt.prompt.soft_prompt import SoftPrompt
 
@@ -50,7 +50,7 @@ def arms(lm: Any, rows: int, new: int) -> dict[str, Callable[[], Any]]:
             lm.embed(torch.arange(20, device=lm.device)).float().cpu(), lm.fingerprint, "{soft:20}{text}"
         ),
     )
-    base, text = compile_prompt(lm, None), compile_prompt(lm, "Answer in one sentence. ")
+    base, text = compile_prompt(lm, None), compile_prompt(lm, TextPrompt("Answer in one sentence. "))
     mixed = [(soft, base, text)[row % 3] for row in range(rows)]
     greedy = DecodeSettings(max_new_tokens=new, ignore_end=True)
     return {

@@ -23,7 +23,7 @@ from softprompt.data.batch import collate, encode
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import BaseError, PromptError
-from softprompt.inference.compiled import compile_prompt, text_state
+from softprompt.inference.compiled import TextPrompt, compile_prompt, text_state
 from softprompt.inference.generate import DecodeSettings
 from softprompt.inference.prefill import Row, prefill
 from softprompt.inference.running_batch import Running, request
@@ -119,7 +119,7 @@ def deep_is_token_made(one: Subject) -> float | str:
 
 def alone_is_batched(one: Subject) -> float:
     """Rows with a soft prompt, with none, and with a text, in one batch and one by one."""
-    made = [compile_prompt(one.lm, prompt) for prompt in (one.soft(), None, HEAD)]
+    made = [compile_prompt(one.lm, prompt) for prompt in (one.soft(), None, TextPrompt(HEAD))]
     rows = [prompt.row(prompt.marks(one.lm, text)) for text in TEXTS for prompt in made]
     together = one.logits(rows)
     return max(far(together[b], one.logits([row])[0]) for b, row in enumerate(rows))
@@ -152,7 +152,7 @@ def left_padded_is_right_padded(one: Subject) -> float:
 
 def cached_is_not_cached(one: Subject) -> float:
     """Each generated token's log-probability, and the one of reading everything anew; and the tokens themselves."""
-    made = [compile_prompt(one.lm, prompt) for prompt in (one.soft(), None, HEAD)]
+    made = [compile_prompt(one.lm, prompt) for prompt in (one.soft(), None, TextPrompt(HEAD))]
     settings = DecodeSettings(max_new_tokens=NEW_TOKENS, ignore_end=True, log_probabilities=True)
     requests = [request(one.lm, prompt, text, settings) for text in TEXTS for prompt in made]
     running = Running(one.lm)

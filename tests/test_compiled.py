@@ -8,7 +8,7 @@ import torch
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.template import Template
 from softprompt.errors import DataError, PromptError, WrongBase
-from softprompt.inference.compiled import compile_prompt, text_state
+from softprompt.inference.compiled import TextPrompt, compile_prompt, text_state
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.inference.prefill import prefill
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
@@ -57,14 +57,14 @@ def test_a_prompt_of_real_token_embeddings_gives_the_logits_of_those_tokens(lm: 
 
 def test_a_text_prompt_gives_the_logits_of_the_joined_text(lm: FrozenLM) -> None:
     torch.testing.assert_close(
-        our_logits(lm, INSTRUCTION, TWEET), own_logits(lm, ids_of(lm, INSTRUCTION + TWEET))
+        our_logits(lm, TextPrompt(INSTRUCTION), TWEET), own_logits(lm, ids_of(lm, INSTRUCTION + TWEET))
     )
 
 
 def test_text_that_joins_with_the_end_of_a_text_prompt_is_still_read_as_one_text(lm: FrozenLM) -> None:
     # "the" is one token, "t" and "he" are two: the compiled "t" must give way.
     assert ids_of(lm, "of t") + ids_of(lm, "he") != ids_of(lm, "of the")
-    torch.testing.assert_close(our_logits(lm, "of t", "he"), own_logits(lm, ids_of(lm, "of the")))
+    torch.testing.assert_close(our_logits(lm, TextPrompt("of t"), "he"), own_logits(lm, ids_of(lm, "of the")))
 
 
 def test_a_slot_behind_a_field_is_merged_into_each_row(lm: FrozenLM) -> None:
@@ -101,7 +101,7 @@ def test_the_start_token_stands_behind_a_leading_slot_as_in_peft(lm_with_bos: Fr
 
 
 def test_a_text_prompt_has_one_start_token(lm_with_bos: FrozenLM) -> None:
-    marks = compile_prompt(lm_with_bos, INSTRUCTION).marks(lm_with_bos, TWEET)
+    marks = compile_prompt(lm_with_bos, TextPrompt(INSTRUCTION)).marks(lm_with_bos, TWEET)
     assert marks == ids_of(lm_with_bos, INSTRUCTION + TWEET)
     assert marks.count(lm_with_bos.tokenizer.bos_token_id) == 1
 
@@ -122,7 +122,7 @@ def test_a_text_too_short_for_a_deep_prompt_is_repeated(lm: FrozenLM) -> None:
 
 
 def test_compiled_keys_and_values_are_those_that_the_model_caches(lm_with_bos: FrozenLM) -> None:
-    compiled = compile_prompt(lm_with_bos, "quick brown fox")
+    compiled = compile_prompt(lm_with_bos, TextPrompt("quick brown fox"))
     ids = ids_of(lm_with_bos, "quick brown fox")
     assert list(compiled.state.marks) == ids
     with torch.no_grad():

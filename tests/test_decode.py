@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from transformers.generation.logits_process import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -19,16 +22,18 @@ from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Example
 from softprompt.data.template import Template
-from softprompt.errors import BaseError, DataError, OutOfMemory, RecipeError
-from softprompt.inference.compiled import CompiledPrompt, compile_prompt, text_state
+from softprompt.errors import BaseError, DataError, OutOfMemory, PromptError, RecipeError
+from softprompt.inference.compiled import CompiledPrompt, Promptable, TextPrompt, compile_prompt, text_state
 from softprompt.inference.conversation import Conversation
 from softprompt.inference.detokenize import Spoken
-from softprompt.inference.generate import Choice, DecodeSettings, generate
+from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.inference.prefill import prefill
 from softprompt.inference.running_batch import Running, position_bytes, request
-from softprompt.inference.sampling import draw, kept, penalised
+from softprompt.inference.sampling import draw, filtered_probabilities, penalised
 from softprompt.inference.score import score
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
+from softprompt.settings.table import settings
+from softprompt.store.artifact import save_prompt
 from tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = [
@@ -46,7 +51,7 @@ def lm() -> FrozenLM:
 
 
 @pytest.fixture(scope="module")
-def prompts(lm: FrozenLM) -> list[Choice]:
+def prompts(lm: FrozenLM) -> list[Promptable]:
     """One of each kind, of different lengths."""
     vectors = lm.embed(torch.arange(40, 57)) * 1.1
     return [
@@ -55,7 +60,7 @@ def prompts(lm: FrozenLM) -> list[Choice]:
         SoftPrompt(vectors, lm.fingerprint, "{soft:17} {text}", name="long"),
         SoftPrompt(vectors[5:8], lm.fingerprint, "Tweet: {text}{soft:3} Complaint?", name="infix"),
         DeepPrompt(*text_state(lm, "Classify the text: ", 6), lm.fingerprint, name="deep"),
-        "Answer with the label alone. ",
+        TextPrompt("Answer with the label alone. "),
         Template.parse("Tweet: {text} Complaint?"),
     ]
 
@@ -79,13 +84,13 @@ def test_the_base_alone_says_what_transformers_generate_says(lm: FrozenLM) -> No
 
 
 def test_a_text_prompt_says_what_the_joined_text_says(lm: FrozenLM) -> None:
-    for text, one in zip(TEXTS, generate(lm, TEXTS, "Classify: ", TEN), strict=True):
+    for text, one in zip(TEXTS, generate(lm, TEXTS, TextPrompt("Classify: "), TEN), strict=True):
         assert list(one.token_ids) == theirs(lm, ids_of(lm, "Classify: " + text))
 
 
 @pytest.mark.parametrize("batch_rows", [28, 3])
 def test_rows_with_different_prompts_are_each_as_if_alone(
-    lm: FrozenLM, prompts: list[Choice], batch_rows: int
+    lm: FrozenLM, prompts: list[Promptable], batch_rows: int
 ) -> None:
     rows = [(text, prompt) for text in TEXTS for prompt in prompts]
     together = generate(
@@ -97,7 +102,7 @@ def test_rows_with_different_prompts_are_each_as_if_alone(
 
 
 def test_rows_that_join_and_leave_at_any_time_are_each_as_if_alone(
-    lm: FrozenLM, prompts: list[Choice]
+    lm: FrozenLM, prompts: list[Promptable]
 ) -> None:
     compiled = [compile_prompt(lm, prompt) for prompt in prompts]
     rng = random.Random(0)
@@ -179,14 +184,35 @@ def test_the_penalty_divides_positive_logits_and_multiplies_negative_ones_of_see
     assert logits.tolist() == [[1.0, -4.0, 1.0, -1.0]]
 
 
-def test_max_length_counts_the_text_and_not_the_virtual_tokens(lm: FrozenLM, prompts: list[Choice]) -> None:
+@pytest.mark.parametrize("name", ["max_text_tokens", "max_length"])
+def test_the_longest_text_counts_the_input_and_not_the_virtual_tokens(
+    lm: FrozenLM, prompts: list[Promptable], name: str
+) -> None:
     given = len(ids_of(lm, TEXTS[0]))
     for prompt in (None, prompts[1]):
-        (one,) = generate(lm, TEXTS[:1], prompt, DecodeSettings(max_length=given + 7, ignore_end=True))
+        settings = DecodeSettings(**{name: given + 7}, ignore_end=True)  # type: ignore[arg-type]
+        (one,) = generate(lm, TEXTS[:1], prompt, settings)
         assert (one.tokens, one.finish_reason) == (7, "length")
-    assert list(one.token_ids) != theirs(lm, ids_of(lm, TEXTS[0]), max_new_tokens=7)
-    with pytest.raises(DataError, match=f"{given} tokens and max_length is {given}"):
-        generate(lm, TEXTS[:1], None, DecodeSettings(max_length=given))
+    with pytest.raises(DataError, match=f"{given} tokens and max_text_tokens is {given}"):
+        generate(lm, TEXTS[:1], None, DecodeSettings(**{name: given}))  # type: ignore[arg-type]
+
+
+def test_two_names_of_one_setting_may_not_disagree() -> None:
+    assert DecodeSettings(max_length=9, max_text_tokens=9).max_length == 9  # type: ignore[call-arg]
+    with pytest.raises(RecipeError, match="max_length: found 9 and max_text_tokens 8"):
+        DecodeSettings(max_length=9, max_text_tokens=8)  # type: ignore[call-arg]
+
+
+def test_decoding_settings_are_read_from_flags_as_from_python() -> None:
+    flags = {"--max-new-tokens": "5", "--temperature": "0.5", "--stop": ["###"], "--n": "3", "--top-p": None}
+    found = DecodeSettings.from_flags(flags)
+    assert found == DecodeSettings(max_new_tokens=5, temperature=0.5, stop="###", n=3)
+    assert found.stop == ("###",)
+    assert hash(found) == hash(DecodeSettings(**found.model_dump()))
+    named = {one.path: one.flag for one in settings(DecodeSettings)}
+    assert all(flag == "--" + path.replace("_", "-") for path, flag in named.items())
+    with pytest.raises(RecipeError, match=r"--top-k: .*found .*, wanted a whole number"):
+        DecodeSettings.from_flags({"--top-k": "1" + "0" * 29})
 
 
 def test_an_end_token_ends_a_row(lm: FrozenLM) -> None:
@@ -239,7 +265,8 @@ def test_text_is_told_when_its_characters_are_whole_and_no_stop_text_can_have_be
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.7), (40, 0.5)])
-def test_what_may_be_drawn_is_what_transformers_keeps(top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize("min_p", [0.0, 0.03, 0.3, 1.0])
+def test_what_may_be_drawn_is_what_transformers_keeps(top_k: int, top_p: float, min_p: float) -> None:
     logits_BV = torch.randn(6, 320, generator=torch.Generator().manual_seed(0)) * 3
     seen_BN = torch.tensor([[3, 5, 3]] * 6)
     warpers = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.5), TemperatureLogitsWarper(0.7)])
@@ -247,17 +274,30 @@ def test_what_may_be_drawn_is_what_transformers_keeps(top_k: int, top_p: float) 
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
+    if min_p:
+        warpers.append(MinPLogitsWarper(min_p))
     expected_BV = warpers(seen_BN, logits_BV.clone()).softmax(1)
     six = torch.ones(6)
     seen_BV = torch.zeros(6, 320, dtype=torch.bool).scatter(1, seen_BN, True)
-    ours_BV = kept(penalised(logits_BV, seen_BV, six * 1.5), six * 0.7, (six * top_k).long(), six * top_p)
+    ours_BV = filtered_probabilities(
+        penalised(logits_BV, seen_BV, six * 1.5),
+        six * 0.7,
+        (six * top_k).long(),
+        six * top_p,
+        six * min_p,
+    )
+    assert ((ours_BV > 0) == (expected_BV > 0)).all()
     torch.testing.assert_close(ours_BV, expected_BV)
 
 
 def test_rows_of_one_batch_may_leave_out_different_tokens() -> None:
     logits_BV = torch.tensor([[3.0, 2.0, 1.0, 0.0]] * 3)
-    found = kept(logits_BV, torch.ones(3), torch.tensor([1, 3, 0]), torch.ones(3))
+    one = torch.ones(3)
+    found = filtered_probabilities(logits_BV, one, torch.tensor([1, 3, 0]), one, one * 0)
     assert (found > 0).sum(1).tolist() == [1, 3, 4]
+    # The second is 1/e = 0.37 times as likely as the first, the third 0.14 times.
+    found = filtered_probabilities(logits_BV, one, torch.zeros(3).long(), one, torch.tensor([0.0, 0.3, 0.4]))
+    assert (found > 0).sum(1).tolist() == [4, 2, 1]
 
 
 def test_a_token_is_drawn_where_the_summed_probabilities_pass_the_number() -> None:
@@ -266,7 +306,7 @@ def test_a_token_is_drawn_where_the_summed_probabilities_pass_the_number() -> No
     assert found.tolist() == [0, 0, 2, 3, 3]
 
 
-def test_a_drawn_row_is_the_same_alone_and_in_any_batch(lm: FrozenLM, prompts: list[Choice]) -> None:
+def test_a_drawn_row_is_the_same_alone_and_in_any_batch(lm: FrozenLM, prompts: list[Promptable]) -> None:
     warm = DecodeSettings(max_new_tokens=10, temperature=1.0, top_p=0.9, seed=7, ignore_end=True)
     mixed = [warm, TEN, warm, warm]
     chosen = [prompts[1], None, prompts[4], prompts[5]]
@@ -336,7 +376,7 @@ def test_a_row_ends_with_the_bases_context(lm: FrozenLM) -> None:
 def test_rows_that_fit_alone_fit_together(architecture: str) -> None:
     """A long prompt beside a long text: more columns than the base has positions, though no row has."""
     lm = FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer())
-    long, short = compile_prompt(lm, "fox " * 45), compile_prompt(lm, None)
+    long, short = compile_prompt(lm, TextPrompt("fox " * 45)), compile_prompt(lm, None)
     assert long.length > 80
     text = "The quick brown fox. " * 9
     assert long.length + len(ids_of(lm, text)) > 128
@@ -368,7 +408,7 @@ def test_as_many_prompts_as_inputs_are_wanted(lm: FrozenLM) -> None:
 
 @pytest.mark.parametrize("kind", range(7))
 def test_a_conversation_goes_on_as_if_everything_were_read_again(
-    lm: FrozenLM, prompts: list[Choice], kind: int
+    lm: FrozenLM, prompts: list[Promptable], kind: int
 ) -> None:
     talk = Conversation(lm, prompts[kind])
     for text in (TEXTS[0], " What else?", " And the dog?"):
@@ -422,7 +462,7 @@ def test_a_whole_text_is_scored_from_its_second_token_on(lm: FrozenLM) -> None:
     )
 
 
-def test_every_row_is_scored_as_if_alone(lm: FrozenLM, prompts: list[Choice]) -> None:
+def test_every_row_is_scored_as_if_alone(lm: FrozenLM, prompts: list[Promptable]) -> None:
     rows = [(text, prompt) for text in TEXTS for prompt in prompts]
     found = score(lm, [text for text, _ in rows], " complaint", [prompt for _, prompt in rows], batch_rows=5)
     for (text, prompt), one in zip(rows, found, strict=True):
@@ -450,7 +490,7 @@ def test_a_row_by_name_of_its_fields_is_continued_like_its_text(lm: FrozenLM) ->
     assert row == text
 
 
-def test_a_compiled_prompt_is_taken_as_it_is(lm: FrozenLM, prompts: list[Choice]) -> None:
+def test_a_compiled_prompt_is_taken_as_it_is(lm: FrozenLM, prompts: list[Promptable]) -> None:
     compiled = compile_prompt(lm, prompts[2])  # type: ignore[arg-type]
     assert isinstance(compiled, CompiledPrompt)
     assert generate(lm, TEXTS, compiled, TEN) == generate(lm, TEXTS, prompts[2], TEN)
@@ -490,17 +530,17 @@ def test_nothing_changes_under_gradient_checkpointing() -> None:
                 model.gradient_checkpointing_enable()
         lm = FrozenLM.wrap(model, tiny_tokenizer())
         prompt = SoftPrompt(lm.embed(torch.arange(40, 46)), lm.fingerprint)
-        said.append(generate(lm, [*TEXTS, *TEXTS], [prompt] * 4 + ["Classify: "] * 4, TEN))
+        said.append(generate(lm, [*TEXTS, *TEXTS], [prompt] * 4 + [TextPrompt("Classify: ")] * 4, TEN))
     assert said[0] == said[1]
 
 
-def test_in_bfloat16_a_row_in_a_batch_is_itself_to_rounding(prompts: list[Choice]) -> None:
+def test_in_bfloat16_a_row_in_a_batch_is_itself_to_rounding(prompts: list[Promptable]) -> None:
     lm = FrozenLM.wrap(tiny_model("Llama").bfloat16(), tiny_tokenizer())
     vectors = lm.embed(torch.arange(40, 46)).float()
     chosen = [
         None,
         SoftPrompt(vectors, lm.fingerprint),
-        "Classify: ",
+        TextPrompt("Classify: "),
         DeepPrompt(*text_state(lm, "a b c", 3), lm.fingerprint),
     ]
     together = score(lm, TEXTS, " complaint", chosen)
@@ -512,7 +552,7 @@ def test_in_bfloat16_a_row_in_a_batch_is_itself_to_rounding(prompts: list[Choice
 def test_an_unknown_architecture_proves_itself_when_it_is_first_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("softprompt.inference.verify.PROVEN", frozenset())
     for architecture in ("BLOOM (ALiBi)", "OPT", "DeepSeek-V3 (latent heads, experts)"):
-        compile_prompt(FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer()), "hello")
+        compile_prompt(FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer()), TextPrompt("hello"))
 
 
 def test_an_architecture_that_ignores_the_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,4 +567,49 @@ def test_an_architecture_that_ignores_the_mask_is_refused(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(FrozenLM, "hidden", without_mask)
     with pytest.raises(BaseError, match=r"odd: LlamaForCausalLM gives other logits .* Choose another base"):
-        compile_prompt(lm, "hello")
+        compile_prompt(lm, TextPrompt("hello"))
+
+
+def test_a_single_text_is_one_input_at_every_door(lm: FrozenLM) -> None:
+    assert generate(lm, TEXTS[0], None, TEN) == generate(lm, [TEXTS[0]], None, TEN)
+    assert generate(lm, Example({"text": TEXTS[0]}), None, TEN)[0].token_ids == tuple(
+        theirs(lm, ids_of(lm, TEXTS[0]))
+    )
+    assert generate(lm, iter(TEXTS), None, TEN) == generate(lm, TEXTS, None, TEN)
+    assert score(lm, TEXTS[0], " hello") == score(lm, [TEXTS[0]], [" hello"])
+
+
+def test_a_folder_is_the_prompt_in_it_at_every_door(
+    lm: FrozenLM, prompts: list[Promptable], tmp_path: Path
+) -> None:
+    prompt = prompts[1]
+    assert isinstance(prompt, SoftPrompt)
+    folder = save_prompt(prompt, tmp_path / "short")
+    (wanted,) = generate(lm, TEXTS[0], prompt, TEN)
+    for door in (folder, str(folder)):
+        assert generate(lm, TEXTS[0], door, TEN)[0].token_ids == wanted.token_ids
+        assert score(lm, TEXTS[0], " hello", door) == score(lm, TEXTS[0], " hello", prompt)
+        assert Conversation(lm, door).say(TEXTS[0], TEN).token_ids == wanted.token_ids
+        assert compile_prompt(lm, door).length == compile_prompt(lm, prompt).length
+    several = generate(lm, TEXTS[:3], [folder, None, str(folder)], TEN)
+    assert [one.prompt for one in several] == ["short", None, "short"]
+
+
+def test_a_text_that_is_no_folder_is_refused_and_the_typed_text_named(lm: FrozenLM) -> None:
+    for text in ("Classify: ", "runs/missing", "~nobody/there"):
+        with pytest.raises(PromptError, match=rf"'{text}', which is no folder .* TextPrompt\('{text}'\)"):
+            generate(lm, ["hi"], text, TEN)
+    with pytest.raises(PromptError, match="found int, wanted a prompt, the folder of one, TextPrompt"):
+        generate(lm, ["hi"], 3, TEN)  # type: ignore[arg-type]
+
+
+def test_results_print_in_one_line_and_write_themselves_as_plain_data(lm: FrozenLM) -> None:
+    (generation,) = generate(lm, TEXTS[0], TextPrompt("Classify: ", name="mine"), TEN)
+    (scored,) = score(lm, TEXTS[0], " hello")
+    for result in (generation, scored):
+        assert "\n" not in repr(result)
+        assert len(repr(result)) < 160
+        record = result.to_record()
+        assert json.loads(json.dumps(record)) == record
+    assert generation.to_record()["prompt"] == "mine"
+    assert scored.to_record()["token_log_probabilities"] == list(scored.token_log_probabilities)

@@ -68,6 +68,7 @@ DECODINGS = st.builds(
     temperature=st.sampled_from([0.0, 0.0, 0.7, 1.5]),
     top_k=st.sampled_from([0, 1, 7]),
     top_p=st.sampled_from([1.0, 0.6]),
+    min_p=st.sampled_from([0.0, 0.2]),
     repetition_penalty=st.sampled_from([1.0, 1.3, 3.0, 0.5]),
     stop=st.sampled_from([(), ("e",), (" the", "xyz")]),
     seed=st.integers(0, 3),

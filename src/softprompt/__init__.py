@@ -9,7 +9,7 @@ from typing import Any
 # `tune` is not among them, since softprompt.tune is the package: from softprompt.tuning.loop import tune.
 _HOMES = {
     "CompiledPrompt": "softprompt.inference.compiled",
-    "DecodeSettings": "softprompt.inference.sampling",
+    "DecodeSettings": "softprompt.inference.settings",
     "DeepPrompt": "softprompt.prompt.soft_prompt",
     "Example": "softprompt.data.example",
     "FrozenLM": "softprompt.base.frozen_lm",
@@ -17,6 +17,7 @@ _HOMES = {
     "SoftPrompt": "softprompt.prompt.soft_prompt",
     "SoftPromptError": "softprompt.errors",
     "Template": "softprompt.data.template",
+    "TextPrompt": "softprompt.inference.compiled",
     "compile_prompt": "softprompt.inference.compiled",
     "generate": "softprompt.inference.generate",
     "load_prompt": "softprompt.store.artifact",
@@ -34,6 +35,7 @@ __all__ = [
     "SoftPrompt",
     "SoftPromptError",
     "Template",
+    "TextPrompt",
     "__version__",
     "compile_prompt",
     "generate",

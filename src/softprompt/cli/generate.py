@@ -17,21 +17,22 @@ from softprompt.cli import asked
 from softprompt.cli.flags import takes
 from softprompt.cli.screen import emit, screen
 from softprompt.errors import RecipeError
+from softprompt.inference.settings import DecodeSettings
 from softprompt.settings.base_settings import BaseSettings
 
 if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
     from softprompt.inference.generate import Generation
-    from softprompt.inference.sampling import DecodeSettings
     from softprompt.prompt.soft_prompt import Prompt
 
 
 EXAMPLE = 'softprompt generate --prompt runs/mine "Where is my parcel?"'
 
 
-@takes(BaseSettings)
+@takes(BaseSettings, DecodeSettings)
 def command(
     base: BaseSettings,
+    settings: DecodeSettings,
     *,
     texts: Annotated[
         list[str], typer.Argument(metavar="TEXT...", help="What to continue; - reads standard input.")
@@ -42,44 +43,12 @@ def command(
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side", help="Show the base's own answer beside the prompt's.")
     ] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest continuation in tokens.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Longest text in tokens, input included, soft prompt not counted.")
-    ] = None,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token; higher draws more freely.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens that make up this share.")
-    ] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0 for all.")] = 0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 weighs down tokens that occurred.")
-    ] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="A text that ends the continuation; may be repeated.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    n: Annotated[int, typer.Option("--n", "-n", help="Continuations for each text.")] = 1,
     as_json: asked.AsJson = False,
 ) -> None:
     """Continue texts with the base, with one prompt or with several."""
     folders = prompts or []
     if side_by_side and not folders:
         raise RecipeError("--side-by-side needs a prompt to stand beside the base. Add --prompt FOLDER.")
-    from softprompt.inference.sampling import DecodeSettings
-
-    settings = DecodeSettings(
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
-        seed=seed,
-        n=n,
-    )
     from softprompt.store.artifact import load_prompt
 
     loaded = [load_prompt(folder) for folder in folders]

@@ -7,8 +7,11 @@ computed: so a compiled prompt gives what reading the whole sequence gives, wher
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,9 +26,15 @@ from softprompt.errors import DataError, PromptError, RecipeError
 from softprompt.inference.prefill import Row, prefill
 from softprompt.inference.verify import demand_exact
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
+from softprompt.store.artifact import load_prompt
 
-Usable = SoftPrompt | DeepPrompt | str | Template | None
-"""What can be compiled: a learned prompt, a text in front, a text around the input, or nothing (the base alone)."""
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """A text in front of every input, verbatim: an engineered prompt. A bare str is a folder, so a text has a type."""
+
+    text: str
+    name: str = "text"
 
 
 @dataclass(frozen=True)
@@ -113,28 +122,48 @@ class CompiledPrompt:
         return Row(self.state.first(used), tuple(marks), self.vectors_PD)
 
 
+Promptable: TypeAlias = SoftPrompt | DeepPrompt | CompiledPrompt | TextPrompt | Template | str | Path | None
+"""What is taken wherever a prompt is: a learned prompt, its folder (a str or Path), a compiled one, a text in front
+(TextPrompt), text around the input (Template), or None for the base alone."""
+
+
 @torch.no_grad()
 def compile_prompt(
-    lm: FrozenLM, prompt: Usable, *, template: Template | str | None = None, name: str | None = None
+    lm: FrozenLM, prompt: Promptable, *, template: Template | str | None = None, name: str | None = None
 ) -> CompiledPrompt:
     """Read a prompt once.
 
-    A learned prompt is laid out by its own template (`template` replaces it). A text stands in front of every input,
-    to the letter; a Template without slots puts text around it. None is the base alone, which sees the input, or the
-    input in `template` with its soft slots left out.
+    A learned prompt is laid out by its own template (`template` replaces it). A TextPrompt stands in front of every
+    input, verbatim; a Template without slots puts text around it. None is the base alone, which sees the input, or the
+    input in `template` with its soft slots left out. A compiled prompt is given back.
 
-    Raises WrongBase for a prompt that was learned on another base, PromptError or DataError where it cannot stand.
+    Raises WrongBase for a prompt that was learned on another base, PromptError for a str that is no prompt's folder,
+    PromptError or DataError where the prompt cannot be laid out.
     """
     demand_exact(lm)
+    if isinstance(prompt, CompiledPrompt):
+        if template is not None:
+            raise PromptError(
+                f'{prompt.name or "The base"} is compiled for the template "{prompt.template}". '
+                "Compile the prompt itself to use another one."
+            )
+        return prompt if name is None else replace(prompt, name=name)
+    if isinstance(prompt, str | Path):
+        prompt = _from_folder(prompt)
     habit = habits(lm.tokenizer)
-    if isinstance(prompt, str):
-        prompt = Template((Text(prompt), Field("text")) if prompt else (Field("text"),))
+    if isinstance(prompt, TextPrompt):
+        name = name or prompt.name
+        prompt = Template((Text(prompt.text), Field("text")) if prompt.text else (Field("text"),))
     if isinstance(prompt, Template):
         template, name = prompt, name or "text"
     if prompt is None or isinstance(prompt, Template):
         layout = Template.parse(template or "{text}") if not isinstance(template, Template) else template
         compiled = CompiledPrompt(EMPTY, name, "none" if name is None else "text", habit, layout)
         return replace(compiled, state=_read(lm, _head(lm, compiled)))
+    if not isinstance(prompt, SoftPrompt | DeepPrompt):
+        raise PromptError(
+            f"prompt: found {type(prompt).__name__}, wanted a prompt, the folder of one, TextPrompt, Template or None."
+        )
     prompt.base.demand(lm.fingerprint, prompt.name)
     layout = _layout(prompt, template)
     if isinstance(prompt, DeepPrompt):
@@ -147,6 +176,16 @@ def compile_prompt(
     vectors_PD = prompt.embeddings_PD.to(lm.device, lm.dtype)
     compiled = CompiledPrompt(EMPTY, name or prompt.name, "soft", habit, layout, vectors_PD)
     return replace(compiled, state=_read(lm, _head(lm, compiled), vectors_PD))
+
+
+def _from_folder(folder: str | Path) -> SoftPrompt | DeepPrompt:
+    if not os.path.isdir(os.path.expanduser(folder)):  # Path.is_dir raises for a long text
+        shown = str(folder) if len(str(folder)) <= 60 else f"{str(folder)[:57]}..."
+        raise PromptError(
+            f"prompt: found {shown!r}, which is no folder of a prompt. "
+            f"For a text in front of the input give TextPrompt({shown!r})."
+        )
+    return load_prompt(folder)
 
 
 def _layout(prompt: SoftPrompt | DeepPrompt, template: Template | str | None) -> Template:

@@ -6,11 +6,11 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State
 from softprompt.data.example import Example, Message
 from softprompt.data.tokenizer import tokens
-from softprompt.inference.compiled import CompiledPrompt, Usable, compile_prompt
+from softprompt.inference.compiled import Promptable, compile_prompt
 from softprompt.inference.generate import Generation, generation, run
 from softprompt.inference.prefill import Row
 from softprompt.inference.running_batch import GREEDY, Running, request
-from softprompt.inference.sampling import DecodeSettings
+from softprompt.inference.settings import DecodeSettings
 
 
 class Conversation:
@@ -21,9 +21,9 @@ class Conversation:
     sequence is the same, so the answers are those of recomputing everything.
     """
 
-    def __init__(self, lm: FrozenLM, prompt: Usable | CompiledPrompt = None) -> None:
+    def __init__(self, lm: FrozenLM, prompt: Promptable = None) -> None:
         self.lm = lm
-        self.prompt = prompt if isinstance(prompt, CompiledPrompt) else compile_prompt(lm, prompt)
+        self.prompt = compile_prompt(lm, prompt)
         self.messages: list[Message] = []
         self.marks: tuple[int, ...] = ()
         self.state: State = EMPTY

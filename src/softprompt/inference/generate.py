@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Example
 from softprompt.errors import DataError
-from softprompt.inference.compiled import CompiledPrompt, Usable, compile_prompt
+from softprompt.inference.compiled import CompiledPrompt, Promptable, compile_prompt
 from softprompt.inference.running_batch import GREEDY, FinishReason, Request, Running, request
-from softprompt.inference.sampling import DecodeSettings as DecodeSettings
-
-Choice = Usable | CompiledPrompt
+from softprompt.inference.settings import DecodeSettings as DecodeSettings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generation:
     """One continuation.
 
@@ -34,18 +33,26 @@ class Generation:
     sample: int = 0
     log_probability: float | None = None
 
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 60 else f"{self.text[:57]}..."
+        return f"Generation({text!r}, {self.tokens} tokens, {self.finish_reason}, prompt {self.prompt!r})"
+
+    def to_record(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**asdict(self), "token_ids": list(self.token_ids)}
+
 
 def generate(
     lm: FrozenLM,
-    inputs: Sequence[str | Example],
-    prompts: Choice | Sequence[Choice] = None,
+    inputs: str | Example | Iterable[str | Example],
+    prompts: Promptable | Sequence[Promptable] = None,
     settings: DecodeSettings | Sequence[DecodeSettings] = GREEDY,
     *,
     batch_rows: int = 16,
     memory_bytes: int | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
-    """Continue every input, in the order of `inputs`, `settings.n` texts each.
+    """Continue every input, in the order of `inputs`, `settings.n` texts each. Always a list; a str is one input.
 
     `prompts` and `settings` are one for all inputs or one for each. At most `batch_rows` rows run side by side, in at
     most `memory_bytes` of key/value state. `on_text` is called with the input's number and each new piece of its
@@ -53,21 +60,17 @@ def generate(
 
     Raises DataError for an input that has no room to go on, WrongBase and PromptError as compiling does.
     """
-    chosen = one_each(prompts, len(inputs), "prompts")
+    inputs = listed(inputs)
+    chosen = compiled_each(lm, prompts, len(inputs))
     how = one_each(settings, len(inputs), "settings")
-    compiled: dict[int, CompiledPrompt] = {}
     requests: list[list[Request]] = []
     for place, (given, prompt, decode) in enumerate(zip(inputs, chosen, how, strict=True)):
-        if id(prompt) not in compiled:
-            compiled[id(prompt)] = (
-                prompt if isinstance(prompt, CompiledPrompt) else compile_prompt(lm, prompt)
-            )
         if on_text is not None and decode.drawn > 1:
             raise DataError(f"Streaming takes one text an input; found n {decode.drawn}. Set n to 1.")
         tell = None if on_text is None else _teller(on_text, place)
-        first = request(lm, compiled[id(prompt)], given, decode, on_text=tell)
+        first = request(lm, prompt, given, decode, on_text=tell)
         more = [
-            request(lm, compiled[id(prompt)], given, decode, sample=sample, row=first.row)
+            request(lm, prompt, given, decode, sample=sample, row=first.row)
             for sample in range(1, decode.drawn)
         ]
         requests.append([first, *more])
@@ -78,7 +81,7 @@ def generate(
     return [
         generation
         for given, prompt, group in zip(inputs, chosen, requests, strict=True)
-        for generation in _best(given, compiled[id(prompt)].name, group)
+        for generation in _best(given, prompt.name, group)
     ]
 
 
@@ -130,6 +133,24 @@ def _shown(given: str | Example) -> str:
     return (
         next(iter(fields.values())) if len(fields) == 1 else "\n".join(f"{k}: {v}" for k, v in fields.items())
     )
+
+
+def listed(inputs: str | Example | Iterable[str | Example]) -> list[str | Example]:
+    """Inputs as a list; a single text or row is a list of one."""
+    return [inputs] if isinstance(inputs, str | Example) else list(inputs)
+
+
+def compiled_each(
+    lm: FrozenLM, prompts: Promptable | Sequence[Promptable], count: int
+) -> list[CompiledPrompt]:
+    """A compiled prompt for each of `count` inputs; every prompt is read once."""
+    chosen = one_each(prompts, count, "prompts")
+    compiled: dict[str | int, CompiledPrompt] = {}
+    keys = [str(prompt) if isinstance(prompt, str | Path) else id(prompt) for prompt in chosen]
+    for key, prompt in zip(keys, chosen, strict=True):
+        if key not in compiled:
+            compiled[key] = compile_prompt(lm, prompt)
+    return [compiled[key] for key in keys]
 
 
 def one_each(given: Any, count: int, what: str) -> list[Any]:

@@ -22,7 +22,8 @@ from softprompt.inference.compiled import CompiledPrompt
 from softprompt.inference.detokenize import Spoken
 from softprompt.inference.prefill import Prefilled, Row, prefill, side_by_side
 from softprompt.inference.running_cache import RunningCache, room
-from softprompt.inference.sampling import DecodeSettings, draw, kept, penalised, row_generator
+from softprompt.inference.sampling import draw, filtered_probabilities, penalised, row_generator
+from softprompt.inference.settings import DecodeSettings
 
 FinishReason = Literal["stop", "length", "cancelled"]
 DEFAULT_NEW_TOKENS = 100
@@ -80,12 +81,12 @@ def request(
         row = prompt.row(marks)
     text_tokens = sum(mark >= 0 for mark in row.marks)
     limit = settings.max_new_tokens
-    if settings.max_length is not None:
-        left = settings.max_length - text_tokens
+    if settings.max_text_tokens is not None:
+        left = settings.max_text_tokens - text_tokens
         if left < 1:
             raise DataError(
-                f"The text has {text_tokens} tokens and max_length is {settings.max_length} tokens in all: no room "
-                "for a new one. Raise max_length, or set max_new_tokens instead."
+                f"The text has {text_tokens} tokens and max_text_tokens is {settings.max_text_tokens} in all: no room "
+                "for a new one. Raise max_text_tokens, or set max_new_tokens instead."
             )
         limit = left if limit is None else min(limit, left)
     limit = DEFAULT_NEW_TOKENS if limit is None else limit
@@ -113,7 +114,7 @@ class Running:
         self._positions_B = torch.zeros(0, dtype=torch.int64, device=lm.device)
         # Which tokens occurred in each row; no columns while no row has a repetition penalty.
         self._seen_BV = torch.zeros(0, 0, dtype=torch.bool, device=lm.device)
-        self._plan = _Plan.of([], lm.device)
+        self._step_settings = _StepSettings.of([], lm.device)
         self._ends = end_ids(lm)
 
     def __len__(self) -> int:
@@ -170,7 +171,7 @@ class Running:
                     if one.row is group[row]:
                         self._join(one, done, row)
                         hidden.append(done.hidden_BTD[row, group[row].rest - 1])
-        self._plan = _Plan.of(self.requests, self.lm.device)
+        self._step_settings = _StepSettings.of(self.requests, self.lm.device)
         return self._chosen(self.lm.logits(torch.stack(hidden)), started)
 
     def _join(self, one: Request, done: Prefilled, row: int) -> None:
@@ -201,24 +202,25 @@ class Running:
         place = next((b for b, slot in enumerate(self._slots) if slot.request is one), None)
         if place is not None:
             self._retire(place, "cancelled")
-            self._plan = _Plan.of(self.requests, self.lm.device)
+            self._step_settings = _StepSettings.of(self.requests, self.lm.device)
 
     def _chosen(self, logits_BV: Tensor, start: int) -> list[Request]:
         """Choose the next tokens of the rows from `start` on, and let go of those that are done."""
-        plan = self._plan
-        if plan.penalises or plan.rated or plan.warm:  # the likeliest of all needs no exact numbers
+        step = self._step_settings
+        if step.penalises or step.rated or step.warm:  # the likeliest of all needs no exact numbers
             logits_BV = logits_BV.float()
         raw_BV = logits_BV
-        if plan.penalises:
-            logits_BV = penalised(logits_BV, self._seen_BV[start : len(self._slots)], plan.penalty_B[start:])
+        if step.penalises:
+            logits_BV = penalised(logits_BV, self._seen_BV[start : len(self._slots)], step.penalty_B[start:])
         ids_B = logits_BV.argmax(1)
         # argmax takes a NaN for the largest, so that a row is finite where its largest logit is.
         finite_B = logits_BV.gather(1, ids_B[:, None])[:, 0].isfinite()
-        warm = [b for b in plan.warm if b >= start]
+        warm = [b for b in step.warm if b >= start]
         if warm:
             local = [b - start for b in warm]
-            probabilities_BV = kept(
-                logits_BV[local], plan.temperature_B[warm], plan.top_k_B[warm], plan.top_p_B[warm]
+            probabilities_BV = filtered_probabilities(
+                logits_BV[local],
+                *(each[warm] for each in (step.temperature_B, step.top_k_B, step.top_p_B, step.min_p_B)),
             )
             uniform_B = torch.cat(
                 [torch.rand(1, generator=self._slots[b].generator, dtype=torch.float64) for b in warm]
@@ -227,7 +229,7 @@ class Running:
         self._ids_B[start : len(self._slots)] = ids_B
         ids: list[int] = ids_B.tolist()
         broken = [b for b, finite in enumerate(finite_B.tolist(), start=start) if not finite]
-        if plan.rated:
+        if step.rated:
             chosen_B = raw_BV.gather(1, ids_B[:, None])[:, 0] - raw_BV.logsumexp(1)
             for slot, value in zip(self._slots[start:], chosen_B.tolist(), strict=True):
                 if slot.request.settings.rated:
@@ -247,7 +249,7 @@ class Running:
         failed = [self._slots[b].request for b in broken]
         done = [self._retire(b, reason) for b, reason in reversed(finished)]
         if done:
-            self._plan = _Plan.of(self.requests, self.lm.device)
+            self._step_settings = _StepSettings.of(self.requests, self.lm.device)
         if failed:  # the other rows have their tokens and may go on
             raise _not_finite(self.lm, failed[0])
         return done[::-1]
@@ -312,8 +314,8 @@ class _Slot:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """The rows' settings as tensors; made anew only when a row joins or leaves."""
+class _StepSettings:
+    """The rows' settings as tensors; they change only when a row joins or leaves."""
 
     penalises: bool
     rated: bool
@@ -322,9 +324,10 @@ class _Plan:
     temperature_B: Tensor
     top_k_B: Tensor
     top_p_B: Tensor
+    min_p_B: Tensor
 
     @classmethod
-    def of(cls, requests: Sequence[Request], device: torch.device) -> _Plan:
+    def of(cls, requests: Sequence[Request], device: torch.device) -> _StepSettings:
         every = [one.settings for one in requests]
         return cls(
             any(one.repetition_penalty != 1.0 for one in every),
@@ -334,6 +337,7 @@ class _Plan:
             torch.tensor([one.temperature for one in every], device=device),
             torch.tensor([one.top_k for one in every], device=device, dtype=torch.int64),
             torch.tensor([one.top_p for one in every], device=device),
+            torch.tensor([one.min_p for one in every], device=device),
         )
 
 

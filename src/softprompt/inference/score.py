@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,12 @@ from softprompt.data.batch import End
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Template
 from softprompt.errors import NotFinite
-from softprompt.inference.compiled import CompiledPrompt, compile_prompt
-from softprompt.inference.generate import Choice, one_each
+from softprompt.inference.compiled import CompiledPrompt, Promptable
+from softprompt.inference.generate import compiled_each, listed, one_each
 from softprompt.inference.prefill import Row, prefill, side_by_side
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scored:
     """The log-probabilities (natural) of a text's tokens, and whether greedy decoding would have said them all.
 
@@ -39,33 +40,39 @@ class Scored:
     def tokens(self) -> int:
         return len(self.token_ids)
 
+    def __repr__(self) -> str:
+        greedy = ", greedy" if self.greedy else ""
+        return f"Scored({self.log_probability:.4f} nats over {self.tokens} tokens{greedy}, prompt {self.prompt!r})"
+
+    def to_record(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        lists = {"token_ids", "token_log_probabilities"}
+        return {key: list(value) if key in lists else value for key, value in asdict(self).items()}
+
 
 @torch.inference_mode()
 def score(
     lm: FrozenLM,
-    inputs: Sequence[str | Example],
+    inputs: str | Example | Iterable[str | Example],
     continuations: str | Sequence[str | None] | None = None,
-    prompts: Choice | Sequence[Choice] = None,
+    prompts: Promptable | Sequence[Promptable] = None,
     *,
     end: End = "never",
     batch_rows: int = 16,
 ) -> list[Scored]:
     """Score each continuation of its input under its prompt, with the very layout that training uses.
 
-    Without a continuation the trained text of the row is scored: its target, or all of its text. `end` scores an end
+    `inputs` may be a single text or row; the result is always a list. Without a continuation the trained text of the row is scored: its target, or all of its text. `end` scores an end
     token after it (data.batch.encode). The first position of a row, which nothing predicts, is not scored.
     """
+    inputs = listed(inputs)
     wanted = one_each(continuations, len(inputs), "continuations")
-    compiled: dict[int, CompiledPrompt] = {}
-    rows: list[tuple[Row, list[int], str | None, int]] = []
-    for given, continuation, prompt in zip(
-        inputs, wanted, one_each(prompts, len(inputs), "prompts"), strict=True
-    ):
-        if id(prompt) not in compiled:
-            compiled[id(prompt)] = (
-                prompt if isinstance(prompt, CompiledPrompt) else compile_prompt(lm, prompt)
-            )
-        rows.append(_laid_out(lm, compiled[id(prompt)], given, continuation, end))
+    rows = [
+        _laid_out(lm, prompt, given, continuation, end)
+        for given, continuation, prompt in zip(
+            inputs, wanted, compiled_each(lm, prompts, len(inputs)), strict=True
+        )
+    ]
     results: dict[int, Scored] = {}
     order = sorted(range(len(rows)), key=lambda i: rows[i][0].rest)
     for start in range(0, len(order), batch_rows):

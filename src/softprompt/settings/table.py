@@ -326,7 +326,10 @@ def _put_several(tree: dict[str, Any], name: str, values: Sequence[str], annotat
     (kind,) = {get_args(m)[0] for m in _members(annotation) if get_origin(m) in (list, tuple)}
     if _choices(kind):
         values = [word.strip() for value in values for word in value.split(",") if word.strip()]
-    tree[name] = _as_kind([_plain(read_value(value, where), kind) for value in values], annotation)
+    # Texts are taken exactly as written, as one text is: "###" is no YAML comment.
+    texts_only = _members(kind) <= {str, NoneType}
+    each = [value if texts_only else _plain(read_value(value, where), kind) for value in values]
+    tree[name] = _as_kind(each, annotation)
 
 
 def _put_named(tree: dict[str, Any], key: str, text: str, annotation: Any, where: str) -> None:
