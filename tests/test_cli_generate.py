@@ -154,7 +154,7 @@ def test_text_may_come_from_standard_input(run: Run, monkeypatch: pytest.MonkeyP
         (["generate", "--base", "someone/no-such-model", "x"], 5, "HF_HUB_OFFLINE"),
         (["generate", "--prompt", "nowhere", "x"], 5, "nowhere: there is no such folder"),
         (["generate", "--side-by-side", "x"], 2, "--prompt"),
-        (["generate", "--temperature", "-1", "x"], 2, "temperature: found -1.0"),
+        (["generate", "--temperature", "-1", "x"], 2, "--temperature: found -1 "),
         (["generate", "--device", "cuda:7", "x"], 5, "cuda:7"),
         (["generate", ""], 3, "empty"),
         (["inspect", "nowhere"], 5, "nowhere"),
