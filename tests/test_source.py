@@ -96,15 +96,6 @@ def test_a_guessed_encoding_is_said(tmp_path: Path, encoding: str, found: str) -
     assert f"read as {found}. Set data.encoding" in splits.notes[0]
 
 
-def test_bytes_that_windows_does_not_know_are_read_as_latin_1(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_bytes(b"text\ncaf\xe9 \x81\n")
-    splits = load_splits(path)
-    assert fields(splits) == [{"text": "café \x81"}]
-    assert "byte 0xe9 at 8" in splits.notes[0]
-    assert "latin-1" in splits.notes[0]
-
-
 def test_a_given_encoding_is_used_and_not_remarked_upon(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "rows.csv", LATIN_ROWS, encoding="cp437")
     splits = load_splits(path, encoding="cp437")
@@ -146,12 +137,6 @@ def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("\ntext,label\na,b\n\nc,d\n\n")
     assert fields(load_splits(path)) == [{"text": "a", "label": "b"}, {"text": "c", "label": "d"}]
-
-
-def test_a_quote_that_is_never_closed_is_said(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text('text\na\n"b\nc\n')
-    assert "odd number of double quotes" in load_splits(path).notes[0]
 
 
 @pytest.mark.parametrize("found", [ROWS, {"data": ROWS}, {"version": "1.0", "RateBook": ROWS}])

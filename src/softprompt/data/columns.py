@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from softprompt.data.example import Example, Message, Shape
-from softprompt.data.files import Raw
+from softprompt.data.files import Number, Raw
 from softprompt.data.shapes import CHAT_COLUMNS, SHAPES, filled, shape_of
 from softprompt.data.template import did_you_mean
 from softprompt.data.turns import messages_of, refuse_broken, tools_of
@@ -149,6 +149,8 @@ def _scalar(value: object) -> str | None:
         value = value.item()  # a numpy scalar, as frames and arrays hold them
     if isinstance(value, float) and math.isnan(value):
         return None
+    if isinstance(value, Number):
+        return value.written
     if isinstance(value, (bool, int, float)):
         return json.dumps(value)
     return None

@@ -7,19 +7,17 @@ Compressed text files (.gz, .xz, .bz2) are read as they are.
 from __future__ import annotations
 
 import bz2
-import codecs
-import csv
 import gzip
 import io
 import json
 import lzma
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from softprompt.data.template import did_you_mean
+from softprompt.data.delimited import Quoting, delimited_rows
+from softprompt.data.encoding import CESU_8, detected, joined_halves, named
 from softprompt.errors import DataError, MissingExtra
 
 Raw = dict[str, Any]
@@ -28,7 +26,9 @@ _COMPRESSED: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".xz": l
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 _SNIFFED_BYTES = (
     16 * 2**20
-)  # what is read to tell the encoding; later surprises are reported with their place
+)  # shows the encoding and the quoting; later surprises are reported with their place
+_UNPACKED_BYTES = 64 * 2**20  # of a compressed file, always allowed
+_UNPACKED_RATIO = 200  # text packs 3 to 20 times, repeated rows 100 times
 
 
 def data_suffix(path: Path) -> str | None:
@@ -39,30 +39,38 @@ def data_suffix(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
 
-def read_file(path: Path, *, encoding: str | None, notes: list[str]) -> Iterator[Raw]:
+def read_file(
+    path: Path, *, encoding: str | None, notes: list[str], quoting: Quoting = "auto"
+) -> Iterator[Raw]:
     """Rows of one file as the file has them, numbers and nested values included.
 
-    Without `encoding` a byte order mark decides, then UTF-8; a file that is not UTF-8 is read as UTF-16 or Windows-1252
-    by its bytes, and `notes` says so. Raises DataError with the place for whatever cannot be read.
+    Without `encoding` it is detected (data/encoding.py), and `notes` says what was guessed. `quoting` is that of csv
+    and tsv. Raises DataError with the place for whatever cannot be read.
     """
     suffix = data_suffix(path)
     if suffix is None:
         raise DataError(
             f"{path}: its name ends in none of {', '.join(SUFFIXES)}. Convert it to one of these."
         )
+    refuse_special(path)
     if suffix == ".parquet":
         yield from _parquet(path)
         return
     try:
         with _opened(path) as file:
             sample = file.read(_SNIFFED_BYTES)
-        codec = _known(encoding) if encoding else _detected(sample, path, notes)
+        whole = len(sample) < _SNIFFED_BYTES
+        codec = named(encoding) if encoding else detected(sample, path, notes, whole=whole)
         if not sample.strip():
             raise DataError(f"{path} is empty. Give a file with at least one row.")
-        with _opened(path) as file, io.TextIOWrapper(file, encoding=codec, newline="") as text:
+        with _text(path, codec, newline="" if suffix in (".csv", ".tsv") else "\n") as text:
             match suffix:
                 case ".csv" | ".tsv":
-                    yield from _delimited(text, path, "\t" if suffix == ".tsv" else ",", notes)
+                    start = sample.decode("utf-8" if codec == CESU_8 else codec, "replace")
+                    if not whole:
+                        start = start[: start.rfind("\n")]
+                    usual = "\t" if suffix == ".tsv" else ","
+                    yield from delimited_rows(text, start.lstrip("\ufeff"), path, usual, quoting, notes)
                 case ".json":
                     yield from _json(text, path)
                 case _:
@@ -71,6 +79,25 @@ def read_file(path: Path, *, encoding: str | None, notes: list[str]) -> Iterator
         raise DataError(_undecodable(path, encoding, error)) from None
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise DataError(f"{path} cannot be read: {error}. Check the file and its permissions.") from error
+
+
+def refuse_special(path: Path) -> None:
+    """Raise DataError for a pipe, a device, a socket or a folder, which would be read for ever or not at all."""
+    if path.is_file() or not path.exists():
+        return
+    kinds = {"is_dir": "a folder", "is_fifo": "a named pipe", "is_socket": "a socket"}
+    kind = next((kind for test, kind in kinds.items() if getattr(path, test)()), "a device")
+    raise DataError(f"{path} is {kind}, wanted a file. Save the rows in one.")
+
+
+@contextmanager
+def _text(path: Path, codec: str, newline: str) -> Iterator[io.TextIOBase]:
+    with _opened(path) as file:
+        if codec == CESU_8:
+            yield io.StringIO(joined_halves(file.read()), newline=newline)
+            return
+        with io.TextIOWrapper(file, encoding=codec, newline=newline) as text:
+            yield text
 
 
 @contextmanager
@@ -117,83 +144,10 @@ def _parquet(path: Path) -> Iterator[Raw]:
             ) from error
 
 
-def _delimited(text: io.TextIOBase, path: Path, delimiter: str, notes: list[str]) -> Iterator[Raw]:
-    lines = _Lines(text)
-    with _long_cells():
-        first = next((line for line in lines if line.strip()), "")
-        delimiter = _delimiter(first, delimiter, path, notes)
-        reader = csv.reader(_chain(first, lines), delimiter=delimiter)
-        try:
-            header = [name.strip() for name in next(reader)]
-            twice = {name for name in header if name and header.count(name) > 1}
-            if twice:
-                raise DataError(
-                    f"{path} names the column {sorted(twice)[0]!r} twice. Give each column its own name."
-                )
-            for cells in reader:
-                if not cells or (len(header) > 1 and cells in ([""], [])):
-                    continue  # a blank line
-                if len(cells) != len(header):
-                    raise DataError(
-                        f"{path}, line {lines.read}: {len(cells)} cells, but the header has {len(header)} "
-                        f"({', '.join(header)}). Put cells that contain {delimiter!r} or line breaks in double quotes."
-                    )
-                yield {name: cell for name, cell in zip(header, cells, strict=True) if name}
-        except csv.Error as error:
-            raise DataError(f"{path}, line {lines.read}: {error}. Save it again as csv.") from error
-    if lines.quotes % 2:
-        notes.append(
-            f"{path} has an odd number of double quotes: a quote that is never closed may have joined rows."
-        )
-
-
-class _Lines:
-    """The lines of a text, with how many were read and how many double quotes were in them."""
-
-    def __init__(self, text: io.TextIOBase) -> None:
-        self._text, self.read, self.quotes = text, 0, 0
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = next(self._text)
-        self.read += 1
-        self.quotes += line.count('"')
-        return line
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
-def _delimiter(first: str, usual: str, path: Path, notes: list[str]) -> str:
-    """What separates the cells of the header line: the usual, or another where the usual would leave one cell."""
-    if usual in first:
-        return usual
-    counts = {one: first.count(one) for one in (";", "\t", "|", ",") if one in first}
-    if not counts:
-        return usual
-    other = max(counts, key=lambda one: counts[one])
-    notes.append(f"{path} separates its columns by {other!r}.")
-    return other
-
-
-@contextmanager
-def _long_cells() -> Iterator[None]:
-    before = csv.field_size_limit()
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the usual limit, 131,072, is shorter than a book
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
 def _json(text: io.TextIOBase, path: Path) -> Iterator[Raw]:
-    whole = text.read()
+    whole = text.read().lstrip("\ufeff")
     try:
-        found = json.loads(whole)
+        found = _parsed(whole, str(path))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object a line, under the name of .json
             yield from _jsonl(io.StringIO(whole), path)
@@ -202,12 +156,43 @@ def _json(text: io.TextIOBase, path: Path) -> Iterator[Raw]:
     yield from _rows_of(found, path)
 
 
+def _parsed(text: str, where: str) -> Any:
+    """A JSON text, its numbers as they are written, NaN as null. JSONDecodeError for what is none."""
+    try:
+        return json.loads(text, parse_float=Number, parse_int=_whole, parse_constant=_constant)
+    except RecursionError:
+        raise DataError(
+            f"{where}: lists or objects nested deeper than any data is. Write flat rows."
+        ) from None
+
+
+class Number(float):
+    """A number with a fraction or an exponent, and how the file writes it: as a label, 1.10 is not 1.1."""
+
+    def __new__(cls, written: str) -> Number:
+        number = super().__new__(cls, written)
+        number.written = written
+        return number
+
+    written: str
+
+
+def _whole(digits: str) -> int | str:
+    return int(digits) if len(digits) < 19 else digits  # what does not fit 64 bits is kept as it is written
+
+
+def _constant(name: str) -> str | None:
+    return None if name == "NaN" else name
+
+
 def _jsonl(text: io.TextIOBase, path: Path) -> Iterator[Raw]:
     for number, line in enumerate(text, 1):
+        if number == 1:
+            line = line.lstrip("\ufeff")  # a second byte order mark
         if not line.strip():
             continue
         try:
-            found = json.loads(line.rstrip("\r\n"))
+            found = _parsed(line.rstrip("\r\n"), f"{path}, line {number}")
         except json.JSONDecodeError as error:
             if number == 1 and line.lstrip()[0] == "[":  # a list over several lines, under the name of .jsonl
                 yield from _json(io.StringIO(line + text.read()), path)
@@ -260,67 +245,38 @@ def _not_json(path: Path, error: json.JSONDecodeError, line: int) -> DataError:
     )
 
 
-def _opened(path: Path) -> BinaryIO:
-    opener: Callable[[Path, str], Any] = _COMPRESSED.get(path.suffix.lower(), open)
-    return cast(BinaryIO, opener(path, "rb"))
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed. DataError for a small file that unpacks to more than data ever does."""
+    opener = _COMPRESSED.get(path.suffix.lower())
+    if opener is None:
+        with path.open("rb") as file:
+            yield file
+        return
+    limit = max(_UNPACKED_BYTES, _UNPACKED_RATIO * path.stat().st_size)
+    with opener(path, "rb") as packed, io.BufferedReader(_Bounded(packed, limit, path)) as unpacked:
+        yield cast(BinaryIO, unpacked)
 
 
-def _known(encoding: str) -> str:
-    try:
-        name = codecs.lookup(encoding).name
-        "".encode(encoding)  # refuses codecs that do not make text, such as zlib
-    except LookupError:
-        usual = [
-            "utf-8",
-            "utf-8-sig",
-            "utf-16",
-            "latin-1",
-            "cp1252",
-            "cp1251",
-            "gb18030",
-            "shift_jis",
-            "euc-kr",
-        ]
-        raise DataError(
-            f"data.encoding is {encoding!r}, which is no text encoding.{did_you_mean(encoding, usual)} "
-            f"Use one that Python knows, such as {', '.join(usual[:5])}, or leave it out."
-        ) from None
-    return (
-        "utf-8-sig" if name == "utf-8" else name
-    )  # a byte order mark is never part of the first column's name
+class _Bounded(io.RawIOBase):
+    """A stream that refuses to give more than `limit` bytes."""
 
+    def __init__(self, stream: BinaryIO, limit: int, path: Path) -> None:
+        self._stream, self._left, self._limit, self._path = stream, limit, limit, path
 
-def _detected(sample: bytes, path: Path, notes: list[str]) -> str:
-    for mark, codec in (
-        (codecs.BOM_UTF8, "utf-8-sig"),
-        (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
-        (codecs.BOM_UTF32_BE, "utf-32"),
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-    ):
-        if sample.startswith(mark):
-            return codec
-    head = sample[:4096]
-    if b"\0" in head:
-        codec = "utf-16-le" if head[1::2].count(0) >= head[::2].count(0) else "utf-16-be"
-        notes.append(
-            f"{path} has zero bytes and no byte order mark; read as {codec}. Set data.encoding if that is wrong."
-        )
-        return codec
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(sample, final=len(sample) < _SNIFFED_BYTES)
-    except UnicodeDecodeError as error:
-        try:
-            sample.decode("cp1252")
-            codec = "cp1252"
-        except UnicodeDecodeError:
-            codec = "latin-1"
-        notes.append(
-            f"{path} is not UTF-8 (byte 0x{sample[error.start]:02x} at {error.start:,}); read as {codec}. "
-            "Set data.encoding if letters look wrong."
-        )
-        return codec
-    return "utf-8"
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        chunk = self._stream.read(len(buffer))
+        self._left -= len(chunk)
+        if self._left < 0:
+            raise DataError(
+                f"{self._path} unpacks to more than {self._limit / 1e6:,.0f} MB, over {_UNPACKED_RATIO} times its size, "
+                "as no file of text does. Unpack it yourself if it is meant so."
+            )
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
 
 
 def _undecodable(path: Path, encoding: str | None, error: UnicodeError) -> str:

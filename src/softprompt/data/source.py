@@ -7,14 +7,15 @@ import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from softprompt.data.columns import Columns
+from softprompt.data.delimited import Quoting
 from softprompt.data.example import Example, Splits
-from softprompt.data.files import Raw, data_suffix, named_classes, quiet_datasets, read_file
+from softprompt.data.files import Raw, data_suffix, named_classes, quiet_datasets, read_file, refuse_special
 from softprompt.data.memory import MemoryRows, Source, checked, package_of, split_mapping
 from softprompt.data.template import did_you_mean
 from softprompt.errors import DataError, SoftPromptError
@@ -47,6 +48,7 @@ def load_splits(
     test: Held = None,
     seed: int = 0,
     encoding: str | None = None,
+    quoting: Quoting = "auto",
     streaming: bool = False,
 ) -> Splits:
     """Read rows and part them into what is learned from, chosen by and judged on.
@@ -65,6 +67,7 @@ def load_splits(
     `limit` takes the first rows of `split`. `validation` and `test` are a share of those rows (0.1), a number of
     them (50), the name of a split, or a file; shares and numbers are drawn by `seed`, in a way that adding a test
     part leaves the validation part as it was. None takes the source's own split of that name if it has one, 0 none.
+    `encoding` and `quoting` are those of text files; without them they are detected, and what is guessed is said.
     `streaming` with a `limit` reads a hub data set without downloading it all (local files are always read so).
 
     Raises DataError for anything that cannot be read, found or held out.
@@ -75,7 +78,8 @@ def load_splits(
         raise DataError("data.streaming reads rows until data.limit, which is not set. Set data.limit.")
     columns = Columns(column, dict(fields or {}), messages, target)
     notes: list[str] = []
-    origin = _origin(source, revision, config, encoding, streaming, notes, limit)
+    asked = _Asked(revision, config, encoding, quoting, streaming, limit, notes)
+    origin = _origin(source, asked)
     raw_rows = origin.rows(split)
     first = list(islice(raw_rows, 1))
     if first:
@@ -91,7 +95,7 @@ def load_splits(
         elif isinstance(wanted, (int, float)):
             held[part] = drawn.take(_how_many(wanted, len(rows), part), part)
         else:
-            other = None if wanted is None else _as_origin(wanted, origin, encoding, notes)
+            other = None if wanted is None else _as_origin(wanted, origin, asked)
             held[part] = _named(
                 part, wanted, origin, other, split, columns, limit if origin.endless else None, notes
             )
@@ -107,6 +111,22 @@ def load_splits(
         tuple(dict.fromkeys(notes)),
         columns.shape,
     )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """How a source is to be read, as the settings of the same names say; what was assumed goes to `notes`."""
+
+    revision: str | None
+    config: str | None
+    encoding: str | None
+    quoting: Quoting
+    streaming: bool
+    limit: int | None
+    notes: list[str]
+
+    def files(self, name: str, by_split: Mapping[str, tuple[Path, ...]]) -> _Files:
+        return _Files(name, by_split, self.encoding, self.notes, self.quoting)
 
 
 class _Origin(Protocol):
@@ -134,6 +154,7 @@ class _Files:
     by_split: Mapping[str, tuple[Path, ...]]
     encoding: str | None
     notes: list[str]
+    quoting: Quoting = "auto"
     endless: bool = False
 
     @property
@@ -154,7 +175,7 @@ class _Files:
 
     def rows(self, split: str) -> Iterator[Raw]:
         for path in self.by_split[_split_name(split, self)]:
-            yield from read_file(path, encoding=self.encoding, notes=self.notes)
+            yield from read_file(path, encoding=self.encoding, notes=self.notes, quoting=self.quoting)
 
 
 @dataclass(frozen=True)
@@ -216,38 +237,31 @@ class _Hub:
                 raise DataError(f"{self.name}: reading split {split!r} failed: {_lines(error)}.") from error
 
 
-def _origin(
-    source: Source,
-    revision: str | None,
-    config: str | None,
-    encoding: str | None,
-    streaming: bool,
-    notes: list[str],
-    limit: int | None = None,
-) -> _Origin:
+def _origin(source: Source, asked: _Asked) -> _Origin:
     if not isinstance(source, (str, os.PathLike)):
-        return _in_memory(source, limit)
+        return _in_memory(source, asked.limit)
     written = os.fspath(source)
     if not written.strip():
         raise DataError(
             "data.source is empty. Give a file, a folder, builtin:NAME, or a data set's id on the hub."
         )
     if written.startswith("builtin:"):
-        return _builtin(written.removeprefix("builtin:"), notes)
+        return _builtin(written.removeprefix("builtin:"), asked.notes)
     path = Path(written).expanduser()
     if path.is_dir():
-        return _folder(path, written, config, encoding, notes)
+        return _folder(path, written, asked)
     if path.exists():
+        refuse_special(path)
         if data_suffix(path) is None:
             raise DataError(
                 f"{written}: not a data file by its name. Wanted csv, tsv, json, jsonl or parquet."
             )
-        return _Files(written, {"train": (path,)}, encoding, notes)
+        return asked.files(written, {"train": (path,)})
     if not isinstance(source, str) or _reads_as_path(written):
         raise DataError(
             f"{written}: no such file or folder (looked in {Path.cwd()}).{_near(path)} Check data.source."
         )
-    return _hub(written, revision, config, streaming)
+    return _hub(written, asked.revision, asked.config, asked.streaming)
 
 
 def _in_memory(source: object, limit: int | None) -> _Origin:
@@ -268,14 +282,14 @@ def _in_memory(source: object, limit: int | None) -> _Origin:
     return _Memory({split: checked(part, name.format(_GIVEN, split)) for split, part in parts.items()})
 
 
-def _as_origin(wanted: str | Path, origin: _Origin, encoding: str | None, notes: list[str]) -> _Origin | None:
+def _as_origin(wanted: str | Path, origin: _Origin, asked: _Asked) -> _Origin | None:
     """The file that `wanted` names; None where it is the name of a split."""
     written = str(wanted)
     if isinstance(wanted, str) and (written in origin.splits() or written in sum(_ALIASES.values(), ())):
         return None
     if not (written.startswith("builtin:") or _reads_as_path(written) or Path(written).expanduser().exists()):
         return None
-    other = _origin(wanted, None, None, encoding, False, notes)
+    other = _origin(wanted, replace(asked, revision=None, config=None, streaming=False))
     both = (origin, other)
     if all(isinstance(one, _Files) for one in both) and _same_file(*both):  # type: ignore[arg-type]
         raise DataError(
@@ -397,7 +411,7 @@ def _builtin(name: str, notes: list[str]) -> _Origin:
     return _Files(f"builtin:{name}", _split_files([BUILTIN / name]), "utf-8", notes)
 
 
-def _folder(path: Path, written: str, config: str | None, encoding: str | None, notes: list[str]) -> _Origin:
+def _folder(path: Path, written: str, asked: _Asked) -> _Origin:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         with quiet_datasets() as datasets:
             try:
@@ -407,12 +421,12 @@ def _folder(path: Path, written: str, config: str | None, encoding: str | None, 
                     f"{written}: datasets cannot load it: {_lines(error)}. Save it again."
                 ) from error
         return _Hub(written, loaded if isinstance(loaded, Mapping) else {"train": loaded})
-    by_split = _split_files([path / config] if config else [path, path / "data"])
+    by_split = _split_files([path / asked.config] if asked.config else [path, path / "data"])
     if by_split:
-        return _Files(written, by_split, encoding, notes)
+        return asked.files(written, by_split)
     files = sorted(one for one in path.iterdir() if one.is_file() and data_suffix(one))
     if len(files) == 1:
-        return _Files(written, {"train": (files[0],)}, encoding, notes)
+        return asked.files(written, {"train": (files[0],)})
     seen = ", ".join(one.name for one in files[:6]) or "no data file"
     raise DataError(
         f"{written} is a folder with {seen}{', ...' if len(files) > 6 else ''}; wanted train.csv (or tsv, json, jsonl, "

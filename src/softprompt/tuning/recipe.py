@@ -80,6 +80,11 @@ class Data(Section):
     encoding: str | None = setting(
         None, "The file's text encoding; without it, it is detected, and a guess is said."
     )
+    quoting: Literal["auto", "double", "none"] = setting(
+        "auto",
+        "Quotes in csv and tsv files: double encloses cells, none is plain text; auto takes them as plain text in "
+        "files of tabs whose cells open quotes and do not close them.",
+    )
     streaming: bool = setting(
         False, "Read only the first `limit` rows of a hub data set, rather than downloading all of it."
     )

@@ -104,6 +104,7 @@ def read_splits(recipe: Recipe) -> Splits:
         test=data.test,
         seed=data.seed,
         encoding=data.encoding,
+        quoting=data.quoting,
         streaming=data.streaming,
     )
 
