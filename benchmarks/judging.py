@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.comparison.compare import compare
-from softprompt.comparison.settings import Settings
+from softprompt.comparison.settings import CompareSettings
 from softprompt.report.render import write_reports
 from softprompt.report.verdict import verdict
 from softprompt.tuning.recipe import Recipe
@@ -121,16 +121,17 @@ def main() -> None:
                 "valid_every_steps": max(1, asked.steps // 3),
             },
         )
-        arms = tuple(asked.arms.split(","))
-        settings = Settings(recipe=recipe, arms=arms, metrics=metrics, seeds=asked.seeds, shots=3)
-        record = compare(settings, folder, tell=lambda job, what, done, of: None)
+        settings = CompareSettings(
+            arms=asked.arms.split(","), metrics=list(metrics), seeds=asked.seeds, shots=3
+        )
+        comparison = compare(recipe, settings, folder)
         write_reports([folder], folder)
-        print(f"{task}: {verdict(record)}", flush=True)
+        print(f"{task}: {verdict(comparison)}", flush=True)
+        record = comparison.to_record()
         results[task] = {
-            "verdict": verdict(record),
-            "arms": {arm: one["metrics"] for arm, one in record["summary"]["arms"].items()},
-            "failed": record["failed"],
-            **{key: record[key] for key in ("made", "base", "machine", "versions")},
+            "verdict": verdict(comparison),
+            "arms": {name: arm["metrics"] for name, arm in record["summary"]["arms"].items()},
+            **{key: record[key] for key in ("failed", "made", "base", "machine", "versions")},
             "rows": record["data"]["rows"],
             "steps": asked.steps,
         }

@@ -16,13 +16,15 @@ import torch
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
 from softprompt.comparison import arms, forgetting, run_arm
+from softprompt.comparison.arm import ARMS
 from softprompt.comparison.compare import compare
-from softprompt.comparison.settings import ARM_NAMES, Job, Settings
+from softprompt.comparison.records import ArmResult, Comparison
+from softprompt.comparison.settings import CompareSettings, Job
+from softprompt.comparison.summary import summarise
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import DataError, NotFinite, RecipeError, SoftPromptError
 from softprompt.evaluation.rows import Row
-from softprompt.evaluation.summary import summarise
 from softprompt.report.verdict import verdict
 from softprompt.tuning.recipe import Recipe
 from tiny_models import tiny_model, tiny_tokenizer
@@ -48,60 +50,63 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(task: Path, **changes: Any) -> Settings:
-    recipe = Recipe(
+def recipe(task: Path, *overrides: str) -> Recipe:
+    return Recipe(
         base=str(task / "base"),
         dtype="float32",
         data={"source": str(task), "template": TEMPLATE, "target": "label"},
         tune={"max_steps": 3, "batch_size": 4, "learning_rate": 0.05, "valid_every_steps": 2},
-    )
-    values: dict[str, Any] = {"recipe": recipe, "arms": tuple(ARM_NAMES), "text": "Is it one?\n", "shots": 2}
-    return Settings(**(values | changes))
+    ).changed(overrides)
+
+
+def settings(**changes: Any) -> CompareSettings:
+    values: dict[str, Any] = {"arms": list(ARMS), "text": "Is it one?\n", "shots": 2, "seeds": 1}
+    return CompareSettings(**(values | changes))
 
 
 @pytest.fixture(scope="module")
-def compared(task: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def compared(task: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
     pytest.importorskip("peft", reason="the arm lora needs PEFT")
     out = tmp_path_factory.mktemp("compared")
-    return compare(settings(task, seeds=2), out, own_process=False), out
+    return compare(recipe(task), settings(seeds=2), out, own_process=False), out
 
 
 def test_every_arm_comes_to_an_end_and_is_judged_on_the_same_rows(
-    compared: tuple[dict[str, Any], Path],
+    compared: tuple[Comparison, Path],
 ) -> None:
     record, _ = compared
-    assert record["failed"] == {}
-    assert list(record["summary"]["arms"]) == list(ARM_NAMES)
-    for arm, results in record["runs"].items():
+    assert record.failed == {}
+    assert list(record.summary.arms) == list(ARMS)
+    for arm, results in record.runs.items():
         assert len(results) == (1 if arm in ("base", "prompt") else 2)
-        assert {one["rows"] for one in results} == {4}
+        assert {one.rows for one in results} == {4}
 
 
 def test_trained_parameters_and_bytes_are_those_of_what_is_kept(
-    compared: tuple[dict[str, Any], Path],
+    compared: tuple[Comparison, Path],
 ) -> None:
-    found = compared[0]["summary"]["arms"]
+    found = compared[0].summary.arms
     base = tiny_model("Llama")
     width, layers, heads, head_width = 32, 2, 2, 8
-    assert found["base"]["trained_parameters"] == found["base"]["stored_bytes"] == 0
-    assert found["soft"]["trained_parameters"] == 3 * width
-    assert found["deep"]["trained_parameters"] == 3 * layers * 2 * heads * head_width
-    assert found["full"]["trained_parameters"] == sum(one.numel() for one in base.parameters())
-    assert found["full"]["stored_bytes"] == 4 * found["full"]["trained_parameters"]
+    assert found["base"].trained_parameters == found["base"].stored_bytes == 0
+    assert found["soft"].trained_parameters == 3 * width
+    assert found["deep"].trained_parameters == 3 * layers * 2 * heads * head_width
+    assert found["full"].trained_parameters == sum(one.numel() for one in base.parameters())
+    assert found["full"].stored_bytes == 4 * found["full"].trained_parameters
     linears = [
         one for name, one in base.named_modules() if isinstance(one, torch.nn.Linear) and name != "lm_head"
     ]
-    assert found["lora"]["trained_parameters"] == sum(
+    assert found["lora"].trained_parameters == sum(
         8 * (one.in_features + one.out_features) for one in linears
     )
-    assert 4 * found["soft"]["trained_parameters"] < found["soft"]["stored_bytes"] < 1000
-    assert found["prompt"]["stored_bytes"] == len("Is it one?\n")
+    assert 4 * found["soft"].trained_parameters < found["soft"].stored_bytes < 1000
+    assert found["prompt"].stored_bytes == len("Is it one?\n")
 
 
-def test_added_tokens_are_those_a_request_reads_more(compared: tuple[dict[str, Any], Path]) -> None:
-    found = compared[0]["summary"]["arms"]
+def test_added_tokens_are_those_a_request_reads_more(compared: tuple[Comparison, Path]) -> None:
+    found = compared[0].summary.arms
     text = len(tiny_tokenizer()("Is it one?\n")["input_ids"])
-    assert [found[arm]["added_tokens"] for arm in ("base", "prompt", "soft", "deep", "lora", "full")] == [
+    assert [found[arm].added_tokens for arm in ("base", "prompt", "soft", "deep", "lora", "full")] == [
         0,
         text,
         3,
@@ -109,68 +114,70 @@ def test_added_tokens_are_those_a_request_reads_more(compared: tuple[dict[str, A
         0,
         0,
     ]
-    assert found["few-shot"]["added_tokens"] > text
+    assert found["few-shot"].added_tokens > text
 
 
 def test_every_arm_but_full_leaves_the_base_bit_for_bit_as_it_was(
-    compared: tuple[dict[str, Any], Path],
+    compared: tuple[Comparison, Path],
 ) -> None:
-    found = compared[0]["summary"]["arms"]
-    assert {arm: one["base_unchanged"] for arm, one in found.items()} == {
-        arm: arm != "full" for arm in ARM_NAMES
-    }
+    found = compared[0].summary.arms
+    assert {arm: one.base_unchanged for arm, one in found.items()} == {arm: arm != "full" for arm in ARMS}
 
 
-def test_forgetting_is_measured_with_the_task_on_and_off(compared: tuple[dict[str, Any], Path]) -> None:
-    found = compared[0]["summary"]["arms"]
+def test_forgetting_is_measured_with_the_task_on_and_off(compared: tuple[Comparison, Path]) -> None:
+    found = compared[0].summary.arms
     for arm, one in found.items():
         if arm == "full":
-            assert one["general_off"] == one["general_on"] != one["general_before"]
+            assert one.general_off == one.general_on != one.general_before
         else:
-            assert one["general_off"] == one["general_before"], arm
-        assert (one["general_on"] == one["general_before"]) == (arm == "base"), arm
+            assert one.general_off == one.general_before, arm
+        assert (one.general_on == one.general_before) == (arm == "base"), arm
 
 
 def test_learned_arms_took_the_same_steps_and_keep_their_curves(
-    compared: tuple[dict[str, Any], Path],
+    compared: tuple[Comparison, Path],
 ) -> None:
     for arm in ("soft", "deep", "lora", "full"):
-        for one in compared[0]["runs"][arm]:
-            assert one["learning"]["steps"] == 3
-            assert [point["step"] for point in one["curve"]] == [1, 2, 3]
-            assert [point["step"] for point in one["validation"]] == [0, 2, 3]
-            best = min(one["validation"], key=lambda point: point["nll"])
-            assert one["learning"]["best_step"] == best["step"]
+        for one in compared[0].runs[arm]:
+            assert one.learning.steps == 3
+            assert [point.step for point in one.curve] == [1, 2, 3]
+            assert [point.step for point in one.validation] == [0, 2, 3]
+            best = min(one.validation, key=lambda point: point.nll)
+            assert one.learning.best_step == best.step
 
 
-def test_the_data_health_names_a_judged_row_that_was_learned(compared: tuple[dict[str, Any], Path]) -> None:
-    health = compared[0]["health"]
-    assert health["judged_also_trained"] == 1
-    assert health["judged_also_validated"] == 3
-    assert health["splits"]["train"]["labels"] == {"complaint": 5, "no complaint": 4}
-    assert health["contradictions"] == 0
+def test_the_data_health_names_a_judged_row_that_was_learned(compared: tuple[Comparison, Path]) -> None:
+    health = compared[0].health
+    assert health is not None
+    assert health.judged_also_trained == 1
+    assert health.judged_also_validated == 3
+    assert health.splits["train"].labels == {"complaint": 5, "no complaint": 4}
+    assert health.contradictions == 0
 
 
 def test_what_is_done_is_not_done_again_and_arms_can_be_added(
-    compared: tuple[dict[str, Any], Path], task: Path, monkeypatch: pytest.MonkeyPatch
+    compared: tuple[Comparison, Path], task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record, out = compared
-    monkeypatch.setattr(run_arm, "ARMS", {})  # any arm that ran would fail
-    again = compare(settings(task, seeds=1, arms=("soft", "base"), text=None), out, own_process=False)
-    assert again["runs"]["soft"] == record["runs"]["soft"][:1]
-    other = settings(task, arms=("soft",), text=None, rates={"soft": 0.2})
+    monkeypatch.setattr(run_arm, "MAKERS", {})  # any arm that ran would fail
+    again = compare(recipe(task), settings(seeds=1, arms=["soft", "base"], text=None), out, own_process=False)
+    assert again.runs["soft"][0].to_record() == record.runs["soft"][0].to_record()
+    assert len(again.runs["soft"]) == 1
+    other = settings(arms=["soft"], text=None, rates={"soft": 0.2})
     with pytest.raises(KeyError, match="soft"):  # it would run again, since its rate is another
-        compare(other, out, own_process=False)
+        compare(recipe(task), other, out, own_process=False)
 
 
 def test_a_comparison_that_was_killed_goes_on_at_the_arm_that_was_running(
     task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = settings(task, arms=("base", "few-shot"), text=None)
+    wanted = settings(arms=["base", "few-shot"], text=None)
     ran: list[str] = []
 
-    def counted(name: str, arm: Callable[[arms.Task], arms.Ready]) -> Callable[[arms.Task], arms.Ready]:
-        def run(given: arms.Task) -> arms.Ready:
+    def counted(
+        name: str, arm: Callable[[arms.Assignment], arms.Ready]
+    ) -> Callable[[arms.Assignment], arms.Ready]:
+        def run(given: arms.Assignment) -> arms.Ready:
             ran.append(name)
             if name == "few-shot" and ran.count(name) == 1:
                 raise KeyboardInterrupt
@@ -178,106 +185,99 @@ def test_a_comparison_that_was_killed_goes_on_at_the_arm_that_was_running(
 
         return run
 
-    monkeypatch.setattr(run_arm, "ARMS", {name: counted(name, arm) for name, arm in arms.ARMS.items()})
+    monkeypatch.setattr(run_arm, "MAKERS", {name: counted(name, arm) for name, arm in arms.MAKERS.items()})
     with pytest.raises(KeyboardInterrupt):
-        compare(wanted, tmp_path, own_process=False)
-    compare(wanted, tmp_path, own_process=False)
+        compare(recipe(task), wanted, tmp_path, own_process=False)
+    compare(recipe(task), wanted, tmp_path, own_process=False)
     assert ran == ["base", "few-shot", "few-shot"]
 
 
 def test_an_arm_that_fails_is_named_with_its_reason_and_the_others_stand(
     task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(task: arms.Task) -> arms.Ready:
+    def broken(task: arms.Assignment) -> arms.Ready:
         raise NotFinite("the loss is not finite")
 
-    monkeypatch.setattr(run_arm, "ARMS", {**arms.ARMS, "soft": broken})
-    record = compare(settings(task, arms=("base", "soft"), text=None), tmp_path, own_process=False)
-    assert record["failed"] == {"soft": "the loss is not finite"}
-    assert list(record["summary"]["arms"]) == ["base"]
+    monkeypatch.setattr(run_arm, "MAKERS", {**arms.MAKERS, "soft": broken})
+    record = compare(recipe(task), settings(arms=["base", "soft"], text=None), tmp_path, own_process=False)
+    assert record.failed == {"soft": "the loss is not finite"}
+    assert list(record.summary.arms) == ["base"]
 
 
 def test_an_arm_in_a_process_of_its_own_gives_the_same_figures(
-    compared: tuple[dict[str, Any], Path], task: Path, tmp_path: Path
+    compared: tuple[Comparison, Path], task: Path, tmp_path: Path
 ) -> None:
     told: list[str] = []
-    wanted = settings(task, arms=("soft",), text=None)
-    record = compare(wanted, tmp_path, tell=lambda job, what, done, of: told.append(what))
-    here, there = record["runs"]["soft"][0], compared[0]["runs"]["soft"][0]
-    assert here["metrics"]["nll"]["value"] == pytest.approx(there["metrics"]["nll"]["value"], rel=1e-4)
+    wanted = settings(arms=["soft"], text=None)
+    record = compare(recipe(task), wanted, tmp_path, tell=lambda job, what, done, of: told.append(what))
+    here, there = record.runs["soft"][0], compared[0].runs["soft"][0]
+    assert here.metrics["nll"].value == pytest.approx(there.metrics["nll"].value, rel=1e-4)
     assert list(dict.fromkeys(told)) == ["loading", "learning", "judging", "measuring"]
-    assert here["memory"]["peak_learning"] >= here["memory"]["loaded"] * 0.9 > 0
+    assert here.memory.peak_learning >= here.memory.loaded * 0.9 > 0
 
 
 def test_running_text_is_judged_by_its_loss_and_continued_for_reading(task: Path, tmp_path: Path) -> None:
-    recipe = Recipe(
+    running = Recipe(
         base=str(task / "base"),
         dtype="float32",
         data={"source": str(task), "column": "text", "template": "{soft:3}{text}"},
         tune={"max_steps": 1, "batch_size": 4, "learning_rate": 0.05},
     )
-    wanted = Settings(recipe=recipe, arms=("base", "prompt", "soft", "deep"), text="thank you. ")
-    record = compare(wanted, tmp_path, own_process=False)
-    assert record["failed"] == {}
-    assert record["metrics"][0] == "nll"
-    assert {one["n"] for arm in record["summary"]["arms"].values() for one in arm["metrics"].values()} == {4}
-    assert all(len(results[0]["samples"]) == 4 for results in record["runs"].values())
+    wanted = settings(arms=["base", "prompt", "soft", "deep"], text="thank you. ")
+    record = compare(running, wanted, tmp_path, own_process=False)
+    assert record.failed == {}
+    assert record.metrics[0] == "nll"
+    assert {one.n for arm in record.summary.arms.values() for one in arm.metrics.values()} == {4}
+    assert all(len(results[0].samples) == 4 for results in record.runs.values())
 
 
 def test_a_time_budget_becomes_steps_at_each_arms_own_pace(task: Path, tmp_path: Path) -> None:
-    wanted = settings(task, arms=("soft", "full"), text=None, seconds=0.15)
-    record = compare(wanted, tmp_path, own_process=False)
+    wanted = settings(arms=["soft", "full"], text=None, seconds=0.15)
+    record = compare(recipe(task), wanted, tmp_path, own_process=False)
     for arm in ("soft", "full"):
-        assert record["runs"][arm][0]["learning"]["steps"] >= 1
-        assert len(record["runs"][arm][0]["curve"]) == record["runs"][arm][0]["learning"]["steps"]
+        assert record.runs[arm][0].learning.steps >= 1
+        assert len(record.runs[arm][0].curve) == record.runs[arm][0].learning.steps
 
 
 def test_weights_are_moved_by_adamw_where_prompts_are_by_muon(task: Path, tmp_path: Path) -> None:
     """The recipe's default is muon; the arm that trains weights does as with adamw, its warm-up included."""
     losses = []
     for name in ("muon", "adamw", "adafactor"):
-        recipe = settings(task).recipe.changed([f"tune.optimizer={name}"])
-        wanted = settings(task, recipe=recipe, arms=("full",), text=None)
-        record = compare(wanted, tmp_path / name, own_process=False)
-        losses.append([point["nll"] for point in record["runs"]["full"][0]["curve"]])
+        wanted = settings(arms=["full"], text=None)
+        record = compare(recipe(task, f"tune.optimizer={name}"), wanted, tmp_path / name, own_process=False)
+        losses.append([point.nll for point in record.runs["full"][0].curve])
     assert losses[0] == losses[1] != losses[2]
 
 
 def test_data_without_held_out_rows_is_refused(task: Path, tmp_path: Path) -> None:
-    tree = settings(task).recipe.model_dump()
-    tree["data"] |= {"source": str(task / "train.csv")}
-    wanted = replace(settings(task, arms=("base",), text=None), recipe=Recipe(**tree))
+    alone = recipe(task, f"data.source={task / 'train.csv'}", "data.validation=0", "data.test=0")
+    wanted = settings(arms=["base"], text=None)
     with pytest.raises(SoftPromptError, match="neither test nor validation"):
-        compare(wanted, tmp_path, own_process=False)
+        compare(alone, wanted, tmp_path, own_process=False)
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"arms": ("base", "sofft")}, "Did you mean 'soft'"),
-        ({"arms": ("base", "base")}, "each once"),
+        ({"arms": ["base", "sofft"]}, "sofft"),
+        ({"arms": ["base", "base"]}, "each arm once"),
         ({"text": None}, "Give it with --text"),
-        ({"arms": ("base",)}, "not among --arms"),
-        ({"rates": {"loro": 1.0}}, "Did you mean 'lora'"),
-        ({"calibrated": True}, "rank"),
+        ({"arms": ["base"]}, "not among --arms"),
+        ({"rates": {"loro": 1.0}}, "rates"),
+        ({"calibrate": True}, "rank"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(
-    task: Path, changes: dict[str, Any], told: str
-) -> None:
+def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
-        settings(task, **changes)
+        settings(**changes)
 
 
 def test_a_job_comes_back_from_its_file_with_the_same_digest(task: Path, tmp_path: Path) -> None:
-    job = Job(settings(task, rates={"lora": 1e-3}), "lora", 1, tmp_path)
+    job = Job(recipe(task), settings(rates={"lora": 1e-3}), "lora", 1, tmp_path)
     (tmp_path / "job.json").write_text(job.to_json())
     assert Job.load(tmp_path).digest == job.digest
-    assert replace(job, settings=settings(task, rates={"lora": 2e-3})).digest != job.digest
-    assert (
-        replace(job, settings=settings(task, rates={"lora": 1e-3}, seeds=5, text="Other")).digest
-        == job.digest
-    )
+    assert replace(job, settings=settings(rates={"lora": 2e-3})).digest != job.digest
+    assert replace(job, settings=settings(rates={"lora": 1e-3}, seeds=5, text="Other")).digest == job.digest
 
 
 def test_few_shot_examples_take_each_label_in_turn_and_follow_the_seed() -> None:
@@ -313,10 +313,14 @@ def test_arms_on_other_rows_are_not_compared() -> None:
     ours = [Row(0, 0, "a", "x", "x"), Row(1, 1, "b", "x", "y")]
     theirs = [Row(0, 0, "a", "x", "x"), Row(1, 1, "other", "x", "y")]
     with pytest.raises(SoftPromptError, match="different rows"):
-        summarise({"one": [{}], "two": [{}]}, {"one": [ours], "two": [theirs]}, ["accuracy"])
+        summarise(
+            {"one": [ArmResult("one")], "two": [ArmResult("two")]},
+            {"one": [ours], "two": [theirs]},
+            ["accuracy"],
+        )
 
 
-def test_a_record_is_plain_json_without_nan(compared: tuple[dict[str, Any], Path]) -> None:
+def test_a_record_is_plain_json_without_nan(compared: tuple[Comparison, Path]) -> None:
     text = (compared[1] / "comparison.json").read_text()
     assert "NaN" not in text
     assert json.loads(text)["kind"] == "comparison"
@@ -345,11 +349,11 @@ def test_the_command_writes_the_report_says_the_verdict_and_fails_a_gate_with_10
         "--set",
         "tune.max_steps=1",
     ]
-    arguments += ["--arms", "base,soft", "--rate", "soft=0.01", "--in-process", "--json"]
+    arguments += ["--arms", "base,soft", "--seeds", "1", "--rate", "soft=0.01", "--in-process", "--json"]
     assert main(arguments) == 0
     shown = capsys.readouterr()
-    record = json.loads(shown.out)
-    assert record["runs"]["soft"][0]["learning"]["rate"] == 0.01
+    record = Comparison.from_record(json.loads(shown.out))
+    assert record.runs["soft"][0].learning.rate == 0.01
     assert verdict(record) in shown.err
     assert {path.name for path in (tmp_path / "out").glob("report.*")} == {
         f"report.{one}" for one in ("html", "md", "csv", "json")

@@ -19,14 +19,15 @@ from softprompt.evaluation.evaluate import (
     Answer,
     default_metrics,
     demand,
-    evaluate,
+    judge_rows,
     read_gates,
     wanted_text,
     written_out,
 )
 from softprompt.evaluation.metric import Estimate, metrics_named
-from softprompt.evaluation.predictor import Asking, predictor, text_prompt
+from softprompt.evaluation.predictor import predictor, settled, text_prompt
 from softprompt.evaluation.rows import Row, read_rows
+from softprompt.evaluation.settings import JudgeSettings
 from softprompt.inference.compiled import compile_prompt, vectors_state
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
 from softprompt.store.artifact import save_prompt
@@ -61,8 +62,8 @@ def of_words(lm: FrozenLM, words: str, template: str, target: str | None) -> Sof
 
 def losses(lm: FrozenLM, prompt: object, layout: Template, rows: Sequence[Example] = ROWS) -> list[Row]:
     compiled = compile_prompt(lm, prompt, template=layout) if not hasattr(prompt, "state") else prompt  # type: ignore[arg-type]
-    predict = predictor(lm, compiled, layout, LOSSES, Asking())  # type: ignore[arg-type]
-    return list(evaluate(predict, rows, LOSSES, layout).rows)
+    predict = predictor(lm, compiled, layout, LOSSES, JudgeSettings())  # type: ignore[arg-type]
+    return list(judge_rows(predict, rows, LOSSES, layout).rows)
 
 
 @pytest.mark.parametrize(("template", "target"), [(str(LABELLED), "label"), (str(RUNNING), None)])
@@ -108,15 +109,18 @@ def test_a_label_is_ranked_by_its_likelihood_and_calibration_takes_its_bias_away
     metrics = metrics_named(["accuracy", "nll"])
     labels = ("complaint", "no complaint")
     base = compile_prompt(lm, None, template=LABELLED)
-    rows = evaluate(
-        predictor(lm, base, LABELLED, metrics, Asking(labels=labels)), ROWS, metrics, LABELLED
+    rows = judge_rows(
+        predictor(lm, base, LABELLED, metrics, JudgeSettings(answers="rank", labels=list(labels))),
+        ROWS,
+        metrics,
+        LABELLED,
     ).rows
     for row in rows:
         assert row.scores is not None
         assert row.said == max(labels, key=row.scores.__getitem__)
         assert row.scores[row.wanted] == pytest.approx(-row.nll, rel=1e-4)
-    weighed = Asking(labels=labels, calibrated=True)
-    after = evaluate(predictor(lm, base, LABELLED, metrics, weighed), ROWS, metrics, LABELLED).rows
+    weighed = JudgeSettings(answers="rank", labels=list(labels), calibrate=True)
+    after = judge_rows(predictor(lm, base, LABELLED, metrics, weighed), ROWS, metrics, LABELLED).rows
     empty = [Example({"text": text, "label": label}) for text in ("N/A", "...", "none") for label in labels]
     likely = [math.exp(-row.nll) for row in losses(lm, None, LABELLED, empty)]
     bias = {label: math.log(sum(likely[i::2]) / 3) for i, label in enumerate(labels)}
@@ -127,17 +131,21 @@ def test_a_label_is_ranked_by_its_likelihood_and_calibration_takes_its_bias_away
 
 
 def test_answers_are_generated_with_room_for_the_longest_wanted_one_and_end_at_a_line(lm: FrozenLM) -> None:
-    asking = Asking().settled(lm, LABELLED, ROWS)
+    asking = settled(JudgeSettings(), lm, LABELLED, ROWS)
     longest = len(lm.tokenizer("no complaint")["input_ids"])
     assert asking.max_new_tokens == math.ceil(longest * 1.25) + 2
-    assert asking.stop == ("\n",)
-    assert Asking().settled(lm, LABELLED, [Example({"text": "x", "label": "two\nlines"})]).stop == ()
+    assert asking.stop == ["\n"]
+    assert settled(JudgeSettings(), lm, LABELLED, [Example({"text": "x", "label": "two\nlines"})]).stop == []
 
 
 def test_metrics_of_answers_need_a_target(lm: FrozenLM) -> None:
     with pytest.raises(RecipeError, match="no target"):
         predictor(
-            lm, compile_prompt(lm, None, template=RUNNING), RUNNING, metrics_named(["accuracy"]), Asking()
+            lm,
+            compile_prompt(lm, None, template=RUNNING),
+            RUNNING,
+            metrics_named(["accuracy"]),
+            JudgeSettings(),
         )
 
 
@@ -158,11 +166,11 @@ class Fake:
 def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     metrics = metrics_named(["accuracy", "nll"])
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Fake(breaks_at=2), ROWS, metrics, LABELLED, out=tmp_path, about={"a": 1}, chunk=1)
+        judge_rows(Fake(breaks_at=2), ROWS, metrics, LABELLED, out=tmp_path, about={"a": 1}, chunk=1)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"index": 2, "row": 2, "inp')  # the kill came in the middle of a line
     fake = Fake()
-    found = evaluate(fake, ROWS, metrics, LABELLED, out=tmp_path, about={"a": 1}, chunk=1)
+    found = judge_rows(fake, ROWS, metrics, LABELLED, out=tmp_path, about={"a": 1}, chunk=1)
     assert fake.asked == [2]
     assert found.reused == 2
     assert [row.row for row in read_rows(tmp_path / "rows.jsonl")] == [0, 1, 2]
@@ -175,10 +183,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["about", "rows"])
 def test_rows_of_another_evaluation_are_refused_and_not_mixed_in(tmp_path: Path, change: str) -> None:
     metrics = metrics_named(["accuracy"])
-    evaluate(Fake(), ROWS, metrics, LABELLED, out=tmp_path, about={"a": 1})
+    judge_rows(Fake(), ROWS, metrics, LABELLED, out=tmp_path, about={"a": 1})
     rows = ROWS[:2] if change == "rows" else ROWS
     with pytest.raises(DataError, match="another evaluation"):
-        evaluate(Fake(), rows, metrics, LABELLED, out=tmp_path, about={"a": 2 if change == "about" else 1})
+        judge_rows(Fake(), rows, metrics, LABELLED, out=tmp_path, about={"a": 2 if change == "about" else 1})
 
 
 def test_a_row_comes_back_from_its_line_as_it_was() -> None:
@@ -239,7 +247,7 @@ def test_the_command_judges_base_text_and_learned_prompts_and_fails_a_gate_with_
     ids = lm.tokenizer("Kind of message: ")["input_ids"][:3]
     prompt = SoftPrompt(lm.embed(torch.tensor(ids)).float(), lm.fingerprint, layout, "label", name="kind")
     save_prompt(prompt, tmp_path / "kind")
-    data = ["--data", "builtin:messages", "--limit", "6", "--json"]
+    data = ["--data", "builtin:messages", "--judge-rows", "6", "--json"]
     base = ["--template", layout, "--target", "label"]
 
     def record(*arguments: str) -> dict[str, object]:
@@ -277,7 +285,7 @@ def test_the_command_goes_on_with_a_folder_and_reads_the_data_of_the_prompts_own
         "evaluate",
         "--prompt",
         str(tmp_path / "two"),
-        "--limit",
+        "--judge-rows",
         "4",
         "--out",
         str(tmp_path / "out"),

@@ -13,9 +13,10 @@ import torch
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Example
 from softprompt.data.template import Template
-from softprompt.evaluation.evaluate import evaluate
+from softprompt.evaluation.evaluate import judge_rows
 from softprompt.evaluation.metric import metrics_named
-from softprompt.evaluation.predictor import Asking, predictor
+from softprompt.evaluation.predictor import predictor
+from softprompt.evaluation.settings import JudgeSettings
 from softprompt.inference.compiled import compile_prompt
 from softprompt.prompt.soft_prompt import SoftPrompt
 
@@ -102,14 +103,15 @@ def test_the_harness_and_our_own_evaluate_agree_on_banking77(
     layout = Template.parse(prompt.template, target="label")
     examples = [Example(row, row=place) for place, row in enumerate(rows)]
     metrics = metrics_named(["accuracy"])
-    asking = Asking(
-        labels=tuple(choices) if kind == "multiple_choice" else None,
+    ranked = kind == "multiple_choice"
+    asked = JudgeSettings(
+        answers="rank" if ranked else "generate",
+        labels=choices if ranked else [],
         max_new_tokens=6,
-        stop=("\n",),
-        end="never",
+        stop=["\n"],
     )
     compiled = compile_prompt(lm, prompt)
-    ours = evaluate(predictor(lm, compiled, layout, metrics, asking), examples, metrics, layout)
+    ours = judge_rows(predictor(lm, compiled, layout, metrics, asked, end="never"), examples, metrics, layout)
     by_text = {one["doc"]["text"]: one for one in samples}
     if kind == "multiple_choice":
         assert figures["acc,none"] == pytest.approx(ours.estimates["accuracy"].value)

@@ -12,7 +12,8 @@ import pytest
 
 from softprompt.cli.app import main
 from softprompt.errors import DataError, MissingExtra
-from softprompt.report.plot import Curves, draw, for_terminal, read_curves, smoothed
+from softprompt.report.curves import Curves, smoothed
+from softprompt.report.plot import draw, for_terminal, read_plotted
 from test_learn import learn, recipe
 
 
@@ -24,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_runs_curves_are_those_that_it_recorded(run: Path) -> None:
-    (curves,) = read_curves([run])
+    (curves,) = read_plotted([run])
     assert curves.name == "first"
     assert [step for step, _ in curves.training] == list(range(1, 10))
     assert [step for step, _ in curves.held_out] == [0, 3, 6, 9]
@@ -34,7 +35,7 @@ def test_a_runs_curves_are_those_that_it_recorded(run: Path) -> None:
 def test_a_line_that_was_cut_short_is_left_out(run: Path, tmp_path: Path) -> None:
     text = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     (tmp_path / "metrics.jsonl").write_text("\n".join(text[:4]) + '\n{"event": "Ste', encoding="utf-8")
-    (curves,) = read_curves([tmp_path])
+    (curves,) = read_plotted([tmp_path])
     assert len(curves.training) + len(curves.held_out) == 3
 
 
@@ -61,7 +62,7 @@ def test_a_falling_line_goes_from_the_upper_left_to_the_lower_right() -> None:
 def test_a_picture_is_written_in_the_format_of_its_name(run: Path, tmp_path: Path, ending: str) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / f"curves.{ending}"
-    draw(read_curves([run, run]), path)
+    draw(read_plotted([run, run]), path)
     content = path.read_bytes()
     if ending == "png":
         assert content.startswith(b"\x89PNG")
@@ -72,7 +73,7 @@ def test_a_picture_is_written_in_the_format_of_its_name(run: Path, tmp_path: Pat
 def test_without_matplotlib_it_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtra, match=r"pip install 'softprompt\[plot\]'"):
-        draw(read_curves([run]), "x.png")
+        draw(read_plotted([run]), "x.png")
 
 
 def test_the_command_draws_and_a_folder_without_a_run_is_refused(
@@ -82,7 +83,7 @@ def test_the_command_draws_and_a_folder_without_a_run_is_refused(
     assert "first: held-out loss" in capsys.readouterr().out
     assert main(["plot", str(tmp_path)]) == 3
     with pytest.raises(DataError, match="Give the folder of a run"):
-        read_curves([tmp_path])
+        read_plotted([tmp_path])
 
 
 def test_trackers_get_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

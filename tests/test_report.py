@@ -10,15 +10,18 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from softprompt.cli.app import main
+from softprompt.comparison.records import ArmResult, Comparison, Figure
+from softprompt.comparison.summary import summarise
 from softprompt.errors import DataError
+from softprompt.evaluation.interval import Difference
 from softprompt.evaluation.rows import Row
-from softprompt.evaluation.summary import summarise
 from softprompt.report import charts, figures
 from softprompt.report.limits import limits
 from softprompt.report.pages import page
@@ -84,7 +87,7 @@ def run_record(arm: str, seed: int) -> dict[str, Any]:
     }
 
 
-def comparison(folder: Path, right: dict[str, int] = RIGHT, seeds: int = 2) -> dict[str, Any]:
+def comparison(folder: Path, right: dict[str, int] = RIGHT, seeds: int = 2, **changes: Any) -> Comparison:
     """A comparison on disk, its figures computed from rows by the package itself."""
     rows = {
         arm: [judged(count - seed) for seed in range(1 if arm == "base" else seeds)]
@@ -103,12 +106,12 @@ def comparison(folder: Path, right: dict[str, int] = RIGHT, seeds: int = 2) -> d
         "settings": {
             "seeds": seeds,
             "answers": "generate",
-            "calibrated": False,
             "shots": 4,
+            "arms": ["base", "prompt", "soft"],
             "text": NASTY,
             "seconds": None,
-            "recipe": {"base": "builtin", "data": {"source": NASTY}},
         },
+        "recipe": {"base": "builtin", "data": {"source": NASTY}},
         "template": "{soft:3}Message: {text} Kind: {label}",
         "target": "label",
         "base": {
@@ -155,16 +158,23 @@ def comparison(folder: Path, right: dict[str, int] = RIGHT, seeds: int = 2) -> d
             "contradictions": 0,
             "labels_never_trained": [],
         },
-        "summary": summarise(runs, rows, ["accuracy", "nll"]),
+        "summary": asdict(
+            summarise(
+                {arm: [ArmResult.from_record(run) for run in seeds] for arm, seeds in runs.items()},
+                rows,
+                ["accuracy", "nll"],
+            )
+        ),
         "runs": runs,
         "failed": {"deep": "it did not fit into memory"},
     }
-    (folder / "comparison.json").write_text(json.dumps(record), encoding="utf-8")
-    return record
+    made = Comparison.from_record({**record, **changes})
+    (folder / "comparison.json").write_text(json.dumps(made.to_record()), encoding="utf-8")
+    return made
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
     folder = tmp_path_factory.mktemp("report")
     record = comparison(folder)
     write_reports([folder], folder)
@@ -204,7 +214,7 @@ class Seen(html.parser.HTMLParser):
 
 
 def test_the_page_is_whole_loads_nothing_and_takes_no_text_for_markup(
-    compared: tuple[dict[str, Any], Path],
+    compared: tuple[Comparison, Path],
 ) -> None:
     text = (compared[1] / "report.html").read_text("utf-8")
     seen = Seen()
@@ -222,7 +232,7 @@ def test_the_page_is_whole_loads_nothing_and_takes_no_text_for_markup(
     assert len(text.encode()) < 200_000
 
 
-def test_every_colour_has_a_light_and_a_dark_value(compared: tuple[dict[str, Any], Path]) -> None:
+def test_every_colour_has_a_light_and_a_dark_value(compared: tuple[Comparison, Path]) -> None:
     text = (compared[1] / "report.html").read_text("utf-8")
     light, dark = (
         set(re.findall(r"(--[\w-]+): #", part))
@@ -231,25 +241,25 @@ def test_every_colour_has_a_light_and_a_dark_value(compared: tuple[dict[str, Any
     assert light == dark
 
 
-def test_the_forms_tell_the_same_figures(compared: tuple[dict[str, Any], Path]) -> None:
+def test_the_forms_tell_the_same_figures(compared: tuple[Comparison, Path]) -> None:
     record, folder = compared
-    soft = record["summary"]["arms"]["soft"]["metrics"]["accuracy"]
-    assert soft["value"] == pytest.approx((30 + 29) / 80)
+    soft = record.summary.arms["soft"].metrics["accuracy"]
+    assert soft.value == pytest.approx((30 + 29) / 80)
     told = figures.estimate(soft)
     assert told in (folder / "report.html").read_text("utf-8")
     assert told in (folder / "report.md").read_text("utf-8")
     lines = list(csv.DictReader(io.StringIO((folder / "report.csv").read_text("utf-8"))))
     (line,) = [one for one in lines if one["arm"] == "soft"]
-    assert float(line["accuracy"]) == pytest.approx(soft["value"])
+    assert float(line["accuracy"]) == pytest.approx(soft.value)
     assert float(line["stored_bytes"]) == 20_600
     (whole,) = json.loads((folder / "report.json").read_text("utf-8"))
     assert whole["verdict"] == verdict(record)
     assert whole["record"]["summary"]["arms"]["soft"]["metrics"]["accuracy"]["value"] == pytest.approx(
-        soft["value"]
+        soft.value
     )
 
 
-def test_the_page_has_every_section(compared: tuple[dict[str, Any], Path]) -> None:
+def test_the_page_has_every_section(compared: tuple[Comparison, Path]) -> None:
     (run,) = read_runs([compared[1]])
     found = [one.id for one in page(run, 1).sections]
     assert found == [
@@ -292,17 +302,15 @@ def test_the_verdict_follows_from_the_numbers(tmp_path: Path) -> None:
     assert "nothing to compare it with" in verdict(alone)
 
 
-def test_the_limits_follow_from_how_it_was_made(
-    compared: tuple[dict[str, Any], Path], tmp_path: Path
-) -> None:
+def test_the_limits_follow_from_how_it_was_made(compared: tuple[Comparison, Path], tmp_path: Path) -> None:
     told = " ".join(limits(compared[0]))
     assert "40 rows were judged on" in told
     assert "One seed" not in told
     assert "Still improving at the last step: soft, lora, full" in told
     assert "6,836,736 weights" in told
     assert "was busy" not in told
-    one = comparison(tmp_path, {"base": 40, "soft": 30}, seeds=1)
-    one["machine"]["load"] = 9.0
+    busy = {"processor": "a CPU", "cores": 2, "load": 9.0}
+    one = comparison(tmp_path, {"base": 40, "soft": 30}, seeds=1, machine=busy)
     told = " ".join(limits(one))
     assert "One seed" in told
     assert "was busy (load 9.0 on 2 cores)" in told
@@ -331,8 +339,9 @@ def test_evaluations_on_the_same_rows_stand_side_by_side(tmp_path: Path) -> None
         }
         (here / "evaluation.json").write_text(json.dumps(record))
     (run,) = read_runs([tmp_path / "base", tmp_path / "mine"])
-    assert run.record["summary"]["best"] == "mine"
-    assert run.record["summary"]["arms"]["base"]["against_best"]["high"] < 0
+    assert run.comparison is not None
+    assert run.comparison.summary.best == "mine"
+    assert run.comparison.summary.arms["base"].against_best.high < 0  # type: ignore[union-attr]
     text = as_html([page(run, 1)])
     assert "Costs" not in text
     assert as_csv([run]).startswith("run,arm,")
@@ -383,10 +392,10 @@ def test_figures_are_written_for_people_and_unknown_ones_say_so() -> None:
     assert figures.size(20_600) == "20.6 KB"
     assert figures.seconds(0.123) == "0.12 s"
     assert figures.seconds(3_725) == "1 h 02 min"
-    assert figures.estimate({"value": 0.5, "stderr": 0.01, "n": 9}, rows=True) == "0.500 ± 0.010 (n=9)"
+    assert figures.estimate(Figure(0.5, 0.01, 9), rows=True) == "0.500 ± 0.010 (n=9)"
     for told in (figures.count, figures.size, figures.seconds, figures.number):
         assert told(None) == told(float("nan")) == "unknown"  # type: ignore[operator]
-    assert figures.difference({"value": -0.1, "low": -0.2, "high": 0.0}) == "\u22120.100 [\u22120.200, 0.000]"
+    assert figures.difference(Difference(-0.1, -0.2, 0.0, 9)) == "\u22120.100 [\u22120.200, 0.000]"
 
 
 def test_charts_hold_one_value_zeros_and_gaps() -> None:
@@ -409,7 +418,7 @@ def test_charts_hold_one_value_zeros_and_gaps() -> None:
     assert "&lt;b&gt;" in charts.bars([charts.Bar("x", "<b>", 1, 0, 2, "")], title="<b>", axis="a")
 
 
-def test_markdown_keeps_its_tables_whole(compared: tuple[dict[str, Any], Path]) -> None:
+def test_markdown_keeps_its_tables_whole(compared: tuple[Comparison, Path]) -> None:
     (run,) = read_runs([compared[1]])
     text = as_markdown([page(run, 1)])
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
@@ -452,7 +461,7 @@ addEventListener("load", () => {
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to look at the page in a real browser")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_in_a_real_browser_nothing_sticks_out_and_the_samples_can_be_narrowed(
-    compared: tuple[dict[str, Any], Path], tmp_path: Path, width: int
+    compared: tuple[Comparison, Path], tmp_path: Path, width: int
 ) -> None:
     report = (compared[1] / "report.html").read_text("utf-8").replace("</body>", MEASURE)
     (tmp_path / "page.html").write_text(report, encoding="utf-8")

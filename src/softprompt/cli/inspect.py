@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +17,7 @@ from softprompt.errors import BaseError
 from softprompt.settings.base_settings import BaseSettings
 
 if TYPE_CHECKING:
-    from softprompt.base.frozen_lm import FrozenLM
-    from softprompt.prompt.soft_prompt import Prompt, SoftPrompt
+    from softprompt.prompt.soft_prompt import Prompt
 
 
 EXAMPLE = "softprompt inspect runs/mine"
@@ -41,7 +41,14 @@ def command(
         lm = asked.load_base(base, prompt)
         prompt.base.demand(lm.fingerprint, str(folder))
         if prompt.kind == "soft":
-            record["vectors"] = against_vocabulary(lm, prompt, nearest)  # type: ignore[arg-type]
+            from softprompt.comparison.anatomy import anatomy
+
+            seen = asdict(anatomy(lm, prompt, nearest))
+            record["vectors"] = {
+                "table_norm_median": seen["table_norm_median"],
+                "table_norm_range": seen["table_norm_range"],
+                "rows": seen["vectors"],
+            }
     except BaseError as error:
         if base.base is not None:
             raise
@@ -72,33 +79,6 @@ def describe(prompt: Prompt, folder: Path, bytes: int) -> dict[str, Any]:
             "vocabulary": prompt.base.vocabulary,
         },
         "notes": dict(prompt.notes),
-    }
-
-
-def against_vocabulary(lm: FrozenLM, prompt: SoftPrompt, nearest: int) -> dict[str, Any]:
-    """Norms of the vectors beside those of the table, and the tokens of highest cosine similarity."""
-    import torch
-
-    table_VD = lm.embedding_VD.detach().float().cpu()
-    norms_V = table_VD.norm(dim=1).sort().values
-    rows_PD = prompt.embeddings_PD
-    cosine_PV = (
-        torch.nn.functional.normalize(rows_PD, dim=1) @ torch.nn.functional.normalize(table_VD, dim=1).T
-    )
-    top = cosine_PV.topk(min(nearest, table_VD.shape[0]), dim=1)
-    return {
-        "table_norm_median": float(norms_V.median()),
-        "table_norm_range": [float(norms_V[len(norms_V) // 100]), float(norms_V[-1 - len(norms_V) // 100])],
-        "rows": [
-            {
-                "norm": float(rows_PD[row].norm()),
-                "nearest": [
-                    {"token": lm.tokenizer.decode([int(token)]), "cosine": round(float(cosine), 4)}
-                    for token, cosine in zip(top.indices[row], top.values[row], strict=True)
-                ],
-            }
-            for row in range(rows_PD.shape[0])
-        ],
     }
 
 

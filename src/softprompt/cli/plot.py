@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from softprompt.cli.screen import screen
-from softprompt.report.plot import draw, for_terminal, read_curves
+from softprompt.report.plot import draw, for_terminal, read_plotted
 
 EXAMPLE = "softprompt plot runs/mine runs/other --out losses.png"
 
@@ -19,7 +19,7 @@ def command(
 ) -> None:
     """Draw how loss fell, for one run or several."""
     console = screen()
-    curves = read_curves(runs)
+    curves = read_plotted(runs)
     console.print(for_terminal(curves, width=min(console.width, 100)), markup=False, soft_wrap=True)
     if out is not None:
         draw(curves, out)

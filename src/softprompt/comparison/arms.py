@@ -1,18 +1,19 @@
-"""The arms: each makes, from the same task, something that answers requests. A function each, by name in ARMS."""
+"""The arms: each makes, from the same task, something that answers requests. A function each, by name in MAKERS."""
 
 from __future__ import annotations
 
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.comparison import weights
-from softprompt.comparison.settings import DEFAULT_RATES, Job
-from softprompt.data.example import Example, Splits
+from softprompt.comparison.arm import ARMS
+from softprompt.comparison.settings import Job
+from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import DataError
 from softprompt.evaluation.evaluate import wanted_text, written_out
@@ -25,31 +26,33 @@ from softprompt.tuning.loop import Tuned, tune
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.settle import make_plan
+from softprompt.tuning.task import Task
 
 PROBED_STEPS = 4
 
 
 @dataclass(frozen=True)
-class Task:
-    """What every arm is given: the base, the rows, the task's template, and the job's settings."""
+class Assignment:
+    """What every arm is given: the base, the one task, and the job's settings."""
 
     lm: FrozenLM
-    splits: Splits
-    layout: Template
+    task: Task
     job: Job
     tell: Callable[[Event], None] = lambda event: None
 
     @property
     def recipe(self) -> Recipe:
         """The recipe with this arm's seed and folder."""
-        tree = self.job.settings.recipe.model_dump()
+        tree = self.job.recipe.model_dump()
         tree["tune"]["seed"] = self.job.seed
         tree["out"] = str(self.job.folder / "prompt")
         return Recipe(**tree)
 
-    def rate(self, otherwise: float) -> float:
-        """The learning rate that was asked for this arm."""
-        return self.job.settings.rates.get(self.job.arm, otherwise)
+    @property
+    def rate(self) -> float:
+        """The learning rate of an arm that trains weights: the user's own, or the table's."""
+        given: Mapping[str, float] = {str(arm): rate for arm, rate in self.job.settings.rates.items()}
+        return given.get(self.job.arm, ARMS[self.job.arm].default_rate)
 
 
 @dataclass
@@ -74,58 +77,60 @@ class Ready:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def base(task: Task) -> Ready:
+def base(given: Assignment) -> Ready:
     """Nothing is learned: the template without its slots."""
-    lm = task.lm
-    return Ready(lm, compile_prompt(lm, None, template=task.layout), restore=lambda: lm)
+    lm = given.lm
+    return Ready(lm, compile_prompt(lm, None, template=given.task.template), restore=lambda: lm)
 
 
-def prompt(task: Task) -> Ready:
+def prompt(given: Assignment) -> Ready:
     """The user's own text in front of every input."""
-    return _text(task, task.job.settings.text or "")
+    return _text(given, given.job.settings.text or "")
 
 
-def few_shot(task: Task) -> Ready:
+def few_shot(given: Assignment) -> Ready:
     """Examples from the training rows in front, drawn by the seed; with labels, each as often as the others."""
-    chosen = draw_examples(task.splits.train, task.layout, task.job.settings.shots, task.job.seed)
-    plain = without_slots(task.layout)
+    chosen = draw_examples(
+        given.task.splits.train, given.task.template, given.job.settings.shots, given.job.seed
+    )
+    plain = without_slots(given.task.template)
     text = "".join(written_out(plain, one) + _answer(plain, one) + "\n" for one in chosen)
-    return _text(task, text, rows=[one.row for one in chosen])
+    return _text(given, text, rows=[one.row for one in chosen])
 
 
-def soft(task: Task) -> Ready:
+def soft(given: Assignment) -> Ready:
     """Prompt tuning, by the recipe."""
-    return _tuned(task, "soft", task.recipe)
+    return _tuned(given, "soft", given.recipe)
 
 
-def deep(task: Task) -> Ready:
+def deep(given: Assignment) -> Ready:
     """Keys and values for every layer; its slot moves to the front, the only place where it can stand."""
-    tree = task.recipe.model_dump()
-    length = task.layout.soft_length
-    tree["data"]["template"] = f"{{soft:{length}}}{without_slots(task.layout)}"
+    tree = given.recipe.model_dump()
+    length = given.task.template.soft_length
+    tree["data"]["template"] = f"{{soft:{length}}}{without_slots(given.task.template)}"
     tree["prompt"] |= {"kind": "deep", "length": length}
-    if "deep" not in task.job.settings.rates:
+    if "deep" not in given.job.settings.rates:
         tree["tune"]["learning_rate"] = "auto"
-    return _tuned(task, "deep", Recipe(**tree))
+    return _tuned(given, "deep", Recipe(**tree))
 
 
-def lora(task: Task) -> Ready:
+def lora(given: Assignment) -> Ready:
     """Low-rank updates by PEFT, kept apart from the base's weights so that the base stays shared."""
-    lm = task.lm
-    plan = make_plan(_within_seconds(task, _lora_probe), lm=lm, splits=task.splits)
-    rate = task.rate(DEFAULT_RATES["lora"])
-    told = _Told(task.tell)
-    model, trained = weights.with_lora(lm, task.job.seed)
+    lm = given.lm
+    plan = make_plan(_within_seconds(given, _lora_probe), lm=lm, splits=given.task.splits)
+    rate = given.rate
+    told = _Told(given.tell)
+    model, trained = weights.with_lora(lm, given.job.seed)
     best = weights.learn_weights(
         plan,
         trained,
         lambda batch: weights.plain_nll(model, batch),
         lambda: weights.held_out(lm.model, plan),
         rate,
-        task.job.folder / "best.pt",
+        given.job.folder / "best.pt",
         told,
     )
-    folder = task.job.folder / "lora"
+    folder = given.job.folder / "lora"
     model.save_pretrained(folder)
     size = (folder / "adapter_model.safetensors").stat().st_size
 
@@ -136,7 +141,7 @@ def lora(task: Task) -> Ready:
     adapted = weights.served(lm.model, lm)
     return Ready(
         adapted,
-        compile_prompt(adapted, None, template=task.layout),
+        compile_prompt(adapted, None, template=given.task.template),
         trained_parameters=sum(weight.numel() for weight in trained),
         stored_bytes=size,
         steps=plan.steps,
@@ -149,12 +154,12 @@ def lora(task: Task) -> Ready:
     )
 
 
-def full(task: Task) -> Ready:
+def full(given: Assignment) -> Ready:
     """Every weight of a copy, in float32; it then serves in the base's own number format."""
-    plan = make_plan(_within_seconds(task, _full_probe), lm=task.lm, splits=task.splits)
-    rate = task.rate(DEFAULT_RATES["full"])
-    told = _Told(task.tell)
-    model = weights.trainable_copy(task.lm)
+    plan = make_plan(_within_seconds(given, _full_probe), lm=given.lm, splits=given.task.splits)
+    rate = given.rate
+    told = _Told(given.tell)
+    model = weights.trainable_copy(given.lm)
     trained = list(model.parameters())
 
     best = weights.learn_weights(
@@ -163,14 +168,14 @@ def full(task: Task) -> Ready:
         lambda batch: weights.plain_nll(model, batch),
         lambda: weights.held_out(model, plan),
         rate,
-        task.job.folder / "best.pt",
+        given.job.folder / "best.pt",
         told,
     )
-    model.to(task.lm.dtype)
-    served = weights.served(model, task.lm)
+    model.to(given.lm.dtype)
+    served = weights.served(model, given.lm)
     return Ready(
         served,
-        compile_prompt(served, None, template=task.layout),
+        compile_prompt(served, None, template=given.task.template),
         trained_parameters=sum(weight.numel() for weight in trained),
         stored_bytes=sum(weight.numel() * weight.element_size() for weight in model.parameters()),
         steps=plan.steps,
@@ -181,7 +186,7 @@ def full(task: Task) -> Ready:
     )
 
 
-ARMS: dict[str, Callable[[Task], Ready]] = {
+MAKERS: dict[str, Callable[[Assignment], Ready]] = {
     "base": base,
     "prompt": prompt,
     "few-shot": few_shot,
@@ -213,11 +218,11 @@ def draw_examples(train: Sequence[Example], layout: Template, count: int, seed: 
     return chosen
 
 
-def _text(task: Task, text: str, **about: Any) -> Ready:
-    lm = task.lm
+def _text(given: Assignment, text: str, **about: Any) -> Ready:
+    lm = given.lm
     return Ready(
         lm,
-        text_prompt(lm, task.layout, text, name=task.job.arm),
+        text_prompt(lm, given.task.template, text, name=given.job.arm),
         in_front=text,
         stored_bytes=len(text.encode()),
         restore=lambda: lm,
@@ -230,23 +235,23 @@ def _answer(plain: Template, example: Example) -> str:
     return wanted_text(plain, example) if plain.target is not None else ""
 
 
-def _tuned(task: Task, kind: str, recipe: Recipe) -> Ready:
+def _tuned(given: Assignment, kind: str, recipe: Recipe) -> Ready:
     tree = recipe.model_dump()
     tree["prompt"]["kind"] = kind
-    if kind in task.job.settings.rates:
-        tree["tune"]["learning_rate"] = float(task.job.settings.rates[kind])
+    if kind in given.job.settings.rates:
+        tree["tune"]["learning_rate"] = float(given.job.settings.rates[kind])
     recipe = Recipe(**tree)
 
     def learn(steps: Recipe, tell: Callable[[Event], None]) -> Tuned:
-        return tune(steps, lm=task.lm, splits=task.splits, on_event=tell)
+        return tune(steps, lm=given.lm, splits=given.task.splits, on_event=tell)
 
-    recipe = _within_seconds(task, lambda _, probe, tell: learn(probe, tell), recipe)
-    told = _Told(task.tell)
+    recipe = _within_seconds(given, lambda _, probe, tell: learn(probe, tell), recipe)
+    told = _Told(given.tell)
     done = learn(recipe, told)
     record = done.record
     return Ready(
-        task.lm,
-        compile_prompt(task.lm, done.prompt),
+        given.lm,
+        compile_prompt(given.lm, done.prompt),
         in_front=done.prompt,
         trained_parameters=told.trained or sum(one.numel() for one in done.prompt.tensors.values()),
         stored_bytes=prompt_bytes(recipe.out),
@@ -255,7 +260,7 @@ def _tuned(task: Task, kind: str, recipe: Recipe) -> Ready:
         learning_rate=float(record["learning_rate"]),
         curve=told.curve,
         validation=told.validation,
-        restore=lambda: task.lm,
+        restore=lambda: given.lm,
         about={"path": recipe.out, "virtual_tokens": done.prompt.length, "learned": done.prompt},
     )
 
@@ -284,43 +289,43 @@ class _Told:
         self.tell(event)
 
 
-Probe = Callable[[Task, Recipe, Callable[[Event], None]], Any]
+Probe = Callable[[Assignment, Recipe, Callable[[Event], None]], Any]
 
 
-def _within_seconds(task: Task, probe: Probe, recipe: Recipe | None = None) -> Recipe:
+def _within_seconds(given: Assignment, probe: Probe, recipe: Recipe | None = None) -> Recipe:
     """The recipe with as many steps as fit into the time allowed, by the pace of a few; unchanged without one."""
-    recipe = recipe or task.recipe
-    seconds = task.job.settings.seconds
+    recipe = recipe or given.recipe
+    seconds = given.job.settings.seconds
     if seconds is None:
         return recipe
     tree = recipe.model_dump()
     tree["tune"]["max_steps"] = PROBED_STEPS
-    tree["out"] = str(task.job.folder / "pace")
+    tree["out"] = str(given.job.folder / "pace")
     told = _Told(lambda event: None)
-    probe(task, Recipe(**tree), told)
+    probe(given, Recipe(**tree), told)
     pace = (told.times[-1] - told.times[0]) / max(1, len(told.times) - 1)
     tree = recipe.model_dump()
     steps = max(1, int(seconds / max(pace, 1e-6)))
-    rows = len(task.splits.train)
+    rows = len(given.task.splits.train)
     batch = 8 if recipe.tune.batch_size == "auto" else recipe.tune.batch_size
     tree["tune"] |= {"max_steps": steps, "epochs": math.ceil(steps / math.ceil(rows / batch))}
     return Recipe(**tree)
 
 
-def _lora_probe(task: Task, recipe: Recipe, tell: Callable[[Event], None]) -> None:
-    plan = make_plan(recipe, lm=task.lm, splits=task.splits)
-    model, trained = weights.with_lora(task.lm, task.job.seed)
-    _probe_weights(plan, trained, lambda batch: weights.plain_nll(model, batch), task, tell)
+def _lora_probe(given: Assignment, recipe: Recipe, tell: Callable[[Event], None]) -> None:
+    plan = make_plan(recipe, lm=given.lm, splits=given.task.splits)
+    model, trained = weights.with_lora(given.lm, given.job.seed)
+    _probe_weights(plan, trained, lambda batch: weights.plain_nll(model, batch), given, tell)
     model.unload()
 
 
-def _full_probe(task: Task, recipe: Recipe, tell: Callable[[Event], None]) -> None:
-    plan = make_plan(recipe, lm=task.lm, splits=task.splits)
-    model = weights.trainable_copy(task.lm)
-    _probe_weights(plan, list(model.parameters()), lambda batch: weights.plain_nll(model, batch), task, tell)
+def _full_probe(given: Assignment, recipe: Recipe, tell: Callable[[Event], None]) -> None:
+    plan = make_plan(recipe, lm=given.lm, splits=given.task.splits)
+    model = weights.trainable_copy(given.lm)
+    _probe_weights(plan, list(model.parameters()), lambda batch: weights.plain_nll(model, batch), given, tell)
 
 
 def _probe_weights(
-    plan: Plan, trained: list[Any], nll: weights.Nll, task: Task, tell: Callable[[Event], None]
+    plan: Plan, trained: list[Any], nll: weights.Nll, given: Assignment, tell: Callable[[Event], None]
 ) -> None:
-    weights.learn_weights(plan, trained, nll, lambda: 0.0, 1e-9, task.job.folder / "pace.pt", tell)
+    weights.learn_weights(plan, trained, nll, lambda: 0.0, 1e-9, given.job.folder / "pace.pt", tell)

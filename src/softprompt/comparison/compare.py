@@ -12,16 +12,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.hardware import machine
+from softprompt.comparison.arm import ARMS
 from softprompt.comparison.health import health
+from softprompt.comparison.records import ArmResult, BaseFacts, Comparison, DataFacts
 from softprompt.comparison.run_arm import RESULT, judged_rows, run_job
-from softprompt.comparison.settings import ARM_NAMES, Job, Settings
+from softprompt.comparison.settings import CompareSettings, Job
+from softprompt.comparison.summary import summarise
 from softprompt.errors import DataError, MissingExtra, SaveError, SoftPromptError
 from softprompt.evaluation.evaluate import default_metrics
+from softprompt.evaluation.judge import described
 from softprompt.evaluation.metric import metrics_named
-from softprompt.evaluation.rows import ROWS, read_rows, write_json
-from softprompt.evaluation.summary import summarise
+from softprompt.evaluation.record import write_json
+from softprompt.evaluation.rows import ROWS, read_rows
+from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.records import versions
 from softprompt.tuning.settle import load_base
 from softprompt.tuning.task import task_of
@@ -33,108 +37,101 @@ Tell = Callable[[Job, str, int, int], None]
 
 
 def compare(
-    settings: Settings,
-    out: Path,
+    recipe: Recipe,
+    settings: CompareSettings | None = None,
+    out: str | Path | None = None,
     *,
     own_process: bool = True,
     tell: Tell = lambda job, what, done, of: None,
     command: str = "",
-) -> dict[str, Any]:
-    """Run what is not done yet, and leave `out`/comparison.json, which is also returned.
+) -> Comparison:
+    """Run what is not done yet, and leave `out`/comparison.json (the recipe's folder without `out`).
 
-    Arms of a former run with the same settings are taken over, so a comparison that was killed goes on at the arm
+    Arms of an earlier run with the same settings are reused, so a comparison that was killed continues with the arm
     that was running, and arms or seeds can be added later. An arm that fails is recorded with its reason, and is
     tried again next time; SoftPromptError is raised where none succeeds.
     """
+    settings = (settings or CompareSettings()).settled_text()
+    out = Path(recipe.out if out is None else out)
     _need_extras(settings)
-    lm = load_base(settings.recipe)
-    task = task_of(settings.recipe, lm)
+    lm = load_base(recipe)
+    task = task_of(recipe, lm)
     splits, layout = task.splits, task.template
-    judged, split = judged_rows(splits, settings.limit)
-    metrics = settings.metrics or tuple(default_metrics(layout, [*splits.train, *judged]))
+    judged, split = judged_rows(
+        task, lm, settings
+    )  # what cannot be judged is refused before anything is learned
+    metrics = settings.metrics or default_metrics(layout, [*splits.train, *judged])
     metrics_named(metrics)
-    base, device = _described(lm), lm.device
+    base, device = described(lm), lm.device
     del lm  # each arm loads its own, and this process would only take its memory
     _make(out)
-    records: dict[str, list[dict[str, Any]]] = {}
+    results: dict[str, list[ArmResult]] = {}
     failed: dict[str, str] = {}
     for arm in settings.arms:
         for seed in settings.seeds_of(arm):
-            job = Job(settings, arm, seed, out / "arms" / f"{arm}-{seed}")
-            done = _done(job, splits.revision, base["sha256"])
-            if done is None:
+            job = Job(recipe, settings, arm, seed, out / "arms" / f"{arm}-{seed}")
+            result = _done(job, splits.revision, base["sha256"])
+            if result is None:
                 _prepare(job)
                 try:
-                    done = _in_own_process(job, tell) if own_process else run_job(job, _for(job, tell))
+                    result = _in_own_process(job, tell) if own_process else run_job(job, _for(job, tell))
                 except SoftPromptError as error:
                     failed[arm] = str(error)
                     break
-            records.setdefault(arm, []).append(done)
-    records = {arm: found for arm, found in records.items() if arm not in failed}
-    if not records:
+            results.setdefault(arm, []).append(result)
+    results = {arm: runs for arm, runs in results.items() if arm not in failed}
+    if not results:
         reasons = " ".join(f"{arm}: {reason}" for arm, reason in failed.items())
         raise SoftPromptError(f"No arm came to an end. {reasons}")
     rows = {
         arm: [read_rows(out / "arms" / f"{arm}-{seed}" / ROWS) for seed in settings.seeds_of(arm)]
-        for arm in records
+        for arm in results
     }
     for judged_arm in rows.values():
-        if {len(one) for one in judged_arm} != {len(judged)}:
+        if {len(seed) for seed in judged_arm} != {len(judged)}:
             raise DataError(f"{out}: rows are missing from it. Delete the folder and compare again.")
-    record = {
-        "kind": "comparison",
-        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": command,
-        "settings": settings.to_record(),
-        "template": str(layout),
-        "target": layout.target,
-        "virtual_tokens": layout.soft_length,
-        "base": base,
-        "data": {
-            "source": splits.source,
-            "revision": splits.revision,
-            "judged_on": split,
-            "rows": {"train": len(splits.train), "validation": len(splits.validation), "judged": len(judged)},
-        },
-        "versions": versions() | _peft_version(settings),
-        "machine": machine(device),
-        "own_process": own_process,
-        "metrics": list(metrics),
-        "arm_names": {arm: ARM_NAMES[arm] for arm in settings.arms},
-        "health": health(task, judged),
-        "summary": summarise(records, rows, metrics),
-        "runs": records,
-        "failed": failed,
-    }
-    write_json(out / RECORD, record)
-    return record
+    comparison = Comparison(
+        summary=summarise(results, rows, metrics),
+        runs={arm: tuple(runs) for arm, runs in results.items()},
+        metrics=tuple(metrics),
+        base=BaseFacts(**base),
+        data=DataFacts(
+            splits.source,
+            splits.revision,
+            split,
+            {"train": len(splits.train), "validation": len(splits.validation), "judged": len(judged)},
+        ),
+        made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        command=command,
+        settings=settings,
+        recipe=recipe.model_dump(),
+        template=str(layout),
+        target=layout.target,
+        virtual_tokens=layout.soft_length,
+        versions=versions() | _peft_version(settings),
+        machine=machine(device),
+        own_process=own_process,
+        arm_names={arm: ARMS[arm].words for arm in settings.arms},
+        health=health(task, judged),
+        failed=failed,
+    )
+    write_json(out / RECORD, comparison.to_record())
+    return comparison
 
 
-def _described(lm: FrozenLM) -> dict[str, Any]:
-    return {
-        "name": lm.name,
-        "revision": lm.revision,
-        "sha256": lm.fingerprint.sha256,
-        "parameters": lm.num_parameters,
-        "layers": lm.num_layers,
-        "width": lm.width,
-        "dtype": str(lm.dtype).removeprefix("torch."),
-    }
-
-
-def _done(job: Job, data_revision: str | None, base_sha256: str) -> dict[str, Any] | None:
-    """The result of a former run of the very same job, on the same data and base."""
+def _done(job: Job, data_revision: str | None, base_sha256: str) -> ArmResult | None:
+    """The result of an earlier run of the very same job, on the same data and base."""
     try:
-        record: dict[str, Any] = json.loads((job.folder / RESULT).read_text("utf-8"))
-    except (OSError, ValueError):
+        result = ArmResult.read(job.folder / RESULT)
+    except DataError:
         return None
     same = (
-        record.get("digest") == job.digest
-        and record.get("data_revision") == data_revision
-        and (record.get("base_fingerprint") == base_sha256)
+        result.digest == job.digest
+        and result.data_revision == data_revision
+        and result.base_fingerprint == base_sha256
         and (job.folder / ROWS).exists()
     )
-    return record if same else None
+    return result if same else None
 
 
 def _prepare(job: Job) -> None:
@@ -160,7 +157,7 @@ def _make(folder: Path) -> None:
         ) from error
 
 
-def _in_own_process(job: Job, tell: Tell) -> dict[str, Any]:
+def _in_own_process(job: Job, tell: Tell) -> ArmResult:
     """Run the job in a fresh process, so that its memory is its own."""
     failure = ""
     command = [sys.executable, "-m", "softprompt.comparison.run_arm", str(job.folder)]
@@ -188,8 +185,7 @@ def _in_own_process(job: Job, tell: Tell) -> dict[str, Any]:
         raise KeyboardInterrupt
     if code != 0:
         raise SoftPromptError(failure or _last_words(job.folder / "log.txt", code))
-    found: dict[str, Any] = json.loads((job.folder / RESULT).read_text("utf-8"))
-    return found
+    return ArmResult.read(job.folder / RESULT)
 
 
 def _last_words(log: Path, code: int) -> str:
@@ -204,7 +200,7 @@ def _for(job: Job, tell: Tell) -> Callable[[str, int, int], None]:
     return lambda what, done, of: tell(job, what, done, of)
 
 
-def _need_extras(settings: Settings) -> None:
+def _need_extras(settings: CompareSettings) -> None:
     """Refuse before anything is run, not hours later."""
     if "lora" in settings.arms:
         import importlib.util
@@ -215,7 +211,7 @@ def _need_extras(settings: Settings) -> None:
             )
 
 
-def _peft_version(settings: Settings) -> dict[str, str]:
+def _peft_version(settings: CompareSettings) -> dict[str, str]:
     if "lora" not in settings.arms:
         return {}
     from importlib.metadata import version

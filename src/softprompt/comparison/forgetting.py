@@ -10,9 +10,10 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Example
 from softprompt.data.template import Soft, Template
 from softprompt.errors import DataError
-from softprompt.evaluation.evaluate import evaluate
+from softprompt.evaluation.evaluate import judge_rows
 from softprompt.evaluation.metric import METRICS, Estimate
-from softprompt.evaluation.predictor import Asking, predictor, text_prompt
+from softprompt.evaluation.predictor import predictor, text_prompt
+from softprompt.evaluation.settings import JudgeSettings
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.prompt.soft_prompt import Prompt
 
@@ -58,8 +59,8 @@ def fitted(lm: FrozenLM, general: list[Example]) -> list[Example]:
 def general_loss(lm: FrozenLM, prompt: CompiledPrompt, general: list[Example]) -> Estimate:
     """Nats per token of general text that the model reads under `prompt`."""
     metrics = [METRICS["nll"]]
-    predict = predictor(lm, prompt, PLAIN, metrics, Asking(end="never"))
-    return evaluate(predict, general, metrics, PLAIN).estimates["nll"]
+    predict = predictor(lm, prompt, PLAIN, metrics, JudgeSettings(), end="never")
+    return judge_rows(predict, general, metrics, PLAIN).estimates["nll"]
 
 
 def before_general_text(lm: FrozenLM, prompt: Prompt | str | None) -> CompiledPrompt:

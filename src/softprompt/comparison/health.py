@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
+from softprompt.comparison.records import Health, SplitHealth
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import DataError
@@ -16,58 +17,59 @@ LABELS = 60  # longer answers, or more of them, are texts and not labels
 SHOWN = 20
 
 
-def health(task: Task, judged: Sequence[Example]) -> dict[str, Any]:
-    """Lengths, truncation, duplicates within and between splits, contradictions, label balance, as plain data."""
+def health(task: Task, judged: Sequence[Example]) -> Health:
+    """Lengths, truncation, duplicates within and between splits, contradictions, label balance."""
     splits, layout = task.splits, task.template
     parts: dict[str, Sequence[Example]] = {
         "train": splits.train,
         "validation": splits.validation,
         "judged": judged,
     }
-    keys = {name: [_key(layout, one) for one in rows] for name, rows in parts.items()}
-    found: dict[str, Any] = {"notes": list(splits.notes), "splits": {}}
-    for name, rows in parts.items():
-        if rows:
-            found["splits"][name] = _split(task, rows, keys[name])
-    known = set(keys["train"])
-    found["judged_also_trained"] = sum(key in known for key in keys["judged"])
-    found["validation_also_trained"] = sum(key in known for key in keys["validation"])
-    chosen = set(keys["validation"])
-    found["judged_also_validated"] = sum(key in chosen for key in keys["judged"])
+    keys = {name: [_key(layout, example) for example in rows] for name, rows in parts.items()}
+    trained, validated = set(keys["train"]), set(keys["validation"])
     answers: dict[str, set[str]] = {}
-    for key, one in zip(keys["train"], parts["train"], strict=True):
-        answers.setdefault(key, set()).add(wanted_text(layout, one).strip())
-    found["contradictions"] = sum(len(said) > 1 for said in answers.values()) if layout.target else 0
-    trained_labels = {wanted_text(layout, one).strip() for one in splits.train}
-    if layout.target and len(trained_labels) <= LABELS:
-        unseen = {wanted_text(layout, one).strip() for one in judged} - trained_labels
-        found["labels_never_trained"] = sorted(unseen)[:SHOWN]
-    return found
+    for key, example in zip(keys["train"], parts["train"], strict=True):
+        answers.setdefault(key, set()).add(wanted_text(layout, example).strip())
+    labels = {wanted_text(layout, example).strip() for example in splits.train}
+    unseen: set[str] = set()
+    if layout.target and len(labels) <= LABELS:
+        unseen = {wanted_text(layout, example).strip() for example in judged} - labels
+    return Health(
+        notes=tuple(splits.notes),
+        splits={name: _split(task, rows, keys[name]) for name, rows in parts.items() if rows},
+        judged_also_trained=sum(key in trained for key in keys["judged"]),
+        judged_also_validated=sum(key in validated for key in keys["judged"]),
+        validation_also_trained=sum(key in trained for key in keys["validation"]),
+        contradictions=sum(len(texts) > 1 for texts in answers.values()) if layout.target else 0,
+        labels_never_trained=tuple(sorted(unseen)[:SHOWN]),
+    )
 
 
-def _split(task: Task, rows: Sequence[Example], keys: Sequence[str]) -> dict[str, Any]:
-    layout = task.template
-    record: dict[str, Any] = {"rows": len(rows), "duplicates": len(keys) - len(set(keys))}
+def _split(task: Task, rows: Sequence[Example], keys: Sequence[str]) -> SplitHealth:
+    found = SplitHealth(len(rows), len(keys) - len(set(keys)))
     try:
         seen = task.preview(rows, show=0)
     except DataError as error:
-        record["problem"] = str(error)
+        found = replace(found, problem=str(error))
     else:
-        record |= {
-            "lengths": seen.lengths,
-            "trained_tokens": seen.trained_tokens,
-            "truncated": seen.truncated,
-            "dropped": seen.dropped,
-            "too_long": seen.too_long,
-            "unlabelled": seen.unlabelled,
-        }
-    if layout.target:
-        counted = Counter(wanted_text(layout, one).strip() for one in rows)
-        record["answers"] = len(counted)
-        if len(counted) <= LABELS and counted.most_common(1)[0][1] > 1:
-            record["labels"] = dict(counted.most_common(SHOWN))
-            record["most_frequent_share"] = counted.most_common(1)[0][1] / len(rows)
-    return record
+        found = replace(
+            found,
+            lengths={name: float(length) for name, length in seen.lengths.items()},
+            trained_tokens=seen.trained_tokens,
+            truncated=seen.truncated,
+            dropped=seen.dropped,
+            too_long=seen.too_long,
+            unlabelled=seen.unlabelled,
+        )
+    if task.template.target:
+        counted = Counter(wanted_text(task.template, example).strip() for example in rows)
+        found = replace(found, answers=len(counted))
+        most = counted.most_common(1)[0][1]
+        if len(counted) <= LABELS and most > 1:
+            found = replace(
+                found, labels=dict(counted.most_common(SHOWN)), most_frequent_share=most / len(rows)
+            )
+    return found
 
 
 def _key(layout: Template, example: Example) -> str:

@@ -10,27 +10,40 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from softprompt.base import hardware
+from softprompt.base.frozen_lm import FrozenLM
 from softprompt.comparison import forgetting, measure
 from softprompt.comparison.anatomy import anatomy
-from softprompt.comparison.arms import ARMS, Ready, Task
-from softprompt.comparison.settings import Job
-from softprompt.data.example import Example, Splits
+from softprompt.comparison.arms import MAKERS, Assignment, Ready
+from softprompt.comparison.records import (
+    ArmResult,
+    Clocked,
+    Continued,
+    General,
+    Learning,
+    Memory,
+    MetricFigure,
+    Point,
+)
+from softprompt.comparison.settings import CompareSettings, Job
+from softprompt.data.batch import encode
+from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import SoftPromptError
-from softprompt.evaluation.evaluate import as_record, default_metrics, evaluate
+from softprompt.evaluation.evaluate import default_metrics, judge_rows
+from softprompt.evaluation.judge import fitting, judged_examples
 from softprompt.evaluation.metric import metrics_named
-from softprompt.evaluation.predictor import Asking, labels_of, predictor
-from softprompt.evaluation.rows import ROWS, SUMMARY, write_json
+from softprompt.evaluation.predictor import predictor, settled
+from softprompt.evaluation.record import write_json
+from softprompt.evaluation.rows import ROWS, SUMMARY
 from softprompt.inference.compiled import compile_prompt
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.tuning.events import Event, Stepped
 from softprompt.tuning.settle import load_base
-from softprompt.tuning.task import read_splits, settle_template
+from softprompt.tuning.task import Task, task_of
 
 RESULT = "result.json"
 TOLD_EVERY_SECONDS = 1.0
@@ -40,41 +53,37 @@ Tell = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how much."""
 
 
-def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> dict[str, Any]:
-    """Make the arm ready, judge it, measure what it costs; the record is also left in the job's folder."""
+def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> ArmResult:
+    """Make the arm ready, judge it, measure what it costs; the result is also left in the job's folder."""
     settings = job.settings
     job.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(job.seed)
     tell("loading", 0, 1)
-    lm = load_base(settings.recipe)
-    splits = read_splits(settings.recipe)
-    layout = settle_template(settings.recipe, lm, splits)
-    judged, split = judged_rows(splits, settings.limit)
+    lm = load_base(job.recipe)
+    task = task_of(job.recipe, lm)
+    layout = task.template
+    judged, split = judged_rows(task, lm, settings)
     before = lm.weights_sha256()
-    path = None if settings.general_text is None else Path(settings.general_text)
+    path = None if settings.general is None else Path(settings.general)
     general = forgetting.fitted(lm, forgetting.passages(path))
     general_before = forgetting.general_loss(lm, forgetting.before_general_text(lm, None), general)
     loaded_bytes = hardware.memory_bytes(lm.device)
 
     hardware.forget_peak(lm.device)
     clock = measure.Clock(lm.device)
-    ready = ARMS[job.arm](Task(lm, splits, layout, job, _learning(tell)))
+    ready = MAKERS[job.arm](Assignment(lm, task, job, _learning(tell)))
     learning = clock.read()
     peak_learning = hardware.peak_memory_bytes(lm.device)
 
-    names = settings.metrics or tuple(default_metrics(layout, [*splits.train, *judged]))
-    metrics = metrics_named(names)
-    asking = Asking(
-        labels=labels_of(layout, [*splits.train, *judged]) if settings.answers == "rank" else None,
-        calibrated=settings.calibrated,
-        end=settings.recipe.data.end,
-    ).settled(lm, layout, judged)
-    if ready.trained_parameters:  # what was learned anew is judged anew
+    known = [*task.splits.train, *judged]
+    metrics = metrics_named(settings.metrics or default_metrics(layout, known))
+    asked = settled(settings, lm, layout, judged, task.splits.train)
+    if ready.trained_parameters:  # answers of earlier weights are not those of the present ones
         discard_rows(job.folder)
     hardware.forget_peak(lm.device)
     clock = measure.Clock(lm.device)
-    found = evaluate(
-        predictor(ready.lm, ready.prompt, layout, metrics, asking, batch_rows=settings.batch_rows),
+    evaluation = judge_rows(
+        predictor(ready.lm, ready.prompt, layout, metrics, asked, end=task.end),
         judged,
         metrics,
         layout,
@@ -87,39 +96,44 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> dict[str, Any
 
     tell("measuring", 0, 1)
     alone = compile_prompt(lm, None, template=layout)
-    record: dict[str, Any] = {
-        "arm": job.arm,
-        "seed": job.seed,
-        "digest": job.digest,
-        "judged_on": split,
-        "data_revision": splits.revision,
-        "base_fingerprint": lm.fingerprint.sha256,
-        **as_record(found),
-        "trained_parameters": ready.trained_parameters,
-        "stored_bytes": ready.stored_bytes,
-        "added_tokens": measure.added_tokens(lm, ready.prompt, alone, judged),
-        "decode_tokens_per_second": measure.decoding_speed(ready.lm, ready.prompt, judged),
-        "learning": {
-            **learning,
-            "steps": ready.steps,
-            "best_step": ready.best_step,
-            "rate": ready.learning_rate,
+    unchanged, digests, after = _base_after(ready, before, general, general_before.value)
+    result = ArmResult(
+        arm=job.arm,
+        seed=job.seed,
+        digest=job.digest,
+        judged_on=split,
+        data_revision=task.splits.revision,
+        base_fingerprint=lm.fingerprint.sha256,
+        rows=len(evaluation.rows),
+        metrics={
+            metric.name: MetricFigure(
+                **vars(evaluation.estimates[metric.name]), unit=metric.unit, better=metric.better
+            )
+            for metric in metrics
         },
-        "judging": judging,
-        "memory": {"loaded": loaded_bytes, "peak_learning": peak_learning, "peak_judging": peak_judging},
-        "dtype": str(ready.lm.dtype).removeprefix("torch."),
-        "samples": samples(ready, layout, judged),
-        "curve": ready.curve,
-        "validation": ready.validation,
-        "about": {key: value for key, value in ready.about.items() if key != "learned"},
-        "anatomy": anatomy(lm, ready.about["learned"]) if "learned" in ready.about else None,
-        "machine": hardware.machine(lm.device),
-    }
-    record |= _base_after(ready, before, general, general_before.value)
-    record["made"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    write_json(job.folder / RESULT, record)
-    written: dict[str, Any] = json.loads((job.folder / RESULT).read_text("utf-8"))
-    return written
+        confusion=evaluation.confusion,
+        trained_parameters=ready.trained_parameters,
+        stored_bytes=ready.stored_bytes,
+        added_tokens=measure.added_tokens(lm, ready.prompt, alone, judged),
+        decode_tokens_per_second=measure.decoding_speed(ready.lm, ready.prompt, judged),
+        decode_clock=measure.decoding_clock(lm.device),
+        learning=Learning(**learning, steps=ready.steps, best_step=ready.best_step, rate=ready.learning_rate),
+        judging=Clocked(**judging),
+        memory=Memory(loaded_bytes, peak_learning, peak_judging),
+        general=after,
+        base_unchanged=unchanged,
+        base_sha256=digests,
+        dtype=str(ready.lm.dtype).removeprefix("torch."),
+        samples=samples(ready, layout, judged),
+        curve=tuple(Point(**point) for point in ready.curve),
+        validation=tuple(Point(**point) for point in ready.validation),
+        about={key: value for key, value in ready.about.items() if key != "learned"},
+        anatomy=anatomy(lm, ready.about["learned"]) if "learned" in ready.about else None,
+        machine=hardware.machine(lm.device),
+        made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+    write_json(job.folder / RESULT, result.to_record())
+    return ArmResult.read(job.folder / RESULT)
 
 
 def discard_rows(folder: Path) -> None:
@@ -128,40 +142,43 @@ def discard_rows(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def judged_rows(splits: Splits, limit: int | None) -> tuple[list[Example], str]:
-    """The test rows, or the validation rows where there are none: never those that were learned from."""
-    for name, rows in (("test", splits.test), ("validation", splits.validation)):
-        if rows:
-            return list(rows[:limit]), name
-    raise SoftPromptError(
-        "The data has neither test nor validation rows, and judging on what was learned would say nothing. "
-        "Set data.test, such as data.test=0.2."
-    )
+def judged_rows(task: Task, lm: FrozenLM, settings: CompareSettings) -> tuple[list[Example], str]:
+    """The rows that every arm is judged on, never those that were learned from, and which split they are.
+
+    A row that does not fit the base together with the virtual tokens raises TooLong here, before anything is learned."""
+    rows, split = judged_examples(task.splits, settings.split, learned_from=False)
+
+    def positions(example: Example) -> int:
+        encoded = encode(task.template, example, lm.tokenizer, score_first=False, end=task.end)
+        assert encoded is not None  # no limit was given, so nothing was dropped
+        return len(encoded)
+
+    fit, _ = fitting(task, lm, rows[: settings.judge_rows], positions)
+    return list(fit), split
 
 
-def samples(ready: Ready, layout: Template, judged: list[Example]) -> list[dict[str, str]]:
-    """Running text goes on from the first words of some rows, so that arms without a target can be read too."""
+def samples(ready: Ready, layout: Template, judged: list[Example]) -> tuple[Continued, ...]:
+    """Running text continued from the first words of some rows, so that arms without a target can be read too."""
     if layout.target is not None or layout.chat or len(layout.inputs) != 1:
-        return []
+        return ()
     (name,) = layout.inputs
     starts = [" ".join(one.fields[name].split()[:SAMPLE_WORDS]) for one in judged[:SAMPLES]]
     settings = DecodeSettings(max_new_tokens=SAMPLE_TOKENS)
     said = generate(ready.lm, [Example({name: start}) for start in starts], ready.prompt, settings)
-    return [{"input": start, "said": one.text} for start, one in zip(starts, said, strict=True)]
+    return tuple(Continued(start, text.text) for start, text in zip(starts, said, strict=True))
 
 
-def _base_after(ready: Ready, before: str, general: list[Example], general_before: float) -> dict[str, Any]:
-    """General text with the task on and off, and whether the base is what it was, bit for bit."""
+def _base_after(
+    ready: Ready, before: str, general: list[Example], general_before: float
+) -> tuple[bool, dict[str, str], General]:
+    """Whether the base is what it was, bit for bit; its digests; and general text with the task on and off."""
     in_front = forgetting.before_general_text(ready.lm, ready.in_front)
     on = forgetting.general_loss(ready.lm, in_front, general).value
     base = ready.restore() if ready.restore else ready.lm
     off = forgetting.general_loss(base, forgetting.before_general_text(base, None), general).value
     after = base.weights_sha256()
-    return {
-        "general": {"before": general_before, "on": on, "off": off, "passages": len(general)},
-        "base_unchanged": after == before,
-        "base_sha256": {"before": before, "after": after},
-    }
+    losses = General(general_before, on, off, len(general))
+    return after == before, {"before": before, "after": after}, losses
 
 
 def _learning(tell: Tell) -> Callable[[Event], None]:

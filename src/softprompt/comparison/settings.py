@@ -1,99 +1,106 @@
-"""What a comparison is asked to do, declared once. No torch here."""
+"""How arms are compared: every setting declared once, for Python, YAML and the command line. No torch here."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Self, TypeAlias
 
+from pydantic import Field, model_validator
+
+from softprompt.comparison.arm import ARMS, ArmName
 from softprompt.data.template import did_you_mean
-from softprompt.errors import RecipeError
+from softprompt.errors import DataError, RecipeError, SoftPromptError
+from softprompt.evaluation.record import read_json
+from softprompt.evaluation.settings import Count, JudgeSettings
+from softprompt.settings.table import setting
 from softprompt.tuning.recipe import Recipe
 
-ARM_NAMES: Mapping[str, str] = {
-    "base": "the base as it is",
-    "prompt": "your own text in front",
-    "few-shot": "examples from the training rows in front",
-    "soft": "a soft prompt",
-    "deep": "a deep prompt: keys and values for every layer",
-    "lora": "low-rank updates of the weights (PEFT)",
-    "full": "a full copy of the weights, fine-tuned",
-}
-DRAWN = ("few-shot", "soft", "deep", "lora", "full")
-"""Arms that a seed changes; the others are run once."""
+Positive: TypeAlias = Annotated[float, Field(gt=0)]
 
-LEARNED = ("soft", "deep", "lora", "full")
-
-# Without a rate of one's own. Soft and deep prompts take the recipe's, or derive one from the embeddings' scale.
-DEFAULT_RATES: Mapping[str, float] = {"lora": 2e-3, "full": 3e-4}
+RENAMED = {"limit": "judge_rows", "calibrated": "calibrate", "general_text": "general"}  # since version 0.1
 
 
-@dataclass(frozen=True)
-class Settings:
-    """One comparison.
+class CompareSettings(JudgeSettings):
+    """Which arms, over how many seeds; how they are judged is declared in JudgeSettings.
 
-    `recipe` says what is learned, from which data, in how many steps; every learned arm takes those steps, or as many
-    as `seconds` allow at its own pace. `rates` are learning rates by arm. `limit` bounds the judged rows.
+    The recipe says what is learned, from which data, in how many steps; every learned arm takes those steps, or as many
+    as `seconds` allow at its own pace.
     """
 
-    recipe: Recipe
-    arms: tuple[str, ...] = ("base", "few-shot", "soft")
-    seeds: int = 1
-    metrics: tuple[str, ...] = ()
-    text: str | None = None
-    shots: int = 4
-    limit: int | None = None
-    answers: Literal["generate", "rank"] = "generate"
-    calibrated: bool = False
-    seconds: float | None = None
-    rates: Mapping[str, float] = field(default_factory=dict)
-    general_text: str | None = None
-    batch_rows: int = 16
+    arms: list[ArmName] = setting(
+        ["base", "few-shot", "soft"], f"Some of {', '.join(ARMS)}.", flag="--arms", min_length=1
+    )
+    seeds: Count = setting(3, "Runs of every arm that a seed changes.", flag="--seeds")
+    text: str | None = setting(None, "The arm prompt: your own text in front of every input.", flag="--text")
+    text_file: str | None = setting(None, "The same from a file.", flag="--text-file")
+    shots: Count = setting(4, "The arm few-shot: examples in front.", flag="--shots")
+    seconds: Positive | None = setting(
+        None,
+        "Learn for about this long in place of the recipe's steps, each arm at its own pace.",
+        flag="--seconds",
+    )
+    rates: dict[ArmName, Positive] = setting({}, "An arm's learning rate, ARM=RATE.", flag="--rate")
+    general: str | None = setting(
+        None,
+        "A file of held-out general text, to measure forgetting; without it, a bundled one.",
+        flag="--general",
+    )
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _arms_agree(self) -> Self:
         for arm in (*self.arms, *self.rates):
-            if arm not in ARM_NAMES:
-                raise RecipeError(
-                    f"--arms: found {arm!r}, wanted some of {', '.join(ARM_NAMES)}."
-                    f"{did_you_mean(arm, list(ARM_NAMES))}"
+            if arm not in ARMS:
+                raise ValueError(
+                    f"--arms: found {arm!r}, wanted some of {', '.join(ARMS)}.{did_you_mean(arm, list(ARMS))}"
                 )
-        if not self.arms or len(set(self.arms)) != len(self.arms):
-            raise RecipeError("--arms: name at least one arm, and each once.")
-        if "prompt" in self.arms and not self.text:
-            raise RecipeError('The arm prompt judges a text of your own. Give it with --text "...".')
-        if "prompt" not in self.arms and self.text:
-            raise RecipeError("--text is given, but the arm prompt is not among --arms. Add it.")
-        if self.seeds < 1 or self.shots < 1:
-            raise RecipeError("--seeds and --shots are at least 1.")
-        if self.calibrated and self.answers != "rank":
-            raise RecipeError("--calibrate weighs ranked labels. Add --answers rank.")
+        if len(set(self.arms)) != len(self.arms):
+            raise ValueError("--arms: name each arm once.")
+        if self.text is not None and self.text_file is not None:
+            raise ValueError("--text and --text-file are both given. Keep one.")
+        if "prompt" in self.arms and not self.text and self.text_file is None:
+            raise ValueError('The arm prompt judges a text of your own. Give it with --text "...".')
+        if "prompt" not in self.arms and (self.text or self.text_file is not None):
+            raise ValueError("--text is given, but the arm prompt is not among --arms. Add it.")
+        return self
+
+    def settled_text(self) -> CompareSettings:
+        """The same with the file's text in place of the file. Raises RecipeError where it cannot be read."""
+        if self.text_file is None:
+            return self
+        try:
+            text = Path(self.text_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(
+                f"--text-file {self.text_file}: cannot be read ({error}). Give a UTF-8 text file."
+            ) from None
+        return self.model_copy(update={"text": text, "text_file": None})
 
     def seeds_of(self, arm: str) -> range:
         """The seeds that an arm is run with."""
-        return range(self.seeds if arm in DRAWN else 1)
-
-    def to_record(self) -> dict[str, Any]:
-        """Plain data that `from_record` reads back."""
-        values = {key: value for key, value in vars(self).items() if key != "recipe"}
-        return {**values, "rates": dict(self.rates), "recipe": self.recipe.model_dump()}
+        return range(self.seeds if ARMS[arm].seeded else 1)
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Settings:
-        """What `to_record` wrote, from JSON too."""
-        values = dict(record)
-        values["recipe"] = Recipe(**values["recipe"])
-        values["arms"], values["metrics"] = tuple(values["arms"]), tuple(values["metrics"])
-        return cls(**values)
+    def of_record(cls, record: Mapping[str, Any]) -> Self:
+        """Settings from a record, of version 0.1 too; what this version does not know is left out.
+
+        Raises DataError."""
+        values = {RENAMED.get(name, name): value for name, value in record.items()}
+        try:
+            return cls(**{name: value for name, value in values.items() if name in cls.model_fields})
+        except SoftPromptError as error:
+            raise DataError(f"The recorded settings cannot be read: {error}") from None
 
 
 @dataclass(frozen=True)
 class Job:
     """One arm with one seed: what a process is given to do, in `folder`."""
 
-    settings: Settings
+    recipe: Recipe
+    settings: CompareSettings
     arm: str
     seed: int
     folder: Path
@@ -101,24 +108,28 @@ class Job:
     @property
     def digest(self) -> str:
         """Stands for all that this arm's result depends on; other arms and seeds are not part of it."""
-        values = self.settings.to_record()
-        for name in ("arms", "seeds"):
-            del values[name]
-        values["recipe"]["out"] = ""
-        mine = {"text": "prompt", "shots": "few-shot"}
-        for name, arm in mine.items():
+        values = self.settings.model_dump(exclude={"arms", "seeds"})
+        for name, arm in {"text": "prompt", "shots": "few-shot"}.items():
             if arm != self.arm:
                 del values[name]
         values["rates"] = values["rates"].get(self.arm)
+        values["recipe"] = self.recipe.model_dump() | {"out": ""}
         return hashlib.sha256(json.dumps([self.arm, self.seed, values], sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        return json.dumps(
-            {"settings": self.settings.to_record(), "arm": self.arm, "seed": self.seed}, indent=1
-        )
+        """What `load` reads back."""
+        tree = {"recipe": self.recipe.model_dump(), "settings": self.settings.model_dump()}
+        return json.dumps({**tree, "arm": self.arm, "seed": self.seed}, indent=1)
 
     @classmethod
     def load(cls, folder: Path) -> Job:
-        """The job that `folder`/job.json holds."""
-        values = json.loads((folder / "job.json").read_text("utf-8"))
-        return cls(Settings.from_record(values["settings"]), values["arm"], values["seed"], folder)
+        """The job that `folder`/job.json holds. Raises DataError, RecipeError."""
+        record = read_json(folder / "job.json")
+        try:
+            recipe = record.get("recipe") or record["settings"]["recipe"]
+            settings = CompareSettings.of_record(record["settings"])
+            return cls(Recipe(**recipe), settings, str(record["arm"]), int(record["seed"]), folder)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{folder / 'job.json'}: cannot be read ({error}). Delete the folder and compare again."
+            ) from None

@@ -6,11 +6,12 @@ The seam is one function: `predict` takes examples and gives an Answer for each,
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from softprompt.data.example import Example
 from softprompt.data.template import Field, Messages, Soft, Template, Text
 from softprompt.errors import DataError, GateFailed, RecipeError
 from softprompt.evaluation.metric import METRICS, Confusion, Estimate, Metric, confusion
-from softprompt.evaluation.rows import SUMMARY, Row, RowFile, write_json
+from softprompt.evaluation.record import SCHEMA, write_json
+from softprompt.evaluation.rows import SUMMARY, Row, RowFile
 
 CHUNK = 64  # rows between two writes: what a kill can cost
 
@@ -41,16 +43,41 @@ Predict = Callable[[Sequence[Example]], Sequence[Answer]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every row, and a figure for every metric. `reused` rows came from a former, unfinished run."""
+    """Every row, and a figure for every metric.
+
+    `reused` rows came from a former, unfinished run. `about` holds what the answers depend on: base, prompt, template,
+    data and settings."""
 
     rows: tuple[Row, ...]
     estimates: Mapping[str, Estimate]
     confusion: Confusion | None
     seconds: float
     reused: int = 0
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What was judged: the prompt's name, or base."""
+        return str(self.about.get("name") or "base")
+
+    def to_record(self) -> dict[str, Any]:
+        """The figures as plain data; rows are kept apart, in rows.jsonl."""
+        return as_record(self) | {"about": dict(self.about)}
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name}={estimate}" for name, estimate in self.estimates.items())
+        return f"Evaluation({self.name!r}: {figures})"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        lines = "".join(
+            f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(estimate))} {METRICS[name].unit}</td></tr>"
+            for name, estimate in self.estimates.items()
+        )
+        return f"<table><caption>{html.escape(self.name)}</caption>{lines}</table>"
 
 
-def evaluate(
+def judge_rows(
     predict: Predict,
     examples: Sequence[Example],
     metrics: Sequence[Metric],
@@ -95,11 +122,9 @@ def evaluate(
     estimates = {metric.name: metric.estimate(ordered) for metric in metrics}
     labelled = {"accuracy", "macro_f1"} & set(estimates)
     table = confusion(ordered) if labelled else None
-    result = Evaluation(ordered, estimates, table, time.perf_counter() - started, reused)
+    result = Evaluation(ordered, estimates, table, time.perf_counter() - started, reused, about)
     if keep and out:
-        write_json(
-            out / SUMMARY, {"digest": keep.digest, "complete": True, **as_record(result), "about": about}
-        )
+        write_json(out / SUMMARY, {"digest": keep.digest, "complete": True, **result.to_record()})
     return result
 
 
@@ -111,6 +136,7 @@ def judged(index: int, example: Example, layout: Template, answer: Answer) -> Ro
 def as_record(found: Evaluation) -> dict[str, Any]:
     """The figures as plain data, for a file or a report."""
     return {
+        "schema": SCHEMA,
         "kind": "evaluation",
         "rows": len(found.rows),
         "reused": found.reused,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import Encoded, End, encode
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Soft, Template, Text
-from softprompt.errors import DataError, RecipeError
+from softprompt.errors import RecipeError
 from softprompt.evaluation.evaluate import Answer, Predict, wanted_text, written_out
 from softprompt.evaluation.metric import Metric
+from softprompt.evaluation.settings import JudgeSettings
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.inference.score import Scored, score
@@ -22,34 +22,29 @@ from softprompt.inference.score import Scored, score
 CONTENT_FREE = ("N/A", "...", "none")
 
 
-@dataclass(frozen=True)
-class Asking:
-    """How answers are had.
+def settled(
+    settings: JudgeSettings,
+    lm: FrozenLM,
+    layout: Template,
+    examples: Sequence[Example],
+    labelled: Sequence[Example] = (),
+) -> JudgeSettings:
+    """`settings` with everything filled in that follows from the rows.
 
-    With `labels` the likeliest of them is taken, else text is generated over the whole vocabulary. `calibrated`
-    divides every label's probability by its mean probability after inputs without content. A missing `stop` or
-    `max_new_tokens` is settled from the wanted texts by `settled`.
+    An answer has room for the longest wanted one and a quarter more, and ends at a line's end unless a wanted one has
+    several lines. Labels to rank are those of `labelled` and `examples`.
     """
-
-    labels: tuple[str, ...] | None = None
-    calibrated: bool = False
-    max_new_tokens: int | None = None
-    stop: tuple[str, ...] | None = None
-    temperature: float = 0.0
-    seed: int = 0
-    end: End = "auto"
-
-    def settled(self, lm: FrozenLM, layout: Template, examples: Sequence[Example]) -> Asking:
-        """Room for the longest wanted answer and a quarter more; a line's end ends an answer unless one has several."""
-        wanted = [wanted_text(layout, one) for one in examples]
-        longest = max((len(lm.tokenizer(text)["input_ids"]) for text in set(wanted)), default=1)
-        return replace(
-            self,
-            max_new_tokens=self.max_new_tokens or math.ceil(longest * 1.25) + 2,
-            stop=self.stop
-            if self.stop is not None
-            else (() if any("\n" in one.strip() for one in wanted) else ("\n",)),
-        )
+    wanted = [wanted_text(layout, example) for example in examples]
+    longest = max((len(lm.tokenizer(text)["input_ids"]) for text in set(wanted)), default=1)
+    stop = [] if any("\n" in text.strip() for text in wanted) else ["\n"]
+    return settings.model_copy(
+        update={
+            "labels": settings.labels
+            or (list(labels_of(layout, [*labelled, *examples])) if settings.answers == "rank" else []),
+            "max_new_tokens": settings.max_new_tokens or math.ceil(longest * 1.25) + 2,
+            "stop": stop if settings.stop is None else settings.stop,
+        }
+    )
 
 
 def predictor(
@@ -57,9 +52,9 @@ def predictor(
     prompt: CompiledPrompt,
     layout: Template,
     metrics: Sequence[Metric],
-    asking: Asking,
+    settings: JudgeSettings,
     *,
-    batch_rows: int = 16,
+    end: End = "auto",
 ) -> Predict:
     """Answers and losses, as far as `metrics` need them, from `lm` under `prompt`.
 
@@ -73,30 +68,31 @@ def predictor(
             f"metric {names}: compares answers, but the template has no target. Set data.target, or use nll, "
             "perplexity, bits_per_byte."
         )
-    bias = _bias(lm, prompt, layout, asking, batch_rows) if asking.labels and asking.calibrated else {}
+    labels, batch_rows = settings.labels, settings.batch_rows
+    bias = _bias(lm, prompt, layout, labels, end, batch_rows) if labels and settings.calibrate else {}
 
     def predict(examples: Sequence[Example]) -> list[Answer]:
         answers = [Answer() for _ in examples]
         if "loss" in needs:
-            answers = _losses(lm, prompt, layout, examples, asking.end, batch_rows)
+            answers = _losses(lm, prompt, layout, examples, end, batch_rows)
         if "answer" not in needs:
             return answers
-        if asking.labels:
-            ranked = _label_scores(lm, prompt, asking.labels, examples, asking.end, batch_rows)
+        if labels:
+            ranked = _label_scores(lm, prompt, labels, examples, end, batch_rows)
             return [
-                replace(one, said=_likeliest(scores, bias), scores=scores)
-                for one, scores in zip(answers, ranked, strict=True)
+                replace(answer, said=_likeliest(scores, bias), scores=scores)
+                for answer, scores in zip(answers, ranked, strict=True)
             ]
-        settings = DecodeSettings(
-            max_new_tokens=asking.max_new_tokens,
-            stop=asking.stop or (),
-            temperature=asking.temperature,
-            seed=asking.seed,
+        decode = DecodeSettings(
+            max_new_tokens=settings.max_new_tokens,
+            stop=settings.stop or (),
+            temperature=settings.temperature,
+            seed=settings.seed,
         )
-        said = generate(lm, list(examples), prompt, settings, batch_rows=batch_rows)
+        texts = generate(lm, list(examples), prompt, decode, batch_rows=batch_rows)
         return [
-            replace(one, said=text.text, new_tokens=text.tokens, finish_reason=text.finish_reason)
-            for one, text in zip(answers, said, strict=True)
+            replace(answer, said=text.text, new_tokens=text.tokens, finish_reason=text.finish_reason)
+            for answer, text in zip(answers, texts, strict=True)
         ]
 
     return predict
@@ -126,11 +122,12 @@ def _losses(
     batch_rows: int,
 ) -> list[Answer]:
     """The loss of every wanted text. The base alone cannot score a text's very first token, so no prompt may."""
-    alone = [_alone(lm, layout, one, prompt, end) for one in examples]
+    alone = [_alone(lm, layout, example, prompt, end) for example in examples]
+    scored = _scored(lm, prompt, layout, examples, alone, end, batch_rows)
     answers = []
-    for one, found in zip(alone, _scored(lm, prompt, layout, examples, alone, end, batch_rows), strict=True):
-        values = found.token_log_probabilities[-one.trained_tokens :]
-        answers.append(Answer(nll=-math.fsum(values), tokens=len(values), text_bytes=one.text_bytes))
+    for encoded, scores in zip(alone, scored, strict=True):
+        values = scores.token_log_probabilities[-encoded.trained_tokens :]
+        answers.append(Answer(nll=-math.fsum(values), tokens=len(values), text_bytes=encoded.text_bytes))
     return answers
 
 
@@ -162,13 +159,6 @@ def _alone(lm: FrozenLM, layout: Template, example: Example, prompt: CompiledPro
         layout, example, lm.tokenizer, base_only=True, score_first=False, end=end, habit=prompt.habit
     )
     assert found is not None  # no limit was given, so nothing was dropped
-    most = longest_text(lm)
-    need = prompt.length + len(found)
-    if most is not None and need > most:
-        raise DataError(
-            f"{example.where}: {need} positions with the prompt, but {lm.name} has {most}. "
-            "Judge on shorter rows, or use a shorter prompt."
-        )
     return found
 
 
@@ -196,13 +186,12 @@ def _label_scores(
 
 
 def _bias(
-    lm: FrozenLM, prompt: CompiledPrompt, layout: Template, asking: Asking, batch_rows: int
+    lm: FrozenLM, prompt: CompiledPrompt, layout: Template, labels: Sequence[str], end: End, batch_rows: int
 ) -> dict[str, float]:
     """Log of each label's mean probability after inputs that say nothing."""
-    assert asking.labels is not None
     empty = [Example(dict.fromkeys(layout.inputs, text)) for text in CONTENT_FREE]
-    found = _label_scores(lm, prompt, asking.labels, empty, asking.end, batch_rows)
-    return {label: _log_mean_exp([one[label] for one in found]) for label in asking.labels}
+    scores = _label_scores(lm, prompt, labels, empty, end, batch_rows)
+    return {label: _log_mean_exp([row[label] for row in scores]) for label in labels}
 
 
 def _log_mean_exp(values: Sequence[float]) -> float:

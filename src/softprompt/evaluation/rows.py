@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from softprompt.errors import DataError, SaveError
+from softprompt.evaluation.record import SCHEMA, Value, plain, typed, write_json
 from softprompt.store.atomic import replace_file
 
 ROWS, SUMMARY = "rows.jsonl", "evaluation.json"
@@ -33,7 +33,7 @@ class Row:
     input: str
     wanted: str
     said: str | None = None
-    nll: float = math.nan
+    nll: Value = math.nan
     tokens: int = 0
     text_bytes: int = 0
     new_tokens: int = 0
@@ -42,44 +42,37 @@ class Row:
 
     def to_json(self) -> str:
         """One line; a figure that is not known is null."""
-        values = asdict(self)
-        if not math.isfinite(self.nll):
-            values["nll"] = None
-        return json.dumps(values, ensure_ascii=False)
+        return json.dumps(plain(asdict(self)), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str) -> Row:
         """Read what `to_json` wrote. Raises ValueError for anything else."""
-        values: Any = json.loads(line)
-        if not isinstance(values, dict) or not {"index", "wanted"} <= set(values):
-            raise ValueError("not a judged row")
-        known = {one.name for one in fields(cls)}
-        values = {name: value for name, value in values.items() if name in known}
-        if values.get("nll") is None:
-            values["nll"] = math.nan
-        return cls(**values)
+        return typed(cls, json.loads(line), "a judged row")
 
 
 def read_rows(path: Path) -> list[Row]:
     """All rows of a file in the order of their index. Raises DataError for a file that holds none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise DataError(
-            f"{path}: the judged rows cannot be read ({error.strerror}). Run the evaluation again."
-        ) from error
-    found = {row.index: row for row in _whole(lines)}
-    if not found:
+            f"{path}: the judged rows cannot be read ({reason}). Run the evaluation again."
+        ) from None
+    rows = {row.index: row for row in _whole(text)}
+    if not rows:
         raise DataError(f"{path}: there is no judged row in it. Run the evaluation again.")
-    return [found[index] for index in sorted(found)]
+    return [rows[index] for index in sorted(rows)]
 
 
-def _whole(lines: Iterable[str]) -> Iterator[Row]:
-    """Rows of all lines that were written to their end: a kill leaves at most the last one unfinished."""
-    for line in lines:
+def _whole(text: str) -> Iterator[Row]:
+    """The rows of all lines that were written to their end: a kill leaves at most the last one unfinished.
+
+    A line ends at \\n alone: U+2028, U+0085 and their like are text, which JSON does not escape."""
+    for line in text.split("\n"):
         try:
             yield Row.from_json(line)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             continue
 
 
@@ -102,12 +95,12 @@ class RowFile:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if former is not None and self.path.exists():
-                self.known = {row.index: row for row in _whole(self.path.read_text("utf-8").splitlines())}
-            write_json(folder / SUMMARY, {"digest": digest, "complete": False})
+                self.known = {row.index: row for row in _whole(self.path.read_text("utf-8"))}
+            write_json(folder / SUMMARY, {"schema": SCHEMA, "digest": digest, "complete": False})
             # Written afresh, so that an unfinished last line is gone.
             text = "".join(row.to_json() + "\n" for _, row in sorted(self.known.items()))
             replace_file(self.path, text)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("a", encoding="utf-8", newline="\n")
         except OSError as error:
             raise SaveError(
                 f"{folder}: rows cannot be kept there ({error.strerror}). Choose another folder with --out."
@@ -124,22 +117,6 @@ class RowFile:
     def close(self) -> None:
         """Close the file; what was added stays."""
         self._file.close()
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record so that a reader finds the old file or the new one, never half of it."""
-    replace_file(path, json.dumps(_plain(record), indent=1, ensure_ascii=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: a figure that is not known becomes null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _former_digest(folder: Path) -> str | None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from softprompt.comparison.arm import ARMS
+
 WIDTH = 440
 FONT = 12
 CHARACTER = 7.4  # of the page's font at 12 units, in bold, on the wide side
@@ -202,8 +204,7 @@ def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> st
 
 
 def _class(arm: str) -> str:
-    known = ("base", "prompt", "few-shot", "soft", "deep", "lora", "full")
-    return f"arm arm-{arm}" if arm in known else f"arm arm-other-{sum(arm.encode()) % 4}"
+    return f"arm arm-{arm}" if arm in ARMS else f"arm arm-other-{sum(arm.encode()) % 4}"
 
 
 def _scale(low: float, high: float, start: float, end: float) -> _Scale:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
+
+from softprompt.comparison.records import Figure, MetricFigure
+from softprompt.evaluation.interval import Difference
 
 UNKNOWN = "unknown"
 
@@ -47,26 +49,24 @@ def seconds(value: Any) -> str:
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def estimate(one: Mapping[str, Any], *, rows: bool = False) -> str:
+def estimate(figure: Figure | MetricFigure, *, rows: bool = False) -> str:
     """0.750 ± 0.031"""
-    if not known(one.get("value")):
+    if not known(figure.value):
         return UNKNOWN
-    digits = 1 if abs(one["value"]) >= 100 else 2 if abs(one["value"]) >= 10 else 3
-    spread = number(one.get("stderr"), digits)
-    return f"{one['value']:.{digits}f} ± {spread}" + (f" (n={one['n']})" if rows else "")
+    digits = 1 if abs(figure.value) >= 100 else 2 if abs(figure.value) >= 10 else 3
+    spread = number(figure.stderr, digits)
+    return f"{figure.value:.{digits}f} ± {spread}" + (f" (n={figure.n})" if rows else "")
 
 
-def difference(one: Mapping[str, Any] | None) -> str:
+def difference(found: Difference | None) -> str:
     """-0.120 [-0.180, -0.060]"""
-    if one is None or not known(one.get("value")):
+    if found is None or not known(found.value):
         return UNKNOWN
-    if one["low"] == one["high"] == one["value"] == 0:
+    if found.low == found.high == found.value == 0:
         return "none on any row"
-    return f"{one['value']:+.3f} [{number(one['low'])}, {number(one['high'])}]".replace("-", "\u2212")
+    return f"{found.value:+.3f} [{number(found.low)}, {number(found.high)}]".replace("-", "\u2212")
 
 
-def sure(one: Mapping[str, Any] | None) -> bool:
-    """Whether the interval of a difference leaves zero out."""
-    return bool(
-        one and known(one.get("low")) and known(one.get("high")) and (one["low"] > 0 or one["high"] < 0)
-    )
+def sure(found: Difference | None) -> bool:
+    """Whether a difference is significant: its 95 % interval excludes 0."""
+    return found is not None and known(found.low) and known(found.high) and found.sure

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from softprompt.report import charts, figures
+from softprompt.report.curves import smoothed
 from softprompt.report.parts import Block, Chart, Page, Section, Table
-from softprompt.report.read import Run, Series
+from softprompt.report.read import Run, Series, Tuning
 
 
-def tuning_page(run: Run, number: int) -> Page:
+def tuning_page(run: Run, tuning: Tuning, number: int) -> Page:
     """Losses before and after, curves, and how to reproduce it."""
-    record = run.record
-    figures_of_run = record["metrics_of_run"]
+    figures_of_run = tuning.metrics
     rows = [
         [label, figures.number(figures_of_run.get(key))]
         for key, label in (
@@ -42,16 +42,16 @@ def tuning_page(run: Run, number: int) -> Page:
         ],
     )
     sections = [result, learning_curves(run.validation, run.training)]
-    blocks = [Block(record["recipe"].strip(), "Recipe")] if record["recipe"] else []
-    versions = ", ".join(f"{name} {one}" for name, one in record["versions"].items())
-    base = record["base"]
+    blocks = [Block(tuning.recipe.strip(), "Recipe")] if tuning.recipe else []
+    versions = ", ".join(f"{name} {one}" for name, one in tuning.versions.items())
+    base = tuning.base
     sections.append(
         Section(
             "reproduce",
             "How to reproduce",
             points=[
-                f"Base: {base.get('name')}, fingerprint {base.get('sha256') or 'unknown'}.",
-                f"Data: {record['data'].get('source')}, revision {record['data'].get('revision') or 'unknown'}.",
+                f"Base: {base.name}, fingerprint {base.sha256 or 'unknown'}.",
+                f"Data: {tuning.data.source}, revision {tuning.data.revision or 'unknown'}.",
                 f"Versions: {versions or 'unknown'}.",
             ],
             blocks=blocks,
@@ -59,11 +59,11 @@ def tuning_page(run: Run, number: int) -> Page:
     )
     before, after = figures_of_run.get("nll_base"), figures_of_run.get("nll_after")
     said = ""
-    if figures.known(before) and figures.known(after):
+    if before is not None and after is not None and figures.known(before) and figures.known(after):
         moved = "lowered" if after < before else "did not lower"
         rows_of = "held-out" if figures_of_run.get("judged_on") == "validation" else "training"
         said = f"The prompt {moved} the {rows_of} loss: {before:.3f} nats per token for the base alone, {after:.3f} with it."
-    facts = f"{record.get('prompt_kind') or 'soft'} prompt, {record.get('length') or 'unknown'} virtual tokens, base {base.get('name')}."
+    facts = f"{tuning.kind} prompt, {tuning.length or 'unknown'} virtual tokens, base {base.name}."
     return Page(f"run{number}", run.title, facts, said, [one for one in sections if one is not None])
 
 
@@ -75,7 +75,7 @@ def learning_curves(validation: Sequence[Series], training: Sequence[Series]) ->
     ):
         smooth = given is training
         drawn = [
-            charts.Line(one.arm, _smoothed(one.points) if smooth else one.points, faint=one.seed > 0)
+            charts.Line(one.arm, smoothed(one.points, 0.1) if smooth else one.points, faint=one.seed > 0)
             for one in sorted(given, key=lambda one: -one.seed)
         ]
         svg = charts.lines(drawn, title=title, x_axis="step", y_axis="nats per trained token")
@@ -83,9 +83,3 @@ def learning_curves(validation: Sequence[Series], training: Sequence[Series]) ->
             found.append(Chart(title, svg, note))
     text = ["Thin lines are further seeds."] if any(one.seed for one in validation) else []
     return Section("curves", "Learning curves", text=text, charts=found) if found else None
-
-
-def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    width = max(1, len(points) // 10)
-    groups = [points[max(0, i + 1 - width) : i + 1] for i in range(len(points))]
-    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]

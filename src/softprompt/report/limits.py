@@ -2,86 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from softprompt.comparison.records import Comparison
 from softprompt.report import figures
 
 SMALL_BASE = 100_000_000
 FEW_ROWS = 300
 
 
-def limits(record: Mapping[str, Any]) -> list[str]:
+def limits(comparison: Comparison) -> list[str]:
     """One sentence for each reason to believe the figures less, or elsewhere."""
-    summary = record["summary"]
-    judge = summary["judged_by"]
-    best = summary["arms"][summary["best"]]["metrics"][judge]
+    summary = comparison.summary
+    judge = summary.judged_by
+    best = summary.arms[summary.best].metrics[judge]
     found = []
-    if best["n"] < FEW_ROWS:
+    if best.n < FEW_ROWS:
         found.append(
-            f"{best['n']} rows were judged on, so small differences cannot be told; more test rows would."
+            f"{best.n} rows were judged on, so small differences cannot be told; more test rows would."
         )
-    settings = record.get("settings")
-    if settings and settings["seeds"] == 1:
+    settings = comparison.settings
+    if settings is not None and settings.seeds == 1:
         found.append(
             "One seed: what another start or another order of rows would change is not in the intervals."
         )
-    if len(summary["arms"]) > 1:
+    if len(summary.arms) > 1:
         found.append(
             "The best arm was picked on the rows it is judged on, which flatters it a little; differences to it are "
             "not corrected for having several arms."
         )
-    if any(one["metrics"][judge]["stderr"] == 0 for one in summary["arms"].values()):
+    if any(arm.metrics[judge].stderr == 0 for arm in summary.arms.values()):
         found.append(
             "A figure that is the same on every row (all right, or all wrong) has a standard error of 0; "
             "other rows could still differ."
         )
-    if record["kind"] == "comparison":
-        found += _of_comparison(record)
-    parameters = record["base"].get("parameters")
+    if comparison.kind == "comparison":
+        found += _of_comparison(comparison)
+    parameters = comparison.base.parameters
     if figures.known(parameters) and parameters < SMALL_BASE:
         found.append(
             f"The base has {figures.count(parameters)} weights and knows little of the world: this shows how the methods "
             "compare on it, not how well a larger base would do."
         )
-    if {"bleu", "chrf", "rouge_l"} & set(record["metrics"]):
+    if {"bleu", "chrf", "rouge_l"} & set(comparison.metrics):
         found.append(
             "Overlap with one reference is a weak judge of text: a good answer in other words scores low."
         )
     return found
 
 
-def _of_comparison(record: Mapping[str, Any]) -> list[str]:
+def _of_comparison(comparison: Comparison) -> list[str]:
     found = []
-    arms, settings = record["summary"]["arms"], record["settings"]
-    rates = [f"{arm} {one['rate']:.2g}" for arm, one in arms.items() if figures.known(one["rate"])]
+    arms, settings = comparison.summary.arms, comparison.settings
+    rates = [f"{name} {arm.rate:.2g}" for name, arm in arms.items() if figures.known(arm.rate)]
     if rates:
         found.append(
             f"Every arm ran at one learning rate ({', '.join(rates)}); none was searched for, and another might suit it "
             "better."
         )
-    seconds = settings.get("seconds")
+    seconds = settings.seconds if settings is not None else None
     found.append(
         f"Each learned arm had about {seconds:g} s of learning steps, whatever number that is."
         if seconds
         else "The learned arms took the same number of steps on the same rows; a step of one costs more than of another."
     )
     still = [
-        arm
-        for arm, one in arms.items()
-        if one["steps"] and one["best_step"] == one["steps"] and figures.known(one["steps"])
+        name
+        for name, arm in arms.items()
+        if arm.steps and arm.best_step == arm.steps and figures.known(arm.steps)
     ]
     if still:
         found.append(
             f"Still improving at the last step: {', '.join(still)}. A longer run would change their figures."
         )
-    machine = record.get("machine") or {}
+    machine = comparison.machine
     if machine.get("load", 0) > (machine.get("cores") or 1):
         found.append(
             f"The machine was busy (load {machine['load']} on {machine['cores']} cores): wall times and speeds are worth "
             "little beyond their order, CPU times more."
         )
-    if not record.get("own_process"):
+    if not comparison.own_process:
         found.append("All arms ran in one process, so later ones inherit memory of earlier ones.")
     if "prompt" in arms or "few-shot" in arms:
         found.append("Engineered prompts were tried once as given; a better text may exist.")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
+from softprompt.comparison.records import Comparison
 from softprompt.report import charts, figures
 from softprompt.report.learned import learning_curves, tuning_page
 from softprompt.report.limits import limits
@@ -20,95 +20,96 @@ INTERVAL = 1.96  # standard errors to either side: 95 of 100
 
 def page(run: Run, number: int) -> Page:
     """The page of one run."""
-    if run.kind == "tuning":
-        return tuning_page(run, number)
-    record = run.record
+    if run.tuning is not None:
+        return tuning_page(run, run.tuning, number)
+    comparison = run.comparison
+    assert comparison is not None  # a run is one or the other
     sections = [
-        _quality(record),
-        _costs(record),
-        _against_cost(record),
+        _quality(comparison),
+        _costs(comparison),
+        _against_cost(comparison),
         learning_curves(run.validation, run.training),
         _samples(run),
-        _confusion(record),
-        _health(record),
-        _anatomy(record),
-        _reproduce(record),
-        Section("limits", "Limits", points=limits(record)),
+        _confusion(comparison),
+        _health(comparison),
+        _anatomy(comparison),
+        _reproduce(comparison),
+        Section("limits", "Limits", points=limits(comparison)),
     ]
     return Page(
         f"run{number}",
         run.title,
-        _facts(record),
-        verdict(record),
+        _facts(comparison),
+        verdict(comparison),
         [one for one in sections if one is not None],
     )
 
 
-def _facts(record: Mapping[str, Any]) -> str:
-    data, base = record["data"], record["base"]
-    rows = data.get("rows", {})
+def _facts(comparison: Comparison) -> str:
+    data, base = comparison.data, comparison.base
+    rows = data.rows
     parts = [
         f"{figures.count(rows['train'])} rows learned from" if "train" in rows else "",
-        f"{figures.count(rows.get('judged'))} judged on ({data.get('judged_on')})",
-        f"base {base.get('name')}, {figures.count(base.get('parameters'))} weights, {base.get('dtype')}",
-        f"made {record['made'].replace('T', ' ').replace('Z', ' UTC')}" if record.get("made") else "",
+        f"{figures.count(rows.get('judged'))} judged on ({data.judged_on})",
+        f"base {base.name}, {figures.count(base.parameters)} weights, {base.dtype}",
+        f"made {comparison.made.replace('T', ' ').replace('Z', ' UTC')}" if comparison.made else "",
     ]
     return "; ".join(one for one in parts if one) + "."
 
 
-def _quality(record: Mapping[str, Any]) -> Section:
-    summary = record["summary"]
-    arms, judge = summary["arms"], summary["judged_by"]
-    names = list(record["metrics"])
+def _quality(comparison: Comparison) -> Section:
+    summary = comparison.summary
+    arms, judge = summary.arms, summary.judged_by
+    names = list(comparison.metrics)
     rows = []
     for arm, one in arms.items():
         rows.append(
             [
                 arm,
-                figures.estimate(one["metrics"][judge]),
-                "best" if arm == summary["best"] else figures.difference(one["against_best"]),
-                *([against_base(record, arm) or "\u2014"] if "base" in arms else []),
-                *(figures.estimate(one["metrics"][name]) for name in names if name != judge),
-                f"{one['seeds']}",
+                figures.estimate(one.metrics[judge]),
+                "best" if arm == summary.best else figures.difference(one.against_best),
+                *([against_base(comparison, arm) or "\u2014"] if "base" in arms else []),
+                *(figures.estimate(one.metrics[name]) for name in names if name != judge),
+                f"{one.seeds}",
             ]
         )
     head = [
         "arm",
-        _named(judge, summary),
+        _named(judge, summary.unit),
         "difference to the best [95 %]",
         *(["than the base"] if "base" in arms else []),
-        *(_named(name, arms[summary["best"]]["metrics"][name]) for name in names if name != judge),
+        *(_named(name, arms[summary.best].metrics[name].unit) for name in names if name != judge),
         "seeds",
     ]
-    best = list(arms).index(summary["best"])
+    best = list(arms).index(summary.best)
     bars = []
     for arm, one in arms.items():
-        figure = one["metrics"][judge]
-        value, error = _float(figure["value"]), _float(figure["stderr"])
+        figure = one.metrics[judge]
+        value, error = figure.value, figure.stderr
         reach = 0.0 if math.isnan(error) else INTERVAL * error
         bars.append(
             charts.Bar(arm, arm, value, value - reach, value + reach, figures.estimate(figure, rows=True))
         )
     chart = Chart(
-        f"{_named(judge, summary)}, {summary['better']} is better",
-        charts.bars(bars, title=f"{judge} of every arm with its interval", axis=_named(judge, summary)),
+        f"{_named(judge, summary.unit)}, {summary.better} is better",
+        charts.bars(bars, title=f"{judge} of every arm with its interval", axis=_named(judge, summary.unit)),
         "Dots with 95 % intervals (1.96 standard errors). Whether two arms differ is told by the paired differences in "
         "the table, not by whether these intervals touch.",
     )
     by_seed = [
-        [arm, *(figures.number(value) for value in one["metrics"][judge]["by_seed"])]
+        [arm, *(figures.number(value) for value in one.metrics[judge].by_seed)]
         for arm, one in arms.items()
-        if len(one["metrics"][judge]["by_seed"]) > 1
+        if len(one.metrics[judge].by_seed) > 1
     ]
     seeds = max((len(row) for row in by_seed), default=1) - 1
-    note = "; ".join(f"{arm}: {record['arm_names'][arm]}" for arm in arms if record["arm_names"].get(arm))
+    note = "; ".join(f"{arm}: {comparison.arm_names[arm]}" for arm in arms if comparison.arm_names.get(arm))
     tables = [Table(head, rows, note=f"{note}." if note else "", best=best)]
     if by_seed:
         tables.append(
             Table(
                 ["arm", *(f"seed {i}" for i in range(seeds))],
                 by_seed,
-                title=f"{_named(judge, summary)} by seed",
+                title=f"{_named(judge, summary.unit)} by seed",
             )
         )
     return Section(
@@ -120,53 +121,52 @@ def _quality(record: Mapping[str, Any]) -> Section:
         ],
         charts=[chart],
         tables=tables,
-        points=[f"{arm} failed: {reason}" for arm, reason in record.get("failed", {}).items()],
+        points=[f"{arm} failed: {reason}" for arm, reason in comparison.failed.items()],
     )
 
 
-def _named(name: str, one: Mapping[str, Any]) -> str:
-    unit = one.get("unit") or ""
+def _named(name: str, unit: str) -> str:
     return f"{name.replace('_', ' ')}{f' ({unit})' if unit else ''}"
 
 
-def _costs(record: Mapping[str, Any]) -> Section | None:
-    arms = record["summary"]["arms"]
-    if not any(figures.known(one["stored_bytes"]) for one in arms.values()):
+def _costs(comparison: Comparison) -> Section | None:
+    arms = comparison.summary.arms
+    if not any(figures.known(one.stored_bytes) for one in arms.values()):
         return None
     learning = [
         [
             arm,
-            figures.count(one["trained_parameters"]),
-            figures.count(one["steps"]) if one["steps"] else "\u2014",
-            f"{one['rate']:.2g}" if figures.known(one["rate"]) else "\u2014",
-            figures.seconds(one["learning_seconds"]),
-            figures.seconds(one["learning_cpu_seconds"]),
-            figures.size(one["peak_learning_bytes"]),
+            figures.count(one.trained_parameters),
+            figures.count(one.steps) if one.steps else "\u2014",
+            f"{one.rate:.2g}" if figures.known(one.rate) else "\u2014",
+            figures.seconds(one.learning_seconds),
+            figures.seconds(one.learning_cpu_seconds),
+            figures.size(one.peak_learning_bytes),
         ]
         for arm, one in arms.items()
     ]
     using = [
         [
             arm,
-            figures.size(one["stored_bytes"]),
-            figures.count(one["added_tokens"]),
-            figures.count(one["decode_tokens_per_second"]),
-            figures.size(one["peak_judging_bytes"]),
+            figures.size(one.stored_bytes),
+            figures.count(one.added_tokens),
+            figures.count(one.decode_tokens_per_second),
+            figures.size(one.peak_judging_bytes),
         ]
         for arm, one in arms.items()
     ]
-    before = next(iter(arms.values()))["general_before"]
+    before = next(iter(arms.values())).general_before
     kept = [
         [
             arm,
-            "yes" if one["base_unchanged"] else "no: a model of its own",
-            _change(one["general_on"], before),
-            _change(one["general_off"], before),
+            "yes" if one.base_unchanged else "no: a model of its own",
+            _change(one.general_on, before),
+            _change(one.general_off, before),
         ]
         for arm, one in arms.items()
     ]
-    best = list(arms).index(record["summary"]["best"])
-    own = "each run in a process of its own" if record.get("own_process") else "all runs in one process"
+    best = list(arms).index(comparison.summary.best)
+    own = "each run in a process of its own" if comparison.own_process else "all runs in one process"
     return Section(
         "costs",
         "Costs",
@@ -220,9 +220,9 @@ def _change(value: Any, before: Any) -> str:
     return f"{value:.3f} ({value - before:+.3f})".replace("-", "\u2212")
 
 
-def _against_cost(record: Mapping[str, Any]) -> Section | None:
-    summary = record["summary"]
-    arms, judge = summary["arms"], summary["judged_by"]
+def _against_cost(comparison: Comparison) -> Section | None:
+    summary = comparison.summary
+    arms, judge = summary.arms, summary.judged_by
     found = []
     for key, title, axis in (
         ("stored_bytes", "Quality against bytes kept for a task", "bytes"),
@@ -232,16 +232,16 @@ def _against_cost(record: Mapping[str, Any]) -> Section | None:
     ):
         points = []
         for arm, one in arms.items():
-            figure = one["metrics"][judge]
-            value, error = _float(figure["value"]), _float(figure["stderr"])
-            cost = _float(one[key])
-            if key == "learning_seconds" and not one["trained_parameters"]:
+            figure = one.metrics[judge]
+            value, error = figure.value, figure.stderr
+            cost = float(getattr(one, key))
+            if key == "learning_seconds" and not one.trained_parameters:
                 cost = 0.0  # nothing was learned
             points.append(
                 charts.Point(arm, arm, cost, value, value - INTERVAL * error, value + INTERVAL * error)
             )
         svg = charts.scatter(
-            points, title=title, x_axis=axis, y_axis=judge.replace("_", " "), better=summary["better"]
+            points, title=title, x_axis=axis, y_axis=judge.replace("_", " "), better=summary.better
         )
         if svg:
             found.append(Chart(title, svg))
@@ -259,19 +259,19 @@ def _samples(run: Run) -> Section | None:
     return Section("samples", "Before and after, side by side", text=[text], samples=run.samples)
 
 
-def _confusion(record: Mapping[str, Any]) -> Section | None:
+def _confusion(comparison: Comparison) -> Section | None:
     tables: list[Table] = []
-    for arm in dict.fromkeys([record["summary"]["best"], "soft", *record["runs"]]):
-        if arm not in record["runs"]:
+    for arm in dict.fromkeys([comparison.summary.best, "soft", *comparison.runs]):
+        if arm not in comparison.runs:
             continue
-        found = record["runs"][arm][0].get("confusion")
-        if not found or len(found["labels"]) > 20 or len(tables) == 2:
+        found = comparison.runs[arm][0].confusion
+        if not found or len(found.labels) > 20 or len(tables) == 2:
             continue
         rows = [
             [label, *(str(count) if count else "·" for count in (*counts, other))]
-            for label, counts, other in zip(found["labels"], found["table"], found["other"], strict=True)
+            for label, counts, other in zip(found.labels, found.table, found.other, strict=True)
         ]
-        tables.append(Table(["wanted \\ said", *found["labels"], "other text"], rows, title=f"{arm}, seed 0"))
+        tables.append(Table(["wanted \\ said", *found.labels, "other text"], rows, title=f"{arm}, seed 0"))
     return (
         Section(
             "confusion",
@@ -284,8 +284,8 @@ def _confusion(record: Mapping[str, Any]) -> Section | None:
     )
 
 
-def _health(record: Mapping[str, Any]) -> Section | None:
-    found = record.get("health")
+def _health(comparison: Comparison) -> Section | None:
+    found = comparison.health
     if not found:
         return None
     head = [
@@ -301,21 +301,21 @@ def _health(record: Mapping[str, Any]) -> Section | None:
         "answers",
     ]
     rows, labels = [], []
-    for name, one in found["splits"].items():
-        lengths = one.get("lengths") or {}
+    for name, one in found.splits.items():
+        lengths = one.lengths or {}
         rows.append(
             [
                 name,
-                figures.count(one["rows"]),
-                figures.count(one["duplicates"]),
+                figures.count(one.rows),
+                figures.count(one.duplicates),
                 *(figures.count(lengths.get(key)) for key in ("shortest", "median", "p95", "longest")),
-                figures.count(one.get("truncated")),
-                figures.count(one.get("dropped")),
-                figures.count(one["answers"]) if "answers" in one else "\u2014",
+                figures.count(one.truncated),
+                figures.count(one.dropped),
+                figures.count(one.answers) if one.answers is not None else "\u2014",
             ]
         )
-        if "labels" in one:
-            labels.append((name, one["labels"]))
+        if one.labels is not None:
+            labels.append((name, one.labels))
     tables = [Table(head, rows, note="Lengths in positions, virtual tokens included.")]
     if labels:
         known = list(labels[0][1])
@@ -330,55 +330,53 @@ def _health(record: Mapping[str, Any]) -> Section | None:
             )
         )
     points = [
-        f"{found['judged_also_trained']} judged rows ask the very same as a training row (case and blanks aside); "
-        f"{found['judged_also_validated']} the same as a validation row.",
-        f"{found['validation_also_trained']} validation rows ask the same as a training row.",
+        f"{found.judged_also_trained} judged rows ask the very same as a training row (case and blanks aside); "
+        f"{found.judged_also_validated} the same as a validation row.",
+        f"{found.validation_also_trained} validation rows ask the same as a training row.",
     ]
-    if record.get("target"):
-        points.append(f"{found['contradictions']} inputs stand in the training rows with different answers.")
-    if found.get("labels_never_trained"):
-        points.append(
-            f"Labels that are judged but never trained: {', '.join(found['labels_never_trained'])}."
-        )
-    points += found.get("notes", [])
+    if comparison.target:
+        points.append(f"{found.contradictions} inputs stand in the training rows with different answers.")
+    if found.labels_never_trained:
+        points.append(f"Labels that are judged but never trained: {', '.join(found.labels_never_trained)}.")
+    points += found.notes
     return Section("health", "Data health", tables=tables, points=points)
 
 
-def _anatomy(record: Mapping[str, Any]) -> Section | None:
+def _anatomy(comparison: Comparison) -> Section | None:
     section = Section("anatomy", "The prompt's anatomy")
     for arm in ("soft", "deep"):
-        results = record["runs"].get(arm) or [{}]
-        found = results[0].get("anatomy")
-        if not found:
+        results = comparison.runs.get(arm)
+        found = results[0].anatomy if results else None
+        if found is None:
             continue
-        if found["kind"] == "deep":
+        if found.kind == "deep":
             rows = [
-                [str(i), figures.number(one["keys"]), figures.number(one["values"])]
-                for i, one in enumerate(found["layers"])
+                [str(i), figures.number(one.keys), figures.number(one.values)]
+                for i, one in enumerate(found.layers)
             ]
             section.tables.append(
                 Table(
                     ["layer", "keys", "values"],
                     rows,
-                    title=f"Deep prompt, {found['length']} positions: mean norms",
+                    title=f"Deep prompt, {found.length} positions: mean norms",
                 )
             )
             continue
-        low, high = found["table_norm_range"]
-        values = [one["norm"] for one in found["vectors"]]
+        low, high = found.table_norm_range
+        values = [one.norm for one in found.vectors]
         section.charts.append(
             Chart(
-                f"Soft prompt: norms of its {found['length']} vectors (seed 0)",
-                charts.norms(values, low, found["table_norm_median"], high, title="Norms of the vectors"),
+                f"Soft prompt: norms of its {found.length} vectors (seed 0)",
+                charts.norms(values, low, found.table_norm_median, high, title="Norms of the vectors"),
             )
         )
         rows = [
             [
                 str(i),
-                figures.number(one["norm"]),
-                "   ".join(f"{near['token']!r} {near['cosine']:.2f}" for near in one["nearest"]),
+                figures.number(one.norm),
+                "   ".join(f"{near.token!r} {near.cosine:.2f}" for near in one.nearest),
             ]
-            for i, one in enumerate(found["vectors"])
+            for i, one in enumerate(found.vectors)
         ]
         section.tables.append(
             Table(
@@ -392,42 +390,39 @@ def _anatomy(record: Mapping[str, Any]) -> Section | None:
     return section if section.tables or section.charts else None
 
 
-def _reproduce(record: Mapping[str, Any]) -> Section:
+def _reproduce(comparison: Comparison) -> Section:
     section = Section("reproduce", "How to reproduce")
-    if record.get("command"):
-        section.blocks.append(Block(record["command"], "Command"))
-    base, data = record["base"], record["data"]
+    if comparison.command:
+        section.blocks.append(Block(comparison.command, "Command"))
+    base, data, settings = comparison.base, comparison.data, comparison.settings
     lines = [
-        f"Base: {base.get('name')}, revision {base.get('revision') or 'none'}, fingerprint {base.get('sha256')}.",
-        f"Data: {data.get('source')}, revision {data.get('revision') or 'unknown'}.",
-        f"Template: {record['template']!r}, target {record.get('target') or 'none (all text)'}.",
+        f"Base: {base.name}, revision {base.revision or 'none'}, fingerprint {base.sha256}.",
+        f"Data: {data.source}, revision {data.revision or 'unknown'}.",
+        f"Template: {comparison.template!r}, target {comparison.target or 'none (all text)'}.",
     ]
-    settings = record.get("settings")
-    if settings:
-        lines.append(f"Seeds: {', '.join(map(str, range(settings['seeds'])))}; rows held out by data.seed.")
+    if settings is not None:
+        lines.append(f"Seeds: {', '.join(map(str, range(settings.seeds)))}; rows held out by data.seed.")
         lines.append(
-            f"Answers: {settings['answers']}{', calibrated' if settings['calibrated'] else ''}; "
-            f"few-shot examples: {settings['shots']}."
+            f"Answers: {settings.answers}{', calibrated' if settings.calibrate else ''}; "
+            f"few-shot examples: {settings.shots}."
         )
-        if settings.get("text"):
-            lines.append(f"The user's own text: {settings['text']!r}.")
-    if record.get("versions"):
+        if settings.text:
+            lines.append(f"The user's own text: {settings.text!r}.")
+    if comparison.versions:
         lines.append(
-            "Versions: " + ", ".join(f"{name} {one}" for name, one in record["versions"].items()) + "."
+            "Versions: "
+            + ", ".join(f"{name} {version}" for name, version in comparison.versions.items())
+            + "."
         )
-    found = record.get("machine")
+    found = comparison.machine
     if found:
         lines.append(
-            f"Machine: {found['processor']}, {found['cores']} cores, {found['threads']} threads used, "
-            f"{found['device']}, {found['system']}."
+            f"Machine: {found.get('processor')}, {found.get('cores')} cores, {found.get('threads')} threads used, "
+            f"{found.get('device')}, {found.get('system')}."
         )
     section.points = lines
-    if settings:
+    if comparison.recipe:
         section.blocks.append(
-            Block(yaml.safe_dump(settings["recipe"], sort_keys=False, allow_unicode=True).strip(), "Recipe")
+            Block(yaml.safe_dump(comparison.recipe, sort_keys=False, allow_unicode=True).strip(), "Recipe")
         )
     return section
-
-
-def _float(value: Any) -> float:
-    return float(value) if figures.known(value) else math.nan

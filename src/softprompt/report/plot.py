@@ -3,74 +3,30 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from softprompt.errors import DataError, MissingExtra, SaveError
+from softprompt.report.curves import EVENTS, Curves, Points, read_curves, smoothed
 
-METRICS, TRIALS = "metrics.jsonl", "trials"
+TRIALS = "trials"
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, row by row
 
-Points = tuple[tuple[float, float], ...]
 
-
-@dataclass(frozen=True)
-class Curves:
-    """A run's losses by step, in nats per trained token: of each step's rows, held out, and of the base alone."""
-
-    name: str
-    training: Points
-    held_out: Points
-    base: float
-
-
-def read_curves(folders: Sequence[str | Path]) -> list[Curves]:
+def read_plotted(folders: Sequence[str | Path]) -> list[Curves]:
     """Read the runs in `folders`; a sweep's folder stands for all its trials. Raises DataError where there is none."""
-    paths: list[Path] = []
+    runs: list[Path] = []
     for folder in map(Path, folders):
-        trials = sorted(folder.glob(f"{TRIALS}/*/{METRICS}"))
-        paths += trials or [folder / METRICS]
-    return [_read(path) for path in paths]
-
-
-def _read(path: Path) -> Curves:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}). Give the folder of a run, which `softprompt tune` wrote."
-        ) from error
-    training: dict[float, float] = {}
-    held_out: dict[float, float] = {}
-    base = math.nan
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            break  # the last line of a run that is still going, or was killed
-        nll = event.get("nll")
-        if event.get("event") == "Stepped" and nll is not None:
-            training[event["step"]] = nll
-        elif event.get("event") == "Validated" and nll is not None:
-            held_out[event["step"]] = nll
-        elif event.get("event") == "Started" and event.get("baseline_nll") is not None:
-            base = event["baseline_nll"]
-    if not training and not held_out:
-        raise DataError(f"{path}: no step is recorded there yet. Plot the run when it has made one.")
-    return Curves(path.parent.name, tuple(training.items()), tuple(held_out.items()), base)
-
-
-def smoothed(points: Points, share: float = 0.05) -> Points:
-    """Each point as the mean of those around it, `share` of all of them."""
-    reach = max(0, round(len(points) * share / 2))
-    return tuple(
-        (step, sum(y for _, y in near) / len(near))
-        for n, (step, _) in enumerate(points)
-        if (near := points[max(0, n - reach) : n + reach + 1])
-    )
+        trials = sorted(path.parent for path in folder.glob(f"{TRIALS}/*/{EVENTS}"))
+        runs += trials or [folder]
+    plotted = [read_curves(folder) for folder in runs]
+    for folder, curves in zip(runs, plotted, strict=True):
+        if not curves.training and not curves.held_out:
+            raise DataError(
+                f"{folder / EVENTS}: no step is recorded there yet. Plot the run when it has made one."
+            )
+    return plotted
 
 
 def for_terminal(curves: Sequence[Curves], width: int = 72, height: int = 16) -> str:

@@ -1,18 +1,22 @@
-"""Runs on disk to what a page shows, whatever wrote them. Records are read as they are; nothing is measured here."""
+"""Runs on disk to what a page shows, whatever wrote them; nothing is measured here."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from softprompt.comparison.records import ArmResult, BaseFacts, Comparison, DataFacts, MetricFigure
+from softprompt.comparison.summary import summarise
 from softprompt.errors import DataError
+from softprompt.evaluation.metric import METRICS, Confusion
+from softprompt.evaluation.record import read_json, typed
 from softprompt.evaluation.rows import ROWS, SUMMARY, Row, read_rows
-from softprompt.evaluation.summary import summarise
+from softprompt.report.curves import EVENTS, read_curves
 
-COMPARISON, METRICS, RECIPE, PROMPT = "comparison.json", "metrics.jsonl", "recipe.yaml", "softprompt.json"
+COMPARISON, RECIPE, PROMPT = "comparison.json", "recipe.yaml", "softprompt.json"
 SAMPLES = 24
 
 
@@ -43,17 +47,83 @@ class Series:
     points: Sequence[tuple[float, float]]
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """A tuning run by itself: what the prompt's own notes say of it."""
+
+    name: str
+    kind: str = "soft"
+    length: int | None = None
+    template: str = ""
+    target: str | None = None
+    base: BaseFacts = field(default_factory=BaseFacts)
+    data: DataFacts = field(default_factory=DataFacts)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    recipe: str = ""
+
+
 @dataclass
 class Run:
-    """What one section of the report is made from. `record` is the comparison's, or one of the same shape."""
+    """What one section of the report is made from: a comparison, or a tuning run."""
 
     title: str
     kind: str
-    record: dict[str, Any]
+    comparison: Comparison | None = None
+    tuning: Tuning | None = None
     samples: list[Sample] = field(default_factory=list)
     sampled_from: int = 0
     validation: list[Series] = field(default_factory=list)
     training: list[Series] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """An evaluation.json as far as the report reads it."""
+
+    rows: int = 0
+    complete: bool = False
+    metrics: dict[str, MetricFigure] = field(default_factory=dict)
+    confusion: Confusion | None = None
+    about: _About = field(default_factory=lambda: _About())
+
+
+@dataclass(frozen=True)
+class _About:
+    name: str | None = None
+    arm: str | None = None
+    base: BaseFacts = field(default_factory=BaseFacts)
+    data: _JudgedData = field(default_factory=lambda: _JudgedData())
+    template: str = ""
+    target: str | None = None
+    prompt_folder: str | None = None
+
+
+@dataclass(frozen=True)
+class _JudgedData:
+    source: str | None = None
+    revision: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class _PromptNotes:
+    """A softprompt.json as far as the report reads it."""
+
+    name: str | None = None
+    kind: str = "soft"
+    length: int | None = None
+    template: str = ""
+    target: str | None = None
+    base: BaseFacts = field(default_factory=BaseFacts)
+    notes: _Notes = field(default_factory=lambda: _Notes())
+
+
+@dataclass(frozen=True)
+class _Notes:
+    data: DataFacts = field(default_factory=DataFacts)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -68,33 +138,30 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             runs.append(_comparison(folder))
         elif (folder / SUMMARY).exists():
             evaluations.append(folder)
-        elif (folder / METRICS).exists():
+        elif (folder / EVENTS).exists():
             runs.append(_tuning(folder))
         else:
             raise DataError(
-                f"{folder}: holds no {COMPARISON}, {SUMMARY} or {METRICS}. Give folders that softprompt compare, "
+                f"{folder}: holds no {COMPARISON}, {SUMMARY} or {EVENTS}. Give folders that softprompt compare, "
                 "evaluate --out or tune wrote."
             )
     return runs + _evaluations(evaluations)
 
 
 def _comparison(folder: Path) -> Run:
-    record = read_json(folder / COMPARISON)
-    run = Run(f"{record['data']['source']} on {record['base']['name']}", "comparison", record)
+    comparison = Comparison.read(folder / COMPARISON)
+    run = Run(f"{comparison.data.source} on {comparison.base.name}", "comparison", comparison)
     rows: dict[str, list[Row]] = {}
-    for arm, results in record["runs"].items():
-        first = results[0]
-        path = folder / "arms" / f"{arm}-{first['seed']}" / ROWS
-        if path.exists():
+    for arm, results in comparison.runs.items():
+        path = folder / "arms" / f"{arm}-{results[0].seed}" / ROWS if results else folder
+        if path.is_file():
             rows[arm] = read_rows(path)
         for result in results:
-            for name, lines in (("validation", run.validation), ("curve", run.training)):
-                points = [
-                    (one["step"], one["nll"]) for one in result.get(name) or [] if one["nll"] is not None
-                ]
-                if points:
-                    lines.append(Series(arm, result["seed"], points))
-    run.samples = _samples(rows) or _continued(record["runs"])
+            for points, lines in ((result.validation, run.validation), (result.curve, run.training)):
+                known = [(point.step, point.nll) for point in points if math.isfinite(point.nll)]
+                if known:
+                    lines.append(Series(arm, result.seed, known))
+    run.samples = _samples(rows) or _continued(comparison)
     run.sampled_from = len(next(iter(rows.values()), []))
     return run
 
@@ -103,89 +170,83 @@ def _evaluations(folders: Sequence[Path]) -> list[Run]:
     """Evaluations as arms of one comparison where all were judged on the same rows, else each by itself."""
     if not folders:
         return []
-    found = [(folder, read_json(folder / SUMMARY), read_rows(folder / ROWS)) for folder in folders]
-    unfinished = [str(folder) for folder, record, _ in found if not record.get("complete")]
-    if unfinished:
-        raise DataError(
-            f"{unfinished[0]}: the evaluation was interrupted. Run the same command again to finish it."
-        )
-    judged = {tuple((row.index, row.input, row.wanted) for row in rows) for _, _, rows in found}
-    if len(judged) > 1:
+    records: list[_Evaluated] = []
+    for folder in folders:
+        record = typed(_Evaluated, read_json(folder / SUMMARY), str(folder / SUMMARY))
+        if not record.complete:
+            raise DataError(
+                f"{folder}: the evaluation was interrupted. Run the same command again to finish it."
+            )
+        records.append(record)
+    judged_rows = [read_rows(folder / ROWS) for folder in folders]
+    if len({tuple((row.index, row.input, row.wanted) for row in rows) for rows in judged_rows}) > 1:
         return [run for folder in folders for run in _evaluations([folder])]
-    names = [str(record["about"].get("name") or folder.name) for folder, record, _ in found]
+    names = [record.about.name or folder.name for folder, record in zip(folders, records, strict=True)]
     arms = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-    first = found[0][1]
-    metrics = [name for name in first["metrics"] if all(name in record["metrics"] for _, record, _ in found)]
+    first = records[0]
+    metrics = [
+        name
+        for name in first.metrics
+        if name in METRICS and all(name in record.metrics for record in records)
+    ]
     if not metrics:
         raise DataError("The evaluations share no metric. Evaluate them with the same --metric.")
-    records = {arm: [record] for arm, (_, record, _) in zip(arms, found, strict=True)}
-    rows = {arm: [judged] for arm, (_, _, judged) in zip(arms, found, strict=True)}
-    about = first["about"]
-    record = {
-        "kind": "evaluations",
-        "base": about.get("base") or {},
-        "data": {
-            **about.get("data", {}),
-            "judged_on": about.get("data", {}).get("split"),
-            "rows": {"judged": first["rows"]},
-        },
-        "template": about.get("template", ""),
-        "target": about.get("target"),
-        "metrics": metrics,
-        "arm_names": {arm: _told(record["about"]) for arm, (_, record, _) in zip(arms, found, strict=True)},
-        "summary": summarise(records, rows, metrics),
-        "runs": records,
-        "failed": {},
+    results: dict[str, tuple[ArmResult, ...]] = {
+        arm: (ArmResult(arm, rows=record.rows, metrics=record.metrics, confusion=record.confusion),)
+        for arm, record in zip(arms, records, strict=True)
     }
-    run = Run(f"{record['data'].get('source')} on {record['base'].get('name')}", "evaluations", record)
-    run.samples = _samples({arm: one[0] for arm, one in rows.items()})
-    run.sampled_from = int(first["rows"])
+    rows = {arm: [judged] for arm, judged in zip(arms, judged_rows, strict=True)}
+    data = first.about.data
+    comparison = Comparison(
+        summary=summarise(results, rows, metrics),
+        runs=results,
+        metrics=tuple(metrics),
+        base=first.about.base,
+        data=DataFacts(data.source, data.revision, data.split, {"judged": len(judged_rows[0])}),
+        kind="evaluations",
+        template=first.about.template,
+        target=first.about.target,
+        arm_names={arm: _described(record.about) for arm, record in zip(arms, records, strict=True)},
+    )
+    run = Run(f"{data.source} on {first.about.base.name}", "evaluations", comparison)
+    run.samples = _samples({arm: judged for arm, (judged,) in rows.items()})
+    run.sampled_from = len(judged_rows[0])
     return [run]
 
 
-def _told(about: Mapping[str, Any]) -> str:
+def _described(about: _About) -> str:
     kinds = {
         "none": "the base as it is",
         "text": "a text in front",
         "soft": "a soft prompt",
         "deep": "a deep prompt",
     }
-    where = about.get("prompt_folder")
-    return kinds.get(str(about.get("arm")), "") + (f", {where}" if where else "")
+    folder = about.prompt_folder
+    return kinds.get(str(about.arm), "") + (f", {Path(folder).name}" if folder else "")
 
 
 def _tuning(folder: Path) -> Run:
     """A tuning run: its events, and the prompt's own notes."""
-    events = []
-    for line in (folder / METRICS).read_text("utf-8").splitlines():
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue  # the last line of a run that was killed
-    notes = read_json(folder / PROMPT) if (folder / PROMPT).exists() else {}
-    started: dict[str, Any] = next((one for one in events if one.get("event") == "Started"), {})
-    record = {
-        "kind": "tuning",
-        "base": notes.get("base") or {},
-        "template": notes.get("template", ""),
-        "target": notes.get("target"),
-        "data": (notes.get("notes") or {}).get("data") or {},
-        "metrics_of_run": (notes.get("notes") or {}).get("metrics") or {},
-        "versions": (notes.get("notes") or {}).get("versions") or {},
-        "recipe": (folder / RECIPE).read_text("utf-8") if (folder / RECIPE).exists() else "",
-        "started": started,
-        "length": notes.get("length"),
-        "prompt_kind": notes.get("kind"),
-    }
-    run = Run(notes.get("name") or folder.name, "tuning", record)
-    for event, lines in (("Validated", run.validation), ("Stepped", run.training)):
-        points = [
-            (one["step"], one["nll"])
-            for one in events
-            if one.get("event") == event and isinstance(one.get("nll"), float) and one["nll"] == one["nll"]
-        ]
+    path = folder / PROMPT
+    prompt = typed(_PromptNotes, read_json(path), str(path)) if path.exists() else _PromptNotes()
+    recipe = folder / RECIPE
+    tuning = Tuning(
+        prompt.name or folder.name,
+        prompt.kind,
+        prompt.length,
+        prompt.template,
+        prompt.target,
+        prompt.base,
+        prompt.notes.data,
+        prompt.notes.metrics,
+        prompt.notes.versions,
+        recipe.read_text("utf-8", "replace") if recipe.exists() else "",
+    )
+    curves = read_curves(folder)
+    run = Run(tuning.name, "tuning", tuning=tuning)
+    for points, lines in ((curves.held_out, run.validation), (curves.training, run.training)):
         if points:
-            lines.append(Series(str(notes.get("kind") or "soft"), 0, points))
+            lines.append(Series(prompt.kind, 0, points))
     return run
 
 
@@ -214,22 +275,13 @@ def _samples(rows: Mapping[str, Sequence[Row]]) -> list[Sample]:
     return [found[i] for i in sorted([*differing, *rest])]
 
 
-def _continued(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Sample]:
+def _continued(comparison: Comparison) -> list[Sample]:
     """Running text continued by each arm."""
-    texts = {arm: results[0].get("samples") or [] for arm, results in runs.items()}
+    texts = {arm: results[0].samples for arm, results in comparison.runs.items()}
     if not texts or not all(texts.values()):
         return []
     first = next(iter(texts.values()))
     return [
-        Sample(one["input"], "", {arm: said[i]["said"] for arm, said in texts.items()}, dict.fromkeys(texts))
-        for i, one in enumerate(first)
+        Sample(start.input, "", {arm: said[i].said for arm, said in texts.items()}, dict.fromkeys(texts))
+        for i, start in enumerate(first)
     ]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A record. Raises DataError where it cannot be read."""
-    try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: the record cannot be read ({error}). Make the run again.") from error
-    return found

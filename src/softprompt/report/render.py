@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from softprompt.errors import SaveError
+from softprompt.evaluation.record import plain
 from softprompt.report.pages import page
 from softprompt.report.parts import Page, Table
 from softprompt.report.read import Run, read_runs
@@ -91,19 +92,20 @@ def as_csv(runs: Sequence[Run]) -> str:
     """A line for each arm of each run, figures in full precision; unknown ones are empty."""
     table: list[dict[str, Any]] = []
     for run in runs:
-        for arm, one in run.record.get("summary", {}).get("arms", {}).items():
-            line: dict[str, Any] = {"run": run.title, "arm": arm, "seeds": one["seeds"]}
-            for name, figure in one["metrics"].items():
-                line |= {name: figure["value"], f"{name}_stderr": figure["stderr"], "n": figure["n"]}
+        for arm, summary in run.comparison.summary.arms.items() if run.comparison is not None else ():
+            line: dict[str, Any] = {"run": run.title, "arm": arm, "seeds": summary.seeds}
+            for name, figure in summary.metrics.items():
+                line |= {name: figure.value, f"{name}_stderr": figure.stderr, "n": figure.n}
             for name in ("against_best", "against_base"):
-                if one.get(name):
-                    line |= {f"{name}_{key}": one[name][key] for key in ("value", "low", "high")}
-            costs = (key for key in one if key not in ("metrics", "against_best", "against_base", "seeds"))
-            table.append(line | {key: one[key] for key in costs})
-        if run.kind == "tuning":
-            table.append(
-                {"run": run.title, "arm": run.record.get("prompt_kind"), **run.record["metrics_of_run"]}
-            )
+                difference = getattr(summary, name)
+                if difference is not None:
+                    line |= {f"{name}_{key}": getattr(difference, key) for key in ("value", "low", "high")}
+            costs = {
+                key: value for key, value in vars(summary).items() if isinstance(value, int | float | str)
+            }
+            table.append(line | {key: value for key, value in costs.items() if key != "seeds"})
+        if run.tuning is not None:
+            table.append({"run": run.title, "arm": run.tuning.kind, **run.tuning.metrics})
     names = list(dict.fromkeys(name for line in table for name in line))
     out = io.StringIO()
     writer = csv.DictWriter(out, names, lineterminator="\n")
@@ -119,12 +121,12 @@ def as_json(runs: Sequence[Run], pages: Sequence[Page]) -> str:
             "title": run.title,
             "kind": run.kind,
             "verdict": one.verdict,
-            "record": run.record,
+            "record": _record(run),
             "samples": [{**asdict(sample), "differ": sample.differ} for sample in run.samples],
         }
         for run, one in zip(runs, pages, strict=True)
     ]
-    return json.dumps(_plain(found), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(plain(found), indent=1, ensure_ascii=False) + "\n"
 
 
 @cache
@@ -165,9 +167,7 @@ def _unknown(value: Any) -> bool:
     return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if _unknown(value) else value
+def _record(run: Run) -> dict[str, Any]:
+    if run.comparison is not None:
+        return run.comparison.to_record()
+    return {"kind": "tuning", **(asdict(run.tuning) if run.tuning is not None else {})}

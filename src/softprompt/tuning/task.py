@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
@@ -87,11 +87,11 @@ def task_of(recipe: Recipe, base: FrozenLM | Outline, splits: Splits | None = No
     )
 
 
-def read_splits(recipe: Recipe) -> Splits:
-    """The rows that the recipe names."""
+def read_splits(recipe: Recipe, rows: Any = None) -> Splits:
+    """The rows that the recipe names, or `rows` in memory read as it says."""
     data = recipe.data
     return load_splits(
-        data.source,
+        data.source if rows is None else rows,
         revision=data.revision,
         config=data.config,
         split=data.split,

@@ -1,0 +1,54 @@
+"""The table of arms: what is compared, how each is named, and whether it learns. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+ArmName: TypeAlias = Literal["base", "prompt", "few-shot", "soft", "deep", "lora", "full"]
+"""The names in ARMS, for checkers and for the shell to complete."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to solve the task.
+
+    `words` describe it in a list, `spoken` in a sentence. `seeded` arms differ from seed to seed; `learned` ones train.
+    `default_rate` is the learning rate without one of the user's own (nan: the recipe's, or derived).
+    An arm that is the base with other numbers decodes as fast as it by construction: a difference would be noise.
+    """
+
+    name: str
+    words: str
+    spoken: str
+    seeded: bool = False
+    learned: bool = False
+    default_rate: float = math.nan
+    decodes_as_base: bool = False
+
+
+ARMS: Mapping[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("base", "the base as it is", "the base as it is"),
+        Arm("prompt", "your own text in front", "your own text"),
+        Arm("few-shot", "examples from the training rows in front", "few-shot examples", seeded=True),
+        Arm("soft", "a soft prompt", "the soft prompt", seeded=True, learned=True),
+        Arm(
+            "deep",
+            "a deep prompt: keys and values for every layer",
+            "the deep prompt",
+            seeded=True,
+            learned=True,
+        ),
+        Arm("lora", "low-rank updates of the weights (PEFT)", "LoRA", True, True, 2e-3),
+        Arm("full", "a full copy of the weights, fine-tuned", "full fine-tuning", True, True, 3e-4, True),
+    )
+}
+
+
+def spoken(arm: str) -> str:
+    """An arm's name in a sentence."""
+    return ARMS[arm].spoken if arm in ARMS else arm

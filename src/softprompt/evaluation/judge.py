@@ -1,0 +1,267 @@
+"""Judging in one call: a prompt, a text or the base alone, on any rows, to figures with their errors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from softprompt.base.context_length import longest_text
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.data.batch import TooLong
+from softprompt.data.example import Example, Splits
+from softprompt.data.template import Template
+from softprompt.errors import DataError, RecipeError
+from softprompt.evaluation.evaluate import Evaluation, default_metrics, judge_rows
+from softprompt.evaluation.metric import metrics_named
+from softprompt.evaluation.predictor import predictor, settled, text_prompt
+from softprompt.evaluation.progress import Advance, progress_bar
+from softprompt.evaluation.settings import JudgedData, JudgeSettings
+from softprompt.inference.compiled import CompiledPrompt, compile_prompt
+from softprompt.prompt.soft_prompt import Prompt
+from softprompt.settings.base_settings import BaseSettings
+from softprompt.store.artifact import load_prompt
+from softprompt.tuning.recipe import Data, Recipe
+from softprompt.tuning.settle import load_base
+from softprompt.tuning.task import Task, read_splits, task_of
+
+Rows: TypeAlias = Task | Splits | str | Path | Iterable[Any]
+"""What can be judged on: a task, splits, a source (file, folder, id), or rows in memory."""
+
+IN_MEMORY = "rows in memory"
+SPLITS = ("test", "validation", "train")  # the most independent one first
+
+
+def evaluate(
+    prompt: Prompt | str | Path | None = None,
+    data: Rows | None = None,
+    *,
+    text: str | None = None,
+    base: str | Path | FrozenLM | None = None,
+    template: str | None = None,
+    target: str | None = None,
+    column: str | None = None,
+    settings: JudgeSettings | None = None,
+    reading: JudgedData | None = None,
+    extra_metrics: Sequence[str] = (),
+    out: str | Path | None = None,
+    progress: bool | Advance = True,
+) -> Evaluation:
+    """Judge a learned prompt (or its folder), an engineered `text`, or the base alone.
+
+    A prompt brings its base, template, target, length, row limit and ending; without `data` it is judged on the held-out
+    rows of what it was learned on. `reading` is a recipe's data section: what is set there wins over the prompt's own,
+    and `template`, `target` and `column` are short for it. `extra_metrics` are measured beside those of `settings`.
+    With `out`, rows are kept there, and the same call continues after an interruption.
+
+    Raises RecipeError, DataError, PromptError, BaseError; NotFinite where numbers overflow the base.
+    """
+    if prompt is not None and text is not None:
+        raise RecipeError(
+            "A prompt and a text are both given. Judge one at a time; `softprompt compare` takes both."
+        )
+    settings = settings or JudgeSettings()
+    folder = str(prompt) if isinstance(prompt, str | Path) else None
+    learned = load_prompt(prompt) if isinstance(prompt, str | Path) else prompt
+    given = {
+        **({} if reading is None else reading.given),
+        **_set(template=template, target=target, column=column),
+    }
+    task, lm = _settled_task(learned, data, base, given, settings.split)
+    examples, split = judged_examples(task.splits, settings.split)
+    examples = examples[: settings.judge_rows]
+    layout = task.template
+    compiled = compiled_for(lm, learned, text, layout)
+    examples, left_out = fitting(task, lm, examples, lambda example: _positions(task, lm, compiled, example))
+    known = [*task.splits.train, *examples]
+    names = list(dict.fromkeys([*(settings.metrics or default_metrics(layout, known)), *extra_metrics]))
+    metrics = metrics_named(names)
+    asked = settled(settings, lm, layout, examples, task.splits.train)
+    about = {
+        "name": "base" if compiled.name is None else compiled.name,
+        "arm": compiled.kind,
+        "base": described(lm),
+        "prompt": identity(learned, text),
+        "prompt_folder": folder,
+        "template": str(layout),
+        "target": layout.target,
+        "data": {"source": task.splits.source, "revision": task.splits.revision, "split": split},
+        "answers": asked.answers,
+        "settings": asked.model_dump(exclude={"batch_rows"}) | {"end": task.end},
+        "left_out": left_out,
+        "metrics": names,
+    }
+    with progress_bar(progress, "judging") as advance:
+        return judge_rows(
+            predictor(lm, compiled, layout, metrics, asked, end=task.end),
+            examples,
+            metrics,
+            layout,
+            out=None if out is None else Path(out),
+            about=about,
+            on_progress=advance,
+        )
+
+
+def _set(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _settled_task(
+    prompt: Prompt | None,
+    data: Rows | None,
+    base: str | Path | FrozenLM | None,
+    given: Mapping[str, Any],
+    split: str | None,
+) -> tuple[Task, FrozenLM]:
+    """The task to judge on, and the base it is settled on."""
+    in_memory = data is not None and not isinstance(data, str | Path)
+    named = {} if data is None else {"source": IN_MEMORY if in_memory else str(data)}
+    recipe = recipe_for(prompt, {**given, **named}, None if isinstance(base, FrozenLM) else base)
+    lm = base if isinstance(base, FrozenLM) else load_base(recipe)
+    if isinstance(data, Task):
+        return data if prompt is None else replace(data, template=_laid_out(prompt, given, data)), lm
+    splits = data if isinstance(data, Splits) else read_splits(recipe, data if in_memory else None)
+    if split is not None and not in_memory and not getattr(splits, split, ()):
+        # A split that nothing was held out as: the source's own of that name.
+        sets = [f"data.split={split}", "data.validation=0", "data.test=0", "data.limit=null"]
+        rows = read_splits(recipe.changed(sets)).train
+        splits = replace(splits, validation=rows) if split == "validation" else replace(splits, test=rows)
+    return task_of(recipe, lm, splits), lm
+
+
+def _laid_out(prompt: Prompt, given: Mapping[str, Any], task: Task) -> Template:
+    """The template of a task under a prompt: the prompt's own, unless one is given."""
+    source = given.get("template") or prompt.template or str(task.template)
+    target = given.get("target") or prompt.target or task.template.target
+    return Template.parse(source, target=target, length=prompt.length)
+
+
+def recipe_for(prompt: Prompt | None, given: Mapping[str, Any], base: str | Path | None = None) -> Recipe:
+    """What describes the data and the base; the artefact decides on all that is its own.
+
+    A prompt brings its kind, length, template, target, row limit, ending and base; what is `given` of the data section
+    wins. Without a source it is judged on what it was learned on.
+    """
+    if prompt is None:
+        alone: dict[str, Any] = {"data": dict(given), **_set(base=None if base is None else str(base))}
+        return Recipe(**alone)
+    recorded: Any = prompt.notes.get("recipe")
+    recorded = recorded if isinstance(recorded, Mapping) else {}
+    data: Any = recorded.get("data")
+    data = {
+        name: value
+        for name, value in (data if isinstance(data, Mapping) else {}).items()
+        if name in Data.model_fields
+    }
+    if "source" in given:  # other rows: only what the prompt demands of any row
+        data = {name: data[name] for name in ("max_length", "on_overflow", "end") if name in data}
+    elif not data.get("source"):
+        raise RecipeError(f"{prompt.name} does not say what data it was learned on. Name some with --data.")
+    data |= {"template": prompt.template or None, "target": prompt.target, **given}
+    tree: dict[str, Any] = {"data": data, "prompt": {"kind": prompt.kind, "length": prompt.length}}
+    tree |= {name: recorded[name] for name in ("dtype", "device") if name in recorded}
+    if base is not None:
+        tree["base"] = str(base)
+    else:
+        tree |= {"base": prompt.base.name or "builtin", "base_revision": prompt.base.revision}
+    return Recipe(**tree)
+
+
+def recorded_place(settings: BaseSettings, *prompts: Prompt) -> BaseSettings:
+    """`settings` with the dtype and device that a prompt was learned in, where they are not set."""
+    recipe: Any = prompts[0].notes.get("recipe") if prompts else None
+    if not isinstance(recipe, Mapping):
+        return settings
+    recorded = {name: recipe[name] for name in ("dtype", "device") if name in recipe}
+    return BaseSettings(
+        **{**recorded, **{name: getattr(settings, name) for name in settings.model_fields_set}}
+    )
+
+
+def judged_examples(
+    splits: Splits, split: str | None = None, *, learned_from: bool = True
+) -> tuple[tuple[Example, ...], str]:
+    """The rows to judge on, and which split they are: the one asked for, else the most independent one there is.
+
+    Without `learned_from`, training rows are refused: judging on them would say nothing about what was learned.
+    """
+    if split is not None:
+        rows = getattr(splits, split, ()) if split in SPLITS else splits.test
+        if not rows:
+            raise DataError(
+                f"split: the data has no {split} rows. Choose another split, or hold some out with data.{split}."
+            )
+        return rows, split
+    for name in SPLITS if learned_from else SPLITS[:-1]:
+        rows = getattr(splits, name)
+        if rows:
+            return rows, name
+    raise DataError(
+        "The data has neither test nor validation rows, and judging on what was learned would say nothing. "
+        "Set data.test, such as data.test=0.2."
+    )
+
+
+def fitting(
+    task: Task, lm: FrozenLM, examples: Sequence[Example], positions: Callable[[Example], int]
+) -> tuple[tuple[Example, ...], int]:
+    """The examples that fit the base, and how many were left out; `positions` is a row's length in all.
+
+    A row that does not fit raises TooLong before anything is judged; with on_overflow drop it is left out."""
+    most = longest_text(lm)
+    if most is None:
+        return tuple(examples), 0
+    kept: list[Example] = []
+    for example in examples:
+        need = positions(example)
+        if need <= most:
+            kept.append(example)
+        elif task.on_overflow != "drop":
+            raise TooLong(
+                f"{example.where}: {need} positions with the prompt, but {lm.name} has {most}. Judge on shorter rows, use "
+                "a shorter prompt, or leave such rows out (data.on_overflow=drop)."
+            )
+    if not kept:
+        raise DataError(
+            f"All {len(examples)} rows to judge on are longer than the {most} positions of {lm.name}."
+        )
+    return tuple(kept), len(examples) - len(kept)
+
+
+def _positions(task: Task, lm: FrozenLM, prompt: CompiledPrompt, example: Example) -> int:
+    """How long a row is in all: the prompt, its input and its wanted answer."""
+    row = prompt.example(example)
+    return len(prompt.laid_out(prompt.encoded(lm, prompt.template, row, generation=False, end=task.end)))
+
+
+def compiled_for(lm: FrozenLM, prompt: Prompt | None, text: str | None, layout: Template) -> CompiledPrompt:
+    """What is judged, in the one form that generation and scoring know."""
+    if text is not None:
+        return text_prompt(lm, layout, text)
+    return compile_prompt(lm, prompt, template=layout)
+
+
+def described(lm: FrozenLM) -> dict[str, Any]:
+    """The base as facts for a record."""
+    return {
+        "name": lm.name,
+        "revision": lm.revision,
+        "sha256": lm.fingerprint.sha256,
+        "parameters": lm.num_parameters,
+        "layers": lm.num_layers,
+        "width": lm.width,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+    }
+
+
+def identity(prompt: Prompt | None, text: str | None) -> str | None:
+    """What tells this prompt from any other: its numbers' digest, or the text."""
+    if prompt is None:
+        return text
+    digest = hashlib.sha256()
+    for name, tensor in sorted(prompt.tensors.items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""Records on disk: typed, with a schema version; unknown figures are null there and nan here. No torch here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias, TypeVar
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+
+from softprompt.errors import DataError
+from softprompt.settings.text import describe_value
+from softprompt.store.atomic import replace_file
+
+SCHEMA = 2  # 1: the records of version 0.1, which carry no number
+MAX_RECORD_BYTES = 2**28
+
+Value: TypeAlias = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A figure; null in a record means that it is not known."""
+
+T = TypeVar("T")
+
+
+def plain(value: Any) -> Any:
+    """The same as JSON has it: no tuples, and null for what is not finite, since JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record so that a reader finds the old file or the new one, never half of it."""
+    replace_file(path, json.dumps(plain(record), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises DataError, in one line, for anything else."""
+    try:
+        if path.stat().st_size > MAX_RECORD_BYTES:
+            raise DataError(
+                f"{path}: the record is larger than {MAX_RECORD_BYTES:,} bytes. It is not one of softprompt's."
+            )
+        found: Any = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise DataError(f"{path}: the record cannot be read ({reason}). Make the run again.") from None
+    if not isinstance(found, dict):
+        raise DataError(
+            f"{path}: found {describe_value(found)}, wanted a record (a JSON object). Make the run again."
+        )
+    schema = found.get("schema", 1)
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise DataError(
+            f"{path}: its schema is {describe_value(schema)}, and this version reads up to {SCHEMA}. Update softprompt."
+        )
+    return found
+
+
+def typed(kind: type[T], record: Mapping[str, Any], where: str) -> T:
+    """`record` as the dataclass `kind`; keys that it does not know are left out.
+
+    Raises DataError, in one line, that names the first value of another kind."""
+    try:
+        adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]
+        read = adapter.validate_python(dict(record))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(map(str, problem["loc"]))
+        found = "nothing" if problem["type"] == "missing" else describe_value(problem["input"])
+        raise DataError(
+            f"{where}: {place}: found {found}, wanted: {problem['msg']}. Make the run again."
+        ) from None
+    except RecursionError:
+        raise DataError(f"{where}: the record is nested too deeply. Make the run again.") from None
+    return read
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)

@@ -1,0 +1,68 @@
+"""A run's losses by step, read from its metrics.jsonl, and their smoothing. No torch here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from softprompt.errors import DataError
+
+EVENTS = "metrics.jsonl"
+
+Points: TypeAlias = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A run's losses by step, in nats per trained token: of each step's rows, held out, and of the base alone."""
+
+    name: str
+    training: Points
+    held_out: Points
+    base: float
+
+
+def read_curves(folder: Path) -> Curves:
+    """The curves of a run. Raises DataError where its events cannot be read."""
+    path = folder / EVENTS
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}). Give the folder of a run, which `softprompt tune` wrote."
+        ) from None
+    training: dict[float, float] = {}
+    held_out: dict[float, float] = {}
+    base = math.nan
+    for line in text.split("\n"):
+        try:
+            event: Any = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # the last line of a run that is still going, or was killed
+        if not isinstance(event, dict):
+            continue
+        kind, step, nll = event.get("event"), _number(event.get("step")), _number(event.get("nll"))
+        if kind == "Started":
+            base = _number(event.get("baseline_nll"))
+        elif kind in ("Stepped", "Validated") and math.isfinite(step) and math.isfinite(nll):
+            (training if kind == "Stepped" else held_out)[step] = nll
+    return Curves(folder.name, tuple(training.items()), tuple(held_out.items()), base)
+
+
+def smoothed(points: Points, share: float = 0.05) -> Points:
+    """Each point as the mean of those around it, `share` of all of them."""
+    reach = max(0, round(len(points) * share / 2))
+    return tuple(
+        (step, sum(y for _, y in near) / len(near))
+        for n, (step, _) in enumerate(points)
+        if (near := points[max(0, n - reach) : n + reach + 1])
+    )
+
+
+def _number(value: Any) -> float:
+    """A number as it is, and nan for anything else."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
