@@ -237,7 +237,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_the_former_prompt_or_the_new_one(
         found = load_prompt(folder)
         assert isinstance(found, SoftPrompt)
         (same,) = [one for one in (former, new, last) if torch.equal(one.embeddings_PD, found.embeddings_PD)]
-        assert [found.name, found.template] == [same.name, same.template]
+        assert found.template == same.template
         assert artifact.prompt_bytes(folder) > 0
         return same.name
 

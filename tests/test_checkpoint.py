@@ -225,7 +225,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(artifact, "_card", full)
+        patched.setattr(artifact, "card", full)
         with pytest.raises(OSError, match="No space left"):
             learn(tmp_path / "p")
     resumed, events = learn(tmp_path / "p", resume=True)

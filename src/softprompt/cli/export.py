@@ -62,14 +62,14 @@ def command(
 
 
 def to_peft(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM]) -> str:
-    from softprompt.data.template import Soft, Template
     from softprompt.store.artifact import save_prompt
+    from softprompt.store.peft_format import why_not_peft
 
-    pieces = Template.parse(prompt.template or "{text}", target=prompt.target, length=prompt.length).pieces
-    if pieces[0] != Soft(prompt.length):
+    reason = why_not_peft(prompt)
+    if reason is not None:
         raise PromptError(
-            f'{prompt.name}: its template is "{prompt.template}", and PEFT puts a prompt before everything else. '
-            "Export it to peft-prefix, vectors or merged."
+            f'{prompt.name}: its template is "{prompt.template}", which PEFT would not read rightly: {reason}. '
+            "Export it to vectors or merged."
         )
     save_prompt(prompt, out)
     return "peft.PeftModel.from_pretrained(model, FOLDER); pad on the right, PEFT is wrong on the left"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -19,12 +18,14 @@ from softprompt.comparison.records import ArmResult, BaseFacts, Comparison, Data
 from softprompt.comparison.run_arm import RESULT, judged_rows, run_job
 from softprompt.comparison.settings import CompareSettings, Job
 from softprompt.comparison.summary import summarise
-from softprompt.errors import DataError, MissingExtra, SaveError, SoftPromptError
+from softprompt.errors import DataError, MissingExtra, SoftPromptError
 from softprompt.evaluation.evaluate import default_metrics
 from softprompt.evaluation.judge import described
 from softprompt.evaluation.metric import metrics_named
 from softprompt.evaluation.record import write_json
 from softprompt.evaluation.rows import ROWS, read_rows
+from softprompt.store.atomic import replace_file
+from softprompt.store.ownership import claim, folder_named, remove_ours, writing
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.records import versions
 from softprompt.tuning.settle import load_base
@@ -52,8 +53,15 @@ def compare(
     tried again next time; SoftPromptError is raised where none succeeds.
     """
     settings = (settings or CompareSettings()).settled_text()
-    out = Path(recipe.out if out is None else out)
+    out = folder_named(recipe.out if out is None else out)
     _need_extras(settings)
+    with writing(out, (RECORD,), "a comparison", kind="comparison"):
+        return _compare(recipe, settings, out, own_process, tell, command)
+
+
+def _compare(
+    recipe: Recipe, settings: CompareSettings, out: Path, own_process: bool, tell: Tell, command: str
+) -> Comparison:
     lm = load_base(recipe)
     task = task_of(recipe, lm)
     splits, layout = task.splits, task.template
@@ -64,7 +72,7 @@ def compare(
     metrics_named(metrics)
     base, device = described(lm), lm.device
     del lm  # each arm loads its own, and this process would only take its memory
-    _make(out)
+    claim(out, "comparison", (RECORD,))
     results: dict[str, list[ArmResult]] = {}
     failed: dict[str, str] = {}
     for arm in settings.arms:
@@ -143,18 +151,9 @@ def _prepare(job: Job) -> None:
     except (SoftPromptError, ValueError, KeyError, TypeError):
         former = None
     if job.folder.exists() and former != job.digest:
-        shutil.rmtree(job.folder)
-    _make(job.folder)
-    (job.folder / "job.json").write_text(job.to_json(), encoding="utf-8")
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(
-            f"{folder}: cannot be written to ({error.strerror}). Choose another with --out."
-        ) from error
+        remove_ours(job.folder, "arm", "job.json")
+    claim(job.folder, "arm", ("job.json", "log.txt", RESULT))
+    replace_file(job.folder / "job.json", job.to_json())
 
 
 def _in_own_process(job: Job, tell: Tell) -> ArmResult:

@@ -14,6 +14,8 @@ from pathlib import Path
 from softprompt.errors import DataError, SaveError
 from softprompt.evaluation.record import SCHEMA, Value, plain, typed, write_json
 from softprompt.store.atomic import replace_file
+from softprompt.store.lock import FolderLock
+from softprompt.store.ownership import check_replaceable, claim, make_folder
 
 ROWS, SUMMARY = "rows.jsonl", "evaluation.json"
 
@@ -92,8 +94,12 @@ class RowFile:
                 f"{folder}: holds the rows of another evaluation (another base, prompt, data or way of answering). "
                 "Choose another folder, or delete this one to start afresh."
             )
+        check_replaceable(folder, (ROWS, SUMMARY), kind="evaluation")
+        make_folder(folder)
+        claim(folder, "evaluation", (ROWS, SUMMARY))
+        self._lock = FolderLock(folder, "an evaluation")
+        self._lock.take()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             if former is not None and self.path.exists():
                 self.known = {row.index: row for row in _whole(self.path.read_text("utf-8"))}
             write_json(folder / SUMMARY, {"schema": SCHEMA, "digest": digest, "complete": False})
@@ -102,6 +108,7 @@ class RowFile:
             replace_file(self.path, text)
             self._file = self.path.open("a", encoding="utf-8", newline="\n")
         except OSError as error:
+            self._lock.release()
             raise SaveError(
                 f"{folder}: rows cannot be kept there ({error.strerror}). Choose another folder with --out."
             ) from error
@@ -117,6 +124,7 @@ class RowFile:
     def close(self) -> None:
         """Close the file; what was added stays."""
         self._file.close()
+        self._lock.release()
 
 
 def _former_digest(folder: Path) -> str | None:

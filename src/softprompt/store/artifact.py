@@ -1,37 +1,43 @@
-"""One prompt on disk: PEFT's files, our own beside them, checked on loading.
+"""One prompt on disk: PEFT's files where PEFT reads the prompt rightly, our own beside them, checked on loading.
 
-    adapter_config.json          PEFT's description: PROMPT_TUNING for a soft prompt, PREFIX_TUNING for a deep one
+    softprompt.json              ours: kind, shape, template, target, the base's fingerprint, notes, the tensors' digest
     adapter_model.safetensors    one float32 tensor, `prompt_embeddings`
-    softprompt.json              ours: template, target, the base's fingerprint, notes, the tensor file's digest
+    adapter_config.json          PEFT's description, a promise that PEFT reads it rightly (peft_format says when)
     README.md                    a model card for people
 
-PEFT reads the first two and ignores the rest; we read what PEFT writes. Format: PEFT 0.21's save_pretrained.
+We also read what PEFT saves, which has no softprompt.json, and what version 0.1 saved, which always has PEFT's files.
 
-Each file is first written beside its place, as a draft; the prompt is saved when `softprompt.json`, which names the
-drafts that belong to it, is moved there. A kill before that leaves the former prompt. One between that and the other
-moves leaves drafts, which are read instead of the files that they were to replace.
+Each file is first written in full as a draft; the prompt is saved when `softprompt.json`, which names the drafts that
+belong to it, is moved to its place. A kill before that leaves the former prompt. One between that and the other moves
+leaves drafts, which are read instead of the files that they were to replace; the next save removes them. One process
+at a time saves into a folder; a reader who meets a save begins again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from softprompt.errors import DamagedPrompt, PromptError
 from softprompt.prompt.soft_prompt import DeepPrompt, Fingerprint, Prompt, SoftPrompt
+from softprompt.store import schema
 from softprompt.store.atomic import draft_path, write_together
+from softprompt.store.card import card
+from softprompt.store.lock import SAVE
+from softprompt.store.ownership import check_replaceable, writing
+from softprompt.store.peft_format import DEEP, check_readable, peft_config, why_not_peft
+from softprompt.store.schema import Ours, PeftConfig
 
 CONFIG, TENSORS, OURS, CARD = (
     "adapter_config.json",
@@ -39,39 +45,47 @@ CONFIG, TENSORS, OURS, CARD = (
     "softprompt.json",
     "README.md",
 )
-FORMAT = 1
-SHALLOW = {"PROMPT_TUNING", "P_TUNING", "CPT"}
-DEEP = {"PREFIX_TUNING", "CARTRIDGE"}
+ALL = (OURS, TENSORS, CONFIG, CARD)
+SAVE_WAITS_SECONDS = 60.0  # for another save into the same folder
+READ_ATTEMPTS = 40  # of a folder that is being saved into; each save takes some milliseconds
+PAUSE_SECONDS = 0.01
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+Value = TypeVar("Value")
 
 
-def save_prompt(prompt: Prompt, folder: str | Path) -> Path:
-    """Write `prompt` into `folder`, beside whatever else lies there. A full disk or a kill, at any moment, leaves the
-    former prompt or the new one. Raises SaveError."""
-    folder = Path(folder)
+def save_prompt(prompt: Prompt, folder: str | Path, *, overwrite: bool = True) -> Path:
+    """Write `prompt` into `folder`, beside whatever else is there.
+
+    A full disk or a kill, at any moment, leaves the former prompt or the new one. Only a prompt that softprompt wrote
+    is replaced, and none with `overwrite` False. Raises SaveError."""
+    folder = check_replaceable(folder, ALL, overwrite=overwrite)
     mark = secrets.token_hex(8)
-    tensors = safetensors.torch.save({"prompt_embeddings": _packed(prompt)}, metadata={"format": "pt"})
+    packed = _packed(prompt)
+    tensors = safetensors.torch.save({"prompt_embeddings": packed}, metadata={"format": "pt"})
+    for_peft = why_not_peft(prompt) is None
     ours = {
-        "format": FORMAT,
+        "format": schema.FORMAT,
         "kind": prompt.kind,
         "name": prompt.name,
+        "folder": folder.resolve().name,
         "length": prompt.length,
+        "shape": list(prompt.plain[0].shape),
         "template": prompt.template,
         "target": prompt.target,
         "base": asdict(prompt.base),
         "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
+        "peft": for_peft,
+        "files": [OURS, TENSORS, *([CONFIG] if for_peft else []), CARD],
         "drafts": mark,
         "notes": prompt.notes,
     }
-    write_together(
-        folder,
-        {
-            OURS: _json(ours),  # the first: it decides
-            TENSORS: tensors,
-            CONFIG: _json(_peft_config(prompt)),
-            CARD: _card(prompt).encode(),
-        },
-        mark,
-    )
+    files = {OURS: _json(ours), TENSORS: tensors}  # the first decides
+    if for_peft:
+        files[CONFIG] = _json(peft_config(prompt))
+    files[CARD] = card(prompt).encode()
+    with writing(folder, ALL, "saving a prompt", kind="prompt", lock=SAVE, wait_seconds=SAVE_WAITS_SECONDS):
+        write_together(folder, files, mark, without=[] if for_peft else [CONFIG])
     return folder
 
 
@@ -80,10 +94,7 @@ def load_prompt(folder: str | Path, *, base: Fingerprint | None = None) -> Promp
 
     Raises PromptError (no such prompt, or a kind that is not one), DamagedPrompt, or WrongBase."""
     folder = Path(folder).expanduser()
-    ours = _read_ours(folder)
-    config = _read_config(folder, ours)
-    packed = _read_tensors(folder, ours)
-    prompt = _unpacked(packed, config, ours, folder)
+    prompt = _undisturbed(folder, lambda: _read(folder))
     if base is not None:
         prompt.base.demand(base, str(folder))
     return prompt
@@ -91,12 +102,63 @@ def load_prompt(folder: str | Path, *, base: Fingerprint | None = None) -> Promp
 
 def prompt_bytes(folder: str | Path) -> int:
     """Bytes of the learned tensors on disk: what one more task costs."""
-    return _place(Path(folder), TENSORS, _read_ours(Path(folder))).stat().st_size
+    folder = Path(folder).expanduser()
+    return _undisturbed(folder, lambda: _place(folder, TENSORS, _read_ours(folder)).stat().st_size)
 
 
-def _place(folder: Path, name: str, ours: Mapping[str, Any]) -> Path:
-    """Where a file of the prompt lies: where it was drafted, if a kill kept it from its place."""
-    draft = draft_path(folder, name, str(ours.get("drafts")))
+def _undisturbed(folder: Path, read: Callable[[], Value]) -> Value:
+    """What `read` gives while no save changes the folder. What it refuses twice in an unchanged folder is refused."""
+    refused = 0
+    for attempt in range(READ_ATTEMPTS):
+        before = _stamp(folder)
+        try:
+            value = read()
+        except (PromptError, OSError) as error:
+            refused = refused + 1 if before == _stamp(folder) else 0
+            if refused == 2 or not folder.exists() or attempt + 1 == READ_ATTEMPTS:
+                if isinstance(error, OSError):
+                    raise DamagedPrompt(
+                        f"{folder}: cannot be read ({error.strerror or error}). Restore it or tune again."
+                    ) from error
+                raise
+            time.sleep(PAUSE_SECONDS)
+            continue
+        if before == _stamp(folder):
+            return value
+    raise DamagedPrompt(f"{folder}: is saved into faster than it can be read. Try again.")
+
+
+def _stamp(folder: Path) -> tuple[int, int, int] | None:
+    """What changes when another prompt is saved: which file softprompt.json is."""
+    try:
+        info = os.stat(folder / OURS)
+    except OSError:
+        return None
+    return info.st_ino, info.st_mtime_ns, info.st_size
+
+
+def _read(folder: Path) -> Prompt:
+    ours = _read_ours(folder)
+    if not folder.exists():
+        raise PromptError(f"{folder}: there is no such folder. Give the folder that `tune` or PEFT saved.")
+    if ours.shape is not None:  # softprompt.json says all; PEFT's description is for PEFT
+        packed = _read_tensors(folder, ours)
+        return _prompt(packed, ours.kind or "soft", ours.shape, None, ours, folder)
+    path = _place(folder, CONFIG, ours)
+    if not path.exists():
+        raise PromptError(
+            f"{folder}: found neither a {OURS} nor {CONFIG} of a prompt, wanted a prompt as softprompt or PEFT saves it."
+        )
+    config = schema.read(path, PeftConfig)
+    check_readable(config, folder)
+    packed = _read_tensors(folder, ours)
+    kind = "deep" if config.peft_type in DEEP else "soft"
+    return _prompt(packed, kind, _shape(packed, kind, config, folder), config, ours, folder)
+
+
+def _place(folder: Path, name: str, ours: Ours) -> Path:
+    """Where a file of the prompt is: where it was drafted, if a kill kept it from its place."""
+    draft = draft_path(folder, name, str(ours.drafts))
     return draft if os.path.exists(draft) else folder / name
 
 
@@ -108,79 +170,12 @@ def _packed(prompt: Prompt) -> Tensor:
     return state_P2LHK.reshape(prompt.length, -1).contiguous()
 
 
-def _peft_config(prompt: Prompt) -> dict[str, Any]:
-    common = {
-        "auto_mapping": None,
-        "base_model_name_or_path": prompt.base.name,
-        "revision": prompt.base.revision,
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "modules_to_save": None,
-        "num_virtual_tokens": prompt.length,
-        "num_transformer_submodules": 1,
-        "num_layers": prompt.base.layers,
-    }
-    if isinstance(prompt, SoftPrompt):
-        return common | {
-            "peft_type": "PROMPT_TUNING",
-            "token_dim": prompt.embeddings_PD.shape[1],
-            "num_attention_heads": prompt.base.kv_heads or 1,
-            "prompt_tuning_init": "RANDOM",
-            "prompt_tuning_init_text": None,
-            "tokenizer_name_or_path": prompt.base.name,
-            "tokenizer_kwargs": None,
-        }
-    layers, _, heads, head_width = prompt.keys_LPHK.shape
-    return common | {
-        "peft_type": "PREFIX_TUNING",
-        "token_dim": heads * head_width,
-        "num_attention_heads": heads,
-        "num_layers": layers,
-        "encoder_hidden_size": heads * head_width,
-        "prefix_projection": False,
-    }
+def _read_ours(folder: Path) -> Ours:
+    return schema.read(folder / OURS, Ours) if (folder / OURS).exists() else Ours()
 
 
-def _read_ours(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / OURS) if (folder / OURS).exists() else {}
-
-
-def _read_config(folder: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
-    path = _place(folder, CONFIG, ours)
-    if not folder.exists():
-        raise PromptError(f"{folder}: there is no such folder. Give the folder that `tune` or PEFT saved.")
-    if not path.exists():
-        raise PromptError(f"{folder}: found no {CONFIG}, wanted a prompt as softprompt or PEFT saves it.")
-    config = _read_json(path)
-    kind = config.get("peft_type")
-    if kind == "MULTITASK_PROMPT_TUNING":
-        raise PromptError(
-            f"{folder}: a multitask prompt holds one prompt a task. Save the task's own prompt from PEFT "
-            "(get_prompt with its task id), then load that."
-        )
-    if kind not in SHALLOW | DEEP:
-        raise PromptError(
-            f"{folder}: found a PEFT adapter of type {kind}, wanted one of {', '.join(sorted(SHALLOW | DEEP))}."
-        )
-    if config.get("num_transformer_submodules") not in (None, 1):
-        raise PromptError(f"{folder}: was made for an encoder-decoder; softprompt uses causal models alone.")
-    return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DamagedPrompt(
-            f"{path}: cannot be read as JSON ({error}). Restore the file or tune again."
-        ) from error
-    if not isinstance(value, dict):
-        raise DamagedPrompt(f"{path}: found a {type(value).__name__}, wanted a JSON object.")
-    return value
-
-
-def _read_tensors(folder: Path, ours: Mapping[str, Any]) -> Tensor:
-    path, digest = _place(folder, TENSORS, ours), ours.get("tensors_sha256")
+def _read_tensors(folder: Path, ours: Ours) -> Tensor:
+    path, digest = _place(folder, TENSORS, ours), ours.tensors_sha256
     if not path.exists():
         if (folder / "adapter_model.bin").exists():
             raise PromptError(
@@ -189,106 +184,112 @@ def _read_tensors(folder: Path, ours: Mapping[str, Any]) -> Tensor:
             )
         raise DamagedPrompt(f"{folder}: {TENSORS} is missing. Restore it or tune again.")
     try:
+        if not path.is_file():  # a pipe or device would never end
+            raise ValueError("it is not a plain file")
         content = path.read_bytes()
         tensors = safetensors.torch.load(content)
-    except (OSError, safetensors.SafetensorError, ValueError, KeyError) as error:
+    except FileNotFoundError:  # moved by a save since
+        raise
+    except Exception as error:  # safetensors and torch raise many kinds for a file that is not whole
         raise DamagedPrompt(
             f"{path}: is not a whole safetensors file ({error}). Restore it or tune again."
         ) from error
     if digest and hashlib.sha256(content).hexdigest() != digest:
         raise DamagedPrompt(
-            f"{path}: its digest is not the one in {OURS}: one of the two was changed or an old copy came between. "
-            f"Restore both, or delete {OURS} to use the vectors without their template."
+            f"{path}: its digest is not the one in {OURS}: one of the two was changed or replaced by an old copy. "
+            f"Restore both, or tune again."
         )
     if "prompt_embeddings" not in tensors:
         raise DamagedPrompt(f"{path}: found {sorted(tensors)}, wanted a tensor `prompt_embeddings`.")
+    more = sorted(set(tensors) - {"prompt_embeddings"})
+    if more:
+        raise PromptError(
+            f"{path}: also holds {', '.join(more[:5])}{', ...' if more[5:] else ''}, which a prompt does not use: without "
+            "it the answers would be others. Use it with PEFT."
+        )
     return tensors["prompt_embeddings"]
 
 
-def _unpacked(packed: Tensor, config: dict[str, Any], ours: dict[str, Any], folder: Path) -> Prompt:
-    length = config.get("num_virtual_tokens")
-    if not packed.is_floating_point() or packed.dim() != 2 or packed.shape[0] != length:
+def _shape(packed: Tensor, kind: str, config: PeftConfig, folder: Path) -> list[int]:
+    """[P, D] or [L, P, H, K] as adapter_config.json says. Raises DamagedPrompt where the tensor has another one."""
+    length = config.num_virtual_tokens
+    if packed.dim() != 2 or packed.shape[0] != length:
         raise DamagedPrompt(
             f"{folder / TENSORS}: found {packed.dtype} {tuple(packed.shape)}, wanted floating-point numbers with "
             f"{length} rows, as {CONFIG} says."
+        )
+    width = int(packed.shape[1])
+    if kind == "soft":
+        if config.token_dim and width != config.token_dim:
+            raise DamagedPrompt(
+                f"{folder / TENSORS}: found vectors {width} wide, wanted {config.token_dim} ({CONFIG})."
+            )
+        return [length, width]
+    heads, layers = config.num_attention_heads or 0, config.num_layers or 0
+    if not heads or not layers or width % (2 * layers * heads):
+        raise DamagedPrompt(
+            f"{folder / TENSORS}: found {width} values a token, wanted keys and values for {layers} layers "
+            f"of {heads} heads ({CONFIG})."
+        )
+    return [layers, length, heads, width // (2 * layers * heads)]
+
+
+def _prompt(
+    packed: Tensor, kind: str, shape: list[int], config: PeftConfig | None, ours: Ours, folder: Path
+) -> Prompt:
+    """The prompt of that shape, [P, D] or [L, P, H, K], in the tensor of PEFT's file."""
+    wanted = [] if len(shape) != (4 if kind == "deep" else 2) else shape
+    if kind == "deep" and wanted:
+        layers, length, heads, head_width = shape
+        wanted = [length, layers * 2 * heads * head_width]
+    if not wanted or list(packed.shape) != wanted or packed.dtype not in FLOATS:
+        raise DamagedPrompt(
+            f"{folder / TENSORS}: found {packed.dtype} {tuple(packed.shape)}, wanted floating-point numbers of shape "
+            f"{tuple(wanted or shape)}. Restore it or tune again."
         )
     bad = packed.numel() - int(torch.isfinite(packed).sum())
     if bad:
         raise DamagedPrompt(
             f"{folder / TENSORS}: {bad} of {packed.numel()} values are NaN or infinite. Tune again."
         )
-    deep = config["peft_type"] in DEEP
+    length = int(packed.shape[0])
     common: dict[str, Any] = {
-        "base": _fingerprint(config, ours, deep),
-        "template": ours.get("template") or f"{{soft:{length}}}{{text}}",
-        "target": ours.get("target"),
-        "name": ours.get("name") or folder.resolve().name,
-        "notes": ours.get("notes") or {},
+        "base": _fingerprint(config, ours, kind, folder),
+        "template": ours.template or f"{{soft:{length}}}{{text}}",
+        "target": ours.target,
+        "name": _name(ours, folder),
+        "notes": ours.notes or {},
     }
-    if not deep:
-        width = config.get("token_dim")
-        if width and packed.shape[1] != width:
-            raise DamagedPrompt(
-                f"{folder / TENSORS}: found vectors {packed.shape[1]} wide, wanted {width} ({CONFIG})."
-            )
-        return SoftPrompt(packed, **common)
-    heads, layers = config.get("num_attention_heads") or 0, config.get("num_layers") or 0
-    if not heads or not layers or packed.shape[1] % (2 * layers * heads):
+    try:
+        if kind == "soft":
+            return SoftPrompt(packed, **common)
+        layers, _, heads, _ = shape
+        state_P2LHK = packed.float().view(length, layers, 2, heads, -1)
+        keys_LPHK, values_LPHK = (state_P2LHK[:, :, part].transpose(0, 1) for part in (0, 1))
+        return DeepPrompt(keys_LPHK, values_LPHK, **common)
+    except PromptError as error:
+        raise DamagedPrompt(f"{folder}: {error}") from error
+
+
+def _name(ours: Ours, folder: Path) -> str:
+    """The name it was saved under; a folder that was copied or renamed since goes by its new name."""
+    now = folder.resolve().name
+    saved_as = ours.folder if ours.folder is not None else ours.name  # 0.1: `tune` gave the folder's name
+    return ours.name if ours.name and saved_as == now else now or "prompt"
+
+
+def _fingerprint(config: PeftConfig | None, ours: Ours, kind: str, folder: Path) -> Fingerprint:
+    if ours.base is not None:
+        return schema.fingerprint(ours.base, folder / OURS)
+    if config is None:
         raise DamagedPrompt(
-            f"{folder / TENSORS}: found {packed.shape[1]} values a token, wanted keys and values for {layers} layers "
-            f"of {heads} heads ({CONFIG})."
+            f"{folder / OURS}: does not say which base it belongs to. Restore it or tune again."
         )
-    state_P2LHK = packed.float().view(int(packed.shape[0]), layers, 2, heads, -1)
-    keys_LPHK, values_LPHK = (state_P2LHK[:, :, part].transpose(0, 1) for part in (0, 1))
-    return DeepPrompt(keys_LPHK, values_LPHK, **common)
-
-
-def _fingerprint(config: dict[str, Any], ours: dict[str, Any], deep: bool) -> Fingerprint:
-    if isinstance(ours.get("base"), dict):
-        known = {
-            name: value for name, value in ours["base"].items() if name in Fingerprint.__dataclass_fields__
-        }
-        return Fingerprint(**known)
     return Fingerprint(
-        name=config.get("base_model_name_or_path") or "unknown",
-        revision=config.get("revision"),
-        width=0 if deep else config.get("token_dim") or 0,
-        layers=config.get("num_layers") or 0,
-    )
-
-
-def _card(prompt: Prompt) -> str:
-    """A model card that says what this is, what it belongs to and how to use it."""
-    notes = prompt.notes
-    hub_id = prompt.base.name.count("/") == 1 and not prompt.base.name.startswith((".", "/", "~"))
-    head = ["---", *([f"base_model: {prompt.base.name}"] if hub_id else []), "library_name: softprompt"]
-    head += ["tags: [prompt-tuning, soft-prompt, peft]", "---"]
-    measured = [
-        f"| {key.replace('_', ' ')} | {value:.4f} |"
-        for key, value in (notes.get("metrics") or {}).items()
-        if isinstance(value, float) and math.isfinite(value)
-    ]
-    table = ["| measured | value |", "|---|---|", *measured, ""] if measured else []
-    return "\n".join(
-        [
-            *head,
-            f"# {prompt.name}",
-            "",
-            f"A {prompt.kind} prompt of {prompt.length} virtual tokens for `{prompt.base.name}`"
-            f"{f' at revision `{prompt.base.revision}`' if prompt.base.revision else ''}, which stays unchanged.",
-            "",
-            f"- template: `{prompt.template}`",
-            f"- learned: {f'the field `{prompt.target}`' if prompt.target else 'all of the text'}",
-            f"- fingerprint of the base: `{prompt.base.sha256 or 'unknown'}`",
-            "",
-            *table,
-            "```bash",
-            f"softprompt generate --base {prompt.base.name} --prompt FOLDER 'some text'",
-            "```",
-            "",
-            "`peft.PeftModel.from_pretrained(model, FOLDER)` loads it too.",
-            "",
-        ]
+        name=config.base_model_name_or_path or "unknown",
+        revision=config.revision,
+        width=0 if kind == "deep" else config.token_dim or 0,
+        layers=config.num_layers or 0,
     )
 
 

@@ -1,15 +1,16 @@
-"""Files that are written whole or not at all: drafts beside the place, then a rename. The one owner of such writes."""
+"""Files that are written whole or not at all: first a draft in the same folder, then a rename."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import secrets
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from softprompt.errors import SaveError
@@ -19,31 +20,35 @@ ABANDONED_SECONDS = 3600.0  # a draft folder this old belongs to a process that 
 
 def replace_file(path: Path, content: str | bytes) -> None:
     """Write `path` so that a reader finds the old file or the new one, never half of it. Raises OSError."""
-    draft = draft_path(path.parent, path.name, str(os.getpid()))
+    draft = draft_path(path.parent, path.name, secrets.token_hex(8))
     try:
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+        _write(draft, content.encode() if isinstance(content, str) else content)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def write_together(folder: Path, files: Mapping[str, bytes], mark: str = "") -> None:
-    """Write all files in full before the first takes its place. Raises SaveError, leaving nothing behind.
+def write_together(
+    folder: Path, files: Mapping[str, bytes], mark: str = "", *, without: Sequence[str] = ()
+) -> None:
+    """Write all files in full before the first takes its place; then files named `without` are removed, if present.
 
-    When the first has taken its place the others' drafts, named by `mark`, stay until they have taken theirs."""
-    drafts = [draft_path(folder, name, mark or str(os.getpid())) for name in files]
+    Raises SaveError, leaving nothing behind. Once the first has taken its place the others' drafts, named by `mark`,
+    stay until they have taken theirs. Drafts of the same files that a killed write left are removed at the end."""
+    mark = mark or secrets.token_hex(8)
+    drafts = [draft_path(folder, name, mark) for name in files]
     made, whole = not folder.exists(), False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for draft, content in zip(drafts, files.values(), strict=True):
-            with draft.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            _write(draft, content)
         whole = True
         with _interrupts_held():
-            for draft, name in zip(drafts, files, strict=True):
+            for place, (draft, name) in enumerate(zip(drafts, files, strict=True)):
                 os.replace(draft, folder / name)
+                if place == 0:  # from here on the new files count
+                    for former in without:
+                        (folder / former).unlink(missing_ok=True)
     except OSError as error:
         if whole and not drafts[0].exists():
             raise SaveError(
@@ -51,7 +56,7 @@ def write_together(folder: Path, files: Mapping[str, bytes], mark: str = "") -> 
                 "saved, but PEFT cannot read it. Save it again."
             ) from error
         raise SaveError(
-            f"{folder}: could not be written ({error.strerror or error}). What lay there before is unchanged. "
+            f"{folder}: could not be written ({error.strerror or error}). What was there before is unchanged. "
             "Free some space or choose another folder."
         ) from error
     finally:
@@ -60,6 +65,18 @@ def write_together(folder: Path, files: Mapping[str, bytes], mark: str = "") -> 
                 draft.unlink(missing_ok=True)
         if made and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+    sweep_drafts(folder, files)
+
+
+def sweep_drafts(folder: Path, names: Iterable[str] = ("*",), *, keep: str = "") -> None:
+    """Remove the drafts of `names` (glob patterns) that killed writes left, all but those of the mark `keep`.
+
+    Only for the one writer of these files: a draft that is just being written looks the same."""
+    for name in names:
+        for draft in folder.glob(draft_path(folder, name if name == "*" else glob.escape(name), "*").name):
+            if not (keep and draft.name.endswith(f".{keep}.draft")):
+                with contextlib.suppress(OSError):
+                    draft.unlink()
 
 
 @contextlib.contextmanager
@@ -94,9 +111,16 @@ def draft_path(folder: Path, name: str, mark: str) -> Path:
     return folder / f".{name}.{mark}.draft"
 
 
+def _write(draft: Path, content: bytes) -> None:
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C comes after the block rather than in it: between two renames it would leave new files beside old ones."""
+    """Delay Ctrl-C until after the block: between two renames it would leave new files beside old ones."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is ever interrupted
         return

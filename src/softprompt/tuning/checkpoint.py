@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from softprompt.errors import RecipeError, SaveError
-from softprompt.store.atomic import write_together
+from softprompt.store.atomic import sweep_drafts, write_together
 from softprompt.tuning.recipe import Recipe, Tune
 
 FOLDER, ENDING, KEPT = "checkpoints", ".checkpoint", 2
@@ -52,6 +52,7 @@ class Checkpoints:
         try:
             if not self.own:
                 self.clear()  # of a former run
+                sweep_drafts(self.folder)
             write_together(self.folder, {f"{step:09}{ENDING}": head + content})
         except (SaveError, OSError) as error:
             self.tell(f"No checkpoint of step {step}: {error} The run goes on, and tries again later.")

@@ -13,6 +13,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from softprompt.errors import SaveError
+from softprompt.store.atomic import replace_file, sweep_drafts
+from softprompt.store.lock import FolderLock
+from softprompt.store.ownership import (
+    PROMPT_FILES,
+    check_replaceable,
+    claim,
+    folder_named,
+    make_folder,
+    run_of,
+)
 from softprompt.tuning.events import Event
 from softprompt.tuning.recipe import Recipe
 
@@ -28,14 +38,22 @@ class RunFolder:
         self._whole = True
         self._waiting = io.BytesIO()
         self._file: IO[bytes] = self._waiting
+        self._lock = FolderLock(folder, "a run")
 
     def begin(self, kept_bytes: int = 0) -> None:
         """Write the recipe, and forget all that was recorded but the first `kept_bytes`, which a checkpoint knows of:
-        no step may stand there twice. Raises SaveError."""
+        no step may stand there twice. From here to `close` the folder is this run's alone. Raises SaveError where
+        another run is writing there, or where it holds what softprompt did not write."""
         folder, waiting = self.path.parent, self._waiting.getvalue()
+        folder_named(self.recipe.out)
+        check_replaceable(folder, (RECIPE, METRICS, *PROMPT_FILES), kind="run")
+        make_folder(folder)
+        self._lock.take()
+        run = run_of(folder, "run") if kept_bytes else ""
+        claim(folder, "run", (RECIPE, METRICS), later=PROMPT_FILES, run=run)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / RECIPE).write_text(self.recipe.to_yaml(), encoding="utf-8")
+            sweep_drafts(folder, (RECIPE,))
+            replace_file(folder / RECIPE, self.recipe.to_yaml())
             self._file = self.path.open("ab")
             kept_bytes = min(kept_bytes, self.path.stat().st_size)
             self._file.truncate(kept_bytes)
@@ -64,6 +82,7 @@ class RunFolder:
         """Close the file; what was recorded stays."""
         with contextlib.suppress(OSError):  # a full disk was told of before
             self._file.close()
+        self._lock.release()
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,119 @@
+"""PEFT's file format, and the one decision whether PEFT would read a prompt rightly.
+
+PEFT puts a prompt before everything else, knows no template, and is given the text up to where the answer starts. So
+adapter_config.json, by which PEFT finds a prompt, is a promise: it is written, and the model card and `export --to
+peft` speak of PEFT, only where that gives what softprompt gives. Format: PEFT 0.21's save_pretrained.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from softprompt.data.template import Field, Messages, Soft, Template, Text
+from softprompt.errors import PromptError, RecipeError
+from softprompt.prompt.soft_prompt import Prompt, SoftPrompt
+from softprompt.store.schema import PeftConfig
+
+SHALLOW = {"PROMPT_TUNING", "P_TUNING", "CPT"}
+DEEP = {"PREFIX_TUNING", "CARTRIDGE"}
+
+
+def why_not_peft(prompt: Prompt) -> str | None:
+    """Why PEFT would read this prompt wrongly; None where it reads it rightly."""
+    try:
+        template = Template.parse(prompt.template or "{text}", target=prompt.target, length=prompt.length)
+    except RecipeError:
+        return "its template cannot be read"
+    pieces = list(template.pieces)
+    slots = [place for place, piece in enumerate(pieces) if isinstance(piece, Soft)]
+    # A deep prompt's keys and values come before all text, wherever its slot is.
+    if isinstance(prompt, SoftPrompt) and slots != [0]:
+        return "PEFT puts a prompt before everything else"
+    pieces = [piece for piece in pieces if not isinstance(piece, Soft)]
+    if template.chat:
+        return None if len(pieces) == 1 else "PEFT knows no text around a chat"
+    if prompt.target is None:
+        return None
+    place = pieces.index(Field(prompt.target))
+    if place + 1 < len(pieces):
+        return "PEFT knows no text after the answer and would generate past it"
+    before = pieces[place - 1] if place else None
+    if isinstance(before, Text) and before.text[-1:].isspace():
+        # Here white space before the target is read as part of the answer's first token. PEFT's user gives it with the
+        # text, where it becomes a token of its own that the prompt never saw.
+        return "white space before the answer would reach PEFT as a token of its own"
+    return None
+
+
+def text_for_peft(prompt: Prompt) -> str:
+    """What PEFT's user gives as the text, as a template: all that follows the slot, up to the answer."""
+    template = Template.parse(prompt.template or "{text}", target=prompt.target, length=prompt.length)
+    kept = [
+        piece
+        for piece in template.pieces
+        if not isinstance(piece, Soft) and piece != Field(prompt.target or "")
+    ]
+    if any(isinstance(piece, Messages) for piece in kept):
+        return "tokenizer.apply_chat_template(messages, add_generation_prompt=True)"
+    return str(Template(tuple(kept)))
+
+
+def peft_config(prompt: Prompt) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    common = {
+        "auto_mapping": None,
+        "base_model_name_or_path": prompt.base.name,
+        "revision": prompt.base.revision,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "modules_to_save": None,
+        "num_virtual_tokens": prompt.length,
+        "num_transformer_submodules": 1,
+        "num_layers": prompt.base.layers,
+    }
+    if isinstance(prompt, SoftPrompt):
+        return common | {
+            "peft_type": "PROMPT_TUNING",
+            "token_dim": prompt.embeddings_PD.shape[1],
+            "num_attention_heads": prompt.base.kv_heads or 1,
+            "prompt_tuning_init": "RANDOM",
+            "prompt_tuning_init_text": None,
+            "tokenizer_name_or_path": prompt.base.name,
+            "tokenizer_kwargs": None,
+        }
+    layers, _, heads, head_width = prompt.keys_LPHK.shape
+    return common | {
+        "peft_type": "PREFIX_TUNING",
+        "token_dim": heads * head_width,
+        "num_attention_heads": heads,
+        "num_layers": layers,
+        "encoder_hidden_size": heads * head_width,
+        "prefix_projection": False,
+    }
+
+
+def check_readable(config: PeftConfig, folder: Path) -> None:
+    """Raise PromptError for an adapter that is no prompt for a causal model, or that holds more than a prompt."""
+    kind = config.peft_type
+    if kind == "MULTITASK_PROMPT_TUNING":
+        raise PromptError(
+            f"{folder}: a multitask prompt holds one prompt a task. Save the task's own prompt from PEFT "
+            "(get_prompt with its task id), then load that."
+        )
+    if kind not in SHALLOW | DEEP:
+        raise PromptError(
+            f"{folder}: found a PEFT adapter of type {kind}, wanted one of {', '.join(sorted(SHALLOW | DEEP))}."
+        )
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise PromptError(
+            f"{folder}: found a PEFT prompt of task type {config.task_type}, wanted CAUSAL_LM. What it answers comes "
+            "from a head or an encoder that softprompt does not have. Use it with PEFT."
+        )
+    if config.num_transformer_submodules not in (None, 1):
+        raise PromptError(f"{folder}: was made for an encoder-decoder; softprompt uses causal models alone.")
+    if config.modules_to_save:
+        raise PromptError(
+            f"{folder}: also changes the base's modules {', '.join(config.modules_to_save)} (modules_to_save), and "
+            "softprompt never changes a base. Use it with PEFT."
+        )
