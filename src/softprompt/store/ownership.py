@@ -100,7 +100,7 @@ def claim(
         replace_file(folder / MARKER, json.dumps({"format": 1, "holds": kinds}, indent=1) + "\n")
     except OSError as error:
         raise SaveError(
-            f"{folder}: cannot be written to ({error.strerror or error}). Choose another folder."
+            f"{folder}: could not be written ({error.strerror or error}). Free some space or choose another folder."
         ) from error
     return run
 
