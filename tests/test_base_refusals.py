@@ -112,7 +112,9 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path: Path, value: f
 
     base = saved(tmp_path / "base")
     change_tensors(base, spoil)
-    assert "1 of its weights hold NaN or infinite numbers in float32: model.layers.1.mlp.down" in refusal(base)
+    assert "1 of its weights hold NaN or infinite numbers in float32: model.layers.1.mlp.down" in refusal(
+        base
+    )
     model = tiny_model("Llama")
     with torch.no_grad():
         model.model.norm.weight[0] = value
@@ -122,7 +124,9 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path: Path, value: f
 
 def test_a_tokenizer_larger_than_the_table_is_refused_before_a_text_meets_it(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    larger = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>", eos_token="</s>")
+    larger = type(tokenizer)(
+        tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>", eos_token="</s>"
+    )
     larger.add_tokens(["<tool>", "<call>"])
     base = saved(tmp_path / "base", tokenizer=larger)
     message = refusal(base)
@@ -204,7 +208,18 @@ def test_a_mistyped_path_is_never_asked_of_the_hub(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", asked)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    names = ["models/tinystory", "./x", "../x", "~/x", "/x", "a/b/c", "tiny.gguf", "m.safetensors", "a\\b", "x/"]
+    names = [
+        "models/tinystory",
+        "./x",
+        "../x",
+        "~/x",
+        "/x",
+        "a/b/c",
+        "tiny.gguf",
+        "m.safetensors",
+        "a\\b",
+        "x/",
+    ]
     for name in names:
         for load in (FrozenLM.load, Outline.load):
             with pytest.raises(BaseError, match="there is no such folder|a hub id"):

@@ -88,7 +88,7 @@ def test_fixed_text_after_the_target_is_learned_with_it(tok: Any) -> None:
 
 
 def test_labels_go_by_place_even_where_the_text_holds_the_end_token(tok: Any) -> None:
-    one = done(Template.parse("{soft:1}{text}"), Example({"text": "a</s>b"}), tok)
+    one = done(Template.parse("{soft:1}{text}"), Example({"text": "a</s>b"}), tok, special_tokens=True)
     assert tok.eos_token_id in real(one)
     assert one.trained_tokens == len(real(one))
 
@@ -323,7 +323,7 @@ def test_in_a_chat_the_assistants_turns_are_trained_with_their_closing_mark() ->
     tokenizer = chatty(CHATML)
     one = done(SOFT_CHAT, CHAT, tokenizer)
     assert tokenizer.decode(trained(one)) == "I am sorry.<|im_end|>thank you for the help<|im_end|>"
-    assert one.text_bytes == len("I am sorry.") + len("thank you for the help") + 2 * len("<|im_end|>")
+    assert one.text_bytes == len("I am sorry.") + len("thank you for the help")
     messages = [{"role": m.role, "content": m.content} for m in CHAT.messages or ()]
     own = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert real(one) == own[: len(real(one))]

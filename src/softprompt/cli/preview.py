@@ -51,7 +51,7 @@ def command(
 def show_preview(console: Console, shown: Preview) -> None:
     """A line for each stretch of one kind, its tokens parted by |, so that it reads without colours too."""
     fact(console, "template", repr(shown.template))
-    fact(console, "learns", f"the field {shown.target}" if shown.target else "all text")
+    fact(console, "learns", shown.learns)
     for row in shown.shown:
         _show_row(console, row)
     lengths = ", ".join(f"{name} {length}" for name, length in shown.lengths.items())
@@ -71,6 +71,8 @@ def show_preview(console: Console, shown: Preview) -> None:
         "unlabelled",
         f"{shown.unlabelled} rows" + (" (a run would refuse them)" if shown.unlabelled else ""),
     )
+    for remark in shown.remarks:
+        console.print(Text(remark), soft_wrap=True)
     for problem in shown.problems:
         console.print(Text(problem, "red"), soft_wrap=True)
 

@@ -16,9 +16,12 @@ from softprompt.data.chat import Unlabelled as Unlabelled
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Messages, Soft, Template, Text, did_you_mean
 from softprompt.data.tokenizer import Habits as Habits
+from softprompt.data.tokenizer import Spans, first_token_bytes, habits, read_back, special_spans, tokens
 from softprompt.data.tokenizer import Tokenizer as Tokenizer
-from softprompt.data.tokenizer import first_token_bytes, habits, tokens
 from softprompt.errors import DataError
+
+_REMEMBERED_LENGTH = 100  # labels are short and repeat; longer texts are compared each time
+_REMEMBERED_TEXTS = 100_000
 
 Overflow = Literal["error", "truncate", "drop"]
 End = Literal["auto", "always", "never"]
@@ -35,7 +38,8 @@ class Encoded:
     `ids` holds 0 at virtual positions; `soft` holds -1 at tokens, else the row of the prompt; `trained` marks the
     tokens that are predicted and counted. `text_bytes` are the UTF-8 bytes that the trained tokens stand for
     (an end token stands for none). `cut` counts the tokens that truncation took away. `special` counts the
-    tokenizer's own tokens at the start of the text (BOS), `end` those appended after it (EOS).
+    tokenizer's own tokens at the start of the text (BOS), `end` those appended after it (EOS). `altered` is trained
+    text that the tokenizer does not keep, and what is left of it.
     """
 
     ids: list[int]
@@ -46,6 +50,7 @@ class Encoded:
     cut: int = 0
     special: int = 0
     end: int = 0
+    altered: tuple[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -57,12 +62,16 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """Rows ready to batch, and what was done to the others: rows shortened, tokens cut from them, rows left out."""
+    """Rows ready to batch, and what was done to the others: rows shortened, tokens cut from them, rows left out.
+
+    `altered` counts the rows whose trained text the tokenizer does not keep; `remarks` says so in sentences."""
 
     encoded: list[Encoded]
     truncated: int = 0
     cut_tokens: int = 0
     dropped: int = 0
+    altered: int = 0
+    remarks: tuple[str, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -102,6 +111,8 @@ def encode(
     base_only: bool = False,
     score_first: bool = True,
     habit: Habits | None = None,
+    special_tokens: bool = False,
+    seen: dict[str, str] | None = None,
 ) -> Encoded | None:
     """Lay out one row as the template says.
 
@@ -119,9 +130,21 @@ def encode(
     shortened (truncate): the longest field loses its end, never the target or fixed text; of a chat the oldest turns
     after the system's go. Text of no target that was shortened gets no end token.
 
-    Raises TooLong, Unlabelled when no token of the row would be trained, DataError for a missing field.
+    What a row spells like a special token is plain text, unless `special_tokens`; what the template writes is special.
+    Trained text is compared with what its tokens say (`seen` keeps short texts from one row to the next).
+
+    Raises TooLong, Unlabelled when no token of the row would be trained or the tokenizer keeps nothing of what would
+    be, DataError for a missing field.
     """
-    layout = _Layout(template, tokenizer, habit or habits(tokenizer), end, generation)
+    layout = _Layout(
+        template,
+        tokenizer,
+        habit or habits(tokenizer),
+        end,
+        generation,
+        special_tokens,
+        {} if seen is None else seen,
+    )
     found = layout.lay(example)
     if max_length is not None and len(found) > max_length:
         if on_overflow == "drop":
@@ -154,6 +177,7 @@ def encode_all(
     generation: bool = False,
     base_only: bool = False,
     score_first: bool = True,
+    special_tokens: bool = False,
 ) -> EncodedSet:
     """Every row by `encode`, with counts of what was shortened or left out.
 
@@ -161,6 +185,7 @@ def encode_all(
     """
     habit = habits(tokenizer)
     encoded: list[Encoded] = []
+    seen: dict[str, str] = {}
     dropped = 0
     for example in examples:
         one = encode(
@@ -174,6 +199,8 @@ def encode_all(
             base_only=base_only,
             score_first=score_first,
             habit=habit,
+            special_tokens=special_tokens,
+            seen=seen,
         )
         if one is None:
             dropped += 1
@@ -187,7 +214,45 @@ def encode_all(
             else "There is no row to encode. Give at least one."
         )
     cut = [one.cut for one in encoded if one.cut]
-    return EncodedSet(encoded, truncated=len(cut), cut_tokens=sum(cut), dropped=dropped)
+    altered = [one for one in encoded if one.altered]
+    remarks = [*altered_remark(altered), *typed_start_remark(template, habit)]
+    return EncodedSet(
+        encoded,
+        truncated=len(cut),
+        cut_tokens=sum(cut),
+        dropped=dropped,
+        altered=len(altered),
+        remarks=tuple(remarks),
+    )
+
+
+def altered_remark(altered: Sequence[Encoded]) -> list[str]:
+    """A sentence on rows whose trained text the tokenizer does not keep, with the first of them."""
+    if not altered or altered[0].altered is None:
+        return []
+    text, left = (_shown(part) for part in altered[0].altered)
+    return [
+        f"The base's tokenizer alters the text that is learned in {len(altered)} rows: row {altered[0].row} has {text}, "
+        f"of which {left} is learned."
+    ]
+
+
+def typed_start_remark(template: Template, habit: Habits) -> list[str]:
+    """A sentence on a start token that the template spells out."""
+    first = next((piece for piece in template.pieces if not isinstance(piece, Soft)), None)
+    if not habit.before or not isinstance(first, Text):
+        return []
+    spans = special_spans(first.text, habit)
+    if not spans or spans[0][0] != 0:
+        return []
+    return [
+        f"The template starts with {first.text[: spans[0][1]]!r}; where that is the tokenizer's own start token, it "
+        "stands once."
+    ]
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def collate(encoded: Sequence[Encoded], pad_id: int = 0) -> Batch:
@@ -240,6 +305,8 @@ class _Run:
     trained: bool = False
     soft: int = 0
     ids: tuple[int, ...] | None = None
+    data: Spans = ()
+    words: str | None = None  # what the trained text says, where marks that close it are part of it
 
 
 @dataclass(frozen=True)
@@ -249,6 +316,8 @@ class _Layout:
     habit: Habits
     end: End
     generation: bool
+    special_tokens: bool
+    seen: dict[str, str]
 
     def lay(self, example: Example, *, shortened: bool = False) -> Encoded:
         runs, wants_end = self._runs(example)
@@ -264,18 +333,61 @@ class _Layout:
                 continue
             if before is not None:
                 _append(found, before, trained=False)
+                run = self._without_typed(run, before)
                 found.special, before = len(before), None
+            data = () if self.special_tokens else run.data
             ids = (
                 run.ids
                 if run.ids is not None
-                else tokens(self.tokenizer, run.text, self.habit, continues=has_text)
+                else tokens(self.tokenizer, run.text, self.habit, continues=has_text, data=data)
             )
             _append(found, ids, trained=run.trained)
-            found.text_bytes += len(run.text.encode()) if run.trained else 0
+            if run.trained:
+                words = run.text if run.words is None else run.words
+                found.text_bytes += len(words.encode())
+                if run.ids is None and not self.generation:
+                    self._compare(found, run, list(ids), example)
             has_text = has_text or bool(run.text)
         if wants_end and not (shortened and self.template.target is None):
             self._append_end(found)
         return found
+
+    def _without_typed(self, run: _Run, before: tuple[int, ...]) -> _Run:
+        """The first run without a start token that the template spells out, which stands there already."""
+        marks = special_spans(run.text, self.habit)
+        if not marks or marks[0][0] != 0 or any(first < marks[0][1] for first, _ in run.data):
+            return run
+        typed = run.text[: marks[0][1]]
+        if tokens(self.tokenizer, typed, self.habit, continues=False) != list(before):
+            return run
+        data = tuple((first - len(typed), last - len(typed)) for first, last in run.data)
+        return replace(run, text=run.text[len(typed) :], data=data)
+
+    def _compare(self, found: Encoded, run: _Run, ids: list[int], example: Example) -> None:
+        """Keep what the tokens of a trained run say where that is not its text. Raises Unlabelled where it is nothing."""
+        text = run.text
+        left = self.seen.get(text)
+        if left is None:
+            left = read_back(self.tokenizer, text, ids)
+            if len(text) <= _REMEMBERED_LENGTH and len(self.seen) < _REMEMBERED_TEXTS:
+                self.seen[text] = left
+        if left == text:
+            return
+        for first, last in reversed(special_spans(text, self.habit)):
+            if self.special_tokens or not any(start < last and first < stop for start, stop in run.data):
+                text = text[:first] + text[last:]  # a special token is no part of what is read back
+        if left.strip() == text.strip():
+            return
+        if not left.strip() and not self._inside(run).strip() == "":
+            raise Unlabelled(
+                f"{example.where} has no token to learn: the base's tokenizer has none for {_shown(text.strip())} and "
+                "drops it. Write it with other characters, or leave the row out."
+            )
+        found.altered = found.altered or (text, left)
+
+    def _inside(self, run: _Run) -> str:
+        """What a row says in a run."""
+        return "".join(run.text[first:last] for first, last in run.data) if run.data else run.text
 
     def _append_end(self, found: Encoded) -> None:
         eos = self.tokenizer.eos_token_id
@@ -307,12 +419,23 @@ class _Layout:
                         _join(runs, "", False)
                         break
                     trained = True
-                    runs.append(_Run(space + _field(example, name), True))
+                    text = space + _field(example, name)
+                    runs.append(_Run(text, True, data=((len(space), len(text)),)))
                 case Field(name):
-                    _join(runs, _field(example, name), trained)
+                    _join(runs, _field(example, name), trained, data=True)
                 case Messages():
-                    found = chat.turns(example, self.tokenizer, generation=self.generation)
-                    runs += [_Run(turn.text, turn.said_by_assistant, ids=turn.ids) for turn in found]
+                    found = chat.turns(
+                        example,
+                        self.tokenizer,
+                        generation=self.generation,
+                        habit=None if self.special_tokens else self.habit,
+                    )
+                    runs += [
+                        _Run(
+                            turn.text, turn.said_by_assistant, ids=turn.ids, data=turn.data, words=turn.words
+                        )
+                        for turn in found
+                    ]
                     wants_end = self.end == "always" or (self.end == "auto" and found[-1].open)
         return runs, wants_end and not self.generation
 
@@ -324,12 +447,14 @@ def _append(found: Encoded, ids: Iterable[int], *, trained: bool) -> None:
     found.trained += [trained] * len(ids)
 
 
-def _join(runs: list[_Run], text: str, trained: bool) -> None:
+def _join(runs: list[_Run], text: str, trained: bool, *, data: bool = False) -> None:
     last = runs[-1] if runs else None
     if last is not None and not last.soft and last.trained == trained and last.ids is None:
-        runs[-1] = replace(last, text=last.text + text)
+        start = len(last.text)
+        spans = (*last.data, (start, start + len(text))) if data else last.data
+        runs[-1] = replace(last, text=last.text + text, data=spans)
     else:
-        runs.append(_Run(text, trained))
+        runs.append(_Run(text, trained, data=((0, len(text)),) if data else ()))
 
 
 def _take_space(runs: list[_Run]) -> str:
@@ -340,7 +465,8 @@ def _take_space(runs: list[_Run]) -> str:
         return ""
     text = runs[-1].text
     kept = re.sub(r"[^\S\r\n]+\Z", "", text)
-    runs[-1] = replace(runs[-1], text=kept)
+    data = tuple((first, min(last, len(kept))) for first, last in runs[-1].data if first < len(kept))
+    runs[-1] = replace(runs[-1], text=kept, data=data)
     return text[len(kept) :]
 
 

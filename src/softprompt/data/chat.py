@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from softprompt.data.example import Example, Message
-from softprompt.data.tokenizer import Tokenizer
+from softprompt.data.tokenizer import Habits, Spans, Tokenizer, special_spans
 from softprompt.errors import DataError
 
 
@@ -14,16 +16,22 @@ from softprompt.errors import DataError
 class Turn:
     """A stretch of the rendered chat. `ids` is given where the tokenizer itself told the stretches apart.
 
-    `open` tells that the assistant's words end without a mark, so that an end token has to follow.
+    `open` tells that the assistant's words end without a mark, so that an end token has to follow. `words` is what the
+    assistant says of the text, the closing mark left out. `data` are the stretches of the text that come from the row,
+    given where they spell a special token.
     """
 
     text: str
     said_by_assistant: bool
     ids: tuple[int, ...] | None = None
     open: bool = False
+    words: str | None = None
+    data: Spans = ()
 
 
-def turns(example: Example, tokenizer: Tokenizer, *, generation: bool = False) -> list[Turn]:
+def turns(
+    example: Example, tokenizer: Tokenizer, *, generation: bool = False, habit: Habits | None = None
+) -> list[Turn]:
     """The chat in stretches, in order, up to the end of the assistant's last words.
 
     Each turn of the assistant starts where generation would start it: the chat before it is rendered with the
@@ -31,7 +39,9 @@ def turns(example: Example, tokenizer: Tokenizer, *, generation: bool = False) -
     (templates that rewrite earlier turns), the template's own {% generation %} marks serve, if it has them.
     The closing mark that the template writes after the assistant's words belongs to them; blanks behind it do not.
 
-    With `generation` a last turn of the assistant is left out and the rendering ends where the answer starts.
+    With `generation` a last turn of the assistant is left out and the rendering ends where the answer starts. Calls of
+    functions, and the row's tools, are written by the chat template. With `habit` special tokens that a message spells
+    are plain text.
 
     Raises DataError without messages, without a chat template, and where the assistant's words cannot be found.
     """
@@ -48,20 +58,91 @@ def turns(example: Example, tokenizer: Tokenizer, *, generation: bool = False) -
         )
     if generation and messages[-1].role == "assistant":
         messages = messages[:-1]
-    if not generation and not any(one.role == "assistant" and one.content.strip() for one in messages):
+    if not generation and not any(_teaches(message) for message in messages):
         roles = ", ".join(dict.fromkeys(message.role for message in messages))
         raise Unlabelled(
             f"{example.where} has no token to learn: no turn of the role 'assistant' says anything (it has {roles}). "
             "Leave the row out, or name the roles as the base's chat template does."
         )
+    _refuse_unwritten(messages, tokenizer, example)
+    if not generation:  # what follows the last words that are learned is no part of the row
+        messages = messages[: 1 + max(i for i, message in enumerate(messages) if _teaches(message))]
     try:
-        return _by_rendering(messages, tokenizer, example, generation)
+        cut = _by_rendering(messages, tokenizer, example, generation)
+        return _with_data(cut, messages, example, habit)
     except _Rewritten as rewritten:
         if generation:
-            return [Turn(_render(messages, tokenizer, example, prompt=True), False)]
+            cut = [Turn(_render(messages, tokenizer, example, prompt=True), False)]
+            return _with_data(cut, messages, example, habit)
         if "{% generation" not in str(tokenizer.chat_template).replace("{%-", "{%"):
             raise DataError(str(rewritten)) from None
         return _by_marks(messages, tokenizer, example)
+
+
+def _teaches(message: Message) -> bool:
+    return message.role == "assistant" and message.learned and bool(message.content.strip() or message.more)
+
+
+_LEFT_OUT = ("name", "tool_call_id", "prefix")  # templates that leave these out lose no word
+
+
+def _refuse_unwritten(messages: Sequence[Message], tokenizer: Tokenizer, example: Example) -> None:
+    """Raise DataError for what a chat says beside its words and the chat template would drop without a sign."""
+    source = str(tokenizer.chat_template)
+    for number, message in enumerate(messages):
+        for key, _ in message.more:
+            if key not in source and key not in _LEFT_OUT:
+                raise DataError(
+                    f"{example.where}: turn {number} ({message.role}) has {key}, which the base's chat template does not "
+                    "write. Use a base whose chat template does, write it into the content, or leave the row out."
+                )
+    if "tools" in example.fields and "tools" not in source:
+        raise DataError(
+            f"{example.where} has tools, which the base's chat template does not write. Use a base whose chat template "
+            "does, write them into the system turn, or leave the column out."
+        )
+
+
+def _with_data(
+    cut: list[Turn], messages: Sequence[Message], example: Example, habit: Habits | None
+) -> list[Turn]:
+    """The stretches with the places of what the messages say, if any of it spells a special token."""
+    spelled = [message.content for message in messages]
+    spelled += [text for message in messages for _, text in message.more]
+    if habit is None or not any(
+        special_spans(text, habit) for text in [*spelled, example.fields.get("tools", "")]
+    ):
+        return cut
+    whole = "".join(turn.text for turn in cut)
+    spans, at = [], 0
+    for message in messages:
+        content = message.content.strip()
+        first = whole.find(content, at)
+        if any(special_spans(text, habit) for text in (content, *(text for _, text in message.more))) and (
+            first < 0 or not special_spans(content, habit)
+        ):
+            raise DataError(
+                f"{example.where}: a turn ({message.role}) spells a special token, and the base's chat template rewrites "
+                "that turn, so that the two cannot be told apart. Leave the row out, or set data.special_tokens."
+            )
+        if first >= 0:
+            at = first + len(content)
+            spans.append((first, at))
+    if special_spans(example.fields.get("tools", ""), habit):
+        raise DataError(
+            f"{example.where}: its tools spell a special token. Leave the row out, or set data.special_tokens."
+        )
+    placed, start = [], 0
+    for turn in cut:
+        stop = start + len(turn.text)
+        inside = [
+            (max(first, start) - start, min(last, stop) - start)
+            for first, last in spans
+            if first < stop and start < last
+        ]
+        placed.append(replace(turn, data=inside))
+        start = stop
+    return placed
 
 
 class Unlabelled(DataError):
@@ -89,11 +170,12 @@ def _by_rendering(
                 "follow, or not where its generation prompt ends, so what the assistant said cannot be told apart. "
                 "Keep one assistant turn a row, use a template with {% generation %} marks, or a template of fields."
             )
+        if not message.learned:
+            continue
         ends, marked = _end(upto, len(before), message.content)
-        cut += [
-            Turn(whole[done : len(before)], False),
-            Turn(whole[len(before) : ends], True, open=not marked),
-        ]
+        said = whole[len(before) : ends]
+        words = _words(said, message, tokenizer)
+        cut += [Turn(whole[done : len(before)], False), Turn(said, True, open=not marked, words=words)]
         done = ends
     if generation:
         cut.append(Turn(whole[done:], False))
@@ -110,10 +192,27 @@ def _end(upto: str, start: int, content: str) -> tuple[int, bool]:
     return len(upto), bool(mark)
 
 
+def _words(said: str, message: Message, tokenizer: Tokenizer) -> str:
+    """What the assistant says of a stretch: all of it but the mark that closes it."""
+    content = message.content.strip()
+    at = said.find(content)
+    if at >= 0 and content and not message.more:
+        return said[: at + len(content)]
+    closed = str(getattr(tokenizer, "eos_token", None) or "")
+    marks = [*map(str, getattr(tokenizer, "all_special_tokens", ())), closed]
+    for mark in marks:
+        said = said.removesuffix(mark) if mark else said
+    return said
+
+
 def _by_marks(messages: Sequence[Message], tokenizer: Tokenizer, example: Example) -> list[Turn]:
     try:
         found = tokenizer.apply_chat_template(
-            _plain(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            _plain(messages),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **_tools(example),
         )
         ids, mask = [int(i) for i in found["input_ids"]], [bool(m) for m in found["assistant_masks"]]
     except Exception as error:  # jinja, the tokenizer and transformers raise many kinds here
@@ -140,14 +239,28 @@ def _render(messages: Sequence[Message], tokenizer: Tokenizer, example: Example,
         return ""
     try:
         return str(
-            tokenizer.apply_chat_template(_plain(messages), tokenize=False, add_generation_prompt=prompt)
+            tokenizer.apply_chat_template(
+                _plain(messages), tokenize=False, add_generation_prompt=prompt, **_tools(example)
+            )
         )
     except Exception as error:  # whatever the template's author or jinja raises
         raise _refused(example, error) from error
 
 
-def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
+def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [
+        {
+            "role": message.role,
+            "content": message.content,
+            **{key: json.loads(text) for key, text in message.more},
+        }
+        for message in messages
+    ]
+
+
+def _tools(example: Example) -> dict[str, Any]:
+    tools = example.fields.get("tools")
+    return {} if tools is None else {"tools": json.loads(tools)}
 
 
 def _refused(example: Example, error: Exception) -> DataError:

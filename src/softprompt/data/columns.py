@@ -64,8 +64,10 @@ class Columns:
                 if not text.isascii():
                     refuse_broken(text, f"{name}, row {number}, column {key!r}")
             turns = self._turns(raw, f"{name}, row {number}", left_out)
-            if turns is not None and (tools := tools_of(raw.get("tools"), f"{name}, row {number}")):
-                fields["tools"] = tools
+            if turns is not None and "tools" in raw:
+                fields.pop("tools", None)
+                tools = tools_of(raw["tools"], f"{name}, row {number}")
+                fields |= {} if tools is None else {"tools": tools}
             found.append(Example(fields, turns, number))
         if not found:
             raise DataError(f"{name} has no row. Give at least one.")

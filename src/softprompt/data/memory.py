@@ -176,5 +176,5 @@ def _begin(name: str) -> str:
 
 
 def json_text(value: object) -> str:
-    """A nested value as text, the same for equal values."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    """A nested value as text, its keys in their order."""
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -7,10 +7,19 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-from softprompt.data.batch import Encoded, End, Overflow, TooLong, Unlabelled, encode
+from softprompt.data.batch import (
+    Encoded,
+    End,
+    Overflow,
+    TooLong,
+    Unlabelled,
+    altered_remark,
+    encode,
+    typed_start_remark,
+)
 from softprompt.data.example import Example
 from softprompt.data.template import Template
-from softprompt.data.tokenizer import Tokenizer, habits
+from softprompt.data.tokenizer import Habits, Tokenizer, habits, special_spans
 from softprompt.errors import DataError
 
 Kind = Literal["soft", "context", "trained", "special"]
@@ -44,10 +53,12 @@ class Preview:
 
     `too_long` rows (with on_overflow error) and `unlabelled` ones (no token to learn) would stop a run; `dropped` ones
     are left out by it. `lengths` are quantiles of the positions a row has. `problems` holds the first message of each.
+    `learns` says in words what the loss counts; `remarks` say what the tokenizer makes of text that is learned.
     """
 
     template: str
     target: str | None
+    learns: str
     shown: tuple[ShownRow, ...]
     examples: int
     tokens: int
@@ -60,6 +71,7 @@ class Preview:
     unlabelled: int
     lengths: dict[str, int]
     problems: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
 
 
 def preview(
@@ -71,6 +83,7 @@ def preview(
     max_length: int | None = None,
     on_overflow: Overflow = "error",
     end: End = "auto",
+    special_tokens: bool = False,
 ) -> Preview:
     """Encode every row as a run would and tell what came of it; the first `show` good rows token by token.
 
@@ -79,6 +92,7 @@ def preview(
     """
     habit = habits(tokenizer)
     encoded: list[Encoded] = []
+    seen: dict[str, str] = {}
     dropped = 0
     too_long: list[str] = []
     unlabelled: list[str] = []
@@ -92,6 +106,8 @@ def preview(
                 on_overflow=on_overflow,
                 end=end,
                 habit=habit,
+                special_tokens=special_tokens,
+                seen=seen,
             )
         except TooLong as error:
             too_long.append(str(error))
@@ -110,6 +126,7 @@ def preview(
     return Preview(
         template=str(template),
         target=template.target,
+        learns=_learns(template),
         shown=tuple(ShownRow(one.row, tuple(_tokens(one, tokenizer)), one.cut) for one in encoded[:show]),
         examples=len(examples),
         tokens=sum(map(len, encoded)) - soft,
@@ -122,7 +139,40 @@ def preview(
         unlabelled=len(unlabelled),
         lengths=_quantiles(map(len, encoded)),
         problems=tuple(chain(too_long[:1], unlabelled[:1])),
+        remarks=(
+            *altered_remark([row for row in encoded if row.altered]),
+            *_spelled_remark(examples, habit, special_tokens),
+            *typed_start_remark(template, habit),
+        ),
     )
+
+
+def _learns(template: Template) -> str:
+    if template.target is not None:
+        return f"the field {template.target}"
+    return "the assistant's turns" if template.chat else "all text"
+
+
+def _spelled_remark(examples: Sequence[Example], habit: Habits, special_tokens: bool) -> list[str]:
+    """A sentence on rows that spell special tokens."""
+    spelling = [
+        example.row
+        for example in examples
+        if any(
+            special_spans(text, habit)
+            for text in (*example.fields.values(), *(message.content for message in example.messages or ()))
+        )
+    ]
+    if not spelling:
+        return []
+    read = (
+        "special tokens, as data.special_tokens says"
+        if special_tokens
+        else "plain text (data.special_tokens)"
+    )
+    return [
+        f"{len(spelling)} rows spell special tokens, the first of them row {spelling[0]}: they are read as {read}."
+    ]
 
 
 def _tokens(one: Encoded, tokenizer: Tokenizer) -> Iterable[Token]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 
@@ -29,11 +31,17 @@ class Habits:
 
     `before` and `after` are the special tokens it puts around a text (BOS; EOS). `leading_space` tells that it reads
     a text's start as if a space stood there (SentencePiece's dummy prefix), which is wrong in the middle of a line.
+    `specials` are the spellings that it reads as special tokens wherever they stand.
     """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
     leading_space: bool
+    specials: tuple[str, ...] = ()
+
+
+Spans = Sequence[tuple[int, int]]
+"""Stretches of a text, each from a first character up to one that is no part of it."""
 
 
 def habits(tokenizer: Tokenizer) -> Habits:
@@ -42,20 +50,81 @@ def habits(tokenizer: Tokenizer) -> Habits:
     start = _find(bare, wrapped)
     before, after = (wrapped[:start], wrapped[start + len(bare) :]) if start is not None else ([], [])
     return Habits(
-        tuple(before), tuple(after), leading_space=_behind(tokenizer, "\n", "a") not in (None, bare)
+        tuple(before),
+        tuple(after),
+        leading_space=_behind(tokenizer, "\n", "a") not in (None, bare),
+        specials=_specials(tokenizer),
     )
 
 
-def tokens(tokenizer: Tokenizer, text: str, habit: Habits, *, continues: bool) -> list[int]:
-    """Ids of `text` without special tokens; with `continues` as they are when other text stands before it."""
+def tokens(tokenizer: Tokenizer, text: str, habit: Habits, *, continues: bool, data: Spans = ()) -> list[int]:
+    """Ids of `text`, nothing put around it; with `continues` as they are when other text stands before it.
+
+    `data` are the stretches that come from a row: what looks like a special token there is plain text."""
     if not text:
         return []
+    marks = special_spans(text, habit)
+    written = [mark for mark in marks if not _overlaps(mark, data)]
+    if len(written) == len(marks):
+        return _continued(tokenizer, text, habit, continues=continues, plain=False)
+    # Some data spells a special token. The text is cut at those that the template writes; all else is plain.
+    ids: list[int] = []
+    start = 0
+    for first, last in [*written, (len(text), len(text))]:
+        behind = continues or start > 0
+        if start < first:
+            ids += _continued(tokenizer, text[start:first], habit, continues=behind, plain=True)
+        if first < last:
+            ids += _ids(tokenizer, text[first:last])
+        start = last
+    return ids
+
+
+def special_spans(text: str, habit: Habits) -> list[tuple[int, int]]:
+    """Where `text` spells special tokens."""
+    if not habit.specials:
+        return []
+    return [match.span() for match in _spelled(habit.specials).finditer(text)]
+
+
+def surviving(tokenizer: Tokenizer, text: str, habit: Habits | None = None) -> str:
+    """What is left of a text of data after tokens and back: the most that a base can be taught to say of it.
+
+    Some tokenizers have no token for a character, lower its case or change its width. Blanks at the start are kept,
+    as some tokenizers show them only behind other text."""
+    habit = habit or habits(tokenizer)
+    return read_back(tokenizer, text, tokens(tokenizer, text, habit, continues=True, data=[(0, len(text))]))
+
+
+def read_back(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> str:
+    """The text of `ids`, special tokens left out, with the blanks that `text` starts with."""
+    back = str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    blanks = len(text) - len(text.lstrip(" "))
+    return text[:blanks] + back.lstrip(" ") if blanks or back[:1] == " " else back
+
+
+def _continued(tokenizer: Tokenizer, text: str, habit: Habits, *, continues: bool, plain: bool) -> list[int]:
     if continues and habit.leading_space:
         for anchor in ("\n", "=", "a"):  # none of them joins with every text, so try a few
-            ids = _behind(tokenizer, anchor, text)
+            ids = _behind(tokenizer, anchor, text, plain=plain)
             if ids is not None:
                 return ids
-    return _ids(tokenizer, text)
+    return _ids(tokenizer, text, plain=plain)
+
+
+def _overlaps(mark: tuple[int, int], spans: Spans) -> bool:
+    return any(first < mark[1] and mark[0] < last for first, last in spans)
+
+
+def _specials(tokenizer: Tokenizer) -> tuple[str, ...]:
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    texts = [str(token) for token in added.values() if getattr(token, "special", False)]
+    return tuple(dict.fromkeys([*texts, *map(str, getattr(tokenizer, "all_special_tokens", ()))]))
+
+
+@lru_cache(maxsize=8)
+def _spelled(specials: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(text) for text in sorted(specials, key=len, reverse=True) if text))
 
 
 def first_token_bytes(tokenizer: Tokenizer, text: str, habit: Habits, *, continues: bool) -> int:
@@ -68,15 +137,16 @@ def first_token_bytes(tokenizer: Tokenizer, text: str, habit: Habits, *, continu
     return max(0, whole - rest)
 
 
-def _behind(tokenizer: Tokenizer, anchor: str, text: str) -> list[int] | None:
+def _behind(tokenizer: Tokenizer, anchor: str, text: str, *, plain: bool = False) -> list[int] | None:
     """Ids of `text` after `anchor`; None where the two share a token."""
-    head, both = _ids(tokenizer, anchor), _ids(tokenizer, anchor + text)
+    head, both = _ids(tokenizer, anchor), _ids(tokenizer, anchor + text, plain=plain)
     return both[len(head) :] if both[: len(head)] == head and len(both) > len(head) else None
 
 
-def _ids(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
+def _ids(tokenizer: Tokenizer, text: str, *, special: bool = False, plain: bool = False) -> list[int]:
     # verbose=False: it would warn of texts over model_max_length, which encode checks itself
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    settings = {"split_special_tokens": True} if plain else {}
+    return list(tokenizer(text, add_special_tokens=special, verbose=False, **settings)["input_ids"])
 
 
 def _find(part: Sequence[int], whole: Sequence[int]) -> int | None:

@@ -76,6 +76,7 @@ class Plan:
             said.append(f"{train.truncated} texts were cut, by {train.cut_tokens} tokens in all.")
         if train.dropped:
             said.append(f"{train.dropped} rows were left out because they are too long.")
+        said += train.remarks
         contexts = contexts_of([*self.train.encoded, *self.held_out])
         budget = self.recipe.tune.context_cache_gigabytes
         if contexts and budget:

@@ -77,6 +77,11 @@ class Data(Section):
         "auto",
         "Whether the end-of-text token is appended and learned: auto means after a target or an assistant's turn.",
     )
+    special_tokens: bool = setting(
+        False,
+        "Read what rows spell like a special token, such as `</s>`, as that token. Without it, data is plain text; "
+        "special tokens in the template are always read as such.",
+    )
     encoding: str | None = setting(
         None, "The file's text encoding; without it, it is detected, and a guess is said."
     )

@@ -36,6 +36,7 @@ class Task:
     on_overflow: Overflow
     end: End
     kind: Literal["soft", "deep"] = "soft"
+    special_tokens: bool = False
 
     def to_learn(self, examples: Sequence[Example], *, slots: bool = True) -> EncodedSet:
         """Rows to learn from; without `slots` as a base without a prompt reads them (LoRA, full fine-tuning)."""
@@ -55,6 +56,7 @@ class Task:
             max_length=self.max_positions,
             on_overflow=self.on_overflow,
             end=self.end,
+            special_tokens=self.special_tokens,
         )
 
     def _encoded(self, examples: Sequence[Example], *, slots: bool, score_first: bool) -> EncodedSet:
@@ -65,6 +67,7 @@ class Task:
             max_length=self.max_positions,
             on_overflow=self.on_overflow,
             end=self.end,
+            special_tokens=self.special_tokens,
             base_only=not slots,
             score_first=score_first,
         )
@@ -84,6 +87,7 @@ def task_of(recipe: Recipe, base: FrozenLM | Outline, splits: Splits | None = No
         on_overflow=recipe.data.on_overflow,
         end=recipe.data.end,
         kind=recipe.prompt.kind,
+        special_tokens=recipe.data.special_tokens,
     )
 
 
