@@ -14,11 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu
+from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from softprompt.base.hardware import has_int8_products, product_dtype
 from softprompt.loss.kernels.attention import SHORT, fused_attention
 from softprompt.loss.kernels.gelu import SmallGelu
 from softprompt.loss.kernels.linear import FrozenLinear, Int8Linear
+from softprompt.loss.kernels.llama_layer import Layer, Norm
+from softprompt.loss.packed_body import PackedBody
 
 Products = Literal["float", "int8"]
 LARGE = 2**16  # weights of a linear layer; for smaller ones a call costs more than its product
@@ -45,7 +51,59 @@ def learning_body(body: nn.Module, products: Products = "float") -> Any:
             if exchanged is not None:
                 setattr(module, name, exchanged)
                 changed = True
-    return twin.eval().requires_grad_(False) if changed else body
+    fast = twin.eval().requires_grad_(False) if changed else body
+    return _packed(body, fast) or fast if on_cpu and products == "float" else fast
+
+
+# Bodies whose every layer is norm, rotary attention with grouped heads, norm, SwiGLU; a subclass may differ.
+LLAMA_TYPE = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+
+
+def _packed(body: Any, fast: Any) -> PackedBody | None:
+    """The body that reads packed rows, None where the architecture is not one that it knows in every part."""
+    if type(body) not in LLAMA_TYPE or body.config.hidden_act not in ("silu", "swish"):
+        return None
+    linears = [child for module in body.layers for child in module.modules() if not list(child.children())]
+    plain = (nn.Linear, nn.SiLU, type(body.norm), type(body.layers[0].mlp.act_fn))
+    if any(type(child) not in plain for child in linears):
+        return None  # layers that hold packed or adapted weights
+    layers = [_layer(module) for module in body.layers]
+    return PackedBody(fast, layers, [_window(body, module) for module in body.layers], _norm(body.norm))
+
+
+def _layer(module: Any) -> Layer:
+    attention, mlp = module.self_attn, module.mlp
+
+    def weights(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+
+    return Layer(
+        before_attention=_norm(module.input_layernorm),
+        query=weights(attention.q_proj),
+        key=weights(attention.k_proj),
+        value=weights(attention.v_proj),
+        output=weights(attention.o_proj),
+        before_mlp=_norm(module.post_attention_layernorm),
+        gate=weights(mlp.gate_proj),
+        up=weights(mlp.up_proj),
+        down=weights(mlp.down_proj),
+        heads=attention.q_proj.out_features // attention.head_dim,
+        kv_heads=attention.k_proj.out_features // attention.head_dim,
+        scale=attention.scaling,
+        query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+    )
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight.detach(), float(module.variance_epsilon))
+
+
+def _window(body: Any, module: Any) -> int | None:
+    """A layer's sliding window: of all layers in Mistral, of those of that type in Qwen, of none in Llama."""
+    if isinstance(body, MistralModel):
+        return getattr(body.config, "sliding_window", None)
+    return getattr(module.self_attn, "sliding_window", None)
 
 
 def _exchanged(module: nn.Module, products: Products, on_cpu: bool) -> nn.Module | None:

@@ -24,6 +24,7 @@ from softprompt.loss.body import learning_body
 from softprompt.loss.checkpointing import checkpointed
 from softprompt.loss.context_cache import GIGABYTE, ContextCache
 from softprompt.loss.kernels.screened_head import PackedHead, ScreenedHead, packed
+from softprompt.loss.packed_body import PackedBody
 from softprompt.prompt.soft_prompt import Plain
 
 
@@ -58,20 +59,31 @@ class FastLoss:
         else:
             batch, known = split
             placed = replace(known, embeddings_BSD=place(self.lm, batch, prompt).embeddings_BSD)
-        hidden_BSD = self._read(placed)
-        before_BS = batch.trained_BS[:, 1:]  # the state at s predicts the token at s + 1
-        return token_nll(
-            hidden_BSD[:, :-1][before_BS], batch.ids_BS[:, 1:][before_BS], self.lm.head, self._head_loss
-        )
+        # The state at s predicts the token at s + 1.
+        before_BS = torch.nn.functional.pad(batch.trained_BS[:, 1:], (0, 1))
+        hidden_ND = self._states_at(placed, batch, before_BS)
+        targets_N = batch.ids_BS[:, 1:][batch.trained_BS[:, 1:]]
+        return token_nll(hidden_ND, targets_N, self.lm.head, self._head_loss)
 
     def prepare(self) -> None:
         """Build the fast body now rather than in the first loss."""
         _ = self._body
 
+    def _states_at(self, placed: Placed, batch: Batch, wanted_BS: Tensor) -> Tensor:
+        """Last hidden states of the wanted positions, [N, D]: of those alone, where the body can."""
+        body = self._current_body
+        if isinstance(body, PackedBody) and bool(wanted_BS.any()) and body.takes(placed):
+            return body.states_at(placed, batch, wanted_BS)
+        return self.lm.states(placed, body)[wanted_BS]
+
     def _read(self, placed: Placed) -> Tensor:
         """Last hidden states [B, S, D] by the fast body."""
+        return self.lm.states(placed, self._current_body)
+
+    @property
+    def _current_body(self) -> Any:
         int8 = self.int8_products and torch.is_grad_enabled()
-        return self.lm.states(placed, self._int8_body if int8 else self._body)
+        return self._int8_body if int8 else self._body
 
     @cached_property
     def _body(self) -> Any:
@@ -87,7 +99,11 @@ class FastLoss:
         return None if head is None else ScreenedHead(head)
 
     def _checkpointed(self, body: Any) -> Any:
-        return checkpointed(body, self.lm.num_layers, self.lm.name) if self.recompute else body
+        if not self.recompute:
+            return body
+        if isinstance(body, PackedBody):
+            return body.recomputing(checkpointed(body.body, self.lm.num_layers, self.lm.name))
+        return checkpointed(body, self.lm.num_layers, self.lm.name)
 
 
 class _Shared:
@@ -112,13 +128,41 @@ def _shared(lm: FrozenLM) -> _Shared:
     return _SHARED[lm]
 
 
-def _proved(lm: FrozenLM, twin: Any) -> Any:
-    """`twin` where it gives the body's own hidden states for a few tokens, else the body itself."""
-    if twin is lm.body:
-        return twin
-    ids_BT = (torch.arange(1, 9, device=lm.device) * 7 % lm.vocab_size)[None]
-    probe = Placed(lm.embed(ids_BT), None)
+def _proved(lm: FrozenLM, fast: Any) -> Any:
+    """`fast` where it gives the body's own hidden states for a few tokens, else the body itself."""
+    if fast is lm.body:
+        return fast
+    if isinstance(fast, PackedBody):
+        plain = _proved(lm, fast.body)
+        return fast if _gives_states_of(lm, fast) and plain is fast.body else plain
+    probe = Placed(lm.embed(_probe_ids(lm, 1, 8)), None)
     with torch.no_grad():
-        ours, theirs = (lm.states(probe, body).float() for body in (twin, lm.body))
-    close = 16 * torch.finfo(lm.dtype).eps * theirs.abs().max().clamp(min=1.0)
-    return twin if bool((ours - theirs).abs().max() <= close) else lm.body
+        ours, theirs = (lm.states(probe, body).float() for body in (fast, lm.body))
+    return fast if _close(lm, ours, theirs) else lm.body
+
+
+def _gives_states_of(lm: FrozenLM, fast: PackedBody) -> bool:
+    """Whether packing two rows of unlike length, with a common beginning, gives the body's own hidden states."""
+    ids_BS = _probe_ids(lm, 2, 12)
+    ids_BS[1, :4] = ids_BS[0, :4]
+    nowhere_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
+    batch = Batch(ids_BS, torch.full_like(ids_BS, -1), nowhere_BS, torch.tensor([12, 9]), (0, 1))
+    placed = place(lm, batch, None)
+    wanted_BS = nowhere_BS.clone()
+    wanted_BS[0, 4:], wanted_BS[1, 6:9] = True, True
+    with torch.no_grad():
+        return _close(
+            lm,
+            fast.states_at(placed, batch, wanted_BS).float(),
+            lm.states(placed, lm.body)[wanted_BS].float(),
+        )
+
+
+def _probe_ids(lm: FrozenLM, rows: int, length: int) -> Tensor:
+    ids_N = torch.arange(1, rows * length + 1, device=lm.device) * 7 % lm.vocab_size
+    return ids_N.view(rows, length)
+
+
+def _close(lm: FrozenLM, ours: Tensor, theirs: Tensor) -> bool:
+    allowed = 16 * torch.finfo(lm.dtype).eps * theirs.abs().max().clamp(min=1.0)
+    return bool((ours - theirs).abs().max() <= allowed)
