@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Literal
 
@@ -290,3 +293,83 @@ def test_another_table_of_settings_is_filled_and_explained_by_its_own_names(tmp_
 def test_reading_a_recipe_loads_no_torch() -> None:
     code = "import sys, softprompt, softprompt.tuning.recipe, softprompt.tuning.events; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- hostile text ------------------------------------------------------------------------------------------------
+
+NESTED = "data: " + "[" * 100_000
+BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (NESTED, "nested more than 20 deep"),
+        ("{a: " * 100_000, "nested more than 20 deep"),
+        ("- " * 100_000 + "x", "nested more than 20 deep"),
+        (BOMB, "found more than 10,000 values, aliases opened"),
+        ("a: &a [*a]\n", "nested more than 20 deep"),
+        ("tune: {seed: " + "9" * 5000 + "}\n" + MINIMAL, "wanted a whole number of at least 0"),
+        ("tune: {seed: 18446744073709551616}\n" + MINIMAL, "wanted at most 9007199254740991"),
+        (
+            "prompt: {length: 100000000}\n" + MINIMAL,
+            "wanted a whole number of at least 1 and of at most 100000",
+        ),
+        ("tune: {batch_size: 1e400}\n" + MINIMAL, "tune.batch_size"),
+        ("x" * 2_000_000, "wanted a recipe of at most 1,000,000"),
+        ("\x00", "not YAML"),
+    ],
+    ids=range(11),
+)
+def test_a_hostile_recipe_is_refused_in_a_short_line_without_memory_or_time(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    tracemalloc.start()
+    try:
+        message = refusal(tmp_path, text)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert said in message
+    assert len(message) < 500
+    assert peak < 60_000_000  # opened, the aliases alone would be 387 million values
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RecipeError, match="found a device or a pipe"):
+        Recipe.load(tmp_path / "pipe")
+    with pytest.raises(RecipeError, match="found a device or a pipe"):
+        Recipe.load("/dev/zero")
+
+
+FRAGMENTS = st.sampled_from(
+    ["data", "source", "tune", "prompt", "seed", "length", ":", ": ", "\n", "  ", "- ", "[", "]", "{", "}", ",", "&a ",
+     "*a", "!!python/object:os.system ", "|\n", ">", "'", '"', "#", "1e5", "-1", "9" * 400, ".nan", "true", "~", "\t",
+     "<<: ", "? ", "%YAML 1.1\n---\n", "\x00", "é", "\u2028"]
+)  # fmt: skip
+
+
+@given(st.lists(FRAGMENTS | st.text(max_size=3), max_size=25).map("".join))
+def test_any_text_is_a_recipe_or_is_refused_as_one(text: str) -> None:
+    try:
+        Recipe.load(_file_of(text))
+    except RecipeError as error:
+        assert str(error)
+
+
+@given(st.sampled_from([each.path for each in settings(Recipe)]), st.text(max_size=12) | FRAGMENTS)
+def test_any_text_is_a_settings_value_or_is_refused_with_the_setting(path: str, text: str) -> None:
+    try:
+        Recipe.from_flags({"--data": "x"}, [f"{path}={text}"])
+    except RecipeError as error:
+        assert str(error)
+
+
+def _file_of(text: str) -> Path:
+    path = Path(tempfile.gettempdir()) / f"softprompt-fuzz-{os.getpid()}.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    return path

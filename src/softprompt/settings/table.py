@@ -19,7 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import PydanticUndefined
 
 from softprompt.errors import RecipeError
-from softprompt.settings.text import Written, describe_value, read_mapping, read_value
+from softprompt.settings.text import MAX_CHARACTERS, Written, describe_value, read_mapping, read_value
+
+ENDLESS = 10**9
+"""A limit from here on only keeps nonsense out; help and docs leave it away."""
 
 
 class Section(BaseModel):
@@ -367,6 +370,8 @@ def explain(model: type[Section], error: ValidationError, places: Mapping[str, s
         else:
             value: Any = problem["input"]
             wanted = known[path].wanted if path in known else f"settings such as {_first_in(model, path)}"
+            if problem["type"] == "less_than_equal" and "of at most" not in wanted:
+                wanted = f"at most {problem['ctx']['le']}"
             text = f"found {describe_value(value)}, wanted {wanted}."
         lines.setdefault(path, f"{where}:{label} {text}")
     return "\n".join(lines.values())
@@ -374,7 +379,16 @@ def explain(model: type[Section], error: ValidationError, places: Mapping[str, s
 
 def _read_file(path: str | Path) -> str:
     try:
+        if not Path(path).is_file() and Path(path).exists() and not Path(path).is_dir():
+            raise RecipeError(f"{path}: found a device or a pipe, wanted a recipe file.")
+        if Path(path).exists() and Path(path).stat().st_size > 4 * MAX_CHARACTERS:
+            raise RecipeError(
+                f"{path}: found a file of {Path(path).stat().st_size:,} bytes, wanted a recipe. Is it the data? Then: "
+                f"--data {path}."
+            )
         return Path(path).read_text(encoding="utf-8")
+    except RecipeError:
+        raise
     except FileNotFoundError:
         raise RecipeError(f"{path}: there is no such recipe file. Check the path.") from None
     except IsADirectoryError:
@@ -455,7 +469,8 @@ def _wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         text.format(getattr(note, attribute))
         for note in metadata
         for attribute, text in words.items()
-        if getattr(note, attribute, None) is not None
+        if (limit := getattr(note, attribute, None)) is not None
+        and not (attribute == "le" and limit >= ENDLESS)
     ]
     return " ".join([names.get(annotation, "a mapping"), " and ".join(limits)]).strip()
 

@@ -7,6 +7,7 @@ A YAML of the plain kind: `5e-3`, `1e-4` and `.5` are numbers, only `true` and `
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,12 @@ _WHOLE = re.compile(r"[-+]?[0-9][0-9_]*")
 _NUMBER = re.compile(
     r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 )
+
+# Far beyond any recipe; they keep a hostile file from taking all memory or time.
+MAX_CHARACTERS = 1_000_000
+MAX_VALUES = 10_000  # aliases opened: nine nested ones of nine items each would be a milliard
+MAX_DEPTH = 20
+MAX_DIGITS = 300  # Python itself refuses to read whole numbers of more than 4,300
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ def scalar(text: str) -> Scalar:
         return None
     if _TRUE_FALSE.fullmatch(text):
         return text.lower() == "true"
-    if _WHOLE.fullmatch(text):
+    if _WHOLE.fullmatch(text) and len(text) <= MAX_DIGITS:
         return int(text.replace("_", ""))
     if _NUMBER.fullmatch(text):
         return float(re.sub(r"\.(?=[inIN])", "", text.replace("_", "")))
@@ -50,8 +57,12 @@ def scalar(text: str) -> Scalar:
 
 def read_mapping(source: str, name: str) -> dict[str, Written]:
     """Parse a whole recipe; an empty one is an empty mapping. Errors name `name` and the line."""
+    if len(source) > MAX_CHARACTERS:
+        raise RecipeError(
+            f"{name}: found {len(source):,} characters, wanted a recipe of at most {MAX_CHARACTERS:,}. Is it the data?"
+        )
     try:
-        node = yaml.compose(source, Loader=yaml.BaseLoader)
+        node = _compose(source, name)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
@@ -59,7 +70,7 @@ def read_mapping(source: str, name: str) -> dict[str, Written]:
         raise RecipeError(f"{name}{line}: this is not YAML: {problem}. Correct that line.") from None
     if node is None:
         return {}
-    written = _written(node, name)
+    written = _written(node, name, _Budget(name))
     if not isinstance(written.value, dict):
         raise RecipeError(
             f"{written.where}: found {found(written)}, wanted settings such as 'base: builtin', one a line."
@@ -69,8 +80,10 @@ def read_mapping(source: str, name: str) -> dict[str, Written]:
 
 def read_value(text: str, where: str) -> Written:
     """Parse the right-hand side of `--set key=value`, or a flag's value."""
+    if len(text) > MAX_CHARACTERS:
+        raise RecipeError(f"{where}: found {len(text):,} characters, wanted at most {MAX_CHARACTERS:,}.")
     try:
-        node = yaml.compose(text, Loader=yaml.BaseLoader)
+        node = _compose(text, where)
     except yaml.YAMLError:
         return Written(text, text, where)  # no YAML, so it is text: "{soft:20} {text}: {label}"
     if node is None:
@@ -78,7 +91,7 @@ def read_value(text: str, where: str) -> Written:
     if isinstance(node, yaml.ScalarNode):
         value = node.value if node.style else scalar(node.value)
         return Written(value, text if node.style is None else node.value, where)
-    return _written(node, where, lines=False)
+    return _written(node, where, _Budget(where), lines=False)
 
 
 def found(written: Written) -> str:
@@ -92,19 +105,66 @@ def describe_value(value: Any) -> str:
     if isinstance(value, bool):
         return f"{str(value).lower()} (true or false)"
     if isinstance(value, int | float):
-        return f"{value} (a number)"
+        return f"{_shortened(str(value))} (a number)"
     if isinstance(value, str):
-        return f"{value if len(value) <= 80 else value[:79] + '…'!r} (text)"
+        return f"{_shortened(value)!r} (text)"
     return "a list" if isinstance(value, list | tuple) else "a mapping"
 
 
-def _written(node: yaml.Node, name: str, *, lines: bool = True) -> Written:
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _compose(text: str, name: str) -> yaml.Node | None:
+    """The tree of nodes; refused where it is nested deeper than any recipe, before the reader recurses into it."""
+    depth = 0
+    for event in _events(text):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise _too_deep(name)
+    node: yaml.Node | None = yaml.compose(text, Loader=yaml.BaseLoader)
+    return node
+
+
+def _events(text: str) -> Iterator[yaml.Event]:
+    yield from yaml.parse(text, Loader=yaml.BaseLoader)
+
+
+def _too_deep(name: str) -> RecipeError:
+    return RecipeError(
+        f"{name}: lists or mappings are nested more than {MAX_DEPTH} deep. Settings are flatter."
+    )
+
+
+class _Budget:
+    """Counts the values that are read, each alias as often as it is used."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.values = 0
+
+    def spend(self, depth: int) -> None:
+        """Take note of one more value. RecipeError where there are too many, or too deep ones."""
+        self.values += 1
+        if depth > MAX_DEPTH:  # an alias within its own anchor
+            raise _too_deep(self.name)
+        if self.values > MAX_VALUES:
+            raise RecipeError(
+                f"{self.name}: found more than {MAX_VALUES:,} values, aliases opened. A recipe has a few dozen."
+            )
+
+
+def _written(node: yaml.Node, name: str, budget: _Budget, *, lines: bool = True, depth: int = 0) -> Written:
+    budget.spend(depth)
+    deeper = depth + 1
     where = f"{name}:{node.start_mark.line + 1}" if lines else name
     if isinstance(node, yaml.ScalarNode):
         quoted = node.style is not None
         return Written(node.value if quoted else scalar(node.value), node.value, where)
     if isinstance(node, yaml.SequenceNode):
-        return Written([_written(item, name, lines=lines) for item in node.value], "", where)
+        return Written(
+            [_written(item, name, budget, lines=lines, depth=deeper) for item in node.value], "", where
+        )
     mapping: dict[str, Written] = {}
     for key_node, value_node in node.value:
         place = f"{name}:{key_node.start_mark.line + 1}" if lines else name
@@ -115,7 +175,7 @@ def _written(node: yaml.Node, name: str, *, lines: bool = True) -> Written:
             raise RecipeError(
                 f"{place}: {key} stands twice (first at {mapping[key].where}). Keep one of them."
             )
-        value = _written(value_node, name, lines=lines)
+        value = _written(value_node, name, budget, lines=lines, depth=deeper)
         # An error should point at the key, also where a long text starts on the next line.
         mapping[key] = Written(value.value, value.text, place)
     return Written(mapping, "", where)

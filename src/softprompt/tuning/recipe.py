@@ -14,10 +14,12 @@ from softprompt.settings.base_settings import BaseSettings
 from softprompt.settings.table import Section, setting
 
 Auto: TypeAlias = Literal["auto"]
-Count: TypeAlias = Annotated[int, Field(ge=1)]
+Count: TypeAlias = Annotated[int, Field(ge=1, le=10**12)]
+Width: TypeAlias = Annotated[int, Field(ge=1, le=100_000)]
+Seed: TypeAlias = Annotated[int, Field(ge=0, le=2**53 - 1)]
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
 NotNegative: TypeAlias = Annotated[float, Field(ge=0)]
-Rows: TypeAlias = Annotated[int, Field(ge=0)]
+Rows: TypeAlias = Annotated[int, Field(ge=0, le=10**12)]
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -62,8 +64,8 @@ class Data(Section):
         None,
         "Held out to the end: given like `validation`. Without it, the source's own test split if it has one.",
     )
-    seed: int = setting(
-        0, "Which rows are held out; apart from `tune.seed`, so that runs are judged on the same rows.", ge=0
+    seed: Seed = setting(
+        0, "Which rows are held out; apart from `tune.seed`, so that runs are judged on the same rows."
     )
     max_length: Count | None = setting(
         None,
@@ -103,7 +105,7 @@ class Prompt(Section):
         "soft: vectors in front of the first layer. deep: keys and values for every layer.",
         flag="--kind",
     )
-    length: Count | None = setting(
+    length: Width | None = setting(
         None,
         "How many virtual tokens; without it as many as `init_text` or `init_from` has, else 20.",
         flag="--virtual-tokens",
@@ -128,7 +130,7 @@ class Prompt(Section):
         "residual, mlp and lstm put a small network behind them; low_rank, superposition and multitask train fewer "
         "numbers.",
     )
-    form_width: Count | None = setting(
+    form_width: Width | None = setting(
         None,
         "Size of the form: hidden width of a network, rank, or how many embeddings are superposed; without it, the "
         "form's own.",
@@ -149,7 +151,7 @@ class Tune(Section):
     max_steps: Count | None = setting(
         None, "Stop after this many steps, whatever `epochs` says.", flag="--steps"
     )
-    batch_size: Count | Auto = setting(
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = setting(
         "auto",
         "Rows a step; auto is 8. Where memory runs out, it is halved and two are added up for a step.",
         flag="--batch-size",
@@ -164,7 +166,7 @@ class Tune(Section):
         "auto", "The share of all steps over which it rises; auto is none with muon, else 0.06."
     )
     weight_decay: NotNegative = setting(0.0, "Pull towards zero; a prompt rarely gains by it.")
-    context_cache_gigabytes: NotNegative = setting(
+    context_cache_gigabytes: Annotated[float, Field(ge=0, le=1e9)] = setting(
         1.0,
         "Memory for text that stands before the first soft token: it is read once and its keys and values are used "
         "again in every epoch. 0 for none.",
@@ -179,7 +181,7 @@ class Tune(Section):
         False,
         "Compute each layer a second time rather than keep what it computed: long texts on little memory.",
     )
-    seed: int = setting(0, "Seed of the start and of the rows' order.", flag="--seed", ge=0)
+    seed: Seed = setting(0, "Seed of the start and of the rows' order.", flag="--seed")
     valid_every_steps: Count | None = setting(
         None, "How often the held-out loss is measured; without it, after every epoch."
     )
