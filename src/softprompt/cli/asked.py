@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from softprompt.data.files import data_suffix
+from softprompt.data.source import load_splits
 from softprompt.errors import BaseError, PromptError
+from softprompt.progress.console import visible
 from softprompt.settings.base_settings import BaseSettings
 
 if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
     from softprompt.prompt.soft_prompt import Fingerprint, Prompt
+    from softprompt.tuning.recipe import Recipe
 
 AsJson: TypeAlias = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")
 ]
+
+
+def demand_folders(folders: Iterable[Path]) -> None:
+    """Refuse a prompt's folder that is not there, before anything that takes seconds is imported."""
+    for folder in folders:
+        if not folder.exists():
+            raise PromptError(
+                f"{visible(folder)}: there is no such folder. Give the folder that `tune` or PEFT saved."
+            )
+
+
+def demand_data(recipe: Recipe) -> None:
+    """Refuse a data file that is not there, before anything that takes seconds is imported."""
+    source = recipe.data.source
+    path = Path(source).expanduser()
+    if data_suffix(path) and not path.exists() and "*" not in source and "://" not in source:
+        load_splits(source)  # which refuses it, with the nearest file's name
 
 
 def load_base(settings: BaseSettings, *prompts: Prompt) -> FrozenLM:

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from softprompt.cli import asked
 from softprompt.cli.flags import takes
-from softprompt.cli.screen import emit, fact, heading, screen
+from softprompt.cli.screen import emit, fact, heading, line, screen, table
 from softprompt.comparison.records import Comparison
 from softprompt.comparison.settings import CompareSettings, Job
 from softprompt.errors import RecipeError
 from softprompt.evaluation.evaluate import demand, read_gates
 from softprompt.evaluation.metric import Estimate
+from softprompt.progress.console import Screen
 from softprompt.report.figures import difference, estimate, size
 from softprompt.report.verdict import verdict
 from softprompt.tuning.recipe import Recipe
@@ -51,6 +50,7 @@ def command(
             raise RecipeError(f"--fail-under {gate.name}: it is not measured. Add --metric {gate.name}.")
     console = screen(as_json=as_json)
     out = Path(recipe.out)
+    asked.demand_data(recipe)
 
     from softprompt.comparison.compare import compare
     from softprompt.report.render import write_reports
@@ -78,41 +78,43 @@ def command(
     demand(gates, known)
 
 
-def show(console: Console, comparison: Comparison) -> None:
+def show(console: Screen, comparison: Comparison) -> None:
     """The central table in short, and the verdict."""
     summary, data = comparison.summary, comparison.data
     judge = summary.judged_by
     heading(console, f"{judge} on {data.source}, {data.judged_on}")
-    table = Table("arm", judge, "difference to the best", "size per task", "training time", box=None)
-    for name, arm in summary.arms.items():
-        table.add_row(
+    rows = [
+        (
             name,
             estimate(arm.metrics[judge]),
             "best" if name == summary.best else difference(arm.against_best),
             size(arm.stored_bytes),
             f"{arm.learning_seconds:.1f} s" if arm.trained_parameters else "",
         )
-    console.print(table)
+        for name, arm in summary.arms.items()
+    ]
+    headers = ("arm", judge, "difference to the best", "size per task", "training time")
+    console.print(table(headers, rows, width=console.width))
     for arm_name, reason in comparison.failed.items():
-        console.print(f"{arm_name} failed: {reason}", markup=False, soft_wrap=True)
+        line(console, f"{arm_name} failed: {reason}")
     console.print()
-    console.print(verdict(comparison), markup=False, soft_wrap=True)
+    line(console, verdict(comparison))
     console.print()
 
 
 class _Shown:
     """The comparison's progress: a live line for the arm at work, plain lines elsewhere."""
 
-    def __init__(self, console: Console, settings: CompareSettings) -> None:
+    def __init__(self, console: Screen, settings: CompareSettings) -> None:
         self.console = console
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not console.is_watched,
         )
         self.task = self.bar.add_task("starting", total=None)
         self.runs = [f"{arm}-{seed}" for arm in settings.arms for seed in settings.seeds_of(arm)]
@@ -131,6 +133,6 @@ class _Shown:
         self.bar.update(
             self.task, description=f"{place}/{len(self.runs)} {name}: {what}", completed=done, total=of
         )
-        if not self.console.is_terminal and (now := f"{name}: {what}") != self.last:
+        if not self.console.is_watched and (now := f"{name}: {what}") != self.last:
             self.last = now
-            self.console.print(f"{place}/{len(self.runs)}  {now}", markup=False)
+            line(self.console, f"{place}/{len(self.runs)}  {now}")

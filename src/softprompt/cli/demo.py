@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from softprompt.cli import asked
 from softprompt.cli.generate import answers, show_side_by_side
 from softprompt.cli.preview import show_preview
-from softprompt.cli.screen import emit, fact, figure, heading, screen
+from softprompt.cli.screen import emit, fact, figure, heading, screen, to_copy
 from softprompt.cli.tune import learn, show_base
+from softprompt.progress.console import Screen
 from softprompt.tuning.recipe import Data, Recipe, Tune
 from softprompt.tuning.recipe import Prompt as PromptSettings
 
@@ -58,7 +57,7 @@ def command(
         emit(record)
 
 
-def show(console: Console, out: Path, seed: int, began: float) -> dict[str, Any]:
+def show(console: Screen, out: Path, seed: int, began: float) -> dict[str, Any]:
     """Both tasks on one frozen base; what was measured, as plain data."""
     from softprompt.base.frozen_lm import FrozenLM
     from softprompt.inference.sampling import DecodeSettings
@@ -90,7 +89,7 @@ def show(console: Console, out: Path, seed: int, began: float) -> dict[str, Any]
 
     sha256_after = lm.weights_sha256()
     path, bytes = tuned.record["path"], tuned.record["prompt_bytes"]
-    heading(console, "what is left of it")
+    heading(console, "the model is unchanged")
     fact(console, "sha256 before", sha256_before)
     same = "identical" if sha256_after == sha256_before else "DIFFERENT"
     fact(console, "sha256 after", f"{sha256_after} ({same})")
@@ -136,7 +135,7 @@ def messages_recipe(out: Path, seed: int) -> Recipe:
     )
 
 
-def first_task(console: Console, lm: FrozenLM, recipe: Recipe) -> Tuned:
+def first_task(console: Screen, lm: FrozenLM, recipe: Recipe) -> Tuned:
     """What will be trained, then the training."""
     heading(console, "task 1: role prompts. What will be trained")
     preview(console, lm, recipe, rows=1)
@@ -144,7 +143,7 @@ def first_task(console: Console, lm: FrozenLM, recipe: Recipe) -> Tuned:
     return learn(console, recipe, lm)
 
 
-def second_task(console: Console, lm: FrozenLM, recipe: Recipe) -> dict[str, Any]:
+def second_task(console: Screen, lm: FrozenLM, recipe: Recipe) -> dict[str, Any]:
     """Sorting messages: accuracy on the test rows with the base alone and with the prompt."""
     from softprompt.tuning.task import read_splits
 
@@ -168,7 +167,7 @@ def second_task(console: Console, lm: FrozenLM, recipe: Recipe) -> dict[str, Any
     }
 
 
-def preview(console: Console, lm: FrozenLM, recipe: Recipe, rows: int) -> None:
+def preview(console: Screen, lm: FrozenLM, recipe: Recipe, rows: int) -> None:
     from softprompt.data.preview import preview as look
     from softprompt.tuning.task import read_splits, settle_template
 
@@ -214,14 +213,14 @@ def accuracy(lm: FrozenLM, prompt: Prompt | None, layout: Prompt, test: Sequence
     return right / len(test)
 
 
-def next_commands(console: Console, roles: str, messages: str | None) -> None:
+def next_commands(console: Screen, roles: str, messages: str | None) -> None:
     heading(console, "next commands to try")
     sort = [f'softprompt generate --prompt {shlex.quote(messages)} "Where is my parcel?"'] if messages else []
-    for line in (
+    for command in (
         f'softprompt generate --prompt {shlex.quote(roles)} --side-by-side "I want you to act as a baker."',
         *sort,
         f"softprompt inspect {shlex.quote(roles)}",
         "softprompt tune --data YOUR.csv --column YOUR_COLUMN --out runs/mine",
         "softprompt recipe > mine.yaml",
     ):
-        console.print(Text(line), soft_wrap=True)
+        to_copy(console, command)

@@ -120,11 +120,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _say(message: str, code: int) -> int:
-    from rich.console import Console
     from rich.text import Text
 
-    from softprompt.cli.screen import visible
+    from softprompt.progress.console import Screen, visible
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(Text.assemble(("softprompt: ", "bold red"), visible(message)))
+    Screen(stderr=True, soft_wrap=True).print(Text.assemble(("softprompt: ", "bold red"), visible(message)))
     return code

@@ -6,17 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from softprompt.cli import asked
 from softprompt.cli.flags import takes
-from softprompt.cli.screen import emit, fact, heading, screen
+from softprompt.cli.screen import emit, fact, heading, screen, table
 from softprompt.errors import RecipeError
 from softprompt.evaluation.evaluate import demand, read_gates
 from softprompt.evaluation.settings import JudgedRows, JudgeSettings
+from softprompt.progress.console import Screen
 from softprompt.settings.base_settings import BaseSettings
 
 if TYPE_CHECKING:
@@ -52,7 +49,7 @@ def command(
         raise RecipeError(
             "--prompt and --text are both given. Judge one at a time; `softprompt compare` takes both."
         )
-
+    asked.demand_folders([] if prompt_folder is None else [prompt_folder])
     from softprompt.evaluation.judge import evaluate, recorded_place
     from softprompt.store.artifact import load_prompt
 
@@ -78,7 +75,7 @@ def command(
     demand(gates, evaluation.estimates)
 
 
-def show(console: Console, evaluation: Evaluation, title: str) -> None:
+def show(console: Screen, evaluation: Evaluation, title: str) -> None:
     """The figures, and the confusion table where it is small enough to read."""
     from softprompt.evaluation.metric import METRICS
 
@@ -92,9 +89,11 @@ def show(console: Console, evaluation: Evaluation, title: str) -> None:
         fact(
             console, "left out", f"{left_out} rows are longer than the base reads (data.on_overflow is drop)"
         )
-    table = evaluation.confusion
-    if table is not None and len(table.labels) <= MOST_LABELS:
-        grid = Table("wanted \\ said", *(escape(label) for label in table.labels), "other", box=None)
-        for label, row, other in zip(table.labels, table.table, table.other, strict=True):
-            grid.add_row(Text(label), *(str(count) if count else "·" for count in (*row, other)))
-        console.print(grid)
+    confusion = evaluation.confusion
+    if confusion is not None and len(confusion.labels) <= MOST_LABELS:
+        rows = [
+            (label, *(str(count) if count else "·" for count in (*row, other)))
+            for label, row, other in zip(confusion.labels, confusion.table, confusion.other, strict=True)
+        ]
+        headers = ("wanted \\ answered", *confusion.labels, "other")
+        console.print(table(headers, rows, width=console.width))

@@ -41,6 +41,7 @@ def command(
     """Write a prompt in a form that other programs read."""
     if to not in FORMS:
         raise RecipeError(f"--to: found {to}, wanted one of {', '.join(FORMS)}.")
+    asked.demand_folders([folder])
     from softprompt.store.artifact import load_prompt
 
     prompt = load_prompt(folder)

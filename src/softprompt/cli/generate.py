@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from softprompt.cli import asked
 from softprompt.cli.flags import takes
 from softprompt.cli.screen import emit, screen
+from softprompt.cli.streams import read_input
 from softprompt.errors import RecipeError
 from softprompt.inference.settings import DecodeSettings
+from softprompt.progress.console import Screen, visible
 from softprompt.settings.base_settings import BaseSettings
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def command(
 ) -> None:
     """Continue texts with the base, with one prompt or with several."""
     folders = prompts or []
+    asked.demand_folders(folders)
     if side_by_side and not folders:
         raise RecipeError("--side-by-side needs a prompt to stand beside the base. Add --prompt FOLDER.")
     from softprompt.store.artifact import load_prompt
@@ -55,29 +57,48 @@ def command(
     lm = asked.load_base(base, *loaded)
     for folder, prompt in zip(folders, loaded, strict=True):
         prompt.base.demand(lm.fingerprint, str(folder))
-    inputs = [sys.stdin.read() if text == "-" else text for text in texts]
-    rows = answers(lm, inputs, loaded, settings, with_base=side_by_side or not loaded)
-    if as_json:
+    inputs = [read_input() if text == "-" else text for text in texts]
+    alone = len(loaded) + side_by_side <= 1
+    streams = alone and len(inputs) == 1 and settings.drawn == 1 and not as_json and sys.stdout.isatty()
+    if streams:
+        _write(inputs[0])
+    rows = answers(
+        lm,
+        inputs,
+        loaded,
+        settings,
+        with_base=side_by_side or not loaded,
+        on_text=(lambda place, piece: _write(piece)) if streams else None,
+    )
+    if streams:
+        _write("\n")
+    elif as_json:
         emit(
             {
                 "outputs": [
                     {
-                        "prompt": one.prompt,
-                        "input": one.input,
-                        "text": one.text,
-                        "tokens": one.tokens,
-                        "finish_reason": one.finish_reason,
+                        "prompt": row.prompt,
+                        "input": row.input,
+                        "text": row.text,
+                        "tokens": row.tokens,
+                        "finish_reason": row.finish_reason,
                     }
-                    for one in rows
+                    for row in rows
                 ]
             }
         )
-    elif len(loaded) + side_by_side > 1:
+    elif not alone:
         show_side_by_side(screen(), rows)
     else:
-        for one in rows:
-            # To the letter, so that it can be piped; the input stands before what follows it.
-            print(f"{one.input}{one.text}")
+        for row in rows:
+            # Exactly as generated where it goes to a file or another program.
+            text = f"{row.input}{row.text}"
+            print(visible(text) if sys.stdout.isatty() else text)
+
+
+def _write(piece: str) -> None:
+    """Print a piece of a text to the terminal as soon as it is generated."""
+    print(visible(piece), end="", flush=True)
 
 
 def answers(
@@ -87,6 +108,7 @@ def answers(
     settings: DecodeSettings,
     *,
     with_base: bool,
+    on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
     """Each input continued by the base (if wanted) and by each prompt, in that order, in one batch.
 
@@ -103,21 +125,23 @@ def answers(
         [text for text in inputs for _ in columns],
         [column for _ in inputs for column in columns],
         settings,
+        on_text=on_text,
     )
     given = [text for text in inputs for _ in columns for _ in range(settings.n)]
     return [replace(one, input=text) for one, text in zip(rows, given, strict=True)]
 
 
-def show_side_by_side(console: Console, rows: Sequence[Generation]) -> None:
+def show_side_by_side(console: Screen, rows: Sequence[Generation]) -> None:
     """A table for each input: who answered, and how."""
-    inputs = list(dict.fromkeys(one.input for one in rows))
+    inputs = list(dict.fromkeys(row.input for row in rows))
     for given in inputs:
+        answered = [row for row in rows if row.input == given]
         table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column()
-        table.add_row("input", Text(str(given), "italic"))
-        for one in rows:
-            if one.input == given:
-                table.add_row(one.prompt or "base", Text(one.text.strip() or "(nothing)"))
+        names = [visible(row.prompt or "base") for row in answered]
+        table.add_column(style="dim", min_width=min(max(map(len, ["input", *names])), console.width // 2))
+        table.add_column(overflow="fold")
+        table.add_row("input", Text(visible(given), "italic"))
+        for name, row in zip(names, answered, strict=True):
+            table.add_row(name, visible(row.text.strip() or "(nothing)"))
         console.print(table)
         console.print()

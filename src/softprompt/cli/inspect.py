@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from softprompt.cli import asked
 from softprompt.cli.flags import takes
-from softprompt.cli.screen import emit, fact, heading, screen, size
+from softprompt.cli.screen import emit, fact, heading, line, screen, size, table
 from softprompt.errors import BaseError
+from softprompt.progress.console import Screen
 from softprompt.settings.base_settings import BaseSettings
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def command(
     as_json: asked.AsJson = False,
 ) -> None:
     """Show what a prompt is: its origin, template, sizes and nearest tokens."""
+    asked.demand_folders([folder])
     from softprompt.store.artifact import load_prompt, prompt_bytes
 
     prompt = load_prompt(folder)
@@ -83,6 +84,7 @@ def describe(prompt: Prompt, folder: Path, bytes: int) -> dict[str, Any]:
 
 
 def show(record: dict[str, Any], unavailable: str | None) -> None:
+    """What the prompt is near to comes first, its origin next, the whole recipe last."""
     console = screen()
     base = record["base"]
     heading(console, f"prompt {record['name']}")
@@ -94,6 +96,12 @@ def show(record: dict[str, Any], unavailable: str | None) -> None:
         repr(record["template"]) if record["template"] else "none: it stands before the text",
     )
     fact(console, "learns", f"the field {record['target']}" if record["target"] else "all text")
+    if unavailable:
+        heading(console, "vectors")
+        line(console, f"not compared with the base: {unavailable}")
+    elif "vectors" in record:
+        show_vectors(console, record["vectors"])
+    heading(console, "base")
     sizes = f"width {base['width']}, {base['layers']} layers" if base["width"] else "sizes not recorded"
     fact(console, "base", f"{base['name'] or 'not recorded'} ({sizes})")
     fact(console, "revision", base["revision"] or "none")
@@ -101,42 +109,36 @@ def show(record: dict[str, Any], unavailable: str | None) -> None:
     for name, value in record["notes"].items():
         if isinstance(value, dict):
             heading(console, name)
-            for inner, one in _flat(value):
-                fact(console, inner, one)
+            for inner, item in _flat(value):
+                fact(console, inner, item)
         else:
             fact(console, name, value)
-    if unavailable:
-        heading(console, "vectors")
-        console.print(Text(f"not compared with the base: {unavailable}"), soft_wrap=True)
-        return
-    if "vectors" not in record:
-        return
-    vectors = record["vectors"]
+
+
+def show_vectors(console: Screen, vectors: dict[str, Any]) -> None:
+    """The tokens that each vector lies nearest to, and its norm beside those of the embedding table."""
+    heading(console, "nearest tokens, by cosine")
+    line(console, "A hint only: a vector may mean what no token means.", "dim")
+    rows = [
+        (
+            number,
+            f"{row['norm']:.3f}",
+            Text("  ".join(f"{near['token']!r} {near['cosine']:.2f}" for near in row["nearest"])),
+        )
+        for number, row in enumerate(vectors["rows"])
+    ]
+    console.print(table(("row", "norm", "nearest"), rows, width=console.width, wraps=(2,)))
     low, high = vectors["table_norm_range"]
-    heading(console, "vectors against the base's embedding table")
-    fact(
-        console,
-        "table norms",
-        f"median {vectors['table_norm_median']:.3f}, most from {low:.3f} to {high:.3f}",
-    )
-    table = Table(
-        "row",
-        "norm",
-        "nearest tokens by cosine (a hint only: a vector may mean what no token means)",
-        box=None,
-    )
-    for place, row in enumerate(vectors["rows"]):
-        near = "  ".join(f"{one['token']!r} {one['cosine']:.2f}" for one in row["nearest"])
-        table.add_row(str(place), f"{row['norm']:.3f}", Text(near))
-    console.print(table)
+    median = vectors["table_norm_median"]
+    fact(console, "table norms", f"median {median:.3f}, 98 % between {low:.3f} and {high:.3f}")
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Nested notes as lines: recipe.tune.epochs."""
     lines: list[tuple[str, Any]] = []
-    for name, one in value.items():
-        if isinstance(one, dict):
-            lines += _flat(one, f"{prefix}{name}.")
-        elif one not in (None, [], {}):
-            lines.append((f"{prefix}{name}", one))
+    for name, item in value.items():
+        if isinstance(item, dict):
+            lines += _flat(item, f"{prefix}{name}.")
+        elif item not in (None, [], {}):
+            lines.append((f"{prefix}{name}", item))
     return lines

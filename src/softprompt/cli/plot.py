@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from softprompt.cli.screen import screen
+from softprompt.cli.screen import line, screen
 from softprompt.report.plot import draw, for_terminal, read_plotted
 
 EXAMPLE = "softprompt plot runs/mine runs/other --out losses.png"
@@ -20,7 +20,7 @@ def command(
     """Draw how loss fell, for one run or several."""
     console = screen()
     curves = read_plotted(runs)
-    console.print(for_terminal(curves, width=min(console.width, 100)), markup=False, soft_wrap=True)
+    console.print(for_terminal(curves, width=min(console.width, 100)), soft_wrap=True)
     if out is not None:
         draw(curves, out)
-        console.print(f"Written to {out}.", markup=False, soft_wrap=True)
+        line(console, f"Written to {out}.")

@@ -6,12 +6,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from softprompt.cli import asked
 from softprompt.cli.flags import takes
-from softprompt.cli.screen import emit, fact, screen
+from softprompt.cli.screen import emit, fact, line, screen
+from softprompt.progress.console import Screen
 from softprompt.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def command(
     as_json: asked.AsJson = False,
 ) -> None:
     """Show exactly what would be trained: tokens, soft slots, what the loss counts."""
+    asked.demand_data(recipe)
     from softprompt.base.outline import Outline
     from softprompt.tuning.task import task_of
 
@@ -42,13 +43,13 @@ def command(
     shown = task.preview(task.splits.train, show=show)
     console = screen(as_json=as_json)
     for note in task.splits.notes:
-        console.print(note, markup=False, soft_wrap=True)
+        line(console, note)
     show_preview(console, shown)
     if as_json:
         emit(shown)
 
 
-def show_preview(console: Console, shown: Preview) -> None:
+def show_preview(console: Screen, shown: Preview) -> None:
     """A line for each stretch of one kind, its tokens parted by |, so that it reads without colours too."""
     fact(console, "template", repr(shown.template))
     fact(console, "learns", shown.learns)
@@ -74,22 +75,22 @@ def show_preview(console: Console, shown: Preview) -> None:
     for remark in shown.remarks:
         console.print(Text(remark), soft_wrap=True)
     for problem in shown.problems:
-        console.print(Text(problem, "red"), soft_wrap=True)
+        line(console, problem, "red")
 
 
-def _show_row(console: Console, row: ShownRow) -> None:
+def _show_row(console: Screen, row: ShownRow) -> None:
     console.print()
     cut = f", {row.cut} tokens cut" if row.cut else ""
     console.print(Text(f"row {row.row}: {len(row.tokens)} positions{cut}", "bold"))
     for kind, group in groupby(row.tokens, key=lambda token: token.kind):
         tokens = list(group)
-        line = Text(f"  {WORDS[kind]:<12}", "dim")
+        shown = Text(f"  {WORDS[kind]:<12}", "dim")
         if kind == "soft":
             first, last = tokens[0].text, tokens[-1].text
-            line.append(f"[{len(tokens)} virtual tokens: {first} to {last}]", STYLES[kind])
+            shown.append(f"[{len(tokens)} virtual tokens: {first} to {last}]", STYLES[kind])
         else:
             for token in tokens:
-                line.append("|", "dim")
-                line.append(token.text.replace("\n", "\\n"), STYLES[kind])
-            line.append("|", "dim")
-        console.print(line, soft_wrap=False)
+                shown.append("|", "dim")
+                shown.append(token.text.replace("\n", "\\n"), STYLES[kind])
+            shown.append("|", "dim")
+        console.print(shown, soft_wrap=False)

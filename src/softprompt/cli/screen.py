@@ -5,37 +5,25 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-# C0 and C1 controls but for tab and line feed, and the marks that turn the direction of writing.
-_CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]")
+from softprompt.progress.console import Screen, visible
+from softprompt.progress.console import figure as figure
+from softprompt.progress.console import table as table
+
+LABEL_WIDTH = 18
 
 
-def screen(*, as_json: bool = False) -> Console:
+def screen(*, as_json: bool = False) -> Screen:
     """What people read. With `as_json` it is stderr, since stdout then belongs to the record alone."""
-    quiet = os.environ.get("SOFTPROMPT_QUIET") == "1"
-    return Console(stderr=as_json, highlight=False, quiet=quiet)
-
-
-def visible(text: object) -> str:
-    """A name or text as characters that a terminal shows: control characters are spelled out (\\x1b).
-
-    Prompts, data and models come from anyone; an escape sequence in them could rewrite the screen. Line breaks and
-    tabs stay."""
-    return _CONTROLS.sub(lambda match: repr(match.group())[1:-1], str(text))
-
-
-def cell(text: object, style: str = "") -> Text:
-    """A name or text for a table or a line: visible characters, never markup."""
-    return Text(visible(text), style)
+    return Screen(stderr=as_json, quiet=os.environ.get("SOFTPROMPT_QUIET") == "1")
 
 
 def emit(record: Any) -> None:
@@ -59,26 +47,37 @@ def plain(value: Any) -> Any:
     return value
 
 
-def heading(console: Console, title: str) -> None:
+def heading(console: Screen, title: str) -> None:
+    """A rule with a title, one empty line before it."""
     console.print()
-    console.rule(cell(title, "bold"), align="left")
+    console.rule(Text(visible(title), "bold"), align="left")
 
 
-def fact(console: Console, name: str, value: object) -> None:
-    """One line "name   value", the value as it is, never as markup."""
-    label = visible(name)
-    label = f"{label:<18}" if len(label) < 18 else f"{label}  "
-    console.print(Text.assemble((label, "dim"), visible(value)), soft_wrap=True)
+def fact(console: Screen, name: str, value: object) -> None:
+    """One line "name   value"; on a terminal, a long value is broken between words and stays in its column."""
+    label, text = Text(visible(name), "dim"), visible(value)
+    wide = LABEL_WIDTH + Text(text).cell_len
+    if not console.is_terminal or len(label) + 2 > LABEL_WIDTH or wide <= console.width:
+        label.pad_right(max(2, LABEL_WIDTH - len(label)))
+        line(console, Text.assemble(label, text))
+        return
+    grid = Table.grid()
+    grid.add_column(width=LABEL_WIDTH)
+    grid.add_column(overflow="fold")
+    grid.add_row(label, Text(text))
+    console.print(grid)
 
 
-def line(console: Console, text: object, style: str = "") -> None:
-    """One line of text, long ones left to the terminal to wrap."""
-    console.print(cell(text, style), soft_wrap=True)
+def line(console: Screen, text: str | Text, style: str = "") -> None:
+    """A line of text; on a terminal it is broken between words."""
+    console.print(
+        text if isinstance(text, Text) else Text(visible(text), style), soft_wrap=not console.is_terminal
+    )
 
 
-def figure(value: float, digits: int = 4) -> str:
-    """A measured figure; "unknown" for nan."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "unknown"
+def to_copy(console: Screen, command: str) -> None:
+    """A command to copy: never broken by us."""
+    console.print(Text(visible(command)), soft_wrap=True)
 
 
 def size(count: float) -> str:

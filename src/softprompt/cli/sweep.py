@@ -1,4 +1,4 @@
-"""`softprompt sweep`: many settings and seeds of one recipe side by side, the worse half let go on the way."""
+"""`softprompt sweep`: many settings and seeds of one recipe side by side, the worse half stopped early."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from softprompt.cli import asked
 from softprompt.cli.flags import takes
-from softprompt.cli.progress import ShowTable
-from softprompt.cli.screen import emit, fact, figure, heading, screen
+from softprompt.cli.screen import emit, fact, figure, heading, line, screen
+from softprompt.cli.tune import RESUME
 from softprompt.errors import RecipeError
+from softprompt.progress.console import Screen
+from softprompt.progress.runs import ShowTable
 from softprompt.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -45,19 +46,21 @@ def command(
     trials: Annotated[int, typer.Option(min=1, help="How many random settings to draw.")] = 8,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds for each setting, from tune.seed on.")] = 1,
     halving: Annotated[
-        bool, typer.Option("--halving", help="Successive halving: let the worse half go, again and again.")
+        bool,
+        typer.Option("--halving", help="Successive halving: stop the worse half early, again and again."),
     ] = False,
     abreast: Annotated[int, typer.Option(min=1, help="At most so many prompts in one pass.")] = 8,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was killed.")] = False,
     as_json: asked.AsJson = False,
 ) -> None:
     """Learn under many settings in the same passes over the base; the best prompt is saved."""
-    from softprompt.tuning import sweep as sweeping
-
     if not grid and not drawn:
         raise RecipeError(
             "Nothing is to be varied. Give --grid tune.learning_rate=0.01,0.03 or --random tune.learning_rate=0.001..1."
         )
+    asked.demand_data(recipe)
+    from softprompt.tuning import sweep as sweeping
+
     settings = sweeping.grid({key: text.split(",") for key, text in map(_split, grid or [])})
     if drawn:
         random_ones = sweeping.drawn(dict(map(_split, drawn)), trials, recipe.tune.seed)
@@ -72,18 +75,24 @@ def command(
             table.best[_line(trial.name), trial.name] = trial.nll
         table.show()
 
-    with table.live:
-        swept = sweeping.sweep(
-            recipe,
-            settings,
-            seeds=seeds,
-            halving=halving,
-            abreast=abreast,
-            on_event=lambda trial, event: table.event(_line(trial), event, trial),
-            on_stretch=stretch,
-            resume=resume,
-        )
+    try:
+        with table.live:
+            swept = sweeping.sweep(
+                recipe,
+                settings,
+                seeds=seeds,
+                halving=halving,
+                abreast=abreast,
+                on_event=lambda trial, event: table.event(_line(trial), event, trial),
+                on_stretch=stretch,
+                resume=resume,
+            )
+    except KeyboardInterrupt:
+        line(console, RESUME)
+        raise
     record = swept.record(recipe.out)
+    heading(console, "all settings")
+    console.print(table.ranked())
     _show(console, record, seeds)
     if as_json:
         emit(record)
@@ -101,7 +110,7 @@ def _line(trial: str) -> int:
     return int(trial[:3])
 
 
-def _show(console: Console, record: dict[str, Any], seeds: int) -> None:
+def _show(console: Screen, record: dict[str, Any], seeds: int) -> None:
     heading(console, "result")
     error = (
         f" ± {record['nll_error']:.4f} ({seeds} seeds)" if record["nll_error"] == record["nll_error"] else ""

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from softprompt.cli import asked
-from softprompt.cli.progress import ShowTable
-from softprompt.cli.screen import emit, fact, figure, heading, screen
-from softprompt.cli.tune import describe_losses
+from softprompt.cli.screen import emit, fact, figure, heading, line, screen
+from softprompt.cli.tune import RESUME, describe_losses
+from softprompt.progress.runs import ShowTable
 from softprompt.tuning.events import Event, Said, Saved, Validated
 from softprompt.tuning.recipe import Recipe
 
@@ -30,9 +30,11 @@ def command(
     as_json: asked.AsJson = False,
 ) -> None:
     """Learn a prompt for each recipe in the same passes over one base. Those of `form: multitask` share a part."""
+    recipes = [Recipe.load(path, overrides or []) for path in recipe_files]
+    for recipe in recipes:
+        asked.demand_data(recipe)
     from softprompt.tuning.together import tune_tasks, tune_together
 
-    recipes = [Recipe.load(path, overrides or []) for path in recipe_files]
     names = [recipe.out for recipe in recipes]
     sharing = any(recipe.prompt.form == "multitask" for recipe in recipes)  # then all, or it is refused
     console = screen(as_json=as_json)
@@ -41,24 +43,26 @@ def command(
 
     def tell(number: int, event: Event) -> None:
         table.event(number, event)
-        line = ""
+        text = ""
         match event:
             case Said():
-                line = event.text
+                text = event.text
             case Validated() if not console.is_terminal:
                 kept = ", best so far, kept" if event.best else ""
-                line = f"step {event.step}, loss {figure(event.nll)}{kept}"
+                text = f"step {event.step}, loss {figure(event.nll)}{kept}"
             case Saved():
                 saved.append(event.path)
-        if line:
-            console.print(f"{names[number]}: {line}", markup=False, soft_wrap=True)
+        if text:
+            line(console, f"{names[number]}: {text}")
 
     try:
         with table.live:
             tuned = (tune_tasks if sharing else tune_together)(recipes, on_event=tell, resume=resume)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            line(console, RESUME)
         for path in saved:
-            console.print(f"The best prompt so far is kept in {path}.", markup=False, soft_wrap=True)
+            line(console, f"The best prompt so far is kept in {path}.")
         raise
     records = [one.record for one in tuned]
     heading(console, "learned with one shared part" if sharing else "learned side by side")

@@ -7,13 +7,13 @@ import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from softprompt.cli import asked
 from softprompt.cli.flags import takes
 from softprompt.cli.preview import show_preview
-from softprompt.cli.progress import ShowProgress
-from softprompt.cli.screen import emit, fact, figure, heading, screen, size
+from softprompt.cli.screen import emit, fact, figure, heading, line, screen, size, to_copy
+from softprompt.progress.console import Screen
+from softprompt.progress.runs import ShowProgress
 from softprompt.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ EXAMPLE = (
     "softprompt tune --data builtin:messages --target label "
     '--template "{text}{soft:10} {label}" --out runs/mine'
 )
+
+
+RESUME = "To go on, give the same command with --resume."
 
 
 @takes(Recipe)
@@ -51,22 +54,22 @@ def command(
         emit(record)
 
 
-def learn(console: Console, recipe: Recipe, lm: FrozenLM | None = None, *, resume: bool = False) -> Tuned:
+def learn(console: Screen, recipe: Recipe, lm: FrozenLM | None = None, *, resume: bool = False) -> Tuned:
     """Run the recipe with its progress on the screen. After Ctrl-C, say what was kept before it goes on."""
+    asked.demand_data(recipe)
     from softprompt.tuning.loop import tune
 
     with ShowProgress(console) as progress:
         try:
             return tune(recipe, lm=lm, on_event=progress, resume=resume)
         except KeyboardInterrupt:
+            line(console, RESUME)
             if progress.saved is not None:
-                console.print(
-                    f"The best prompt so far is kept in {progress.saved}.", markup=False, soft_wrap=True
-                )
+                line(console, f"The best prompt so far is kept in {progress.saved}.")
             raise
 
 
-def show_result(console: Console, record: dict[str, Any]) -> None:
+def show_result(console: Screen, record: dict[str, Any]) -> None:
     """Losses before and after, where the prompt lies, and what to do next."""
     heading(console, "result")
     judged, losses = describe_losses(record)
@@ -84,10 +87,8 @@ def show_result(console: Console, record: dict[str, Any]) -> None:
     where = shlex.quote(str(record["path"]))
     base = "" if record["base"] == "builtin" else f" --base {shlex.quote(str(record['base']))}"
     heading(console, "next")
-    console.print(
-        f'softprompt generate{base} --prompt {where} --side-by-side "..."', markup=False, soft_wrap=True
-    )
-    console.print(f"softprompt inspect {where}", markup=False, soft_wrap=True)
+    to_copy(console, f'softprompt generate{base} --prompt {where} --side-by-side "..."')
+    to_copy(console, f"softprompt inspect {where}")
 
 
 def describe_losses(record: dict[str, Any]) -> tuple[str, str]:
@@ -99,8 +100,9 @@ def describe_losses(record: dict[str, Any]) -> tuple[str, str]:
     )
 
 
-def show_plan(console: Console, recipe: Recipe) -> dict[str, Any]:
+def show_plan(console: Screen, recipe: Recipe) -> dict[str, Any]:
     """All that a run would do, without its first step."""
+    asked.demand_data(recipe)
     from softprompt.tuning.settle import make_plan
 
     plan = make_plan(recipe)
@@ -138,8 +140,8 @@ def planned(plan: Plan) -> dict[str, Any]:
     }
 
 
-def show_base(console: Console, lm: FrozenLM) -> None:
-    """The base: its size, frozen, its number format and why, its fingerprint."""
+def show_base(console: Screen, lm: FrozenLM) -> None:
+    """The base: its size, frozen, its dtype and why, its fingerprint."""
     told = asked.describe_base(lm)
     heading(console, f"the base: {told['name']}")
     fact(

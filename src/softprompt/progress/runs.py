@@ -1,4 +1,4 @@
-"""A tuning run's events on the screen: a live line on a terminal, plain lines elsewhere; and many runs' in a table."""
+"""Tuning runs on the screen: one as a live line on a terminal and plain lines elsewhere, many as a table."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
-from softprompt.cli.screen import figure
+from softprompt.progress.console import Screen, figure, table, visible
 from softprompt.tuning.events import BatchHalved, Event, Said, Saved, Started, Stepped, Stopped, Validated
 
 PLAIN_EVERY_SECONDS = 5.0
@@ -23,9 +22,9 @@ PLAIN_EVERY_SECONDS = 5.0
 class ShowProgress:
     """Call it with each event; use it as a context so that the live line ends with the run."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Screen) -> None:
         self.console = console
-        self.live = console.is_terminal
+        self.live = console.is_watched
         self.validated = ""
         self.judged = "held-out"
         self.saved: str | None = None
@@ -33,12 +32,12 @@ class ShowProgress:
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TextColumn("{task.description}"),
+            BarColumn(bar_width=24 if console.width >= 80 else 6),
+            TextColumn("{task.description}", markup=False),
             console=console,
             disable=not self.live,
         )
-        self.task = self.bar.add_task("loading the base and the data", total=None)
+        self.task = self.bar.add_task(self._short("loading", " the base and the data"), total=None)
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -53,13 +52,17 @@ class ShowProgress:
         match event:
             case Started():
                 self.judged = "held-out" if event.validation_examples else "training rows'"
-                self.bar.update(
-                    self.task, total=event.steps, description="measuring the loss before the first step"
-                )
+                measuring = self._short("measuring", " the loss before the first step")
+                self.bar.update(self.task, total=event.steps, description=measuring)
                 self._line(_plan(event))
             case Stepped():
-                text = _step(event) + self.validated
-                self.bar.update(self.task, completed=event.step, description=text)
+                pieces = _step(event)
+                if self.validated:
+                    pieces.insert(1, self.validated)
+                text = "  ".join(pieces)
+                self.bar.update(
+                    self.task, completed=event.step, description=_fitting(pieces, self.console.width - 50)
+                )
                 now = time.monotonic()
                 if not self.live and (
                     now - self.last_plain > PLAIN_EVERY_SECONDS or event.step == event.steps
@@ -67,7 +70,7 @@ class ShowProgress:
                     self.last_plain = now
                     self._line(f"step {event.step}/{event.steps}  {text}")
             case Validated():
-                self.validated = f"  {self.judged} {event.nll:.3f}"
+                self.validated = f"{self.judged} {event.nll:.3f}"
                 if not self.live:
                     kept = "  best so far, kept" if event.best else ""
                     self._line(f"step {event.step}  {self.judged} loss {event.nll:.4f}{kept}")
@@ -82,28 +85,31 @@ class ShowProgress:
             case Said():
                 self._line(event.text)
 
+    def _short(self, text: str, more: str) -> str:
+        return text + (more if self.console.width >= 80 else "")
+
     def _line(self, text: str) -> None:
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(Text(visible(text)), soft_wrap=not self.console.is_terminal)
 
 
 class ShowTable:
-    """Runs side by side, a line each: how far it is, its best held-out loss, and whether it is still going.
+    """Runs side by side, a line each: how far it is, its best held-out loss, and whether it was stopped early.
 
-    Several runs may share a line, which then shows the slowest one's step and their mean loss. Live on a terminal
-    while `live` is entered; elsewhere `show` prints it as it stands."""
+    Several runs may share a line, which then shows the slowest run's step and their mean loss. Live on a terminal
+    while `live` is entered; elsewhere `show` prints its present state. `ranked` is the table to keep at the end."""
 
-    def __init__(self, console: Console, title: str, lines: Sequence[str]) -> None:
+    def __init__(self, console: Screen, title: str, lines: Sequence[str]) -> None:
         self.console, self.title, self.lines = console, title, lines
         self.steps: dict[tuple[int, str], tuple[int, int]] = {}
         self.best: dict[tuple[int, str], float] = {}
         self.gone: set[int] = set()
         self.rows_at_a_time = 0
         self.live = Live(self._drawn(), console=console, refresh_per_second=4, transient=True)
-        if not console.is_terminal:
+        if not console.is_watched:
             self.live.auto_refresh = False
 
     def event(self, line: int, event: Event, run: str = "") -> None:
-        """Take note of what a run of a line tells."""
+        """Record an event of a run of this line."""
         match event:
             case Started():
                 self.steps[line, run] = (0, event.steps)
@@ -111,37 +117,54 @@ class ShowTable:
                 self.steps[line, run] = (event.step, event.steps)
             case Validated() if event.best:
                 self.best[line, run] = event.nll
-            case BatchHalved() if event.batch_size != self.rows_at_a_time:  # every run tells of it
+            case BatchHalved() if event.batch_size != self.rows_at_a_time:  # every run reports it
                 self.rows_at_a_time = event.batch_size
-                self.console.print(
-                    f"out of memory: from here on {event.batch_size} rows at a time", markup=False
-                )
-        if self.console.is_terminal:
+                self.console.print(f"out of memory: from here on {event.batch_size} rows at a time")
+        if self.console.is_watched:
             self.live.update(self._drawn())
 
     def show(self) -> None:
         """Print the table now, where it is not live."""
-        if not self.console.is_terminal:
+        if not self.console.is_watched:
             self.console.print(self._drawn())
 
-    def _drawn(self) -> Table:
-        table = Table(
-            self.title, "step", "best held-out loss", "", box=None, header_style="dim", pad_edge=False
-        )
-        for number, line in enumerate(self.lines):
-            runs = [one for one in self.steps if one[0] == number]
-            step, steps = min((self.steps[one] for one in runs), default=(0, 0))
-            nlls = [self.best[one] for one in runs if one in self.best]
-            mean = sum(nlls) / len(nlls) if nlls else math.nan
+    def ranked(self) -> RenderableType:
+        """All lines, the lowest loss first, those without one last."""
+        return self._drawn(sorted(range(len(self.lines)), key=self._rank))
+
+    def _rank(self, number: int) -> tuple[bool, bool, float]:
+        mean = self._mean(number)
+        return math.isnan(mean), number in self.gone, mean
+
+    def _mean(self, number: int) -> float:
+        """The mean over a line's runs of their best losses; nan where none is known."""
+        nlls = [nll for (line, _), nll in self.best.items() if line == number]
+        return sum(nlls) / len(nlls) if nlls else math.nan
+
+    def _drawn(self, order: Sequence[int] | None = None) -> RenderableType:
+        rows = []
+        for number in order if order is not None else range(len(self.lines)):
+            steps = [progress for (line, _), progress in self.steps.items() if line == number]
+            step, of = min(steps, default=(0, 0))
             gone = number in self.gone
-            style = "dim" if gone else ""
-            table.add_row(
-                Text(line, style),
-                Text(f"{step}/{steps}", style),
-                Text(figure(mean), style),
-                "let go" if gone else "",
+            words = (
+                self.lines[number],
+                f"{step}/{of}",
+                figure(self._mean(number)),
+                "stopped early" if gone else "",
             )
-        return table
+            rows.append([Text(visible(word), "dim" if gone else "") for word in words])
+        return table((self.title, "step", "best held-out loss", ""), rows, width=self.console.width)
+
+
+def _fitting(pieces: Sequence[str], width: int) -> str:
+    """As many of the pieces as fit, the first ones first: a figure is shown whole or not at all."""
+    text = pieces[0]
+    for piece in pieces[1:]:
+        if len(text) + 2 + len(piece) > width:
+            break
+        text += f"  {piece}"
+    return text
 
 
 def _plan(event: Started) -> str:
@@ -153,14 +176,17 @@ def _plan(event: Started) -> str:
     )
 
 
-def _step(event: Stepped) -> str:
+def _step(event: Stepped) -> list[str]:
+    """A step's figures, the most telling first."""
     minutes, seconds = divmod(
         int(event.remaining_seconds) if math.isfinite(event.remaining_seconds) else 0, 60
     )
-    return (
-        f"loss {event.nll:.3f}  lr {event.learning_rate:.2e}  {event.tokens_per_second:,.0f} tokens/s  "
-        f"{minutes}:{seconds:02} left"
-    )
+    return [
+        f"loss {event.nll:.3f}",
+        f"{minutes}:{seconds:02} left",
+        f"lr {event.learning_rate:.2e}",
+        f"{event.tokens_per_second:,.0f} tokens/s",
+    ]
 
 
 def _end(event: Stopped) -> str:

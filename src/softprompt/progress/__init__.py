@@ -1,0 +1,1 @@
+"""What a terminal or a notebook shows while something runs. No torch here."""

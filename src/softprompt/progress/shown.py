@@ -1,0 +1,106 @@
+"""Progress for callers from Python: shown in a terminal or a notebook, silent elsewhere, off with `progress=False`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from softprompt.progress.console import Screen
+from softprompt.progress.runs import ShowProgress, ShowTable
+from softprompt.tuning.events import Event
+
+OnEvent = Callable[[Event], None]
+OnRunEvent = Callable[[str, Event], None]
+OnCount = Callable[[int, int], None]
+
+
+def wanted(progress: bool | None, console: Screen) -> bool:
+    """Whether to show anything: as asked, and without a wish where someone watches."""
+    return console.is_watched if progress is None else progress
+
+
+@contextlib.contextmanager
+def shown(
+    on_event: OnEvent | None = None, progress: bool | None = None, *, console: Screen | None = None
+) -> Iterator[OnEvent]:
+    """Give an `on_event` for one run that shows each event, and hands it to the caller's own.
+
+    with shown(on_event, progress) as show:
+        tune(recipe, on_event=show)
+    """
+    console = console or Screen(stderr=True)
+    own = on_event or (lambda event: None)
+    if not wanted(progress, console):
+        yield own
+        return
+    with ShowProgress(console) as show:
+
+        def both(event: Event) -> None:
+            show(event)
+            own(event)
+
+        yield both
+
+
+@contextlib.contextmanager
+def shown_runs(
+    names: Sequence[str],
+    on_event: OnRunEvent | None = None,
+    progress: bool | None = None,
+    *,
+    console: Screen | None = None,
+) -> Iterator[OnRunEvent]:
+    """The same for runs side by side, such as a sweep's: a line for each name, events by the name of their run."""
+    console = console or Screen(stderr=True)
+    own = on_event or (lambda name, event: None)
+    if not wanted(progress, console):
+        yield own
+        return
+    table = ShowTable(console, "run", names)
+
+    def both(name: str, event: Event) -> None:
+        if name in names:
+            table.event(names.index(name), event)
+        own(name, event)
+
+    with table.live:
+        yield both
+
+
+@contextlib.contextmanager
+def shown_count(
+    what: str,
+    on_progress: OnCount | None = None,
+    progress: bool | None = None,
+    *,
+    console: Screen | None = None,
+) -> Iterator[OnCount]:
+    """Give an `on_progress(done, of)` that shows a bar, for judging rows or running jobs."""
+    console = console or Screen(stderr=True)
+    own = on_progress or (lambda done, of: None)
+    if not wanted(progress, console):
+        yield own
+        return
+    with count_bar(console) as bar:
+        task = bar.add_task(what, total=None)
+
+        def both(done: int, of: int) -> None:
+            bar.update(task, completed=done, total=of)
+            own(done, of)
+
+        yield both
+
+
+def count_bar(console: Screen) -> Progress:
+    """A bar of things done out of all; it disappears when it is done."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_watched,
+    )
