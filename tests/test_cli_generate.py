@@ -211,7 +211,7 @@ def test_inspect_marks_the_nearest_tokens_as_a_hint(
 ) -> None:
     assert main(["inspect", str(prompt_of_words)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "a hint only" in shown
+    assert "A hint only" in shown
     assert "table norms median" in shown
 
 
