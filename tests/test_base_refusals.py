@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.locate import locate, looks_like_path
 from softprompt.base.outline import Outline
-from softprompt.errors import BaseError
+from softprompt.errors import BaseError, DataError
 from tiny_models import tiny_model, tiny_tokenizer
 
 Tensors = dict[str, torch.Tensor]
@@ -139,6 +139,17 @@ def test_a_tokenizer_larger_than_the_table_is_refused_before_a_text_meets_it(tmp
         Outline.load(str(base))
 
 
+def test_padding_and_unknown_may_have_no_row_since_no_text_becomes_them() -> None:
+    tokenizer = tiny_tokenizer()
+    own = {"tokenizer_object": tokenizer.backend_tokenizer, "pad_token": "<none>", "unk_token": "<unknown>"}
+    lm = FrozenLM.wrap(tiny_model("Llama"), type(tokenizer)(**own, eos_token="</s>"))
+    assert max(lm.tokenizer.get_vocab().values()) == 321
+    with pytest.raises(DataError, match=r"token id 32[01], wanted ids below 320"):
+        lm.embed(torch.tensor(lm.tokenizer("a <unknown>")["input_ids"]))
+    with pytest.raises(BaseError, match="Tokens without a row: '<end>'"):
+        FrozenLM.wrap(tiny_model("Llama"), type(tokenizer)(**own, eos_token="<end>"))
+
+
 def test_a_model_that_peft_has_wrapped_is_refused_with_the_way_out() -> None:
     peft = pytest.importorskip("peft", reason="needs PEFT, an optional package")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -222,10 +233,10 @@ def test_a_mistyped_path_is_never_asked_of_the_hub(tmp_path: Path, monkeypatch: 
     ]
     for name in names:
         for load in (FrozenLM.load, Outline.load):
-            with pytest.raises(BaseError, match="there is no such folder|a hub id"):
+            with pytest.raises(BaseError, match=r"there is no such folder|a hub id"):
                 load(name)
     for name in ("", " ", "two words", "a b/c"):
-        with pytest.raises(BaseError, match="empty name|nor a hub id"):
+        with pytest.raises(BaseError, match=r"empty name|nor a hub id"):
             Outline.load(name)
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,29 +46,38 @@ def remember(name: str, key: str, value: Any) -> None:
         replace_file(cache_folder() / name, json.dumps(table, indent=2))
 
 
+@dataclass(frozen=True)
+class Stamp:
+    """Which files, by names, sizes and times to the nanosecond; `settled` unless one changed only just now."""
+
+    key: str
+    settled: bool
+
+    @classmethod
+    def of(cls, files: Iterable[Path]) -> Stamp:
+        """Take it before the files are read: a change in the meantime then belongs to another stamp."""
+        stats = [(os.path.realpath(path), os.stat(path)) for path in sorted(files)]
+        newest = max((max(stat.st_mtime, stat.st_ctime) for _, stat in stats), default=0.0)
+        rows = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats]
+        return cls(json.dumps(rows), bool(stats) and time.time() - newest > SETTLED_SECONDS)
+
+
+def kept_digest(stamp: Stamp | None, what: str, compute: Callable[[], str]) -> str:
+    """The digest that `compute` makes of these files, or made of them earlier; `what` names the way it is made."""
+    if stamp is None:
+        return compute()
+    key = hashlib.sha256(f"{what} {stamp.key}".encode()).hexdigest()
+    digest = read_table(DIGESTS).get(key)
+    if not isinstance(digest, str):
+        digest = compute()
+        if stamp.settled:
+            remember(DIGESTS, key, digest)
+    return digest
+
+
 def file_sha256(path: Path) -> str:
     """Digest of a file's content, computed once for as long as the file stays as it is."""
-    return digest_of_files([path], "content", lambda: _content_sha256(path))
-
-
-def digest_of_files(files: Iterable[Path], what: str, compute: Callable[[], str]) -> str:
-    """The digest that `compute` makes of these files; `what` names the way it is made.
-
-    It is kept under the files' names, sizes and times, to the nanosecond. Files that changed just now are not kept:
-    a second change within one tick of the clock would not show."""
-    stats = [(os.path.realpath(path), os.stat(path)) for path in files]
-    key = hashlib.sha256(
-        json.dumps(
-            [what, *((path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path, s in stats)]
-        ).encode()
-    ).hexdigest()
-    kept = read_table(DIGESTS).get(key)
-    if isinstance(kept, str):
-        return kept
-    digest = compute()
-    if all(time.time() - max(s.st_mtime, s.st_ctime) > SETTLED_SECONDS for _, s in stats):
-        remember(DIGESTS, key, digest)
-    return digest
+    return kept_digest(Stamp.of([path]), "content", lambda: _content_sha256(path))
 
 
 def _content_sha256(path: Path) -> str:

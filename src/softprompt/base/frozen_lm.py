@@ -14,16 +14,23 @@ import transformers
 from torch import Tensor, nn
 
 from softprompt.base.context_length import demand_one_vector, stated_context
+from softprompt.base.disk_cache import Stamp
+from softprompt.base.identity import (
+    base_files,
+    config_identity,
+    sampled_sha256,
+    tokenizer_sha256,
+    weights_sha256,
+)
 from softprompt.base.locate import demand_no_adapter, load_local_first, locate
 from softprompt.base.nll import Head, token_nll
 from softprompt.base.placement import Placed, place
 from softprompt.base.quantised import QUANTISED, quantised
 from softprompt.base.whole import demand_causal_lm, demand_finite, demand_ids_in_table, demand_whole
 from softprompt.data.batch import Batch
-from softprompt.errors import BaseError
+from softprompt.errors import BaseError, DataError
 from softprompt.prompt.soft_prompt import Fingerprint, Plain
 
-SAMPLED_VALUES = 65_536  # of each weight tensor go into the fingerprint: enough to tell any two models apart
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,6 +45,7 @@ class FrozenLM:
         name: str,
         revision: str | None = None,
         dtype_reason: str = "as given",
+        files: Stamp | None = None,
     ) -> None:
         demand_causal_lm(model, name)
         self.model = model.eval().requires_grad_(False)
@@ -61,12 +69,15 @@ class FrozenLM:
         self.fingerprint: Fingerprint = Fingerprint(
             name=name,
             revision=revision,
-            sha256=_sampled_sha256(model),
+            sha256=sampled_sha256(model),
             width=self.width,
             layers=self.num_layers,
             vocabulary=self.vocab_size,
             kv_heads=kv_heads,
             head_width=head_width,
+            weights_sha256=weights_sha256(model, files),
+            tokenizer_sha256=tokenizer_sha256(tokenizer, files),
+            config=config_identity(self.config),
         )
         self._sealed = True
 
@@ -100,6 +111,8 @@ class FrozenLM:
         if bits:
             weights |= quantised(bits, number_format, on)
 
+        files = base_files(where, revision)
+
         def read_weights(local: bool) -> Any:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 where,
@@ -120,7 +133,7 @@ class FrozenLM:
             reason = f"weights in {bits} bits as asked, the rest: {reason}"
         else:
             model = model.to(on)
-        return cls(model, tokenizer, name=name, revision=found, dtype_reason=reason)
+        return cls(model, tokenizer, name=name, revision=found, dtype_reason=reason, files=files)
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any, name: str = "wrapped") -> FrozenLM:
@@ -145,8 +158,14 @@ class FrozenLM:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] to the vectors [..., D] that the first layer reads, scaled where the model scales them."""
-        with torch.no_grad():
-            vectors: Tensor = self._embedding(ids)
+        try:
+            with torch.no_grad():
+                vectors: Tensor = self._embedding(ids)
+        except IndexError as error:
+            raise DataError(
+                f"{self.name}: found the token id {int(ids.max())}, wanted ids below {self.vocab_size:,}, the rows of "
+                "its embedding table. A text spells a special token that the base has no row for; write it otherwise."
+            ) from error
         return vectors
 
     def hidden(
@@ -304,15 +323,3 @@ def _head(model: Any, name: str) -> Head:
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
     return Head(layer.weight, getattr(layer, "bias", None), scale, float(softcap) if softcap else None)
-
-
-def _sampled_sha256(model: Any) -> str:
-    """Digest of evenly spaced values of every weight, as bfloat16: independent of loading dtype, names and order."""
-    parts = []
-    for weight in model.parameters():
-        flat = weight.detach().reshape(-1)
-        stride = max(1, flat.numel() // SAMPLED_VALUES)
-        values = flat[::stride][:SAMPLED_VALUES].to(torch.bfloat16).cpu().contiguous()
-        shape = ",".join(map(str, weight.shape)).encode()
-        parts.append(hashlib.sha256(shape + values.view(torch.uint8).numpy().tobytes()).digest())
-    return hashlib.sha256(b"".join(sorted(parts))).hexdigest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -66,6 +67,7 @@ def convert(path: Path, folder: Path, name: str) -> None:
             (draft / LINK).unlink()
             model.save_pretrained(draft)
             tokenizer.save_pretrained(draft)
+            _drop_added_tokens(draft, int(model.get_input_embeddings().weight.shape[0]))
     except OSError as error:
         raise SaveError(
             f"{folder}: the converted base could not be written ({error.strerror or error}). Free some space, or set "
@@ -91,6 +93,20 @@ def _read(folder: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
     vars(model).pop("hf_quantizer", None)
     model.is_quantized = False
     return tokenizer, model
+
+
+def _drop_added_tokens(folder: Path, rows: int) -> None:
+    """Take out tokens that transformers' converter adds to every vocabulary, where the base has no row for them."""
+    path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not path.exists():
+        return
+    content, settings = (json.loads(file.read_text(encoding="utf-8")) for file in (path, settings_path))
+    added = {token["content"] for token in content["added_tokens"] if token["id"] >= rows}
+    if added:
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
+        settings = {key: value for key, value in settings.items() if value not in list(added)}
+        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        settings_path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def _stored_dtype(path: Path) -> torch.dtype:

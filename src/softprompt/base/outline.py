@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 
 from softprompt.base.context_length import demand_one_vector
+from softprompt.base.identity import config_identity, tokenizer_sha256
 from softprompt.base.locate import load_local_first, locate
 from softprompt.base.whole import demand_ids_in_table
 from softprompt.errors import BaseError
@@ -50,5 +51,11 @@ class Outline:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What the config vouches for; the rest is unknown, so a prompt of another base may pass for one of this."""
-        return Fingerprint(self.name, self.revision, layers=int(self.config.num_hidden_layers))
+        """What config and tokenizer tell; the weights are unknown, so a prompt of others may pass for one of these."""
+        return Fingerprint(
+            self.name,
+            self.revision,
+            layers=int(self.config.num_hidden_layers),
+            tokenizer_sha256=tokenizer_sha256(self.tokenizer),
+            config=config_identity(self.config),
+        )

@@ -76,8 +76,16 @@ def demand_causal_lm(model: Any, name: str) -> None:
 
 
 def demand_ids_in_table(tokenizer: Any, rows: int, name: str) -> None:
-    """Raise BaseError where the tokenizer has ids that no row of the embedding table belongs to."""
-    beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= rows}
+    """Raise BaseError where the tokenizer has ids that no row of the embedding table belongs to.
+
+    The tokens for padding and for unknown text may: libraries add them by themselves, and no text becomes them."""
+    unused = (tokenizer.pad_token_id, tokenizer.unk_token_id)
+    used = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    beyond = {
+        index: token
+        for token, index in tokenizer.get_vocab().items()
+        if index >= rows and (index in used or index not in unused)
+    }
     if beyond:
         raise BaseError(
             f"{name}: its tokenizer has ids up to {max(beyond)}, and its embedding table has {rows:,} rows. Tokens "

@@ -75,6 +75,7 @@ def describe(prompt: Prompt, folder: Path, bytes: int) -> dict[str, Any]:
             "name": prompt.base.name,
             "revision": prompt.base.revision,
             "sha256": prompt.base.sha256,
+            "sampled_only": prompt.base.sampled_only,
             "width": prompt.base.width,
             "layers": prompt.base.layers,
             "vocabulary": prompt.base.vocabulary,
@@ -105,7 +106,13 @@ def show(record: dict[str, Any], unavailable: str | None) -> None:
     sizes = f"width {base['width']}, {base['layers']} layers" if base["width"] else "sizes not recorded"
     fact(console, "base", f"{base['name'] or 'not recorded'} ({sizes})")
     fact(console, "revision", base["revision"] or "none")
-    fact(console, "fingerprint", base["sha256"] or "not recorded: any base of these sizes is accepted")
+    weaker = " (of a sample of the weights, as version 0.1 recorded it: small changes of the base would pass)"
+    fact(
+        console,
+        "fingerprint",
+        (base["sha256"] + (weaker if base["sampled_only"] else ""))
+        or "not recorded: any base of these sizes is accepted",
+    )
     for name, value in record["notes"].items():
         if isinstance(value, dict):
             heading(console, name)

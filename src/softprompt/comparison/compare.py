@@ -70,7 +70,7 @@ def _compare(
     )  # what cannot be judged is refused before anything is learned
     metrics = settings.metrics or default_metrics(layout, [*splits.train, *judged])
     metrics_named(metrics)
-    base, device = described(lm), lm.device
+    base, base_digest, device = described(lm), lm.fingerprint.digest, lm.device
     del lm  # each arm loads its own, and this process would only take its memory
     claim(out, "comparison", (RECORD,))
     results: dict[str, list[ArmResult]] = {}
@@ -78,7 +78,7 @@ def _compare(
     for arm in settings.arms:
         for seed in settings.seeds_of(arm):
             job = Job(recipe, settings, arm, seed, out / "arms" / f"{arm}-{seed}")
-            result = _done(job, splits.revision, base["sha256"])
+            result = _done(job, splits.revision, base_digest)
             if result is None:
                 _prepare(job)
                 try:
@@ -127,7 +127,7 @@ def _compare(
     return comparison
 
 
-def _done(job: Job, data_revision: str | None, base_sha256: str) -> ArmResult | None:
+def _done(job: Job, data_revision: str | None, base_digest: str) -> ArmResult | None:
     """The result of an earlier run of the very same job, on the same data and base."""
     try:
         result = ArmResult.read(job.folder / RESULT)
@@ -136,7 +136,7 @@ def _done(job: Job, data_revision: str | None, base_sha256: str) -> ArmResult | 
     same = (
         result.digest == job.digest
         and result.data_revision == data_revision
-        and result.base_fingerprint == base_sha256
+        and result.base_fingerprint == base_digest
         and (job.folder / ROWS).exists()
     )
     return result if same else None

@@ -103,7 +103,7 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> ArmResult:
         digest=job.digest,
         judged_on=split,
         data_revision=task.splits.revision,
-        base_fingerprint=lm.fingerprint.sha256,
+        base_fingerprint=lm.fingerprint.digest,
         rows=len(evaluation.rows),
         metrics={
             metric.name: MetricFigure(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -20,10 +22,12 @@ Plain: TypeAlias = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Which base a prompt belongs to: its sizes, and a digest of its weights as bfloat16 numbers.
+    """Which base a prompt belongs to: its sizes, and digests of what it computes with.
 
-    The digest is the same whether the base was loaded in float32 or bfloat16, and differs for other weights of the
-    same sizes. An empty `sha256` or a size of 0 is unknown (a prompt saved by PEFT names its base, no more).
+    `weights_sha256` is of every weight, `tokenizer_sha256` of its tokens and how it splits texts, `config` the settings
+    that matter as JSON; each is the same whether the base was loaded in float32 or bfloat16. `sha256` is of a sample
+    of the weights, all that version 0.1 recorded. What is empty or 0 is unknown and not compared (a prompt saved by
+    PEFT names its base, no more).
     """
 
     name: str
@@ -34,9 +38,33 @@ class Fingerprint:
     vocabulary: int = 0
     kv_heads: int = 0
     head_width: int = 0
+    weights_sha256: str = ""
+    tokenizer_sha256: str = ""
+    config: str = field(default="", repr=False)
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """All that says what the base computes, by name; each setting of its config is a part."""
+        digests = {
+            "weights": self.sha256,
+            "weights, all of them": self.weights_sha256,
+            "tokenizer": self.tokenizer_sha256,
+        }
+        settings = {key: json.dumps(value) for key, value in _flat(json.loads(self.config or "{}")).items()}
+        return {name: value for name, value in digests.items() if value} | settings
+
+    @property
+    def digest(self) -> str:
+        """One digest of all parts; the base's name and revision are not among them."""
+        return hashlib.sha256(json.dumps(sorted(self.parts.items())).encode()).hexdigest()
+
+    @property
+    def sampled_only(self) -> bool:
+        """Whether version 0.1 recorded it: a change of few weights, of the tokenizer or the config would pass."""
+        return bool(self.sha256) and not self.weights_sha256
 
     def demand(self, loaded: Fingerprint, prompt: str) -> None:
-        """Raise WrongBase unless `loaded` is the base that this fingerprint was taken from."""
+        """Raise WrongBase, naming the part, unless `loaded` is the base that this fingerprint was taken from."""
         for what in ("width", "layers", "vocabulary", "kv_heads", "head_width"):
             mine, found = getattr(self, what), getattr(loaded, what)
             if mine and found and mine != found:
@@ -44,12 +72,33 @@ class Fingerprint:
                     f"{prompt}: learned on {self.name} ({what} {mine}), but the loaded base is {loaded.name} "
                     f"({what} {found}). Load {self.name}, or tune again."
                 )
-        if self.sha256 and loaded.sha256 and self.sha256 != loaded.sha256:
+        advice = "Load the model that it was learned on, or tune again."
+        weights = "weights_sha256" if self.weights_sha256 and loaded.weights_sha256 else "sha256"
+        for digest, part in ((weights, "weights"), ("tokenizer_sha256", "tokenizer")):
+            mine, found = getattr(self, digest), getattr(loaded, digest)
+            if mine and found and mine != found:
+                raise WrongBase(
+                    f"{prompt}: learned on {self.name} ({part} {mine[:12]}), but the loaded base {loaded.name} "
+                    f"has the same sizes and other {part} ({found[:12]}). {advice}"
+                )
+        # A setting that only one of the two has came with another version of transformers.
+        was, now = (_flat(json.loads(config or "{}")) for config in (self.config, loaded.config))
+        changed = [
+            f"{key} was {was[key]}, is {now[key]}" for key in was if key in now and was[key] != now[key]
+        ]
+        if changed:
             raise WrongBase(
-                f"{prompt}: learned on {self.name} (weights {self.sha256[:12]}), but the loaded base {loaded.name} "
-                f"has the same sizes and other weights ({loaded.sha256[:12]}). Load the model that it was learned "
-                "on, or tune again."
+                f"{prompt}: learned on {self.name}, but the loaded base {loaded.name} computes otherwise with the same "
+                f"weights. In its config {'; '.join(changed)}. {advice}"
             )
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested settings on one level: rope_parameters.rope_theta."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {before + key: value}
+    return flat
 
 
 class _Learned:

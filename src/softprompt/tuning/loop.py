@@ -245,7 +245,7 @@ class Run:
 
     def identity(self) -> dict[str, str]:
         """What makes this run the one that it is."""
-        return identity(self.plan.recipe, self.plan.lm.fingerprint.sha256, self.plan.rows_sha256())
+        return identity(self.plan.recipe, self.plan.lm.fingerprint, self.plan.rows_sha256())
 
     def save(self, reason: str) -> Tuned:
         """Write the best prompt and tell where."""
