@@ -5,26 +5,29 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
-from softprompt.comparison import arms, forgetting, run_arm
-from softprompt.comparison.arm import ARMS
+from softprompt.comparison import arms, forgetting, run_arm, weights
+from softprompt.comparison.arm import ARMS, ArmName
 from softprompt.comparison.compare import compare
 from softprompt.comparison.records import ArmResult, Comparison
 from softprompt.comparison.settings import CompareSettings, Job
 from softprompt.comparison.summary import summarise
+from softprompt.data.batch import Batch, Encoded
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import DataError, NotFinite, RecipeError, SoftPromptError
 from softprompt.evaluation.rows import Row
+from softprompt.loss import gradient
+from softprompt.report import charts
 from softprompt.report.verdict import verdict
 from softprompt.tuning.recipe import Recipe
 from tiny_models import tiny_model, tiny_tokenizer
@@ -361,3 +364,68 @@ def test_the_command_writes_the_report_says_the_verdict_and_fails_a_gate_with_10
     assert main([*arguments, "--fail-under", "accuracy=1.1"]) == 100
     assert main([*arguments, "--fail-under", "bleu=1"]) == 2
     assert main([*arguments, "--rate", "soft=fast"]) == 2
+
+
+@pytest.mark.parametrize(
+    "slot", ["{soft:3}Tweet: {text} Complaint? {label}", "Tweet: {text} Complaint?{soft:3} {label}"]
+)
+def test_every_learned_arm_sees_the_same_positions_of_rows_that_are_cut(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slot: str
+) -> None:
+    """data.max_length is above the base's context, and rows are longer than both: the same text is cut for all arms."""
+    pytest.importorskip("peft", reason="the arm lora needs PEFT")
+    long = [(f"{n} " + "my order never came " * 90, "complaint") for n in range(4)]
+    with (tmp_path / "train.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *long])
+    sets = [f"data.template={slot}", f"data.source={tmp_path / 'train.csv'}", "data.validation=0"]
+    sets += [
+        f"data.test={task / 'test.csv'}",
+        "data.max_length=100000",
+        "data.on_overflow=truncate",
+        "tune.max_steps=1",
+    ]
+    base = FrozenLM.load(str(task / "base"), dtype="float32")
+    most = base.config.max_position_embeddings
+    seen: set[tuple[int, ...]] = set()
+    collate = weights.collate
+
+    def watched(rows: Sequence[Encoded]) -> Batch:
+        for row in rows:
+            assert len(row) <= most
+            seen.add(tuple(token for token, place in zip(row.ids, row.soft, strict=True) if place < 0))
+        return collate(rows)
+
+    monkeypatch.setattr(weights, "collate", watched)
+    monkeypatch.setattr(gradient, "collate", watched)
+    learned = {}
+    for arm in ("soft", "lora", "full"):
+        seen.clear()
+        wanted = settings(arms=[arm], text=None)
+        record = compare(recipe(task, *sets), wanted, tmp_path / arm, own_process=False)
+        assert record.failed == {}
+        learned[arm] = set(seen)
+    assert learned["soft"] == learned["lora"] == learned["full"]
+    assert all(
+        most - 3 - 2 <= len(row) <= most - 3 for row in learned["soft"]
+    )  # cut between tokens that join
+
+
+def test_judged_rows_that_cannot_fit_are_refused_before_anything_is_learned(
+    task: Path, tmp_path: Path
+) -> None:
+    with (tmp_path / "test.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), ("my order never came " * 200, "complaint")])
+    asked = recipe(task, f"data.test={tmp_path / 'test.csv'}", f"data.source={task / 'train.csv'}")
+    with pytest.raises(DataError, match="positions with the prompt"):
+        compare(asked, settings(arms=["soft"], text=None), tmp_path / "out", own_process=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_of_arms_is_whole() -> None:
+    assert set(ARMS) == set(arms.MAKERS) == set(get_args(ArmName))
+    page = (Path(charts.__file__).parent / "page.html.j2").read_text()
+    for name, arm in ARMS.items():
+        assert f"arm-{name}" in page
+        assert arm.name == name
+        assert arm.seeded or not arm.learned
+        assert math.isnan(arm.default_rate) or arm.learned

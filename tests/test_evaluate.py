@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
-from softprompt.data.example import Example
+from softprompt.data.example import Example, Splits
 from softprompt.data.template import Template
-from softprompt.errors import DataError, GateFailed, RecipeError
+from softprompt.errors import DataError, GateFailed, NotFinite, RecipeError
 from softprompt.evaluation.evaluate import (
     Answer,
     default_metrics,
@@ -24,13 +26,15 @@ from softprompt.evaluation.evaluate import (
     wanted_text,
     written_out,
 )
-from softprompt.evaluation.metric import Estimate, metrics_named
+from softprompt.evaluation.judge import evaluate
+from softprompt.evaluation.metric import METRICS, Estimate, metrics_named
 from softprompt.evaluation.predictor import predictor, settled, text_prompt
 from softprompt.evaluation.rows import Row, read_rows
-from softprompt.evaluation.settings import JudgeSettings
-from softprompt.inference.compiled import compile_prompt, vectors_state
+from softprompt.evaluation.settings import JudgedData, JudgeSettings, MetricName
+from softprompt.inference.compiled import TextPrompt, compile_prompt, vectors_state
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
 from softprompt.store.artifact import save_prompt
+from softprompt.tuning.task import Task
 from tiny_models import tiny_model, tiny_tokenizer
 
 LABELLED = Template.parse("{soft:3}Tweet: {text} Complaint? {label}", target="label")
@@ -299,3 +303,114 @@ def test_the_command_goes_on_with_a_folder_and_reads_the_data_of_the_prompts_own
     again = json.loads(capsys.readouterr().out)
     assert again["reused"] == 4
     assert again["metrics"] == first["metrics"]
+
+
+LABELLED_ROWS = [dict(one.fields) for one in ROWS]
+NLL = JudgeSettings(metrics=["nll"])
+
+
+@pytest.mark.parametrize(
+    "template", ["Tweet: {text} Complaint? {label}", "{soft}Tweet: {text} Complaint? {label}", "numbered"]
+)
+def test_a_prompt_is_judged_at_its_own_length_however_its_template_writes_the_slot(
+    lm: FrozenLM, template: str
+) -> None:
+    """A prompt of real embeddings loses what its words lose as a text in front; none of them has the default length."""
+    words = "Classify the text.\n"
+    prompt = of_words(lm, words, str(LABELLED), "label")
+    assert prompt.length != 20
+    if template != "numbered":
+        prompt = replace(prompt, template=template)
+    ours = evaluate(prompt, LABELLED_ROWS, base=lm, settings=NLL, progress=False)
+    text = evaluate(
+        TextPrompt(words),
+        LABELLED_ROWS,
+        base=lm,
+        template="Tweet: {text} Complaint? {label}",
+        target="label",
+        settings=NLL,
+        progress=False,
+    )
+    assert len(ours.rows) == len(ROWS)
+    for one, other in zip(ours.rows, text.rows, strict=True):
+        assert one.nll == pytest.approx(other.nll, rel=1e-4)
+
+
+def test_a_prompt_without_a_template_stands_before_the_text(lm: FrozenLM) -> None:
+    """As PEFT saves prompts: vectors, and nothing about where they stand."""
+    bare = replace(of_words(lm, "act as", str(RUNNING), None), template="")
+    rows = [one.fields["text"] for one in ROWS]
+    ours = evaluate(bare, rows, base=lm, settings=NLL, progress=False)
+    text = evaluate(TextPrompt("act as"), rows, base=lm, settings=NLL, progress=False)
+    assert [row.nll for row in ours.rows] == pytest.approx([row.nll for row in text.rows], rel=1e-4)
+
+
+def test_rows_are_judged_alike_from_a_list_a_file_splits_and_a_task(lm: FrozenLM, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LABELLED_ROWS))
+    prompt = of_words(lm, "Classify the text.\n", str(LABELLED), "label")
+    splits = Splits((), test=tuple(ROWS))
+    task = Task(Template.parse(prompt.template, target="label"), splits, lm.tokenizer, None, "error", "auto")
+    for data in (LABELLED_ROWS, tmp_path / "rows.jsonl", str(tmp_path / "rows.jsonl"), splits, task):
+        found = evaluate(prompt, data, base=lm, settings=NLL, progress=False)
+        losses_now = [row.nll for row in found.rows]
+        assert losses_now == pytest.approx([row.nll for row in losses(lm, prompt, task.template)], rel=1e-6)
+
+
+def test_the_ending_that_a_prompt_learned_is_the_ending_it_is_judged_by(lm: FrozenLM) -> None:
+    prompt = of_words(lm, "Classify the text.\n", str(LABELLED), "label")
+    learned = {
+        "recipe": {"data": {"source": "x", "end": "never", "max_length": 60, "field": "of another version"}}
+    }
+    with_end = evaluate(prompt, LABELLED_ROWS, base=lm, settings=NLL, progress=False)
+    without = evaluate(replace(prompt, notes=learned), LABELLED_ROWS, base=lm, settings=NLL, progress=False)
+    assert [row.tokens for row in with_end.rows] == [row.tokens + 1 for row in without.rows]
+
+
+def test_rows_that_do_not_fit_the_base_are_refused_before_any_is_judged_or_left_out_where_asked(
+    lm: FrozenLM,
+) -> None:
+    prompt = of_words(lm, "Classify the text.\n", str(LABELLED), "label")
+    long = {"text": "my order never came " * 200, "label": "complaint"}
+    with pytest.raises(DataError, match=r"row 1 .* positions with the prompt"):
+        evaluate(
+            prompt,
+            [LABELLED_ROWS[0], long],
+            base=lm,
+            settings=NLL,
+            progress=lambda done, of: pytest.fail("judged"),
+        )
+    dropping = JudgedData(on_overflow="drop")
+    found = evaluate(
+        prompt, [LABELLED_ROWS[0], long], base=lm, settings=NLL, reading=dropping, progress=False
+    )
+    assert len(found.rows) == 1
+    assert found.about["left_out"] == 1
+    with pytest.raises(DataError, match="All 1 rows"):
+        evaluate(prompt, [long], base=lm, settings=NLL, reading=dropping, progress=False)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        JudgeSettings(metrics=["accuracy"]),
+        JudgeSettings(metrics=["accuracy"], answers="rank", labels=["complaint", "no complaint"]),
+        NLL,
+    ],
+)
+def test_a_prompt_that_overflows_the_base_is_refused_and_not_judged_as_wrong(
+    settings: JudgeSettings,
+) -> None:
+    lm = FrozenLM.wrap(tiny_model("GPT-2"), tiny_tokenizer())  # a layer norm of numbers this large is not finite
+    prompt = of_words(lm, "Classify the text.\n", str(LABELLED), "label")
+    broken = replace(prompt, embeddings_PD=torch.full_like(prompt.embeddings_PD, 3e38))
+    with pytest.raises(NotFinite):
+        evaluate(broken, LABELLED_ROWS, base=lm, settings=settings, progress=False)
+
+
+def test_every_metric_can_be_asked_for_and_a_result_shows_its_figures(lm: FrozenLM) -> None:
+    assert set(get_args(MetricName)) == set(METRICS)
+    found = evaluate(None, LABELLED_ROWS, base=lm, template=str(LABELLED), target="label", progress=False)
+    assert repr(found).startswith("Evaluation('base': accuracy=0.000")
+    assert "tensor" not in repr(found)
+    assert "<td>accuracy</td>" in found._repr_html_()
+    assert json.dumps(found.to_record())

@@ -51,12 +51,12 @@ def command(
         )
     asked.demand_folders([] if prompt_folder is None else [prompt_folder])
     from softprompt.evaluation.judge import evaluate, recorded_place
+    from softprompt.inference.compiled import TextPrompt
     from softprompt.store.artifact import load_prompt
 
     prompts = [] if prompt_folder is None else [load_prompt(prompt_folder)]
     evaluation = evaluate(
-        prompt_folder,
-        text=text,
+        prompt_folder if text is None else TextPrompt(text),
         base=asked.load_base(recorded_place(base, *prompts), *prompts),
         settings=settings,
         reading=rows.data,

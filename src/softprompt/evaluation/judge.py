@@ -19,7 +19,7 @@ from softprompt.evaluation.metric import metrics_named
 from softprompt.evaluation.predictor import predictor, settled, text_prompt
 from softprompt.evaluation.progress import Advance, progress_bar
 from softprompt.evaluation.settings import JudgedData, JudgeSettings
-from softprompt.inference.compiled import CompiledPrompt, compile_prompt
+from softprompt.inference.compiled import CompiledPrompt, TextPrompt, compile_prompt
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.settings.base_settings import BaseSettings
 from softprompt.store.artifact import load_prompt
@@ -35,10 +35,9 @@ SPLITS = ("test", "validation", "train")  # the most independent one first
 
 
 def evaluate(
-    prompt: Prompt | str | Path | None = None,
+    prompt: Prompt | TextPrompt | str | Path | None = None,
     data: Rows | None = None,
     *,
-    text: str | None = None,
     base: str | Path | FrozenLM | None = None,
     template: str | None = None,
     target: str | None = None,
@@ -49,7 +48,7 @@ def evaluate(
     out: str | Path | None = None,
     progress: bool | Advance = True,
 ) -> Evaluation:
-    """Judge a learned prompt (or its folder), an engineered `text`, or the base alone.
+    """Judge a learned prompt (or its folder), an engineered text (TextPrompt), or the base alone (None).
 
     A prompt brings its base, template, target, length, row limit and ending; without `data` it is judged on the held-out
     rows of what it was learned on. `reading` is a recipe's data section: what is set there wins over the prompt's own,
@@ -58,13 +57,11 @@ def evaluate(
 
     Raises RecipeError, DataError, PromptError, BaseError; NotFinite where numbers overflow the base.
     """
-    if prompt is not None and text is not None:
-        raise RecipeError(
-            "A prompt and a text are both given. Judge one at a time; `softprompt compare` takes both."
-        )
     settings = settings or JudgeSettings()
     folder = str(prompt) if isinstance(prompt, str | Path) else None
+    text = prompt.text if isinstance(prompt, TextPrompt) else None
     learned = load_prompt(prompt) if isinstance(prompt, str | Path) else prompt
+    learned = None if isinstance(learned, TextPrompt) else learned
     given = {
         **({} if reading is None else reading.given),
         **_set(template=template, target=target, column=column),
