@@ -13,6 +13,8 @@ from torch import Tensor
 
 from softprompt.data import chat
 from softprompt.data.chat import Unlabelled as Unlabelled
+from softprompt.data.ending import End as End
+from softprompt.data.ending import appends_end
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Messages, Soft, Template, Text, did_you_mean
 from softprompt.data.tokenizer import Habits as Habits
@@ -24,7 +26,6 @@ _REMEMBERED_LENGTH = 100  # labels are short and repeat; longer texts are compar
 _REMEMBERED_TEXTS = 100_000
 
 Overflow = Literal["error", "truncate", "drop"]
-End = Literal["auto", "always", "never"]
 
 
 class TooLong(DataError):
@@ -404,9 +405,7 @@ class _Layout:
         target = self.template.target
         runs: list[_Run] = []
         trained = target is None and not self.generation
-        wants_end = self.end == "always" or (
-            self.end == "auto" and (target is not None or self.tokenizer.eos_token_id in self.habit.after)
-        )
+        is_open = True
         for piece in self.template.pieces:
             match piece:
                 case Soft(length):
@@ -436,7 +435,8 @@ class _Layout:
                         )
                         for turn in found
                     ]
-                    wants_end = self.end == "always" or (self.end == "auto" and found[-1].open)
+                    is_open = found[-1].open
+        wants_end = appends_end(self.template, self.tokenizer, self.habit, self.end, is_open=is_open)
         return runs, wants_end and not self.generation
 
 

@@ -17,6 +17,7 @@ from softprompt.data.batch import (
     encode,
     typed_start_remark,
 )
+from softprompt.data.ending import ending_of, remark
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.data.tokenizer import Habits, Tokenizer, habits, special_spans
@@ -53,7 +54,8 @@ class Preview:
 
     `too_long` rows (with on_overflow error) and `unlabelled` ones (no token to learn) would stop a run; `dropped` ones
     are left out by it. `lengths` are quantiles of the positions a row has. `problems` holds the first message of each.
-    `learns` says in words what the loss counts; `remarks` say what the tokenizer makes of text that is learned.
+    `learns` says in words what the loss counts; `remarks` say what the tokenizer makes of text that is learned,
+    and where answers have no end.
     """
 
     template: str
@@ -143,6 +145,7 @@ def preview(
             *altered_remark([row for row in encoded if row.altered]),
             *_spelled_remark(examples, habit, special_tokens),
             *typed_start_remark(template, habit),
+            *(text for text in [remark(template, ending_of(template, tokenizer, end))] if text is not None),
         ),
     )
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import Encoded, End, encode
+from softprompt.data.ending import ending_of
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Soft, Template, Text
 from softprompt.errors import RecipeError
@@ -35,7 +36,8 @@ def settled(
     several lines. Labels to rank are those of `labelled` and `examples`.
     """
     wanted = [wanted_text(layout, example) for example in examples]
-    longest = max((len(lm.tokenizer(text)["input_ids"]) for text in set(wanted)), default=1)
+    written_after = ending_of(layout, lm.tokenizer).text
+    longest = max((len(lm.tokenizer(text + written_after)["input_ids"]) for text in set(wanted)), default=1)
     stop = [] if any("\n" in text.strip() for text in wanted) else ["\n"]
     return settings.model_copy(
         update={

@@ -19,6 +19,7 @@ from torch import Tensor
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State, row_state
 from softprompt.data.batch import Encoded, End, encode
+from softprompt.data.ending import NO_ENDING, Ending, ending_of
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Messages, Soft, Template, Text
 from softprompt.data.tokenizer import Habits, habits, tokens
@@ -41,7 +42,7 @@ class TextPrompt:
 class CompiledPrompt:
     """A prompt after the frozen model has read it. Make one with `compile_prompt`; it belongs to that base.
 
-    `state` holds the keys and values; `name` is None for the base alone. `kind` is none, text, soft or deep.
+    `state` holds the keys and values, `ending` how answers end under this layout; `name` is None for the base alone. `kind` is none, text, soft or deep.
     """
 
     state: State
@@ -50,6 +51,7 @@ class CompiledPrompt:
     habit: Habits
     template: Template
     vectors_PD: Tensor | None = None
+    ending: Ending = NO_ENDING
 
     @property
     def length(self) -> int:
@@ -158,7 +160,8 @@ def compile_prompt(
         template, name = prompt, name or "text"
     if prompt is None or isinstance(prompt, Template):
         layout = Template.parse(template or "{text}") if not isinstance(template, Template) else template
-        compiled = CompiledPrompt(EMPTY, name, "none" if name is None else "text", habit, layout)
+        kind = "none" if name is None else "text"
+        compiled = CompiledPrompt(EMPTY, name, kind, habit, layout, ending=_ending(lm, layout))
         return replace(compiled, state=_read(lm, _head(lm, compiled)))
     if not isinstance(prompt, SoftPrompt | DeepPrompt):
         raise PromptError(
@@ -166,16 +169,30 @@ def compile_prompt(
         )
     prompt.base.demand(lm.fingerprint, prompt.name)
     layout = _layout(prompt, template)
+    ending = _ending(lm, layout)
     if isinstance(prompt, DeepPrompt):
         keys, values = (
             tuple(tensor.to(lm.device, lm.dtype).transpose(1, 2).contiguous())
             for tensor in (prompt.keys_LPHK, prompt.values_LPHK)
         )
         own = State(keys, values, tuple(range(-1, -1 - prompt.length, -1)))
-        return CompiledPrompt(own, name or prompt.name, "deep", habit, layout)
+        return CompiledPrompt(own, name or prompt.name, "deep", habit, layout, ending=ending)
     vectors_PD = prompt.embeddings_PD.to(lm.device, lm.dtype)
-    compiled = CompiledPrompt(EMPTY, name or prompt.name, "soft", habit, layout, vectors_PD)
+    compiled = CompiledPrompt(EMPTY, name or prompt.name, "soft", habit, layout, vectors_PD, ending)
     return replace(compiled, state=_read(lm, _head(lm, compiled), vectors_PD))
+
+
+def _ending(lm: FrozenLM, layout: Template) -> Ending:
+    return ending_of(layout, lm.tokenizer, also=end_ids(lm))
+
+
+def end_ids(lm: FrozenLM) -> frozenset[int]:
+    """End tokens that the base names: in its generation config (where transformers' generate stops) and its config."""
+    ids: set[int] = set()
+    for config in (getattr(lm.model, "generation_config", None), lm.model.config.get_text_config()):
+        named = getattr(config, "eos_token_id", None)
+        ids.update([named] if isinstance(named, int) else named or [])
+    return frozenset(int(token) for token in ids)
 
 
 def _from_folder(folder: str | Path) -> SoftPrompt | DeepPrompt:

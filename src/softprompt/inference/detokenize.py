@@ -10,7 +10,7 @@ UNFINISHED = "\ufffd"
 
 
 class Spoken:
-    """The text of one row as it grows. `add` a token, then `finish`."""
+    """The text of one row as it grows. `add` a token, then `finish`. `ending` is taken off the end of the whole text."""
 
     def __init__(
         self,
@@ -18,10 +18,13 @@ class Spoken:
         before: Sequence[int],
         stop: Sequence[str] = (),
         on_text: Callable[[str], None] | None = None,
+        *,
+        ending: str = "",
     ) -> None:
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
         self.on_text = on_text
+        self.ending = ending
         self.ids = list(before[-CONTEXT_TOKENS:])
         self.text = ""
         self._from = 0
@@ -42,6 +45,8 @@ class Spoken:
         """All the text, and the last of it told."""
         if not self._stopped:
             self._follow(final=True)
+            if self.ending:
+                self.text = self.text.removesuffix(self.ending)
         self._tell(final=True)
         return self.text
 
@@ -72,13 +77,14 @@ class Spoken:
             self._told = sure
 
     def _begun(self) -> int:
-        """Characters at the end that may be the beginning of a stop text."""
+        """Characters at the end that may be the beginning of a stop text, or the ending."""
+        longest = [(text, len(text) - 1) for text in self.stop] + [(self.ending, len(self.ending))]
         return max(
             (
                 size
-                for one in self.stop
-                for size in range(1, min(len(one), len(self.text) + 1))
-                if self.text.endswith(one[:size])
+                for text, most in longest
+                for size in range(1, min(most, len(self.text)) + 1)
+                if self.text.endswith(text[:size])
             ),
             default=0,
         )

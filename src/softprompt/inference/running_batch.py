@@ -16,6 +16,7 @@ from torch import Tensor
 from softprompt.base.context_length import demand_room, longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State, row_state
+from softprompt.data.ending import NO_ENDING, Ending
 from softprompt.data.example import Example
 from softprompt.errors import DataError, NotFinite, OutOfMemory
 from softprompt.inference.compiled import CompiledPrompt
@@ -34,8 +35,8 @@ GREEDY = DecodeSettings()
 class Request:
     """One text to continue. `request` makes one; a running batch fills in what comes of it.
 
-    `token_ids` are the new tokens, an end token included; `text` is what they say, without special tokens and
-    without a stop text. `on_text` is called with every piece of text as soon as it is certain.
+    `token_ids` are the new tokens, an end token included; `text` is what they say, without special tokens, a stop
+    text, and the ending that the prompt learned. `on_text` is called with every piece of text as soon as it is certain.
     """
 
     row: Row
@@ -44,6 +45,7 @@ class Request:
     sample: int = 0
     on_text: Callable[[str], None] | None = None
     keep_state: bool = False
+    ending: Ending = NO_ENDING
     token_ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
     text: str = ""
@@ -94,7 +96,8 @@ def request(
     if most is not None:
         demand_room(lm, len(row.marks) + 1, "The text with one new token")
         limit = min(limit, most - len(row.marks))
-    return Request(row, settings, limit, sample, on_text, keep_state)
+    ending = NO_ENDING if settings.ignore_end else prompt.ending
+    return Request(row, settings, limit, sample, on_text, keep_state, ending)
 
 
 class Running:
@@ -115,7 +118,6 @@ class Running:
         # Which tokens occurred in each row; no columns while no row has a repetition penalty.
         self._seen_BV = torch.zeros(0, 0, dtype=torch.bool, device=lm.device)
         self._step_settings = _StepSettings.of([], lm.device)
-        self._ends = end_ids(lm)
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -256,7 +258,7 @@ class Running:
 
     def _reason(self, slot: _Slot, token: int) -> FinishReason | None:
         one = slot.request
-        if token in self._ends and not one.settings.ignore_end:
+        if token in one.ending.ids:
             return "stop"
         if slot.spoken is not None and slot.spoken.add(token):
             return "stop"
@@ -266,7 +268,7 @@ class Running:
         slot = self._slots[b]
         one = slot.request
         if slot.spoken is None:
-            slot.spoken = Spoken(self.lm.tokenizer, one.known_ids)
+            slot.spoken = self._spoken(one)
             slot.spoken.ids += one.token_ids
         one.text = slot.spoken.finish()
         one.finish_reason = reason
@@ -282,11 +284,21 @@ class Running:
 
     def _slot(self, one: Request) -> _Slot:
         slot = _Slot(one)
-        if one.settings.stop or one.on_text:  # text as it comes is only followed where someone waits for it
-            slot.spoken = Spoken(self.lm.tokenizer, one.known_ids, one.settings.stop, one.on_text)
+        # Text is only followed as it comes where something waits for it.
+        if one.settings.stop or one.ending.stop or one.on_text:
+            slot.spoken = self._spoken(one)
         if one.settings.temperature > 0:
             slot.generator = row_generator(one.settings.seed, one.sample, one.row.marks)
         return slot
+
+    def _spoken(self, one: Request) -> Spoken:
+        return Spoken(
+            self.lm.tokenizer,
+            one.known_ids,
+            (*one.settings.stop, *one.ending.stop),
+            one.on_text,
+            ending=one.ending.text,
+        )
 
     def _reserve(self, requests: Sequence[Request]) -> None:
         everyone = [*self.requests, *requests]
@@ -339,16 +351,6 @@ class _StepSettings:
             torch.tensor([one.top_p for one in every], device=device),
             torch.tensor([one.min_p for one in every], device=device),
         )
-
-
-def end_ids(lm: FrozenLM) -> frozenset[int]:
-    """Tokens that end a text: the generation config's (what transformers' generate stops at) and the tokenizer's."""
-    config = getattr(lm.model, "generation_config", None)
-    found = getattr(config, "eos_token_id", None)
-    ends = [found] if isinstance(found, int) else list(found or [])
-    if lm.tokenizer.eos_token_id is not None:
-        ends.append(lm.tokenizer.eos_token_id)
-    return frozenset(int(one) for one in ends)
 
 
 def _not_finite(lm: FrozenLM, row: Request) -> NotFinite:
