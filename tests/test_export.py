@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
+import stat
 import subprocess
 from pathlib import Path
 
@@ -11,11 +14,13 @@ import pytest
 import safetensors.torch
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
-from softprompt.errors import PromptError
+from softprompt.data.example import Example, Message
+from softprompt.data.template import Template
+from softprompt.errors import PromptError, SaveError
 from softprompt.export.forms import save_vectors
 from softprompt.export.merged import merge_prompt
 from softprompt.inference.compiled import as_deep, compile_prompt
@@ -252,3 +257,127 @@ def test_vllm_says_the_same_from_the_vectors(tmp_path: Path) -> None:
         said = json.loads(found.stdout.strip().splitlines()[-1])["outputs"]
         ours = generate(lm, TEXTS, prompt, EIGHT)
         assert [one["token_ids"] for one in said] == [list(one.token_ids) for one in ours]
+
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}<{{ message.role }}>{{ message.content }}\n{%- endfor %}"
+    "{%- if add_generation_prompt %}<assistant>{%- endif %}"
+)
+
+
+def chat_base() -> FrozenLM:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return FrozenLM.wrap(tiny_model("Llama"), tokenizer, name="Llama")
+
+
+def pipelines_words(folder: Path, given: object) -> str:
+    """What transformers' text-generation pipeline says, loaded from the folder alone."""
+    generator = pipeline("text-generation", model=str(folder), dtype=torch.float32, device="cpu")
+    settings = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    settings.suppress_tokens = generator.model.generation_config.suppress_tokens
+    return str(generator(given, generation_config=settings, return_full_text=False)[0]["generated_text"])
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{soft:6}{messages}", "Be brief. {soft:6}{messages}", '{soft:2}Be "brief".\n{soft:4}{messages}'],
+)
+def test_a_merged_chat_prompt_says_the_same_in_transformers_chat_pipeline(
+    template: str, tmp_path: Path
+) -> None:
+    lm = chat_base()
+    prompt = prompt_for(lm, template)
+    merge_prompt(lm, prompt, tmp_path / "merged")
+    for text in TEXTS:
+        (ours,) = generate(lm, [text], prompt, EIGHT)
+        (alone,) = generate(lm, [Example({}, (Message("user", text),))], Template.parse("{messages}"), EIGHT)
+        said = pipelines_words(tmp_path / "merged", [{"role": "user", "content": text}])
+        assert said == ours.text
+        assert said != alone.text
+
+
+def test_a_merged_chat_prompt_is_in_the_rendered_chat_once(tmp_path: Path) -> None:
+    lm = chat_base()
+    names = merge_prompt(lm, prompt_for(lm, "{soft:6}{messages}"), tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    messages = [{"role": "user", "content": "hi"}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    plain = lm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == "".join(names) + plain
+    assert tokenizer(rendered)["input_ids"] == [*range(320, 326), *lm.tokenizer(plain)["input_ids"]]
+
+
+def test_a_merged_prompt_says_the_same_in_transformers_pipeline(tmp_path: Path) -> None:
+    lm = base(bos=True)
+    prompt = prompt_for(lm)
+    merge_prompt(lm, prompt, tmp_path / "merged")
+    for text, ours in zip(TEXTS, generate(lm, TEXTS, prompt, EIGHT), strict=True):
+        assert pipelines_words(tmp_path / "merged", text) == ours.text
+
+
+def test_a_merged_copy_takes_a_folder_of_its_own(tmp_path: Path) -> None:
+    lm = base()
+    lm.model.save_pretrained(tmp_path / "base")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("mine")
+    for folder in ("base", "notes"):
+        before = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
+        for overwrite in (False, True):
+            with pytest.raises(SaveError, match="did not write as a merged model"):
+                merge_prompt(lm, prompt_for(lm), tmp_path / folder, overwrite=overwrite)
+        assert {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} == before
+    with pytest.raises(SaveError, match="not a folder"):
+        merge_prompt(lm, prompt_for(lm), "/dev/null")
+    merge_prompt(lm, prompt_for(lm), tmp_path / "m")
+    with pytest.raises(SaveError, match="--overwrite"):
+        merge_prompt(lm, prompt_for(lm), tmp_path / "m")
+    merge_prompt(lm, prompt_for(lm, "{text}{soft:6} go"), tmp_path / "m", overwrite=True)
+    assert json.loads((tmp_path / "m" / "softprompt_merged.json").read_text())["text"].startswith(
+        "{text}<|greet-0|>"
+    )
+
+
+def test_vectors_replace_nothing_but_vectors(tmp_path: Path) -> None:
+    lm = base()
+    mine, link = tmp_path / "weights.safetensors", tmp_path / "link.safetensors"
+    safetensors.torch.save_file({"prompt_embeds": torch.ones(2, 2)}, mine)
+    link.symlink_to(tmp_path / "nowhere")
+    for path in (mine, link, Path("/dev/null"), tmp_path):
+        with pytest.raises(SaveError, match="did not write"):
+            save_vectors(prompt_for(lm), path)
+    assert safetensors.torch.load_file(mine)["prompt_embeds"].shape == (2, 2)
+    save_vectors(prompt_for(lm), tmp_path / "v.safetensors")
+    save_vectors(prompt_for(lm), tmp_path / "v.safetensors")
+    with pytest.raises(SaveError, match="--overwrite"):
+        save_vectors(prompt_for(lm), tmp_path / "v.safetensors", overwrite=False)
+
+
+def test_no_export_holds_an_absolute_path_and_all_have_the_users_umask(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "home" / "ann"
+    lm = base("GPT-2")
+    lm.model.save_pretrained(home / "base")
+    lm.tokenizer.save_pretrained(home / "base")
+    lm = FrozenLM.load(str(home / "base"), dtype="float32")
+    prompt = dataclasses.replace(
+        prompt_for(lm), notes={"data": {"source": f"{home}/rows.csv"}, "recipe": {"out": f"{home}/p"}}
+    )
+    save_prompt(prompt, home / "p")
+    former = os.umask(0o027)
+    try:
+        for to in ("peft", "peft-prefix", "vectors", "merged"):
+            arguments = ["export", str(home / "p"), "--to", to, "--out", str(tmp_path / "out" / to)]
+            assert main([*arguments, "--dtype", "float32"]) == 0
+            assert main([*arguments, "--dtype", "float32"]) == 1
+            assert "--overwrite" in capsys.readouterr().err
+            assert main([*arguments, "--dtype", "float32", "--overwrite"]) == 0
+    finally:
+        os.umask(former)
+    assert main(["export", str(home / "p"), "--to", "peft", "--out", ""]) == 1
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        assert str(home).encode() not in path.read_bytes(), path
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640, path

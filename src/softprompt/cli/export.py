@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,7 +36,10 @@ def command(
     *,
     folder: Annotated[Path, typer.Argument(metavar="PROMPT", help="The prompt's folder.")],
     to: Annotated[str, typer.Option("--to", help=", ".join(FORMS) + ".")],
-    out: Annotated[Path, typer.Option("--out", help="Where to write: a folder, or a file for vectors.")],
+    out: Annotated[str, typer.Option("--out", help="Where to write: a folder, or a file for vectors.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier export; nothing else is ever replaced.")
+    ] = False,
     as_json: asked.AsJson = False,
 ) -> None:
     """Write a prompt in a form that other programs read."""
@@ -43,28 +47,40 @@ def command(
         raise RecipeError(f"--to: found {to}, wanted one of {', '.join(FORMS)}.")
     asked.demand_folders([folder])
     from softprompt.store.artifact import load_prompt
+    from softprompt.store.ownership import folder_named
 
+    path = folder_named(out)
     prompt = load_prompt(folder)
 
     def loaded() -> FrozenLM:
         return asked.load_base(base, prompt)
 
-    advice = {"peft": to_peft, "peft-prefix": to_prefix, "vectors": to_vectors, "merged": to_merged}[to](
-        prompt, out, loaded
-    )
+    write = {"peft": to_peft, "peft-prefix": to_prefix, "vectors": to_vectors, "merged": to_merged}[to]
+    advice = write(prompt, path, loaded, overwrite)
     if as_json:
-        emit({"prompt": str(folder), "to": to, "path": str(out)})
+        emit({"prompt": str(folder), "to": to, "path": str(path)})
         return
     console = screen()
     heading(console, f"prompt {prompt.name} exported")
     fact(console, "form", FORMS[to])
-    fact(console, "where", out)
+    fact(console, "where", path)
     fact(console, "use", advice)
 
 
-def to_peft(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM]) -> str:
+def to_peft(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM], overwrite: bool) -> str:
+    return _save_for_peft(prompt, out, overwrite) + "; pad on the right, PEFT is wrong on the left"
+
+
+def to_prefix(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM], overwrite: bool) -> str:
+    from softprompt.inference.compiled import as_deep
+
+    return _save_for_peft(as_deep(loaded(), prompt), out, overwrite) + "; pad on either side"
+
+
+def _save_for_peft(prompt: Prompt, out: Path, overwrite: bool) -> str:
     from softprompt.store.artifact import save_prompt
-    from softprompt.store.peft_format import why_not_peft
+    from softprompt.store.card import shareable
+    from softprompt.store.peft_format import text_for_peft, why_not_peft
 
     reason = why_not_peft(prompt)
     if reason is not None:
@@ -72,30 +88,28 @@ def to_peft(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM]) -> str:
             f'{prompt.name}: its template is "{prompt.template}", which PEFT would not read rightly: {reason}. '
             "Export it to vectors or merged."
         )
-    save_prompt(prompt, out)
-    return "peft.PeftModel.from_pretrained(model, FOLDER); pad on the right, PEFT is wrong on the left"
+    save_prompt(shareable(prompt), out, overwrite=overwrite)
+    return f"peft.PeftModel.from_pretrained(model, FOLDER) with the text {text_for_peft(prompt)!r}"
 
 
-def to_prefix(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM]) -> str:
-    from softprompt.inference.compiled import as_deep
-    from softprompt.store.artifact import save_prompt
-
-    save_prompt(as_deep(loaded(), prompt), out)
-    return "peft.PeftModel.from_pretrained(model, FOLDER); pad on either side"
-
-
-def to_vectors(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM]) -> str:
+def to_vectors(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM], overwrite: bool) -> str:
     from softprompt.export.forms import save_vectors
 
-    save_vectors(prompt, out)
+    save_vectors(prompt, out, overwrite=overwrite)
     return f"examples/vllm_prompt_embeds.py --prompt {out} TEXT"
 
 
-def to_merged(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM]) -> str:
-    from softprompt.export.merged import merge_prompt
+def to_merged(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM], overwrite: bool) -> str:
+    from softprompt.export.merged import RECORD, merge_prompt
     from softprompt.prompt.soft_prompt import SoftPrompt
 
     if not isinstance(prompt, SoftPrompt):
         raise PromptError(f"{prompt.name}: a deep prompt is not made of tokens. Export it to peft instead.")
-    names = merge_prompt(loaded(), prompt, out)
-    return f"load it like any model; the prompt is {names[0]} to {names[-1]}"
+    names = merge_prompt(loaded(), prompt, out, overwrite=overwrite)
+    record = json.loads((out / RECORD).read_text("utf-8"))
+    tokens = f"the prompt is the tokens {names[0]} to {names[-1]}"
+    if record["in_chat_template"]:
+        return f"load it like any model; {tokens}, which its chat template writes"
+    if record["before_every_text"]:
+        return f"load it like any model; {tokens}, which its tokenizer puts before every text"
+    return f"load it like any model; {tokens}, which you write into the text: {record['text']}"

@@ -1,17 +1,20 @@
 """A prompt merged into a copy of its base as added tokens, for tools that know nothing of soft prompts.
 
-The copy has one more token for each vector. Its tokenizer puts them before every text by itself, where the prompt
-stands at the start. The output layer gives them zero, and the generation config never lets them be said, so what is
-generated is exactly what the prompt gives. The base itself is not touched.
+The copy has one more token for each vector. Where the prompt's slot is in front of a text, the tokenizer adds them to
+every text; where it is in front of a chat, the chat template writes them. Anywhere else they have to be written into
+the text, as softprompt_merged.json says. The output layer gives them zero and the generation config suppresses them, so
+what is generated is what the prompt gives. The base itself is not changed.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from tokenizers.processors import Sequence as Processors
 from tokenizers.processors import TemplateProcessing
@@ -19,44 +22,112 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.template import Soft
-from softprompt.errors import PromptError
+from softprompt.data.template import Field, Messages, Piece, Soft, Template, Text
+from softprompt.errors import PromptError, SaveError
 from softprompt.inference.compiled import compile_prompt
 from softprompt.prompt.soft_prompt import SoftPrompt
+from softprompt.store.atomic import new_folder, replace_file
+from softprompt.store.card import last_part
+from softprompt.store.ownership import claim, folder_named, is_merged, remove_ours
+
+RECORD = "softprompt_merged.json"
 
 
-def merge_prompt(lm: FrozenLM, prompt: SoftPrompt, folder: str | Path) -> list[str]:
+def merge_prompt(
+    lm: FrozenLM, prompt: SoftPrompt, folder: str | Path, *, overwrite: bool = False
+) -> list[str]:
     """Save the merged copy in `folder` as transformers saves a model; gives the added tokens, in order.
 
-    Raises WrongBase for another base's prompt, PromptError for one that cannot be tokens, BaseError as loading does.
+    The folder is new or empty, or with `overwrite` an earlier merged copy. Raises SaveError for any other, WrongBase for
+    another base's prompt, PromptError for one that cannot be tokens, BaseError as loading does.
     """
+    folder = _free(folder, overwrite)
     layout = compile_prompt(lm, prompt).template
-    names = [f"<|{prompt.name}-{row}|>" for row in range(prompt.length)]
+    stem = re.sub(r"[^\w.-]+", "-", prompt.name) or "prompt"
+    names = [f"<|{stem}-{row}|>" for row in range(prompt.length)]
     taken = sorted(set(names) & set(lm.tokenizer.get_vocab()))
     if taken:
         raise PromptError(
             f"{prompt.name}: the base has a token {taken[0]} already. Give the prompt another name."
         )
-    starts = isinstance(layout.pieces[0], Soft) and layout.pieces[0].length == prompt.length
+    starts = layout.pieces[0] == Soft(prompt.length) and not layout.chat
     tokenizer, added = _with_tokens(lm.tokenizer, names, before_every_text=starts)
-    model = _with_rows(lm, prompt, added)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (Path(folder) / "softprompt_merged.json").write_text(
-        json.dumps(
-            {
-                "prompt": prompt.name,
-                "base": prompt.base.name,
-                "template": str(layout),
-                "tokens": names,
-                "before_every_text": starts,
-            },
-            indent=2,
-        )
-        + "\n",
-        encoding="utf-8",
-    )
+    if layout.chat:
+        head = written(Template(layout.pieces[:-1]), names)
+        tokenizer.chat_template = _after(head, tokenizer.chat_template)
+    record = {
+        "prompt": prompt.name,
+        "base": last_part(prompt.base.name),
+        "template": str(layout),
+        "tokens": names,
+        "before_every_text": starts,
+        "in_chat_template": layout.chat,
+        "text": None if layout.chat or starts else written(layout, names),
+    }
+    try:
+        with new_folder(folder) as draft:
+            claim(draft, "merged", [])  # the whole folder is ours
+            _with_rows(lm, prompt, added).save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
+            replace_file(draft / RECORD, json.dumps(record, indent=2) + "\n")
+            if folder.exists() and any(folder.iterdir()):
+                remove_ours(folder, "merged", RECORD)
+    except (OSError, safetensors.SafetensorError) as error:
+        if isinstance(error, SaveError):
+            raise
+        raise SaveError(
+            f"{folder}: could not be written ({getattr(error, 'strerror', None) or error}). Free some space or choose "
+            "another folder."
+        ) from error
     return names
+
+
+def written(layout: Template, names: list[str]) -> str:
+    """A template with the added tokens in its slots; its fields stay as they are, and the target is left out."""
+    left = iter(names)
+    parts: list[str] = []
+    for piece in layout.pieces:
+        if isinstance(piece, Soft):
+            parts += [next(left) for _ in range(piece.length)]
+        elif piece == Field(layout.target or ""):
+            break
+        else:
+            parts.append(_shown(piece))
+    return "".join(parts)
+
+
+def _shown(piece: Piece) -> str:
+    if isinstance(piece, Text):
+        return piece.text
+    return "" if isinstance(piece, Messages | Soft) else "{" + piece.name + "}"
+
+
+def _after(head: str, chat_template: Any) -> Any:
+    """A chat template (or several, by name) that writes `head` before the chat."""
+    if isinstance(chat_template, dict):
+        return {name: _after(head, template) for name, template in chat_template.items()}
+    # An expression, not text: a template that begins with {%- strips white space off text before it.
+    return "{{ " + json.dumps(head, ensure_ascii=False) + " }}" + str(chat_template)
+
+
+def _free(folder: str | Path, overwrite: bool) -> Path:
+    """The folder, new or empty, or an earlier merged copy that may be replaced. Raises SaveError."""
+    folder = folder_named(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise SaveError(f"{folder}: is not a folder. Choose another path.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return folder
+    if not is_merged(folder):
+        raise SaveError(
+            f"{folder}: holds files that softprompt did not write as a merged model, and a merged model takes a whole "
+            "folder. Choose a new one."
+        )
+    if not overwrite:
+        raise SaveError(
+            f"{folder}: holds a merged model of softprompt. Pass overwrite=True (--overwrite) to replace it, or choose "
+            "another folder."
+        )
+    return folder
 
 
 def _with_tokens(tokenizer: Any, names: list[str], *, before_every_text: bool) -> tuple[Any, list[int]]:
@@ -106,7 +177,7 @@ def _with_rows(lm: FrozenLM, prompt: SoftPrompt, ids: list[int]) -> Any:
         (lm.embed(torch.tensor([1], device=lm.device)).float().norm() / table.weight[1].float().norm()).item()
     )
     rows_PD = (prompt.embeddings_PD / scale).to(lm.device, table.weight.dtype)
-    size = max(lm.vocab_size, *(one + 1 for one in ids))
+    size = max(lm.vocab_size, *(token + 1 for token in ids))
     weight_VD = table.weight.data.new_zeros(size, lm.width)
     weight_VD[: lm.vocab_size] = table.weight.data
     weight_VD[ids] = rows_PD
