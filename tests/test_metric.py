@@ -11,6 +11,7 @@ import pytest
 
 from softprompt.errors import MissingExtra, RecipeError
 from softprompt.evaluation import interval, metric, overlap
+from softprompt.evaluation.interval import Difference, rows_to_settle
 from softprompt.evaluation.metric import METRICS, Estimate, confusion, metrics_named
 from softprompt.evaluation.rows import Row
 
@@ -169,7 +170,7 @@ def test_a_paired_difference_is_the_t_interval_of_the_row_differences() -> None:
     differences = [0, 1, 1, 0, 0]
     reach = 2.7764 * statistics.stdev(differences) / math.sqrt(5)  # Student's table, 4 degrees of freedom
     assert found.value == pytest.approx(0.4)
-    assert (found.low, found.high) == pytest.approx((0.4 - reach, 0.4 + reach), rel=1e-4)
+    assert (found.low, found.high) == pytest.approx((0.4 - reach, min(1.0, 0.4 + reach)), rel=1e-4)
     assert not found.sure
 
 
@@ -200,3 +201,39 @@ def test_runs_on_other_rows_are_refused_and_not_compared() -> None:
         METRICS["accuracy"].difference([ours], [theirs])
     with pytest.raises(ValueError, match="same seeds"):
         METRICS["accuracy"].difference([ours] * 2, [ours] * 3)
+
+
+@pytest.mark.parametrize(
+    ("right", "rows", "low", "high"),
+    [
+        (8, 10, 0.4901625, 0.9433178),  # R: prop.test(8, 10, correct = FALSE)
+        (0, 20, 0.0, 0.1611252),  # z^2 / (n + z^2)
+        (20, 20, 0.8388748, 1.0),
+    ],
+)
+def test_a_proportion_has_wilsons_interval(right: int, rows: int, low: float, high: float) -> None:
+    judged = [Row(i, i, "", "a", "a" if i < right else "b") for i in range(rows)]
+    assert METRICS["accuracy"].interval([judged]) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_intervals_stay_within_what_a_metric_can_be() -> None:
+    """Over two seeds of few rows, where Student's interval with one degree of freedom would leave them."""
+    seeds = [[Row(i, i, "", "a", "a" if i < k else "b", 1.0, 1, 1) for i in range(6)] for k in (6, 3)]
+    other = [[Row(i, i, "", "a", "b", 1.0, 1, 1) for i in range(6)] for _ in range(2)]
+    for name in ("accuracy", "macro_f1", "rouge_l", "chrf"):
+        metric = METRICS[name]
+        low, high = metric.interval(seeds)
+        assert metric.bounds[0] <= low < high <= metric.bounds[1]
+        found = metric.difference(seeds, other)
+        assert -metric.bounds[1] <= found.low <= found.high <= metric.bounds[1]
+    assert METRICS["nll"].interval(seeds)[0] >= 0
+
+
+def test_the_rows_that_would_settle_a_difference_follow_from_its_interval() -> None:
+    assert rows_to_settle(Difference(0.1, -0.1, 0.3, 50), 0.02) == pytest.approx(
+        4
+    )  # half the width: four times
+    assert rows_to_settle(Difference(0.0, -0.04, 0.04, 50), 0.02) == pytest.approx(
+        4
+    )  # to lie within the margin
+    assert rows_to_settle(Difference(0.0, -0.04, 0.04, 50), 0.0) == math.inf

@@ -46,7 +46,9 @@ def test_smoothing_is_the_mean_of_neighbours() -> None:
 
 
 def test_a_falling_line_goes_from_the_upper_left_to_the_lower_right() -> None:
-    drawn = for_terminal([Curves("a", (), ((0, 4.0), (10, 1.0)), 5.0)], width=40, height=6).splitlines()
+    drawn = for_terminal(
+        [Curves("a", (), ((0, 4.0), (5, 2.5), (10, 1.0)), 5.0)], width=40, height=6
+    ).splitlines()
     assert drawn[0].startswith("   4.000 ┤")
     assert drawn[5].startswith("   1.000 ┤")
     filled = [

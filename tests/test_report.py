@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 
 from softprompt.cli.app import main
 from softprompt.comparison.records import ArmResult, Comparison, Figure
+from softprompt.comparison.settings import CompareSettings
 from softprompt.comparison.summary import summarise
 from softprompt.errors import DataError
 from softprompt.evaluation.interval import Difference
@@ -25,6 +26,7 @@ from softprompt.evaluation.rows import Row
 from softprompt.report import charts, figures
 from softprompt.report.limits import limits
 from softprompt.report.pages import page
+from softprompt.report.paths import without_folders
 from softprompt.report.read import read_runs
 from softprompt.report.render import as_csv, as_html, as_markdown, write_reports
 from softprompt.report.verdict import verdict
@@ -282,24 +284,59 @@ def test_the_page_has_every_section(compared: tuple[Comparison, Path]) -> None:
 def test_the_verdict_follows_from_the_numbers(tmp_path: Path) -> None:
     clear = comparison(tmp_path / "clear", {"base": 2, "soft": 39}, seeds=1)
     assert verdict(clear) == (
-        "The best accuracy, 0.975 ± 0.025 (n=40), comes from the soft prompt, surely better than the base as it is. "
-        "It takes 20.6 KB a task and 20 more tokens a request."
+        "The best accuracy, 0.975 ± 0.025 (n=40), comes from the soft prompt, significantly better than the base as it "
+        "is. It takes 20.6 KB a task and 20 more tokens a request."
     )
     close = comparison(tmp_path / "close", {"base": 2, "soft": 38, "full": 39}, seeds=1)
+    # One row of 40 differs: 0.025 with a standard error of 0.025 and Student's t of 39 degrees, 2.0227: reach 0.0506.
+    # Significant once the reach is 0.025, so at 40 * (0.0506 / 0.025)^2 = 164 rows.
     assert verdict(close) == (
-        "The best accuracy, 0.975 ± 0.025 (n=40), comes from full fine-tuning, surely better than the base as it is, "
-        "but not told apart from the soft prompt on these rows; of those, the soft prompt costs the least to keep "
-        "(20.6 KB a task and 20 more tokens a request)."
+        "The best accuracy, 0.975 ± 0.025 (n=40), comes from full fine-tuning, significantly better than the base as it "
+        "is. It takes 13.7 MB a task; the best of the smaller, the soft prompt, 0.950 ± 0.035, takes 20.6 KB a task and "
+        "20 more tokens a request. No significant difference from the soft prompt, which may still be more than 0.02 "
+        "worse: about 120 more rows would settle it."
     )
     equal = comparison(tmp_path / "equal", {"base": 20, "soft": 20}, seeds=1)
-    assert (
-        verdict(equal)
-        == "By accuracy no arm can be told from another: all of them have 0.500 ± 0.080 (n=40)."
-    )
-    near = comparison(tmp_path / "near", {"base": 19, "soft": 20}, seeds=1)
-    assert "no arm can be told apart from it" in verdict(near)
+    assert verdict(equal) == "By accuracy no arm differs from another: all of them have 0.500 ± 0.080 (n=40)."
     alone = comparison(tmp_path / "alone", {"soft": 20}, seeds=1)
     assert "nothing to compare it with" in verdict(alone)
+
+
+def with_difference(tmp_path: Path, within: float, **differences: Difference) -> Comparison:
+    """A comparison whose arms differ from the best, full, as given."""
+    made = comparison(tmp_path, {"base": 2, "soft": 33, "lora": 36, "full": 38}, seeds=1)
+    arms = {
+        name: replace(arm, against_best=differences.get(name, arm.against_best))
+        for name, arm in made.summary.arms.items()
+    }
+    settings = CompareSettings(within=within)
+    return replace(made, summary=replace(made.summary, arms=arms), settings=settings)
+
+
+def test_a_noisier_arm_is_not_recommended_for_its_noise(tmp_path: Path) -> None:
+    """The published report took 0.833 for level with 0.958, since its interval was wide, and left 0.925 behind."""
+    made = with_difference(
+        tmp_path,
+        0.02,
+        soft=Difference(-0.125, -0.26, 0.01, 40),  # the cheapest, and noisy
+        lora=Difference(-0.033, -0.06, -0.006, 40),  # nearer, and surely behind
+    )
+    text = verdict(made)
+    assert "significantly better than the base as it is and LoRA." in text
+    assert "Within" not in text
+    # 40 rows * (0.135 / 0.125)^2 = 47: seven more.
+    assert "No significant difference from the soft prompt, which may still be more than 0.02 worse" in text
+    assert "about 7 more rows would settle it" in text
+
+
+def test_arms_that_are_known_to_be_level_are_ranked_by_what_they_cost(tmp_path: Path) -> None:
+    level = {"soft": Difference(-0.001, -0.018, 0.016, 4000), "lora": Difference(0.0, -0.01, 0.01, 4000)}
+    text = verdict(with_difference(tmp_path, 0.02, **level))
+    assert "Within 0.02 of it, the soft prompt costs the least to keep" in text
+    assert "No significant difference" not in text
+    narrow = verdict(with_difference(tmp_path / "narrow", 0.005, **level))
+    assert "Within" not in narrow
+    assert "more rows would settle it" in narrow
 
 
 def test_the_limits_follow_from_how_it_was_made(compared: tuple[Comparison, Path], tmp_path: Path) -> None:
@@ -413,9 +450,64 @@ def test_charts_hold_one_value_zeros_and_gaps() -> None:
     )
     assert charts.lines([], title="t", x_axis="x", y_axis="y") == ""
     assert "<polyline" in charts.lines(
-        [charts.Line("soft", [(1, 2.0), (2, nan), (3, 2.0)])], title="t", x_axis="x", y_axis="y"
+        [charts.Line("soft", [(1, 2.0), (2, nan), (3, 2.0), (4, 1.5)])], title="t", x_axis="x", y_axis="y"
     )
     assert "&lt;b&gt;" in charts.bars([charts.Bar("x", "<b>", 1, 0, 2, "")], title="<b>", axis="a")
+
+
+def test_two_points_are_not_joined_and_losses_that_fall_manyfold_have_a_logarithmic_axis() -> None:
+    two = charts.lines([charts.Line("soft", [(0, 3.0), (9, 2.0)])], title="t", x_axis="x", y_axis="y")
+    assert "<polyline" not in two
+    assert two.count("<circle") == 2
+    points = [(0, 10.0), (1, 1.0), (2, 0.1)]
+    steep = charts.lines([charts.Line("soft", points)], title="t", x_axis="x", y_axis="y")
+    (drawn,) = re.findall(r'points="([^"]*)"', steep)
+    heights = [float(place.split(",")[1]) for place in drawn.split()]
+    assert heights[1] - heights[0] == pytest.approx(
+        heights[2] - heights[1], abs=0.2
+    )  # equal ratios, equal steps
+    assert ">0.1<" in steep
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("softprompt compare --data /home/ann/secret/rows.csv", "softprompt compare --data …/rows.csv"),
+        ("source: /data/rows.csv\nout: '/tmp/a b'", "source: …/rows.csv\nout: '…/a b'"),
+        ("--out=/home/ann/x", "--out=…/x"),
+        ("C:\\Users\\ann\\rows.csv", "…/rows.csv"),
+        ("~/work/rows.csv", "…/rows.csv"),
+        ("yes/no/maybe and 1/2/3", "yes/no/maybe and 1/2/3"),
+        ("https://host/a/b", "https://host/a/b"),
+        ("data/rows.csv", "data/rows.csv"),
+    ],
+)
+def test_absolute_paths_are_cut_to_their_last_name(text: str, shown: str) -> None:
+    assert without_folders(text) == shown
+    assert without_folders({text: [text]}) == {shown: [shown]}
+
+
+def test_a_report_names_no_folder_of_its_writer_and_takes_no_text_for_markup(tmp_path: Path) -> None:
+    secret = "/home/ann/clients"
+    made = comparison(
+        tmp_path,
+        {"base": 2, "soft": 30},
+        seeds=1,
+        command=f"softprompt compare --data {secret}/rows.csv ``` <script>alert(1)</script>",
+        data={"source": f"{secret}/rows.csv", "judged_on": "test", "rows": {"judged": 40}},
+        recipe={"data": {"source": f"{secret}/rows.csv"}},
+        failed={"deep": f"see {secret}/log.txt <img src=x onerror=alert(1)>"},
+    )
+    assert made.failed
+    for path in write_reports([tmp_path], tmp_path / "out"):
+        text = path.read_text("utf-8")
+        assert secret not in text, path
+        if path.suffix == ".html":
+            assert "<script>alert" not in text
+            assert "<img" not in text
+        if path.suffix == ".md":
+            assert "````\nsoftprompt compare" in text  # a longer fence than the one inside
+            assert "<img" not in text.replace("\\<img", "")
 
 
 def test_markdown_keeps_its_tables_whole(compared: tuple[Comparison, Path]) -> None:

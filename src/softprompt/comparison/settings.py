@@ -15,7 +15,7 @@ from softprompt.comparison.arm import ARMS, ArmName
 from softprompt.data.template import did_you_mean
 from softprompt.errors import DataError, RecipeError, SoftPromptError
 from softprompt.evaluation.record import read_json
-from softprompt.evaluation.settings import Count, JudgeSettings
+from softprompt.evaluation.settings import Count, JudgeSettings, NotNegative
 from softprompt.settings.table import setting
 from softprompt.tuning.recipe import Recipe
 
@@ -37,6 +37,12 @@ class CompareSettings(JudgeSettings):
     seeds: Count = setting(3, "Runs of every arm that a seed changes.", flag="--seeds")
     text: str | None = setting(None, "The arm prompt: your own text in front of every input.", flag="--text")
     text_file: str | None = setting(None, "The same from a file.", flag="--text-file")
+    within: NotNegative = setting(
+        0.02,
+        "The margin of equivalence: arms that are known to be at most so much worse than the best count as level with it "
+        "(on a scale of 0 to 1; hundredfold for bleu and chrf).",
+        flag="--within",
+    )
     shots: Count = setting(4, "The arm few-shot: examples in front.", flag="--shots")
     seconds: Positive | None = setting(
         None,
@@ -108,7 +114,7 @@ class Job:
     @property
     def digest(self) -> str:
         """Stands for all that this arm's result depends on; other arms and seeds are not part of it."""
-        values = self.settings.model_dump(exclude={"arms", "seeds"})
+        values = self.settings.model_dump(exclude={"arms", "seeds", "within"})
         for name, arm in {"text": "prompt", "shots": "few-shot"}.items():
             if arm != self.arm:
                 del values[name]

@@ -51,7 +51,8 @@ def summarise(
 def _figure(metric: Metric, seeds: Sequence[Sequence[Row]]) -> Figure:
     mean = metric.over_seeds(seeds)
     by_seed = tuple(metric.estimate(rows).value for rows in seeds)
-    return Figure(mean.value, mean.stderr, mean.n, by_seed, metric.unit, metric.better)
+    low, high = metric.interval(seeds)
+    return Figure(mean.value, mean.stderr, mean.n, by_seed, metric.unit, metric.better, low, high)
 
 
 def _best(judge: Metric, values: Mapping[str, float]) -> str:

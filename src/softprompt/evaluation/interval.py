@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 Counts = Mapping[str, float]
 Total = Callable[[Counts], float]
+NORMAL_975 = 1.959964  # 95 of 100 draws of a normal lie within so many standard deviations
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,35 @@ def paired_difference(
     freedom = error**4 / (rows**4 / (n - 1) + (seeds**4 / (pairs - 1) if pairs > 1 else 0.0))
     reach = student_quantile(0.975, freedom) * error
     return Difference(value, value - reach, value + reach, n)
+
+
+def bounded_interval(estimate: Estimate, low: float, high: float, runs: int = 1) -> tuple[float, float]:
+    """The 95 % interval of a figure that lies between `low` and `high` (Wilson 1927): it never leaves them, and it has a
+    width where every row agrees.
+
+    One run's rows are counted as they are. Several runs count as the rows that would give a share this standard error.
+    """
+    if not math.isfinite(estimate.value) or estimate.n == 0 or not high > low:
+        return math.nan, math.nan
+    share = min(1.0, max(0.0, (estimate.value - low) / (high - low)))
+    error = estimate.stderr / (high - low)
+    rows = float(estimate.n)
+    if runs > 1 and error > 0 and 0 < share < 1:
+        rows = share * (1 - share) / error**2
+    z = NORMAL_975
+    middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
+    reach = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows)) / (1 + z * z / rows)
+    lowest, highest = max(0.0, middle - reach), min(1.0, middle + reach)
+    return low + lowest * (high - low), low + highest * (high - low)
+
+
+def rows_to_settle(difference: Difference, margin: float) -> float:
+    """How many times the rows (and seeds) it takes until a difference this large is significant or, if it is smaller than
+    the margin, known to lie within it. 1 or less: it is settled; inf where no number would do."""
+    reach = max(difference.high - difference.value, difference.value - difference.low)
+    gap = abs(difference.value)
+    aim = max(gap, margin - gap)
+    return (reach / aim) ** 2 if aim > 0 else math.inf
 
 
 def student_quantile(share: float, freedom: float) -> float:

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
 from softprompt.data.template import did_you_mean
 from softprompt.errors import MissingExtra, RecipeError
 from softprompt.evaluation import overlap
-from softprompt.evaluation.interval import Counts, Difference, jackknife, mean_over_seeds, paired_difference
+from softprompt.evaluation.interval import (
+    NORMAL_975,
+    Counts,
+    Difference,
+    bounded_interval,
+    jackknife,
+    mean_over_seeds,
+    paired_difference,
+)
 from softprompt.evaluation.interval import Estimate as Estimate
 from softprompt.evaluation.rows import Row
 
@@ -25,7 +33,8 @@ Needs = Literal["loss", "answer"]
 class Metric:
     """`total` makes the figure of the summed `counts` of all rows.
 
-    `needs` says whether a row must have been scored or answered; `better` which way is up; `unit` is said behind it.
+    `needs` says whether a row must have been scored or answered; `better` which way is up; `unit` is said behind it;
+    `bounds` are the least and the highest figure there can be.
     """
 
     name: str
@@ -35,6 +44,22 @@ class Metric:
     needs: Needs = "answer"
     better: Literal["higher", "lower"] = "higher"
     unit: str = ""
+    bounds: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def scale(self) -> float:
+        """What 1 is on the scale of a share: 100 for BLEU and chrF, 1 for all else."""
+        low, high = self.bounds
+        return high - low if math.isfinite(high) else 1.0
+
+    def interval(self, seeds: Sequence[Sequence[Row]]) -> tuple[float, float]:
+        """The figure's 95 % interval over rows and seeds, within the metric's bounds."""
+        found = self.over_seeds(seeds)
+        low, high = self.bounds
+        if math.isfinite(high):
+            return bounded_interval(found, low, high, len(seeds))
+        reach = NORMAL_975 * found.stderr
+        return max(low, found.value - reach), found.value + reach
 
     def estimate(self, rows: Sequence[Row]) -> Estimate:
         """The figure on these rows. Rows that were not measured make it nan, never 0."""
@@ -49,11 +74,13 @@ class Metric:
         judged = {tuple((row.index, row.input, row.wanted) for row in rows) for rows in (*ours, *theirs)}
         if len(judged) != 1:
             raise ValueError("the runs were judged on different rows, so their difference says nothing.")
-        return paired_difference(
+        found = paired_difference(
             [[self._counted(row) for row in rows] for rows in ours],
             [[self._counted(row) for row in rows] for rows in theirs],
             self._known,
         )
+        most = self.bounds[1] - self.bounds[0]  # no two figures are further apart
+        return replace(found, low=_clipped(found.low, most), high=_clipped(found.high, most))
 
     def _counted(self, row: Row) -> Counts:
         if (math.isnan(row.nll) or not row.tokens) if self.needs == "loss" else row.said is None:
@@ -100,6 +127,10 @@ def metrics_named(names: Sequence[str]) -> list[Metric]:
         if name == "bleu":
             _sacrebleu()
     return [METRICS[name] for name in dict.fromkeys(names)]
+
+
+def _clipped(value: float, most: float) -> float:
+    return value if math.isnan(value) else min(most, max(-most, value))
 
 
 def _mean(counts: Counts) -> float:
@@ -202,6 +233,8 @@ def _chrf(counts: Counts) -> float:
     return overlap.chrf([(counts[f"said{o}"], counts[f"wanted{o}"], counts[f"both{o}"]) for o in orders])
 
 
+PERCENT, LOSS = (0.0, 100.0), (0.0, math.inf)
+
 METRICS: Mapping[str, Metric] = {
     one.name: one
     for one in (
@@ -222,10 +255,23 @@ METRICS: Mapping[str, Metric] = {
         Metric(
             "rouge_l", _mean_of(overlap.rouge_l), _mean, "Longest common subsequence of words, F-measure."
         ),
-        Metric("bleu", _bleu_counts, _bleu, "Corpus BLEU as sacrebleu computes it, one reference, 0 to 100."),
-        Metric("chrf", _chrf_counts, _chrf, "Corpus chrF2, one reference, 0 to 100."),
         Metric(
-            "nll", _loss_counts, _per("tokens"), "Loss of the wanted text.", "loss", "lower", "nats per token"
+            "bleu",
+            _bleu_counts,
+            _bleu,
+            "Corpus BLEU as sacrebleu computes it, one reference, 0 to 100.",
+            bounds=PERCENT,
+        ),
+        Metric("chrf", _chrf_counts, _chrf, "Corpus chrF2, one reference, 0 to 100.", bounds=PERCENT),
+        Metric(
+            "nll",
+            _loss_counts,
+            _per("tokens"),
+            "Loss of the wanted text.",
+            "loss",
+            "lower",
+            "nats per token",
+            LOSS,
         ),
         Metric(
             "perplexity",
@@ -235,6 +281,7 @@ METRICS: Mapping[str, Metric] = {
             "loss",
             "lower",
             "per token",
+            LOSS,
         ),
         Metric(
             "bits_per_byte",
@@ -244,6 +291,7 @@ METRICS: Mapping[str, Metric] = {
             "loss",
             "lower",
             "bits per byte",
+            LOSS,
         ),
         Metric(
             "byte_perplexity",
@@ -253,6 +301,7 @@ METRICS: Mapping[str, Metric] = {
             "loss",
             "lower",
             "per byte",
+            LOSS,
         ),
     )
 }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from softprompt.comparison.arm import ARMS
+from softprompt.report.curves import DRAWN_AS_LINE, is_logarithmic
 
 WIDTH = 440
 FONT = 12
@@ -134,8 +135,10 @@ def lines(given: Sequence[Line], *, title: str, x_axis: str, y_axis: str) -> Mar
     names = [one.arm for one in given if not one.faint]
     right = WIDTH - 14 - CHARACTER * max((len(name) for name in names), default=0)
     x_low, x_high, x_ticks = _ticks(min(x for x, _ in known), max(x for x, _ in known), 5)
-    y_low, y_high, y_ticks = _ticks(min(y for _, y in known), max(y for _, y in known))
-    across, up = _scale(x_low, x_high, left + 6, right), _scale(y_low, y_high, bottom, top)
+    across, (up, y_ticks) = (
+        _scale(x_low, x_high, left + 6, right),
+        _loss_axis([y for _, y in known], bottom, top),
+    )
     parts = [_grid_y(y_ticks, up, left, right)]
     for tick in x_ticks:
         parts.append(_text(across(tick), bottom + 16, _tick(tick), "tick", "middle"))
@@ -143,17 +146,43 @@ def lines(given: Sequence[Line], *, title: str, x_axis: str, y_axis: str) -> Mar
     parts.append(_text(0, 10, y_axis, "axis"))
     ends: list[tuple[float, str]] = []
     for one in given:
-        path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in one.points if math.isfinite(y))
-        kind = "faint-line" if one.faint else "line"
-        parts.append(f'<g class="{_class(one.arm)}"><polyline class="{kind}" points="{path}"/>')
+        places = [(across(x), up(y)) for x, y in one.points if math.isfinite(y)]
+        if not places:
+            continue
+        parts.append(f'<g class="{_class(one.arm)}">')
+        if len(places) >= DRAWN_AS_LINE:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            parts.append(f'<polyline class="{"faint-line" if one.faint else "line"}" points="{path}"/>')
+        dots = places[-1:] if len(places) >= DRAWN_AS_LINE else places
+        parts += [
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
+            for x, y in dots
+            if not one.faint or len(places) < DRAWN_AS_LINE
+        ]
         if not one.faint:
-            x, y = one.points[-1]
-            parts.append(f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3"/>')
-            ends.append((up(y), one.arm))
+            ends.append((places[-1][1], one.arm))
         parts.append("</g>")
     for y, (_, arm) in zip(_apart([y + 4 for y, _ in sorted(ends)], bottom), sorted(ends), strict=True):
         parts.append(f'<g class="{_class(arm)}">{_text(right + 8, y, arm, "mark")}</g>')
     return _svg(height, title, parts)
+
+
+def _loss_axis(
+    losses: Sequence[float], bottom: float, top: float
+) -> tuple[Callable[[float], float], list[float]]:
+    """Where a loss lies, and the grid: logarithmic where losses fall manyfold, since what matters is then at the end."""
+    low, high = min(losses), max(losses)
+    if not is_logarithmic(losses):
+        first, last, ticks = _ticks(low, high)
+        return _scale(first, last, bottom, top), ticks
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    round_numbers = [float(f"{digit}e{power}") for power in powers for digit in (1, 2, 5)]
+    first = max(number for number in round_numbers if number <= low)
+    last = min((number for number in round_numbers if number >= high), default=high)
+    up = _scale(math.log10(first), math.log10(last), bottom, top)
+    return (lambda loss: up(math.log10(loss))), [
+        number for number in round_numbers if first <= number <= last
+    ]
 
 
 def _apart(places: Sequence[float], bottom: float) -> list[float]:
@@ -257,7 +286,7 @@ def _grid_x(
     return "".join(parts)
 
 
-def _grid_y(ticks: Sequence[float], up: _Scale, left: float, right: float) -> str:
+def _grid_y(ticks: Sequence[float], up: Callable[[float], float], left: float, right: float) -> str:
     return "".join(
         f'<line class="grid" x1="{left}" x2="{right}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
         + _text(left - 6, up(tick) + 4, _tick(tick), "tick", "end")

@@ -13,6 +13,9 @@ from softprompt.errors import DataError
 
 EVENTS = "metrics.jsonl"
 
+DRAWN_AS_LINE = 3  # two points joined would look measured in between
+LOGARITHMIC_FROM = 5.0  # highest over lowest loss
+
 Points: TypeAlias = Sequence[tuple[float, float]]
 
 
@@ -61,6 +64,11 @@ def smoothed(points: Points, share: float = 0.05) -> Points:
         for n, (step, _) in enumerate(points)
         if (near := points[max(0, n - reach) : n + reach + 1])
     )
+
+
+def is_logarithmic(losses: Sequence[float]) -> bool:
+    """Whether an axis of these losses is logarithmic: they fall manyfold, and the differences that matter are small."""
+    return min(losses) > 0 and max(losses) >= LOGARITHMIC_FROM * min(losses)
 
 
 def _number(value: Any) -> float:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
-from softprompt.comparison.records import Comparison
+from softprompt.comparison.records import Comparison, Figure
+from softprompt.evaluation.interval import NORMAL_975
 from softprompt.report import charts, figures
 from softprompt.report.learned import learning_curves, tuning_page
 from softprompt.report.limits import limits
 from softprompt.report.parts import Block, Chart, Page, Section, Table
+from softprompt.report.paths import without_folders
 from softprompt.report.read import Run
 from softprompt.report.verdict import against_base, verdict
 
-INTERVAL = 1.96  # standard errors to either side: 95 of 100
-
 
 def page(run: Run, number: int) -> Page:
-    """The page of one run."""
+    """The page of one run, without the folders of absolute paths; texts of rows are shown as they are."""
+    found = _page(run, number)
+    for section in found.sections:
+        section.text = without_folders(section.text)
+        section.points = without_folders(section.points)
+        section.blocks = [Block(without_folders(block.text), block.title) for block in section.blocks]
+        section.tables = [replace(table, note=without_folders(table.note)) for table in section.tables]
+    found.title, found.facts = without_folders(found.title), without_folders(found.facts)
+    return found
+
+
+def _page(run: Run, number: int) -> Page:
     if run.tuning is not None:
         return tuning_page(run, run.tuning, number)
     comparison = run.comparison
@@ -77,7 +88,7 @@ def _quality(comparison: Comparison) -> Section:
         "arm",
         _named(judge, summary.unit),
         "difference to the best [95 %]",
-        *(["than the base"] if "base" in arms else []),
+        *(["against the base"] if "base" in arms else []),
         *(_named(name, arms[summary.best].metrics[name].unit) for name in names if name != judge),
         "seeds",
     ]
@@ -85,16 +96,13 @@ def _quality(comparison: Comparison) -> Section:
     bars = []
     for arm, one in arms.items():
         figure = one.metrics[judge]
-        value, error = figure.value, figure.stderr
-        reach = 0.0 if math.isnan(error) else INTERVAL * error
-        bars.append(
-            charts.Bar(arm, arm, value, value - reach, value + reach, figures.estimate(figure, rows=True))
-        )
+        low, high = _interval(figure)
+        bars.append(charts.Bar(arm, arm, figure.value, low, high, figures.estimate(figure, rows=True)))
     chart = Chart(
         f"{_named(judge, summary.unit)}, {summary.better} is better",
         charts.bars(bars, title=f"{judge} of every arm with its interval", axis=_named(judge, summary.unit)),
-        "Dots with 95 % intervals (1.96 standard errors). Whether two arms differ is told by the paired differences in "
-        "the table, not by whether these intervals touch.",
+        "Dots with 95 % intervals (Wilson's, where a figure lies between 0 and 1). Whether two arms differ is shown by the "
+        "paired differences in the table, not by whether these intervals touch.",
     )
     by_seed = [
         [arm, *(figures.number(value) for value in one.metrics[judge].by_seed)]
@@ -117,12 +125,20 @@ def _quality(comparison: Comparison) -> Section:
         "Quality",
         text=[
             "Value ± standard error over the judged rows (and over seeds, where there are several). Differences are "
-            "taken row by row on the very same rows; an interval that leaves out zero is told as sure."
+            "taken row by row on the very same rows; one is significant if its 95 % interval excludes 0."
         ],
         charts=[chart],
         tables=tables,
         points=[f"{arm} failed: {reason}" for arm, reason in comparison.failed.items()],
     )
+
+
+def _interval(figure: Figure) -> tuple[float, float]:
+    """The 95 % interval; by the standard error in records of version 0.1, which keep none."""
+    if figures.known(figure.low) and figures.known(figure.high):
+        return figure.low, figure.high
+    reach = NORMAL_975 * figure.stderr
+    return figure.value - reach, figure.value + reach
 
 
 def _named(name: str, unit: str) -> str:
@@ -145,6 +161,7 @@ def _costs(comparison: Comparison) -> Section | None:
         ]
         for arm, one in arms.items()
     ]
+    clock = "CPU " if all(one.decode_clock == "cpu" for one in arms.values()) else ""
     using = [
         [
             arm,
@@ -192,12 +209,12 @@ def _costs(comparison: Comparison) -> Section | None:
                     "arm",
                     "bytes kept for a task",
                     "tokens added to a request",
-                    "new tokens a second",
+                    f"new tokens a {clock}second",
                     "peak memory",
                 ],
                 using,
                 title="To keep and to use",
-                note="Speed: 32 new tokens for each of 8 rows side by side, the reading of their texts included. A "
+                note="Speed: 32 new tokens for each of 8 rows side by side, reading their texts included. Full fine-tuning decodes as the base does. A "
                 "prompt's own keys and values are computed once and shared.",
                 best=best,
             ),
@@ -233,13 +250,10 @@ def _against_cost(comparison: Comparison) -> Section | None:
         points = []
         for arm, one in arms.items():
             figure = one.metrics[judge]
-            value, error = figure.value, figure.stderr
             cost = float(getattr(one, key))
             if key == "learning_seconds" and not one.trained_parameters:
                 cost = 0.0  # nothing was learned
-            points.append(
-                charts.Point(arm, arm, cost, value, value - INTERVAL * error, value + INTERVAL * error)
-            )
+            points.append(charts.Point(arm, arm, cost, figure.value, *_interval(figure)))
         svg = charts.scatter(
             points, title=title, x_axis=axis, y_axis=judge.replace("_", " "), better=summary.better
         )

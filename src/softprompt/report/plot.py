@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softprompt.errors import DataError, MissingExtra, SaveError
-from softprompt.report.curves import EVENTS, Curves, Points, read_curves, smoothed
+from softprompt.report.curves import (
+    DRAWN_AS_LINE,
+    EVENTS,
+    Curves,
+    Points,
+    is_logarithmic,
+    read_curves,
+    smoothed,
+)
 
 TRIALS = "trials"
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, row by row
@@ -31,26 +39,35 @@ def read_plotted(folders: Sequence[str | Path]) -> list[Curves]:
 
 def for_terminal(curves: Sequence[Curves], width: int = 72, height: int = 16) -> str:
     """Held-out loss by step in braille dots, a line for each run's figures below."""
-    lines = [one.held_out if len(one.held_out) > 1 else smoothed(one.training) for one in curves]
+    lines = [
+        run.held_out if len(run.held_out) >= DRAWN_AS_LINE or not run.training else smoothed(run.training)
+        for run in curves
+    ]
     steps = [step for line in lines for step, _ in line]
     losses = [loss for line in lines for _, loss in line]
     low, high, last = min(losses), max(losses), max(steps)
-    span = (high - low) or 1.0
+    height_of = math.log10 if is_logarithmic(losses) else float
+    bottom, top = height_of(low), height_of(high)
+    span = (top - bottom) or 1.0
     columns = width - 10
     cells = [[0] * columns for _ in range(height)]
 
     def dot(x: float, y: float) -> None:
         across = min(2 * columns - 1, round(x / (last or 1) * (2 * columns - 1)))
-        down = min(4 * height - 1, round((high - y) / span * (4 * height - 1)))
+        down = min(4 * height - 1, round((top - height_of(y)) / span * (4 * height - 1)))
         cells[down // 4][across // 2] |= DOTS[down % 4][across % 2]
 
     for line in lines:
-        for (x0, y0), (x1, y1) in itertools.pairwise(line):
-            pieces = 1 + round(abs(x1 - x0) / (last or 1) * 2 * columns + abs(y1 - y0) / span * 4 * height)
+        for (x0, y0), (x1, y1) in itertools.pairwise(line if len(line) >= DRAWN_AS_LINE else ()):
+            pieces = 1 + round(
+                abs(x1 - x0) / (last or 1) * 2 * columns
+                + abs(height_of(y1) - height_of(y0)) / span * 4 * height
+            )
             for n in range(pieces + 1):
                 dot(x0 + (x1 - x0) * n / pieces, y0 + (y1 - y0) * n / pieces)
-        if len(line) == 1:
-            dot(*line[0])
+        if len(line) < DRAWN_AS_LINE:
+            for x, y in line:
+                dot(x, y)
     labels = {0: f"{high:.3f}", height - 1: f"{low:.3f}"}
     drawn = [
         f"{labels.get(row, ''):>8} ┤{''.join(chr(0x2800 + cell) for cell in cells[row])}".rstrip("\u2800")
@@ -85,12 +102,15 @@ def draw(curves: Sequence[Curves], path: str | Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for one in curves:
-        (line,) = axes.plot(*_columns(one.held_out), marker=".", label=one.name)
+        joined = "-" if len(one.held_out) >= DRAWN_AS_LINE else "none"
+        (line,) = axes.plot(*_columns(one.held_out), marker=".", linestyle=joined, label=one.name)
         if one.training:
             axes.plot(*_columns(smoothed(one.training)), color=line.get_color(), alpha=0.35, linewidth=1)
     bases = {round(one.base, 6) for one in curves if math.isfinite(one.base)}
     for base in bases:
         axes.axhline(base, color="gray", linestyle="--", linewidth=1, label="base alone")
+    losses = [loss for run in curves for _, loss in (*run.held_out, *run.training)]
+    axes.set_yscale("log" if is_logarithmic(losses) else "linear")
     axes.set_xlabel("step")
     axes.set_ylabel("nats per trained token (faint: training)")
     axes.legend(frameon=False, fontsize="small")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
@@ -18,6 +19,7 @@ from softprompt.errors import SaveError
 from softprompt.evaluation.record import plain
 from softprompt.report.pages import page
 from softprompt.report.parts import Page, Table
+from softprompt.report.paths import without_folders
 from softprompt.report.read import Run, read_runs
 
 NAME = "report"
@@ -83,7 +85,7 @@ def as_markdown(pages: Sequence[Page]) -> str:
             if section.points:
                 lines.append("")
             for block in section.blocks:
-                fence = "```"
+                fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))
                 lines += [*([f"{block.title}:", ""] if block.title else []), fence, block.text, fence, ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -110,7 +112,10 @@ def as_csv(runs: Sequence[Run]) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: "" if _unknown(value) else value for key, value in line.items()} for line in table)
+    writer.writerows(
+        {key: "" if _unknown(value) else without_folders(value) for key, value in line.items()}
+        for line in table
+    )
     return out.getvalue()
 
 
@@ -118,10 +123,10 @@ def as_json(runs: Sequence[Run], pages: Sequence[Page]) -> str:
     """The records, the verdicts and the samples."""
     found = [
         {
-            "title": run.title,
+            "title": without_folders(run.title),
             "kind": run.kind,
             "verdict": one.verdict,
-            "record": _record(run),
+            "record": without_folders(_record(run)),
             "samples": [{**asdict(sample), "differ": sample.differ} for sample in run.samples],
         }
         for run, one in zip(runs, pages, strict=True)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from softprompt.comparison.arm import spoken
 from softprompt.comparison.records import ArmSummary, Comparison
+from softprompt.evaluation.interval import Difference, rows_to_settle
+from softprompt.evaluation.metric import METRICS
 from softprompt.report.figures import count, estimate, known, size, sure
+
+MOST_TIMES = 1000  # nobody judges on a thousand times the rows
 
 
 def verdict(comparison: Comparison) -> str:
@@ -21,24 +26,71 @@ def verdict(comparison: Comparison) -> str:
     if len(arms) == 1:
         return f"The {found} is that of {spoken(best)}; there is nothing to compare it with."
     if len({arm.metrics[judge].value for arm in arms.values()}) == 1:
-        same = f"By {_named(judge)} no arm can be told from another: all of them have {estimate(figure, rows=True)}."
-        return same + _by_loss(arms, judge)
-    equals = [arm for arm in arms if arm != best and not sure(arms[arm].against_best)]
-    worse = [arm for arm in arms if arm != best and arm not in equals]
-    said = f"The best {found} comes from {spoken(best)}"
-    if not equals:
-        return f"{said}, surely better than {_listed(worse)}.{_cost(arms, best, judge, summary.better == 'higher')}"
-    cheapest = min([best, *equals], key=lambda arm: (arms[arm].stored_bytes, arms[arm].added_tokens))
-    if worse:
-        told = (
-            f", surely better than {_listed(worse)}, but not told apart from {_listed(equals)} on these rows"
+        same = (
+            f"By {_named(judge)} no arm differs from another: all of them have {estimate(figure, rows=True)}."
         )
-    else:
-        told = ", but no arm can be told apart from it on these rows"
-    kept = f" ({_kept(arms[cheapest])})"
-    if cheapest == best:
-        return f"{said}{told}; it also costs the least to keep of those{kept}."
-    return f"{said}{told}; of those, {spoken(cheapest)} costs the least to keep{kept}."
+        return same + _by_loss(arms, judge)
+    others = [arm for arm in arms if arm != best]
+    margin = margin_of(comparison)
+    standing = {arm: _standing(arms[arm].against_best, summary.better == "higher", margin) for arm in others}
+    worse, level, unsettled = (
+        [arm for arm in others if standing[arm] == kind] for kind in ("worse", "level", "unsettled")
+    )
+    lead = f"The best {found} comes from {spoken(best)}"
+    said = [f"{lead}, significantly better than {_listed(worse)}." if worse else f"{lead}."]
+    if level:
+        cheapest = min([best, *level], key=lambda arm: (arms[arm].stored_bytes, arms[arm].added_tokens))
+        if cheapest == best:
+            verb = "is" if len(level) == 1 else "are"
+            said.append(
+                f"{_listed(level)} {verb} within {margin:g} of it, and {spoken(best)} costs the least to keep of those "
+                f"({_kept(arms[best])})."
+            )
+        else:
+            said.append(
+                f"Within {margin:g} of it, {spoken(cheapest)} costs the least to keep ({_kept(arms[cheapest])})."
+            )
+    elif cost := _cost(arms, best, judge, summary.better == "higher"):
+        said.append(cost.strip())
+    if unsettled:
+        said.append(
+            f"No significant difference from {_listed(unsettled)}, which may still be more than {margin:g} worse: "
+            f"{_more(comparison, unsettled, margin)}."
+        )
+    return " ".join(sentence[0].upper() + sentence[1:] for sentence in said)
+
+
+def margin_of(comparison: Comparison) -> float:
+    """How much worse than the best an arm may be and still count as level, in units of the judging metric."""
+    within = 0.02 if comparison.settings is None else comparison.settings.within
+    return within * METRICS[comparison.summary.judged_by].scale
+
+
+def _standing(against_best: Difference | None, higher: bool, margin: float) -> str:
+    """worse, level (at most the margin worse, as far as the interval goes), or unsettled."""
+    if against_best is None or not known(against_best.low) or not known(against_best.high):
+        return "unsettled"
+    most_behind = -against_best.low if higher else against_best.high
+    if most_behind <= margin:
+        return "level"
+    return "worse" if sure(against_best) else "unsettled"
+
+
+def _more(comparison: Comparison, arms: Sequence[str], margin: float) -> str:
+    """What would settle the differences of these arms from the best, if they are as large as they look."""
+    differences = [comparison.summary.arms[arm].against_best for arm in arms]
+    times = max(
+        (rows_to_settle(found, margin) for found in differences if found is not None and known(found.low)),
+        default=math.inf,
+    )
+    rows = comparison.summary.arms[comparison.summary.best].metrics[comparison.summary.judged_by].n
+    if not times <= MOST_TIMES:
+        return "no reasonable number of rows would settle it"
+    more = rows * (times - 1)
+    rounded = round(more, 1 - math.floor(math.log10(more))) if more >= 1 else 1.0
+    seeds = max(arm.seeds for arm in comparison.summary.arms.values())
+    also = "" if seeds == 1 else f", and {times:.1f} times the seeds,"
+    return f"about {rounded:,.0f} more rows{also} would settle it"
 
 
 def against_base(comparison: Comparison, arm: str) -> str:
