@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -157,3 +159,23 @@ def test_the_bundled_base_loads_and_says_why_its_dtype_was_chosen() -> None:
     assert lm.name == "builtin"
     assert lm.vocab_size == 8192
     assert "bfloat16" in lm.dtype_reason
+
+
+def test_from_pretrained_is_load_under_transformers_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert inspect.signature(FrozenLM.from_pretrained) == inspect.signature(FrozenLM.load)
+    given: dict[str, object] = {}
+    wanted = {"revision": "r", "dtype": "d", "device": "v", "trust_remote_code": True}
+    monkeypatch.setattr(FrozenLM, "load", lambda name, **options: given.update(options, name=name))
+    FrozenLM.from_pretrained("somewhere", **wanted)
+    assert given == {"name": "somewhere", **wanted}
+
+
+def test_a_base_prints_short_and_its_table_is_escaped() -> None:
+    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), "<b>mine</b>")
+    total = sum(weight.numel() for weight in lm.model.parameters())
+    assert repr(lm) == (
+        f"FrozenLM('<b>mine</b>', {total:,} parameters, 2 layers of width 32, 128 positions, float32 on cpu)"
+    )
+    table = lm._repr_html_()
+    assert "&lt;b&gt;mine&lt;/b&gt;" in table
+    assert "<b>" not in table

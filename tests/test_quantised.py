@@ -42,6 +42,6 @@ def test_without_bitsandbytes_one_line_says_what_to_install(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr("softprompt.base.quantised.find_spec", lambda name: None)
+    monkeypatch.setattr("softprompt.base.bitsandbytes_options.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"int8 needs bitsandbytes.*pip install 'softprompt\[quantised\]'"):
         FrozenLM.load(str(base), dtype="int8")

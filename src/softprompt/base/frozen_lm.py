@@ -6,6 +6,7 @@ Nothing here or anywhere else changes a weight: `weights_sha256` before and afte
 from __future__ import annotations
 
 import hashlib
+import html
 import inspect
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from softprompt.base.bitsandbytes_options import PACKED_BITS, bitsandbytes_options
 from softprompt.base.context_length import demand_one_vector, stated_context
 from softprompt.base.disk_cache import Stamp
 from softprompt.base.identity import (
@@ -25,7 +27,6 @@ from softprompt.base.identity import (
 from softprompt.base.locate import demand_no_adapter, load_local_first, locate
 from softprompt.base.nll import Head, token_nll
 from softprompt.base.placement import Placed, place
-from softprompt.base.quantised import QUANTISED, quantised
 from softprompt.base.whole import demand_causal_lm, demand_finite, demand_ids_in_table, demand_whole
 from softprompt.data.batch import Batch
 from softprompt.errors import BaseError, DataError
@@ -35,7 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class FrozenLM:
-    """A causal language model that nobody trains. Make one with `load` or `wrap`."""
+    """A causal language model that nobody trains. Make one with `load` (`from_pretrained`) or `wrap`."""
 
     def __init__(
         self,
@@ -104,12 +105,12 @@ class FrozenLM:
         Raises BaseError where there is no such model, or where it is not one that a prompt can be placed in."""
         where, name = locate(name_or_path)
         on = choose_device(device)
-        bits = QUANTISED.get(dtype)
+        bits = PACKED_BITS.get(dtype)
         number_format, reason = choose_dtype("auto" if bits else dtype, on)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         weights: dict[str, Any] = {"dtype": number_format, "use_safetensors": None}
         if bits:
-            weights |= quantised(bits, number_format, on)
+            weights |= bitsandbytes_options(bits, number_format, on)
 
         files = base_files(where, revision)
 
@@ -136,9 +137,55 @@ class FrozenLM:
         return cls(model, tokenizer, name=name, revision=found, dtype_reason=reason, files=files)
 
     @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str = "builtin",
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> FrozenLM:
+        """The same as `load`, under the name that transformers gives it."""
+        return cls.load(
+            name_or_path,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+
+    @classmethod
     def wrap(cls, model: Any, tokenizer: Any, name: str = "wrapped") -> FrozenLM:
         """Take a transformers causal LM that is already in memory. It is frozen and put into eval mode, in place."""
         return cls(model, tokenizer, name=name)
+
+    def __repr__(self) -> str:
+        positions = f"{self.max_positions:,} positions" if self.max_positions else "no limit of positions"
+        return (
+            f"FrozenLM({self.name!r}, {self.num_parameters:,} parameters, {self.num_layers} layers of width "
+            f"{self.width}, {positions}, {self._dtype_name} on {self.device})"
+        )
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows = {
+            "model": f"{type(self.model).__name__}{f', revision {self.revision}' if self.revision else ''}",
+            "parameters": f"{self.num_parameters:,}, all frozen",
+            "layers, width": f"{self.num_layers}, {self.width}",
+            "vocabulary": f"{self.vocab_size:,}",
+            "positions": f"{self.max_positions:,}" if self.max_positions else "no limit",
+            "dtype": f"{self._dtype_name} ({self.dtype_reason})",
+            "device": self.device,
+        }
+        cells = "".join(
+            f"<tr><th>{key}</th><td>{html.escape(str(value))}</td></tr>" for key, value in rows.items()
+        )
+        return f"<table><caption>{html.escape(self.name)}</caption>{cells}</table>"
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def config(self) -> Any:
@@ -274,7 +321,7 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The number format for this machine, and why."""
     if wanted != "auto":
         if wanted not in DTYPES:
-            raise BaseError(f"dtype: found {wanted}, wanted auto, {', '.join([*DTYPES, *QUANTISED])}.")
+            raise BaseError(f"dtype: found {wanted}, wanted auto, {', '.join([*DTYPES, *PACKED_BITS])}.")
         if wanted == "float16" and device.type == "cpu":
             raise BaseError("dtype: float16 is hundreds of times slower than bfloat16 on a CPU. Take auto.")
         return DTYPES[wanted], "as asked"

@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import resource
 import sys
 import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from softprompt.base.disk_cache import read_table, remember
@@ -94,37 +94,40 @@ def memory_bytes(device: torch.device) -> int:
     """Memory that this process holds now: on the GPU where the base lies on one."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
-    return _status("VmRSS") or _peak_of_process()
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """The most it has held since `forget_peak`, or since it started where the system cannot forget."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return _status("VmHWM") or _peak_of_process()
+    # Linux: the peak of this program's memory. The ru_maxrss of getrusage would be the parent's where that is larger,
+    # for a child inherits it until it has been larger itself.
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    usage = psutil.Process().memory_info()
+    if peak := getattr(usage, "peak_wset", 0):  # Windows
+        return int(peak)
+    import resource  # macOS and other Unixes
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def forget_peak(device: torch.device) -> None:
-    """Start measuring the peak anew."""
+    """Measure the peak from here on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     with contextlib.suppress(OSError):  # Linux alone; elsewhere the peak is that of the whole process
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _status(name: str) -> int:
-    # Not ru_maxrss: a child inherits its parent's peak there.
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(name + ":"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-def _peak_of_process() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def total_memory_bytes() -> int:
+    """Memory of the machine."""
+    return int(psutil.virtual_memory().total)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def machine(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
     import torch
 
     from softprompt.base.frozen_lm import choose_device, choose_dtype
-    from softprompt.base.hardware import processor_name
+    from softprompt.base.hardware import processor_name, total_memory_bytes
 
     chosen = choose_device(device)
     number_format, reason = choose_dtype(dtype, chosen)
@@ -70,7 +70,7 @@ def machine(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
         "processor": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": total_memory_bytes(),
         "device": str(chosen),
         "dtype": str(number_format).removeprefix("torch."),
         "dtype_reason": reason,
@@ -82,11 +82,4 @@ def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return None
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
         return None

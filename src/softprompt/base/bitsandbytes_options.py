@@ -15,10 +15,10 @@ import transformers
 
 from softprompt.errors import MissingExtra
 
-QUANTISED: Mapping[str, int] = {"int8": 8, "int4": 4}
+PACKED_BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
 
 
-def quantised(bits: int, compute: torch.dtype, device: torch.device) -> dict[str, Any]:
+def bitsandbytes_options(bits: int, compute: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Options for transformers' from_pretrained. Raises MissingExtra without bitsandbytes."""
     if find_spec("bitsandbytes") is None:
         raise MissingExtra(

@@ -1,0 +1,71 @@
+"""What a process is said to hold: its own memory, never its parent's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from softprompt.base import hardware
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+FAT = 1_500_000_000  # bytes; more than a child that learns a few steps on the bundled base ever holds
+CHILD = (
+    "import torch, json; from softprompt.base.hardware import memory_bytes, peak_memory_bytes; "
+    "cpu = torch.device('cpu'); print(json.dumps([peak_memory_bytes(cpu), memory_bytes(cpu)]))"
+)
+PARENT = """
+import subprocess, sys
+ballast = bytearray({fat})
+ballast[::4096] = b"x" * len(ballast[::4096])
+sys.exit(subprocess.call({child}))
+"""
+linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="a child inherits its parent's peak on Linux alone"
+)
+
+
+def below_a_fat_parent(child: list[str]) -> str:
+    """Standard output of a command that a process of `FAT` bytes starts."""
+    if psutil.virtual_memory().available < 2 * FAT:
+        pytest.skip(f"needs {2 * FAT:,} bytes of free memory")
+    run = [sys.executable, "-c", PARENT.format(fat=FAT, child=child)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+@linux
+def test_a_childs_peak_is_its_own_below_a_parent_that_holds_more() -> None:
+    peak, now = json.loads(below_a_fat_parent([sys.executable, "-c", CHILD]))
+    assert 0 < now < FAT
+    assert 0 < peak < FAT
+
+
+@linux
+def test_tune_reports_its_own_peak_below_a_parent_that_holds_more(tmp_path: Path) -> None:
+    flags = ["--data", "builtin:messages", "--limit", "8", "--steps", "1", "--target", "label"]
+    template = ["--set", "data.template={text} Kind:{soft:2} {label}", "--out", str(tmp_path / "p"), "--json"]
+    out = below_a_fat_parent([sys.executable, "-m", "softprompt", "tune", *flags, *template])
+    assert 0 < json.loads(out)["peak_memory_bytes"] < FAT
+
+
+def test_the_peak_grows_with_what_is_held_and_is_forgotten_when_asked() -> None:
+    before = hardware.memory_bytes(CPU)
+    assert before == pytest.approx(psutil.Process().memory_info().rss, rel=0.1)
+    held = torch.ones(60_000_000)  # 240 MB
+    assert hardware.peak_memory_bytes(CPU) > before + 200e6
+    del held
+    hardware.forget_peak(CPU)
+    if sys.platform == "linux":
+        assert hardware.peak_memory_bytes(CPU) < before + 150e6
+
+
+def test_the_machines_memory_is_that_of_the_system() -> None:
+    assert hardware.total_memory_bytes() == psutil.virtual_memory().total > 1e8
