@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -49,7 +51,9 @@ ROWS = [
 
 def learned(loss: FastLoss, rows: list[Encoded]) -> tuple[Tensor, Tensor]:
     drawn = torch.Generator().manual_seed(3)
-    prompt_PD = (torch.randn(3, loss.lm.width, generator=drawn) * loss.lm.embedding_VD.std()).requires_grad_()
+    prompt_PD = (
+        torch.randn(3, loss.lm.width, generator=drawn) * loss.lm.embedding_VD.float().std()
+    ).requires_grad_()
     nll_N = loss(collate(rows), (prompt_PD,))
     return nll_N.detach(), torch.autograd.grad(nll_N.sum(), prompt_PD)[0]
 
@@ -65,6 +69,47 @@ def test_loss_and_gradient_are_those_of_reading_everything(architecture: str) ->
     for ours_N, our_slope in ((first_N, first_slope), (again_N, again_slope)):
         torch.testing.assert_close(ours_N, whole_N, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(our_slope, whole_slope, rtol=1e-4, atol=1e-5)
+
+
+def assert_contexts_do_not_depend_on_history(lm: FrozenLM, rows: list[Encoded]) -> None:
+    """A loss that has read other batches before, as in a run, and a fresh one, as in a resumed run: the same bits."""
+    used, fresh = FastLoss(lm), FastLoss(lm)
+    for first in (0, 5, 10):
+        learned(used, rows[first : first + 5])
+    batch = [rows[index] for index in (14, 3, 9, 6, 2)]
+    (used_N, used_slope), (fresh_N, fresh_slope) = learned(used, batch), learned(fresh, batch)
+    assert used.contexts.read == len({tuple(row.ids) for row in rows})
+    assert torch.equal(used_N, fresh_N)
+    assert torch.equal(used_slope, fresh_slope)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_context_has_the_same_bits_in_whatever_company_it_is_read(dtype: torch.dtype) -> None:
+    lm = FrozenLM.wrap(tiny_model("Llama").to(dtype), tiny_tokenizer())
+    rows = [row(range(20 + n, 30 + 3 * n), range(90, 92 + n % 3)) for n in range(15)]
+    assert_contexts_do_not_depend_on_history(lm, rows)
+
+
+def test_so_it_has_on_a_trained_base_in_bfloat16(shared_data: Path) -> None:
+    lm = FrozenLM.load(str(shared_data / "weights" / "TinyStories-656K"), dtype="bfloat16")
+    story = lm.tokenizer(STORY)["input_ids"] * 2
+    rows = [
+        Encoded(
+            [*story[n : 12 + 3 * n], 0, 0, 0, *story[:3]],
+            [*[-1] * (12 + 2 * n), 0, 1, 2, -1, -1, -1],
+            [*[False] * (15 + 2 * n), True, True, True],
+            n,
+            0,
+        )
+        for n in range(15)
+    ]
+    assert_contexts_do_not_depend_on_history(lm, rows)
+
+
+STORY = (
+    "One day, a little girl named Lily found a needle in her room. She knew it was difficult to play with it because it "
+    "was sharp. Lily wanted to share the needle with her mom, so she could sew a button on her shirt. Her mom was happy."
+)
 
 
 def test_what_a_judgement_read_serves_learning_too() -> None:

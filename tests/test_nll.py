@@ -171,3 +171,39 @@ def test_only_large_plain_heads_are_packed() -> None:
     assert packed(Head(large, softcap=30.0)) is None
     assert packed(Head(large, torch.zeros(2**15))) is None
     assert packed(Head(large.float())) is None
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["products in float32", "products in bfloat16"])
+@pytest.mark.parametrize("probability", ["nearly all", "most", "little"])
+def test_the_loss_in_bfloat16_is_that_of_cross_entropy_over_the_same_logits(
+    probability: str, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of about 30, whose bfloat16 steps are 1/8: a target in finer arithmetic would be off by as much."""
+    monkeypatch.setattr(rates, "float32_is_faster", lambda than: wide)
+    drawn = torch.Generator().manual_seed(5)
+    weight_VD = torch.randn(331, 64, generator=drawn).bfloat16()
+    targets_N = torch.randint(0, 331, (50,), generator=drawn)
+    along = {"nearly all": 0.5, "most": 0.15, "little": -0.1}[probability]
+    hidden_ND = (weight_VD[targets_N].float() * along + torch.randn(50, 64, generator=drawn) * 0.1).bfloat16()
+    logits_NV = (hidden_ND.float() @ weight_VD.float().T) if wide else (hidden_ND @ weight_VD.T).float()
+    theirs_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+    ours_N = token_nll(hidden_ND, targets_N, Head(weight_VD))
+    assert float(ours_N.min()) >= 0
+    torch.testing.assert_close(ours_N, theirs_N, rtol=1e-5, atol=1e-5)
+
+
+@needs_int8
+@pytest.mark.parametrize("along", [2.0, 12.0], ids=["some probability", "nearly all"])
+def test_a_screened_loss_is_never_below_zero(along: float) -> None:
+    large, hidden_ND, targets_N = trained_like(64)
+    easy_ND = (hidden_ND.detach().float() + along * large.weight_VD[targets_N].float()).bfloat16()
+    road = ScreenedHead(PackedHead(large))
+    ours_N = token_nll(easy_ND, targets_N, large, road)
+    assert road.taken > 0
+    logits_NV = (easy_ND @ large.weight_VD.T).float()
+    if rates.float32_is_faster(torch.bfloat16):
+        logits_NV = easy_ND.float() @ large.weight_VD.float().T
+    theirs_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+    assert float(ours_N.min()) >= 0
+    # Int8 estimates what little probability is left: the error is a share of the loss, not of the logits.
+    torch.testing.assert_close(ours_N, theirs_N, rtol=0.05, atol=2e-4)

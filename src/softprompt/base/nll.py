@@ -95,14 +95,21 @@ def _dense_block(
     weight_VD = head.weight_VD
     dtype = product_dtype(weight_VD.dtype, weight_VD.device)
     hidden_nD = hidden_nD.to(dtype)
+    # Softmax online: the highest logit so far, the sum of exp(logit - highest), and the sum of such weights times rows.
     highest_n1 = hidden_nD.new_full((len(hidden_nD), 1), -torch.inf, dtype=torch.float32)
     sum_n1 = torch.zeros_like(highest_n1)
+    target_n1 = torch.zeros_like(highest_n1)
     pull_nD = hidden_nD.new_zeros(hidden_nD.shape, dtype=torch.float32)
     size = BLOCK_VOCABULARY * _larger(head)
     for first in range(0, len(weight_VD), size):
         weight_vD = weight_VD[first : first + size].to(dtype)
         bias_v = None if head.bias_V is None else head.bias_V[first : first + size]
         logits_nv = capped(torch.mm(hidden_nD, weight_vD.T).float(), head, bias_v)
+        # The target's logit is one of those summed, so that its rounding cancels and no loss is below zero.
+        at_n1 = targets_n[:, None] - first
+        own_n1 = logits_nv.gather(1, at_n1.clamp(0, logits_nv.shape[1] - 1))
+        target_n1 = torch.where((at_n1 >= 0) & (at_n1 < logits_nv.shape[1]), own_n1, target_n1)
+        # A higher logit shrinks what was summed before.
         higher_n1 = torch.maximum(highest_n1, logits_nv.amax(1, keepdim=True))
         shrink_n1 = torch.exp(highest_n1 - higher_n1)
         highest_n1 = higher_n1
@@ -116,24 +123,19 @@ def _dense_block(
                 pull_nD.addmm_(pulling_nv, weight_vD)
             else:
                 pull_nD.add_(pulling_nv @ weight_vD)
-    target_nD = weight_VD[targets_n].float()
-    target_n1 = target_logits(hidden_nD, target_nD, targets_n, head)
-    nll_n = (highest_n1 + sum_n1.log() - target_n1)[:, 0]
+    # log(sum) >= 0 >= target - highest, also after rounding.
+    nll_n = (sum_n1.log() - (target_n1 - highest_n1))[:, 0]
     if not wants_gradient:
         return nll_n, None
+    # Gradient: the expected row of the weight less the target's row.
     slope_n1 = slope(target_n1, head)
+    target_nD = weight_VD[targets_n].float()
     pull_nD.div_(sum_n1).sub_(target_nD if slope_n1 is None else target_nD * slope_n1)
     return nll_n, pull_nD.mul_(head.scale)
 
 
 def _larger(head: Head) -> int:
     return 1 if head.weight_VD.device.type == "cpu" else ON_ACCELERATORS
-
-
-def target_logits(hidden_nD: Tensor, target_nD: Tensor, targets_n: Tensor, head: Head) -> Tensor:
-    """The logit of each row's own target, float32 [n, 1]; `target_nD` are the targets' rows of the weight."""
-    raw_n1 = (hidden_nD.float() * target_nD).sum(1, keepdim=True)
-    return capped(raw_n1, head, None if head.bias_V is None else head.bias_V[targets_n][:, None])
 
 
 def capped(raw_nv: Tensor, head: Head, bias_v: Tensor | None) -> Tensor:

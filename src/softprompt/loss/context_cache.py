@@ -69,27 +69,26 @@ class ContextCache:
     def _read(self, contexts: Sequence[Context]) -> list[State]:
         """The state of each context, from what is kept or from the base; kept from now on if there is room."""
         found = {context: self._states[context] for context in contexts if context in self._states}
-        missing = sorted(set(contexts) - set(found), key=len)
+        missing = sorted(set(contexts) - set(found), key=lambda context: (len(context), context))
         if missing:
             self.read += len(missing)
             # Not as inference tensors, even when a loss without gradient asks first: learning uses them later.
             with torch.inference_mode(False), torch.no_grad():
-                found |= zip(missing, self._compute(missing), strict=True)
+                found |= {context: self._compute(context) for context in missing}
         for context in missing:
             if self.bytes + found[context].bytes <= self.budget_bytes:
                 self._states[context] = found[context]
                 self.bytes += found[context].bytes
         return [found[context] for context in contexts]
 
-    def _compute(self, contexts: Sequence[Context]) -> list[State]:
-        """Read contexts side by side, right-padded."""
-        rows = [
-            Encoded(list(context), [-1] * len(context), [False] * len(context), -1, 0) for context in contexts
-        ]
-        batch = collate(rows).to(self.lm.device)
+    def _compute(self, context: Context) -> State:
+        """Read a context, by itself: in company its last bits would depend on which others happened to be missing.
+
+        A resumed run starts with an empty cache, and must read the same states as the run that it continues."""
+        row = Encoded(list(context), [-1] * len(context), [False] * len(context), -1, 0)
         cache = new_cache()
-        self.read_placed(Placed(self.lm.embed(batch.ids_BS), padding_mask(batch), None, cache))
-        return [row_state(cache, b, 0, len(context), context) for b, context in enumerate(contexts)]
+        self.read_placed(Placed(self.lm.embed(collate([row]).to(self.lm.device).ids_BS), None, None, cache))
+        return row_state(cache, 0, 0, len(context), context)
 
 
 def contexts_of(rows: Sequence[Encoded]) -> set[Context]:

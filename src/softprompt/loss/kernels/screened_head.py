@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from softprompt.base.hardware import has_int8_products, product_dtype
-from softprompt.base.nll import Head, _dense_block, target_logits
+from softprompt.base.nll import Head, _dense_block
 from softprompt.loss.kernels.workspace import scratch
 
 MATTERS = 2.0**-13  # of the probability at any token of the block
@@ -105,17 +105,18 @@ class ScreenedHead:
     ) -> tuple[Tensor, Tensor | None] | None:
         head = self.head
         dtype = product_dtype(head.weight_VD.dtype, head.weight_VD.device)
+        # Probabilities relative to the target's, so that their scale is known before any other logit is.
         target_nD = head.weight_VD[targets_n].float()
-        target_n1 = target_logits(hidden_nD, target_nD, targets_n, head)
-        shift_n1 = target_n1 + OFFSET
+        shift_n1 = (hidden_nD * target_nD).sum(1, keepdim=True).mul_(head.scale).add_(OFFSET)
         below_n1 = shift_n1.neg()
         codes_nD, step_n1 = quantised(hidden_nD * head.scale)
         sums_nM = hidden_nD.new_empty(len(hidden_nD), len(self.packed.blocks))
         for place, block in enumerate(self.packed.blocks):
             likely_nv = block.product(codes_nD)
             torch.addcmul(below_n1, likely_nv, step_n1, out=likely_nv).exp_()
-            torch.sum(likely_nv, 1, out=sums_nM[:, place])
-            probabilities_nV[:, block.first : block.first + likely_nv.shape[1]] = likely_nv
+            stored_nv = probabilities_nV[:, block.first : block.first + likely_nv.shape[1]].copy_(likely_nv)
+            # Sums are of what is stored: chosen entries are subtracted again below, and must leave nothing behind.
+            torch.sum(stored_nv, 1, dtype=torch.float32, out=sums_nM[:, place])
         sum_n1 = sums_nM.sum(1, keepdim=True)
         if not bool(torch.isfinite(sum_n1).all()):
             return None
@@ -130,14 +131,22 @@ class ScreenedHead:
             return None
         # Chosen entries: the real logits take the place of the int8 ones.
         hidden_cast_nD = hidden_nD.to(dtype)
-        exact_n1 = torch.zeros_like(sum_n1)
+        place_V = torch.empty(len(head.weight_VD), dtype=torch.int64)
+        place_V[chosen_M] = torch.arange(len(chosen_M))
+        target_place_n1 = place_V[targets_n][:, None]
+        exact_n1, target_likely_n1 = torch.zeros_like(sum_n1), torch.zeros_like(sum_n1)
         pull_nD = torch.zeros_like(hidden_nD)
         off, weighed = torch.zeros(()), torch.zeros(())
-        for chosen_m in chosen_M.split(BLOCK_VOCABULARY):  # type: ignore[no-untyped-call]
+        for first in range(0, len(chosen_M), BLOCK_VOCABULARY):
+            chosen_m = chosen_M[first : first + BLOCK_VOCABULARY]
             weight_mD = head.weight_VD[chosen_m].to(dtype)
             rough_nm = probabilities_nV[:, chosen_m].float()
             likely_nm = torch.mm(hidden_cast_nD, weight_mD.T).float().mul_(head.scale).sub_(shift_n1).exp_()
             exact_n1 += likely_nm.sum(1, keepdim=True)
+            # The target is one of the chosen: its share comes from the product that the sum comes from.
+            at_n1 = target_place_n1 - first
+            own_n1 = likely_nm.gather(1, at_n1.clamp(0, len(chosen_m) - 1))
+            target_likely_n1 = torch.where((at_n1 >= 0) & (at_n1 < len(chosen_m)), own_n1, target_likely_n1)
             sums_nM.index_add_(1, chosen_m // BLOCK_VOCABULARY, rough_nm, alpha=-1)
             # Relative differences of probabilities are differences of logits, as long as they are small.
             off += (likely_nm - rough_nm).div_(sum_n1).square_().sum()
@@ -150,7 +159,9 @@ class ScreenedHead:
         if not float(off) <= TRUSTED**2 * float(weighed):
             return None
         total_n1 = exact_n1 + sums_nM.clamp_(min=0).sum(1, keepdim=True)
-        nll_n = (shift_n1 + total_n1.log() - target_n1)[:, 0]
+        nll_n = total_n1.div(target_likely_n1).log_()[
+            :, 0
+        ]  # the total holds the target's share: never below zero
         if not wants_gradient:
             return nll_n, None
         tilt_nD = torch.mm(hidden_nD * head.scale, self.packed.covariance_DD)
