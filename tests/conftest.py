@@ -18,6 +18,37 @@ os.environ.pop("SOFTPROMPT_TRACEBACK", None)
 
 import pytest
 
+SLOW: dict[str, tuple[str, ...]] = {
+    "test_architectures.py": ("",),
+    "test_artifact.py": ("test_a_kill_at_any_moment",),
+    "test_builtin_base.py": ("test_a_killed_training", "test_the_"),
+    "test_checkpoint.py": ("test_a_run_killed_many_times", "test_the_command_goes_on"),
+    "test_cli_demo.py": ("",),
+    "test_cli_frame.py": ("test_no_terminals_encoding", "test_the_shell_completes"),
+    "test_cli_screen.py": ("test_a_whole_run_and_its_plot", "test_what_can_be_known_without_torch"),
+    "test_cli_tune.py": ("test_ctrl_c_a_stopped_job", "test_the_tutorials_recipe_runs"),
+    "test_compare.py": ("",),
+    "test_docs.py": ("test_the_commands_of_a_page", "test_the_python_of_a_page"),
+    "test_lm_eval.py": ("",),
+    "test_peft_differences.py": ("",),
+    "test_recipe.py": ("test_any_text",),
+    "test_sweep.py": ("test_a_killed_sweep",),
+    "test_together.py": (
+        "test_tasks_killed_many_times",
+        "test_tasks_that_were_killed",
+        "test_runs_that_were_killed",
+    ),
+}
+"""Tests that take seconds, as the beginnings of their names by file: `make quick` leaves them out."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that SLOW lists."""
+    for item in items:
+        if item.name.startswith(SLOW.get(item.path.name, ("test-without-such-a-name",))):
+            item.add_marker(pytest.mark.slow)
+
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

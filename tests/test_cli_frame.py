@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -219,9 +220,60 @@ def test_the_starting_recipe_is_valid_and_says_the_defaults(capsys: pytest.Captu
     assert read_mapping(shown, "recipe")["base"].value == "builtin"
     flags = {"--data": "builtin:roles"}
     import tempfile
-    from pathlib import Path
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "r.yaml"
         path.write_text(shown)
         assert Recipe.load(path) == Recipe.from_flags(flags)
+
+
+def test_a_flag_names_the_same_setting_in_every_verb() -> None:
+    from softprompt.cli.settings import verbs_with_settings
+    from softprompt.settings.table import joined, settings
+
+    meanings: dict[str, set[str]] = {}
+    for tables in verbs_with_settings().values():
+        for each in settings(joined(tables)):
+            for flag in (each.flag, *each.aliases):
+                meanings.setdefault(str(flag), set()).add(each.path.split(".")[-1])
+    del meanings["None"]
+    assert {flag: names for flag, names in meanings.items() if len(names) > 1} == {}
+    assert meanings["--limit"] == {"limit"}  # rows that are learned from
+    assert meanings["--judge-rows"] == {"judge_rows"}  # rows that are judged on
+    assert meanings["--max-length"] == {"max_text_tokens"}  # transformers' meaning
+    assert meanings["--max-positions"] == {"max_length"}
+
+
+@pytest.mark.parametrize("verb", ["tune", "preview", "sweep", "compare", "together"])
+def test_code_of_a_base_runs_only_if_the_command_line_says_so(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("trust_remote_code: true\ndata: {source: nowhere.csv}\n")
+    more = ["--grid", "tune.seed=1,2"] if verb == "sweep" else []
+    assert main([verb, str(recipe), *more]) == 2
+    assert "r.yaml:1: trust_remote_code is set, which a file alone cannot do" in capsys.readouterr().err
+    assert main([verb, str(recipe), *more, "--trust-remote-code"]) == 3  # the data is not there
+    assert "nowhere.csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "--top-k", "1" + "0" * 29, "x"], "--top-k"),
+        (["generate", "-n", "1" + "0" * 29, "x"], "--n"),
+        (["generate", "--top-k", "9" * 5000, "x"], "--top-k"),
+        (["tune", "--data", "x", "--virtual-tokens", "100000000"], "--virtual-tokens"),
+        (["tune", "--data", "x", "--seed", str(2**64)], "--seed"),
+        (["tune", "--data", "x", "--batch-size", str(10**12)], "--batch-size"),
+        (["tune", "--data", "x", "--set", "prompt.form_width=1000000000"], "prompt.form_width"),
+        (["tune", "--data", "x", "--set", "tune.seed=" + "[" * 100_000], "tune.seed"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_memory_is_asked_for(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert said in message
+    assert len(message) < 600

@@ -276,3 +276,15 @@ def test_a_prompt_alone_downloads_no_base(
     message = capsys.readouterr().err
     assert "names the base someone/elses-model, which is not on this machine" in message
     assert "--base someone/elses-model" in message
+
+
+def test_a_prompt_alone_downloads_no_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lm: FrozenLM
+) -> None:
+    prompt = SoftPrompt(torch.ones(2, lm.width), lm.fingerprint, "{soft:2}{text}", name="p")
+    notes = {"recipe": {"data": {"source": "someone/rows", "column": "text"}}}
+    folder = save_prompt(replace(prompt, notes=notes), tmp_path / "p")
+    assert main(["evaluate", "--prompt", str(folder)]) == 3
+    message = capsys.readouterr().err
+    assert "p was learned on someone/rows, which is not on this machine" in message
+    assert "--data someone/rows" in message

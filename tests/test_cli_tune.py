@@ -305,15 +305,18 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(rows: Path, r
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_ctrl_c_keeps_the_best_prompt_so_far_and_exits_with_130(rows: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_a_stopped_job_and_a_closed_terminal_keep_the_best_prompt_and_exit_with_130(
+    rows: Path, number: signal.Signals
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "softprompt", "tune", "--data", "rows.csv", *QUICK, "--epochs", "100000",
          "--out", "out", "--set", "data.validation=1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that runs tests in the background has SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # A shell that runs tests in the background has signals ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout is not None
     shown = ""
@@ -321,11 +324,12 @@ def test_ctrl_c_keeps_the_best_prompt_so_far_and_exits_with_130(rows: Path) -> N
         shown += line
         if "best so far" in line and not line.startswith("step 0 "):
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert errors == "softprompt: interrupted.\n"
     assert "The best prompt so far is kept in out" in rest
+    assert "give the same command with --resume" in rest
     assert load_prompt("out").notes["metrics"]["stopped"] == "interrupted"
     assert load_prompt("out").notes["metrics"]["best_step"] >= 1
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import house_map
+from conftest import SLOW
 from softprompt.cli.app import main
 from softprompt.tuning.recipe import Recipe
 
@@ -105,3 +106,10 @@ def test_the_settings_reference_is_current(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == (ROOT / "docs" / "settings.md").read_text(encoding="utf-8"), (
         "run `make docs`"
     )
+
+
+def test_the_list_of_slow_tests_names_tests_that_are_there() -> None:
+    for file, beginnings in SLOW.items():
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        for beginning in beginnings:
+            assert f"def {beginning}" in text, f"{file}: {beginning}"

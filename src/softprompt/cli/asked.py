@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -11,7 +11,7 @@ import typer
 
 from softprompt.data.files import data_suffix
 from softprompt.data.source import load_splits
-from softprompt.errors import BaseError, PromptError
+from softprompt.errors import BaseError, DataError, PromptError
 from softprompt.progress.console import visible
 from softprompt.settings.base_settings import BaseSettings
 
@@ -40,6 +40,20 @@ def demand_data(recipe: Recipe) -> None:
     path = Path(source).expanduser()
     if data_suffix(path) and not path.exists() and "*" not in source and "://" not in source:
         load_splits(source)  # which refuses it, with the nearest file's name
+
+
+def demand_local_data(*prompts: Prompt) -> None:
+    """Refuse to download the data that a prompt says it was learned on: a prompt may come from anyone."""
+    for prompt in prompts:
+        recipe = prompt.notes.get("recipe")
+        data = recipe.get("data") if isinstance(recipe, Mapping) else None
+        source = data.get("source") if isinstance(data, Mapping) else None
+        if not isinstance(source, str) or source.startswith("builtin:") or Path(source).expanduser().exists():
+            continue
+        raise DataError(
+            f"{prompt.name} was learned on {source}, which is not on this machine, and a prompt alone downloads "
+            f"nothing. If you trust that source, pass --data {source}; otherwise name other data."
+        )
 
 
 def load_base(settings: BaseSettings, *prompts: Prompt) -> FrozenLM:

@@ -55,6 +55,8 @@ def command(
     from softprompt.store.artifact import load_prompt
 
     prompts = [] if prompt_folder is None else [load_prompt(prompt_folder)]
+    if rows.data.source is None:
+        asked.demand_local_data(*prompts)
     evaluation = evaluate(
         prompt_folder if text is None else TextPrompt(text),
         base=asked.load_base(recorded_place(base, *prompts), *prompts),

@@ -55,6 +55,10 @@ def reference() -> str:
         "over `--set`, and `--set` over the file. A command without an argument takes the file as its argument",
         "(`softprompt tune my.yaml`), the others by `--config my.yaml`. A flag that takes a list may be repeated.",
         "`softprompt settings VERB > my.yaml` writes a file to start from.",
+        "",
+        "Killed work goes on by one rule. `tune`, `together` and `sweep` go on only with `--resume`, since the same command",
+        "may as well mean a new run; where nothing but the same figures could come out, in `evaluate` and `compare`, rows",
+        "and arms that are done are always kept.",
     ]
     for verb, tables in verbs_with_settings().items():
         lines += ["", f"## `softprompt {verb}`", ""]

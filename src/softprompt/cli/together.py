@@ -24,13 +24,17 @@ def command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any setting, for all recipes."),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with runs that were killed, from their last checkpoints.")
     ] = False,
     as_json: asked.AsJson = False,
 ) -> None:
     """Learn a prompt for each recipe in the same passes over one base. Those of `form: multitask` share a part."""
-    recipes = [Recipe.load(path, overrides or []) for path in recipe_files]
+    trusting = ["trust_remote_code=true"] if trust_remote_code else []
+    recipes = [Recipe.load(path, [*(overrides or []), *trusting]) for path in recipe_files]
     for recipe in recipes:
         asked.demand_data(recipe)
     from softprompt.tuning.together import tune_tasks, tune_together
