@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import pytest
 
-from softprompt.data.example import Message
+from softprompt.data.example import Message, Splits
 from softprompt.data.source import load_splits
 from softprompt.errors import DataError
 
@@ -522,25 +522,28 @@ def test_reading_text_files_imports_neither_datasets_nor_torch(tmp_path: Path) -
 
 
 def test_the_real_files_have_the_rows_that_their_sources_state(shared_data: Path) -> None:
-    roles = load_splits(shared_data / "awesome-chatgpt-prompts/prompts.csv", column="prompt")
+    def read(path: Path, **settings: Any) -> Splits:
+        return load_splits(path, validation=0, **settings)
+
+    roles = read(shared_data / "awesome-chatgpt-prompts/prompts.csv", column="prompt")
     assert len(roles.train) == 169
     assert set(roles.train[0].fields) == {"act", "prompt", "text"}
     assert (
-        len(load_splits(shared_data / "awesome-chatgpt-prompts/prompts_153rows_2023-03-07.csv").train) == 153
+        len(read(shared_data / "awesome-chatgpt-prompts/prompts_153rows_2023-03-07.csv").train) == 153
     )
-    banking = load_splits(shared_data / "banking77", target="category")
+    banking = read(shared_data / "banking77", target="category")
     assert (len(banking.train), len(banking.test)) == (10_003, 3_080)
     assert len({example.fields["category"] for example in banking.train}) == 77
-    gsm8k = load_splits(shared_data / "gsm8k", target="answer")
+    gsm8k = read(shared_data / "gsm8k", target="answer")
     assert (len(gsm8k.train), len(gsm8k.test)) == (7_473, 1_319)
-    e2e = load_splits(
+    e2e = read(
         shared_data / "e2e_nlg/devset.csv", target="ref", test=str(shared_data / "e2e_nlg/testset_w_refs.csv")
     )
     assert (len(e2e.train), len(e2e.test)) == (4_672, 4_693)
-    tasks = load_splits(
+    tasks = read(
         shared_data / "self_instruct/seed_tasks.jsonl", fields={"answer": "instances.0.output"}
     )
     assert len(tasks.train) == 175
-    music = load_splits(shared_data / "snips/train_PlayMusic_full.json", column="data.0.text")
+    music = read(shared_data / "snips/train_PlayMusic_full.json", column="data.0.text")
     assert len(music.train) == 2_000
     assert "not UTF-8" in music.notes[0]

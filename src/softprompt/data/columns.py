@@ -29,6 +29,11 @@ class Columns:
     target: str | None
     shape: Shape | None = None
 
+    @property
+    def learned(self) -> str | None:
+        """The field that is learned, where one is named or the rows' form has one."""
+        return self.target or (self.shape.target if self.shape is not None else None)
+
     def shaped(self, raw: Raw) -> Columns:
         """These columns with the form that a row shows, as long as the user named none himself."""
         names = {shape.target for shape in SHAPES} if self.target is not None else {None}

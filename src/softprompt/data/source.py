@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from softprompt.data.columns import Columns
 from softprompt.data.delimited import Quoting
 from softprompt.data.example import Example, Splits
 from softprompt.data.files import Raw, data_suffix, named_classes, quiet_datasets, read_file, refuse_special
+from softprompt.data.held_out import Draw, default_count, how_many
 from softprompt.data.memory import MemoryRows, Source, checked, package_of, split_mapping
 from softprompt.data.template import did_you_mean
 from softprompt.errors import DataError, SoftPromptError
@@ -28,6 +28,7 @@ _ALIASES = {  # other names under which a split is found
     "test": ("test", "testing"),
 }
 _GIVEN = "the given rows"  # how messages name rows that came from no file
+OWN = "own"  # the source's own split of that name if it has one, and nothing else
 _HASHED_BYTES = 2**30  # larger files go without a revision rather than being read through
 
 Held = float | int | str | Path | None
@@ -66,7 +67,9 @@ def load_splits(
 
     `limit` takes the first rows of `split`. `validation` and `test` are a share of those rows (0.1), a number of
     them (50), the name of a split, or a file; shares and numbers are drawn by `seed`, in a way that adding a test
-    part leaves the validation part as it was. None takes the source's own split of that name if it has one, 0 none.
+    part leaves the validation part as it was. "own" takes the source's own split of that name if it has one, 0 none.
+    None is "own"; but where that gives no validation rows, and there are 40 rows or more, a tenth of them (10 to 1,000)
+    are held out, each label's share as it is in all.
     `encoding` and `quoting` are those of text files; without them they are detected, and what is guessed is said.
     `streaming` with a `limit` reads a hub data set without downloading it all (local files are always read so).
 
@@ -87,17 +90,23 @@ def load_splits(
     rows = columns.examples(chain(first, raw_rows), origin.name, limit, notes)
     if limit is not None and len(rows) < limit:
         notes.append(f"{origin.name} has {len(rows)} rows; data.limit asked for {limit}.")
-    drawn = _Draw(list(rows), seed)
+    drawn = Draw(rows, seed)
     held: dict[str, tuple[Example, ...]] = {}
     for part, wanted in (("validation", validation), ("test", test)):
         if isinstance(wanted, (bool, int, float)) and not wanted:
             held[part] = ()
         elif isinstance(wanted, (int, float)):
-            held[part] = drawn.take(_how_many(wanted, len(rows), part), part)
+            held[part] = drawn.take(how_many(wanted, len(rows), part), part)
         else:
-            other = None if wanted is None else _as_origin(wanted, origin, asked)
-            held[part] = _named(
-                part, wanted, origin, other, split, columns, limit if origin.endless else None, notes
+            other = None if wanted is None or wanted == OWN else _as_origin(wanted, origin, asked)
+            most = limit if origin.endless else None
+            held[part] = _named(part, wanted, origin, other, split, columns, most, notes)
+        count = default_count(len(rows)) if part == "validation" and wanted is None else 0
+        if count and not held[part]:
+            held[part] = drawn.take_by_label(count, columns.learned)
+            notes.append(
+                f"{count} of {len(rows)} rows are held out for validation, drawn by data.seed. "
+                "Set data.validation to choose others, or to 0 to learn from all."
             )
     train = drawn.rest()
     for part, examples in held.items():
@@ -319,12 +328,12 @@ def _named(
         return columns.examples(other.rows(part if part in own else own[0]), other.name, limit, notes)
     name = (
         next((one for one in _ALIASES[part] if one in origin.splits()), None)
-        if wanted is None
+        if wanted is None or wanted == OWN
         else str(wanted)
     )
     if wanted is not None and str(wanted) == "none":
         return ()
-    if name is None or (wanted is None and name == split):
+    if name is None or (wanted in (None, OWN) and name == split):
         return ()
     if _split_name(name, origin) == _split_name(split, origin):
         raise DataError(
@@ -333,40 +342,10 @@ def _named(
     try:
         return columns.examples(origin.rows(name), f"{origin.name}, split {name}", limit, notes)
     except DataError as error:
-        if wanted is not None:
+        if wanted is not None and wanted != OWN:
             raise
         notes.append(f"The split {name!r} is left out: {error}")
         return ()
-
-
-class _Draw:
-    """Rows drawn without putting back, in an order that the seed alone fixes."""
-
-    def __init__(self, rows: list[Example], seed: int) -> None:
-        self._rows = rows
-        self._order = list(range(len(rows)))
-        random.Random(seed).shuffle(self._order)
-
-    def take(self, count: int, part: str) -> tuple[Example, ...]:
-        if count >= len(self._order):
-            raise DataError(
-                f"data.{part} takes {count} rows, but {len(self._order)} are left, and at least 1 must stay to learn "
-                f"from. Lower data.{part} or raise data.limit."
-            )
-        taken, self._order = sorted(self._order[:count]), self._order[count:]
-        return tuple(self._rows[i] for i in taken)
-
-    def rest(self) -> tuple[Example, ...]:
-        return tuple(self._rows[i] for i in sorted(self._order))
-
-
-def _how_many(wanted: float | int, rows: int, part: str) -> int:
-    if isinstance(wanted, bool) or wanted < 0 or (isinstance(wanted, float) and not wanted < 1):
-        raise DataError(
-            f"data.{part} is {wanted}; wanted a share between 0 and 1 such as 0.1, a whole number of rows, "
-            "the name of a split, or a file."
-        )
-    return wanted if isinstance(wanted, int) else max(1, round(wanted * rows))
 
 
 def _repeated(train: Iterable[Example], held: Iterable[Example], part: str) -> list[str]:

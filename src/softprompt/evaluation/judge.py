@@ -12,6 +12,7 @@ from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import TooLong
 from softprompt.data.example import Example, Splits
+from softprompt.data.source import OWN
 from softprompt.data.template import Template
 from softprompt.errors import DataError, RecipeError
 from softprompt.evaluation.evaluate import Evaluation, default_metrics, judge_rows
@@ -142,11 +143,15 @@ def recipe_for(prompt: Prompt | None, given: Mapping[str, Any], base: str | Path
     A prompt brings its kind, length, template, target, row limit, ending and base; what is `given` of the data section
     wins. Without a source it is judged on what it was learned on.
     """
+    if "source" in given:  # all of these rows are for judging, unless the source parts them itself
+        given = {"validation": OWN, **given}
     if prompt is None:
         alone: dict[str, Any] = {"data": dict(given), **_set(base=None if base is None else str(base))}
         return Recipe(**alone)
     recorded: Any = prompt.notes.get("recipe")
     recorded = recorded if isinstance(recorded, Mapping) else {}
+    metrics: Any = prompt.notes.get("metrics")
+    metrics = metrics if isinstance(metrics, Mapping) else {}
     data: Any = recorded.get("data")
     data = {
         name: value
@@ -157,6 +162,8 @@ def recipe_for(prompt: Prompt | None, given: Mapping[str, Any], base: str | Path
         data = {name: data[name] for name in ("max_length", "on_overflow", "end") if name in data}
     elif not data.get("source"):
         raise RecipeError(f"{prompt.name} does not say what data it was learned on. Name some with --data.")
+    elif data.get("validation") is None and metrics.get("judged_on") == "training":
+        data["validation"] = OWN  # it was learned from all rows: none of them can count as held out
     data |= {"template": prompt.template or None, "target": prompt.target, **given}
     tree: dict[str, Any] = {"data": data, "prompt": {"kind": prompt.kind, "length": prompt.length}}
     tree |= {name: recorded[name] for name in ("dtype", "device") if name in recorded}

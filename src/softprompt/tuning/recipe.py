@@ -57,7 +57,8 @@ class Data(Section):
     validation: Share | Rows | str | None = setting(
         None,
         "Held out to choose the best step: a share (0.1), a number of rows (50; 0 for none), a split's name or a "
-        "file. Without it, the source's own validation split if it has one.",
+        "file. Without it, the source's own validation split (`own`: that or none), else a tenth of the rows, 10 to "
+        "1,000, if there are at least 40.",
         flag="--validation",
     )
     test: Share | Rows | str | None = setting(
