@@ -528,9 +528,7 @@ def test_the_real_files_have_the_rows_that_their_sources_state(shared_data: Path
     roles = read(shared_data / "awesome-chatgpt-prompts/prompts.csv", column="prompt")
     assert len(roles.train) == 169
     assert set(roles.train[0].fields) == {"act", "prompt", "text"}
-    assert (
-        len(read(shared_data / "awesome-chatgpt-prompts/prompts_153rows_2023-03-07.csv").train) == 153
-    )
+    assert len(read(shared_data / "awesome-chatgpt-prompts/prompts_153rows_2023-03-07.csv").train) == 153
     banking = read(shared_data / "banking77", target="category")
     assert (len(banking.train), len(banking.test)) == (10_003, 3_080)
     assert len({example.fields["category"] for example in banking.train}) == 77
@@ -540,9 +538,7 @@ def test_the_real_files_have_the_rows_that_their_sources_state(shared_data: Path
         shared_data / "e2e_nlg/devset.csv", target="ref", test=str(shared_data / "e2e_nlg/testset_w_refs.csv")
     )
     assert (len(e2e.train), len(e2e.test)) == (4_672, 4_693)
-    tasks = read(
-        shared_data / "self_instruct/seed_tasks.jsonl", fields={"answer": "instances.0.output"}
-    )
+    tasks = read(shared_data / "self_instruct/seed_tasks.jsonl", fields={"answer": "instances.0.output"})
     assert len(tasks.train) == 175
     music = read(shared_data / "snips/train_PlayMusic_full.json", column="data.0.text")
     assert len(music.train) == 2_000
