@@ -400,7 +400,9 @@ def test_rows_that_do_not_fit_the_base_are_refused_before_any_is_judged_or_left_
 def test_a_prompt_that_overflows_the_base_is_refused_and_not_judged_as_wrong(
     settings: JudgeSettings,
 ) -> None:
-    lm = FrozenLM.wrap(tiny_model("GPT-2"), tiny_tokenizer())  # a layer norm of numbers this large is not finite
+    lm = FrozenLM.wrap(
+        tiny_model("GPT-2"), tiny_tokenizer()
+    )  # a layer norm of numbers this large is not finite
     prompt = of_words(lm, "Classify the text.\n", str(LABELLED), "label")
     broken = replace(prompt, embeddings_PD=torch.full_like(prompt.embeddings_PD, 3e38))
     with pytest.raises(NotFinite):

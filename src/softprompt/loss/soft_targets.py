@@ -32,6 +32,18 @@ class SoftTargets:
         """The teacher's entropy in nats, [N]: the least that the cross-entropy can be."""
         return -torch.xlogy(self.probabilities_Nk, self.probabilities_Nk).sum(1)
 
+    def to(self, device: torch.device) -> SoftTargets:
+        """The same on another device."""
+        return SoftTargets(self.ids_Nk.to(device), self.probabilities_Nk.to(device))
+
+    def mixed(self, gold_N: Tensor, share: float) -> SoftTargets:
+        """With `share` of the probability given to the right tokens [N], and the rest left as it is."""
+        ones_N1 = torch.full_like(self.probabilities_Nk[:, :1], share)
+        return SoftTargets(
+            torch.cat([self.ids_Nk, gold_N[:, None]], 1),
+            torch.cat([self.probabilities_Nk * (1 - share), ones_N1], 1),
+        )
+
     @classmethod
     def of(cls, logits_NV: Tensor, k: int | None) -> SoftTargets:
         """The k likeliest tokens of each position with their shares of each other, or all of them (k None)."""
@@ -41,7 +53,17 @@ class SoftTargets:
 
     @classmethod
     def joined(cls, parts: list[SoftTargets]) -> SoftTargets:
-        """Positions of several, one after another."""
+        """Positions of several, one after another; those of fewer tokens are filled up with probability 0."""
+        most = max(part.ids_Nk.shape[1] for part in parts)
+        parts = [
+            cls(
+                *(
+                    torch.nn.functional.pad(tensor, (0, most - tensor.shape[1]))
+                    for tensor in (part.ids_Nk, part.probabilities_Nk)
+                )
+            )
+            for part in parts
+        ]
         return cls(
             torch.cat([part.ids_Nk for part in parts]), torch.cat([part.probabilities_Nk for part in parts])
         )

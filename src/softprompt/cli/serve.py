@@ -1,0 +1,72 @@
+"""`softprompt serve`: prompts by name from one base, for any OpenAI client, and a page to try them on."""
+
+from __future__ import annotations
+
+import ipaddress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from softprompt.cli.flags import takes
+from softprompt.cli.screen import fact, heading, screen
+from softprompt.errors import MissingExtra, RecipeError
+from softprompt.serving.settings import ServeSettings
+
+EXAMPLE = "softprompt serve --base builtin runs/support"
+
+
+@takes(ServeSettings)
+def command(
+    settings: ServeSettings,
+    *,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[PROMPT...]", help="Folders of prompts to serve by their names."),
+    ] = None,
+) -> None:
+    """Serve the base and any number of prompts, each a model by name, until it is interrupted."""
+    if find_spec("fastapi") is None or find_spec("uvicorn") is None or find_spec("prometheus_client") is None:
+        raise MissingExtra(
+            "serve needs a web server, which is not installed: pip install 'softprompt[serve]'."
+        )
+    for folder in prompts or []:
+        if not folder.is_dir():
+            raise RecipeError(f"{folder}: there is no such folder. Give folders that `tune` saved.")
+    if not _is_loopback(settings.host) and settings.keys is None:
+        raise RecipeError(
+            f"--host {settings.host} can be reached by others, and anybody could use it. Give --keys FILE, or serve on 127.0.0.1."
+        )
+    from softprompt.base.frozen_lm import FrozenLM
+    from softprompt.serving.server import make_server
+
+    console = screen()
+    lm = FrozenLM.load(
+        settings.base or "builtin",
+        revision=settings.base_revision,
+        dtype=settings.dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    server = make_server(lm, settings, prompts or [])
+    heading(console, f"serving {lm.name}")
+    for served in server.catalogue.models():
+        what = (
+            "the base alone"
+            if served.digest is None
+            else f"{served.kind}, {served.virtual_tokens} virtual tokens"
+        )
+        fact(console, served.name, what)
+    for name, problem in server.catalogue.problems.items():
+        console.print(f"{name} is not served: {problem}", markup=False, soft_wrap=True)
+    fact(console, "page", f"http://{settings.host}:{settings.port}/")
+    fact(console, "API", f"http://{settings.host}:{settings.port}/v1")
+    server.run()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

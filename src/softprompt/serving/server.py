@@ -1,0 +1,62 @@
+"""One server process: engine, catalogue, keys and application put together, and ended in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.errors import SaveError
+from softprompt.serving.app import build_app
+from softprompt.serving.catalogue import Catalogue
+from softprompt.serving.engine import LocalEngine
+from softprompt.serving.keys import Keys
+from softprompt.serving.settings import ServeSettings
+from softprompt.store.library import Library
+
+
+class Server:
+    """A server that is ready to run. `run` returns when it was asked to end and its answers have come to theirs."""
+
+    def __init__(
+        self, engine: LocalEngine, catalogue: Catalogue, settings: ServeSettings, keys: Keys
+    ) -> None:
+        self.engine, self.catalogue, self.settings = engine, catalogue, settings
+        self.app = build_app(engine, catalogue, keys, strict=settings.strict)
+        config = uvicorn.Config(
+            self.app,
+            host=settings.host,
+            port=settings.port,
+            log_level="warning",
+            timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
+        )
+        self.uvicorn = uvicorn.Server(config)
+
+    def run(self) -> None:
+        """Serve until SIGINT or SIGTERM; running answers are finished first. Raises SaveError where the port is taken."""
+        self.engine.start()
+        try:
+            self.uvicorn.run()
+        except SystemExit as error:  # uvicorn's way to say that it cannot listen
+            where = f"{self.settings.host}:{self.settings.port}"
+            raise SaveError(
+                f"{where}: cannot be listened on; another program may hold it. Choose another --port."
+            ) from error
+        finally:
+            self.app.state.ready["ready"] = False
+            self.engine.stop(self.settings.grace_seconds)
+
+
+def make_server(lm: FrozenLM, settings: ServeSettings, prompts: Sequence[Path] = ()) -> Server:
+    """Load everything that is served. Raises the errors of softprompt.errors before anything listens."""
+    keys = Keys.load(settings.keys)
+    memory = None if settings.memory_gigabytes is None else round(settings.memory_gigabytes * 10**9)
+    engine = LocalEngine(
+        lm, max_rows=settings.max_rows, max_waiting=settings.max_waiting, memory_bytes=memory
+    )
+    catalogue = Catalogue(engine, None if settings.library is None else Library(settings.library))
+    for folder in prompts:
+        catalogue.add(folder)
+    return Server(engine, catalogue, settings, keys)

@@ -1,0 +1,184 @@
+"""The base as its own teacher: with a long context in front it answers, and says how likely it found every token.
+
+The context is read once and its keys and values are kept. A student is the same base under a short prompt, with the
+same text behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from softprompt.base.context_length import longest_text
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.kv import EMPTY, State, row_state
+from softprompt.data.batch import Encoded, encode
+from softprompt.data.example import Example, Message
+from softprompt.data.template import Messages, Soft, Template, Text
+from softprompt.errors import DataError
+from softprompt.inference.compiled import CompiledPrompt, compile_prompt
+from softprompt.inference.generate import generate
+from softprompt.inference.prefill import Row, prefill, side_by_side
+from softprompt.inference.sampling import DecodeSettings
+from softprompt.loss.soft_targets import SoftTargets
+
+READ_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to a question: its token ids, an end token included where there is one, and its text."""
+
+    ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The base with `context` in front of every question. Make one with `teacher_of`.
+
+    `layout` is what stands around a question without the context: the student's template less its slot."""
+
+    lm: FrozenLM
+    context: str
+    layout: Template
+    compiled: CompiledPrompt
+
+    @property
+    def context_positions(self) -> int:
+        """Positions that are read before the question's own text begins."""
+        return self.compiled.length
+
+    def example(self, question: Example) -> Example:
+        """A question as the teacher reads it: in a chat, the context is the system's turn."""
+        return _with_system(question, self.context) if self.layout.chat else question
+
+    def answers(
+        self, questions: Sequence[Example], settings: DecodeSettings, *, batch_rows: int = 16
+    ) -> list[list[Answer]]:
+        """`settings.n` answers to each question."""
+        texts = generate(
+            self.lm,
+            [self.example(question) for question in questions],
+            self.compiled,
+            settings,
+            batch_rows=batch_rows,
+        )
+        found = [Answer(text.token_ids, text.text) for text in texts]
+        return [found[start : start + settings.n] for start in range(0, len(found), settings.n)]
+
+    def gold(self, question: Example) -> Answer:
+        """The row's own right answer, as the template's target writes it, with an end token."""
+        found = encode(self.layout, question, self.lm.tokenizer, base_only=True, habit=self.compiled.habit)
+        assert found is not None  # no limit was given
+        ids = tuple(token for token, trained in zip(found.ids, found.trained, strict=True) if trained)
+        return Answer(ids, question.fields[str(self.layout.target)])
+
+    def student_row(self, question: Example, answer: Sequence[int], row: int) -> Encoded:
+        """The row that a student learns from: the question, and the answer's tokens to predict."""
+        laid_out = encode(
+            self.layout,
+            question,
+            self.lm.tokenizer,
+            generation=True,
+            base_only=True,
+            habit=self.compiled.habit,
+        )
+        assert laid_out is not None  # no limit was given
+        read = len(laid_out)
+        return Encoded(
+            [*laid_out.ids, *answer],
+            [-1] * (read + len(answer)),
+            [False] * read + [True] * len(answer),
+            row,
+            0,
+            special=laid_out.special,
+        )
+
+    @torch.inference_mode()
+    def targets(self, pairs: Sequence[tuple[Example, Sequence[int]]], k: int | None) -> list[SoftTargets]:
+        """For each question and answer, what the teacher finds likely at every token of the answer.
+
+        Raises DataError where context, question and answer together do not fit into the base."""
+        rows, starts = [], []
+        most = longest_text(self.lm)
+        for question, answer in pairs:
+            marks = self.compiled.marks(self.lm, self.example(question))
+            if most is not None and len(marks) + len(answer) > most:
+                raise DataError(
+                    f"{question.where}: context, question and answer are {len(marks) + len(answer)} positions, and "
+                    f"{self.lm.name} has {most}. Shorten the context or the question."
+                )
+            rows.append(self.compiled.row([*marks, *answer[:-1]], need=len(marks) - 1))
+            starts.append(len(marks) - 1)
+        found: dict[int, SoftTargets] = {}
+        order = sorted(range(len(rows)), key=lambda n: rows[n].rest)
+        for first in range(0, len(order), READ_AT_ONCE):
+            numbers = order[first : first + READ_AT_ONCE]
+            for n, hidden_AD in zip(
+                numbers, self._hidden([rows[n] for n in numbers], [starts[n] for n in numbers]), strict=True
+            ):
+                found[n] = SoftTargets.of(self.lm.logits(hidden_AD), k)
+        return [found[n] for n in range(len(rows))]
+
+    def _hidden(self, rows: Sequence[Row], starts: Sequence[int]) -> list[Tensor]:
+        """The hidden states from position `start` of each row on: those that predict its answer."""
+        by_row: dict[int, Tensor] = {}
+        for group in side_by_side(self.lm, rows):
+            done = prefill(self.lm, group)
+            for b, row in enumerate(group):
+                by_row[id(row)] = done.hidden_BTD[b, : row.rest]
+        return [by_row[id(row)][start - row.state.length :] for row, start in zip(rows, starts, strict=True)]
+
+
+def teacher_of(lm: FrozenLM, context: str, layout: Template) -> Teacher:
+    """Read `context` once, in front of `layout` (a template without slots).
+
+    Raises DataError for a context without text, or one that leaves no room in the base."""
+    if not context.strip():
+        raise DataError("The context is empty. Give a text to distil.")
+    layout = Template(tuple(piece for piece in layout.pieces if not isinstance(piece, Soft)), layout.target)
+    if layout.chat:
+        compiled = _compiled_chat(lm, context, layout)
+    else:
+        compiled = compile_prompt(
+            lm, Template((Text(context), *layout.pieces), layout.target), name="context"
+        )
+    most = longest_text(lm)
+    if most is not None and compiled.length >= most:
+        raise DataError(
+            f"The context has {compiled.length} positions, and {lm.name} reads {most}. Shorten it, or let it be cut into parts."
+        )
+    return Teacher(lm, context, layout, compiled)
+
+
+def identity_of(teacher: Teacher) -> str:
+    """Digest of all that a teacher's answers depend on besides the base and its settings."""
+    return hashlib.sha256(json.dumps([teacher.context, str(teacher.layout)]).encode()).hexdigest()
+
+
+@torch.no_grad()
+def _compiled_chat(lm: FrozenLM, context: str, layout: Template) -> CompiledPrompt:
+    """The context as the system's turn of a chat: what two chats that share nothing else begin with is read once."""
+    blank = compile_prompt(lm, Template((Messages(),)), name="context")
+    one, other = (
+        blank.marks(lm, _with_system(Example({}, (Message("user", text),)), context)) for text in ("a", "0")
+    )
+    shared = one[: State((), (), tuple(other)).shared(one)]
+    if not shared:
+        return blank
+    done = prefill(lm, [Row(EMPTY, tuple(shared))])
+    return replace(blank, state=row_state(done.cache, 0, *done.span(0), shared))
+
+
+def _with_system(question: Example, context: str) -> Example:
+    """The context in front of what the system says already."""
+    messages = question.messages or ()
+    own = [message.content for message in messages if message.role == "system"]
+    rest = tuple(message for message in messages if message.role != "system")
+    return replace(question, messages=(Message("system", "\n\n".join([context, *own])), *rest))
