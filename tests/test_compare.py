@@ -25,7 +25,10 @@ from softprompt.data.batch import Batch, Encoded
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import DataError, NotFinite, RecipeError, SoftPromptError
+from softprompt.evaluation.judge import evaluate
+from softprompt.evaluation.predictor import without_slots
 from softprompt.evaluation.rows import Row
+from softprompt.evaluation.settings import JudgedData, JudgeSettings
 from softprompt.loss import gradient
 from softprompt.report import charts
 from softprompt.report.verdict import verdict
@@ -81,7 +84,7 @@ def test_every_arm_comes_to_an_end_and_is_judged_on_the_same_rows(
     assert record.failed == {}
     assert list(record.summary.arms) == list(ARMS)
     for arm, results in record.runs.items():
-        assert len(results) == (1 if arm in ("base", "prompt") else 2)
+        assert len(results) == (1 if arm in ("base", "wording", "prompt") else 2)
         assert {one.rows for one in results} == {4}
 
 
@@ -134,7 +137,7 @@ def test_forgetting_is_measured_with_the_task_on_and_off(compared: tuple[Compari
             assert one.general_off == one.general_on != one.general_before
         else:
             assert one.general_off == one.general_before, arm
-        assert (one.general_on == one.general_before) == (arm == "base"), arm
+        assert (one.general_on == one.general_before) == (arm in ("base", "wording")), arm
 
 
 def test_learned_arms_took_the_same_steps_and_keep_their_curves(
@@ -419,6 +422,38 @@ def test_judged_rows_that_cannot_fit_are_refused_before_anything_is_learned(
     with pytest.raises(DataError, match="positions with the prompt"):
         compare(asked, settings(arms=["soft"], text=None), tmp_path / "out", own_process=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_base_is_also_shown_under_the_wording_that_suits_it_best(
+    task: Path, compared: tuple[Comparison, Path]
+) -> None:
+    """The losses by which it is chosen are those that `evaluate` gives on the training rows."""
+    about = compared[0].runs["wording"][0].about
+    assert about["template"] == min(about["losses"], key=about["losses"].__getitem__)
+    own = without_slots(Template.parse(TEMPLATE, target="label"))
+    assert {str(own), "{text} -> {label}", "{text} Label: {label}"} < set(about["losses"])
+    for template in (str(own), about["template"]):
+        judged = evaluate(
+            None,
+            task / "train.csv",
+            base=FrozenLM.load(str(task / "base"), dtype="float32"),
+            template=template,
+            target="label",
+            settings=JudgeSettings(metrics=["nll"], split="train"),
+            reading=JudgedData(validation=0, test=0),
+            progress=False,
+        )
+        assert about["losses"][template] == pytest.approx(judged.estimates["nll"].value, rel=1e-5)
+    assert compared[0].summary.arms["wording"].stored_bytes == 0
+
+
+def test_own_wordings_are_tried_too_and_running_text_has_but_one() -> None:
+    layout = Template.parse(TEMPLATE, target="label")
+    tried = arms.candidate_wordings(layout, ["{text} = {label}", "Tweet: {text} Complaint? {label}"])
+    assert Template.parse("{text} = {label}", target="label") in tried
+    assert len(set(map(str, tried))) == len(tried) == 5
+    running = Template.parse("{soft:3}{text}")
+    assert arms.candidate_wordings(running) == [Template.parse("{text}")]
 
 
 def test_the_table_of_arms_is_whole() -> None:

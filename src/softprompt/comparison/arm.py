@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-ArmName: TypeAlias = Literal["base", "prompt", "few-shot", "soft", "deep", "lora", "full"]
+ArmName: TypeAlias = Literal["base", "wording", "prompt", "few-shot", "soft", "deep", "lora", "full"]
 """The names in ARMS, for checkers and for the shell to complete."""
 
 
@@ -33,6 +33,11 @@ ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
         Arm("base", "the base as it is", "the base as it is"),
+        Arm(
+            "wording",
+            "the base under the best of several wordings, chosen on training rows",
+            "the base under its best wording",
+        ),
         Arm("prompt", "your own text in front", "your own text"),
         Arm("few-shot", "examples from the training rows in front", "few-shot examples", seeded=True),
         Arm("soft", "a soft prompt", "the soft prompt", seeded=True, learned=True),

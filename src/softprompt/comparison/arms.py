@@ -16,8 +16,10 @@ from softprompt.comparison.settings import Job
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import DataError
-from softprompt.evaluation.evaluate import wanted_text, written_out
-from softprompt.evaluation.predictor import text_prompt, without_slots
+from softprompt.evaluation.evaluate import judge_rows, wanted_text, written_out
+from softprompt.evaluation.metric import METRICS
+from softprompt.evaluation.predictor import predictor, text_prompt, without_slots
+from softprompt.evaluation.settings import JudgeSettings
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.store.artifact import prompt_bytes
@@ -29,6 +31,7 @@ from softprompt.tuning.settle import make_plan
 from softprompt.tuning.task import Task
 
 PROBED_STEPS = 4
+CHOOSING_ROWS = 64  # training rows that a wording is chosen on
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,30 @@ def base(given: Assignment) -> Ready:
     """Nothing is learned: the template without its slots."""
     lm = given.lm
     return Ready(lm, compile_prompt(lm, None, template=given.task.template), restore=lambda: lm)
+
+
+def wording(given: Assignment) -> Ready:
+    """The base under the wording that suits it best: the one of lowest loss on some training rows.
+
+    A base may have read the task in one wording and never in another, so a figure under one wording alone says little."""
+    lm, task = given.lm, given.task
+    rows = task.splits.train[:CHOOSING_ROWS]
+    metrics = [METRICS["nll"]]
+    settings = JudgeSettings(batch_rows=given.job.settings.batch_rows)
+    losses: dict[str, float] = {}
+    for template in candidate_wordings(task.template, given.job.settings.wordings):
+        alone = compile_prompt(lm, None, template=template)
+        judged = judge_rows(
+            predictor(lm, alone, template, metrics, settings, end=task.end), rows, metrics, template
+        )
+        losses[str(template)] = judged.estimates["nll"].value
+    best = min(losses, key=lambda source: losses[source])
+    return Ready(
+        lm,
+        compile_prompt(lm, None, template=Template.parse(best, target=task.template.target)),
+        restore=lambda: lm,
+        about={"template": best, "losses": losses, "rows": len(rows)},
+    )
 
 
 def prompt(given: Assignment) -> Ready:
@@ -188,6 +215,7 @@ def full(given: Assignment) -> Ready:
 
 MAKERS: dict[str, Callable[[Assignment], Ready]] = {
     "base": base,
+    "wording": wording,
     "prompt": prompt,
     "few-shot": few_shot,
     "soft": soft,
@@ -195,6 +223,22 @@ MAKERS: dict[str, Callable[[Assignment], Ready]] = {
     "lora": lora,
     "full": full,
 }
+
+
+def candidate_wordings(template: Template, own: Sequence[str] = ()) -> list[Template]:
+    """The task's own wording without slots, a few made from its fields, and the user's own.
+
+    Without a target there is nothing to word: all of the text is wanted."""
+    plain = without_slots(template)
+    if template.target is None or template.chat:
+        return [plain]
+    target = template.target
+    inputs = " ".join(f"{{{name}}}" for name in template.inputs)
+    named = " ".join(f"{name.capitalize()}: {{{name}}}" for name in template.inputs)
+    made = [f"{inputs} {target.capitalize()}: {{{target}}}", f"{inputs} -> {{{target}}}"]
+    made.append(f"{named} {target.capitalize()}: {{{target}}}")
+    parsed = [Template.parse(source, target=target) for source in (*made, *own)]
+    return list(dict.fromkeys([plain, *(without_slots(one) for one in parsed)]))
 
 
 def draw_examples(train: Sequence[Example], layout: Template, count: int, seed: int) -> list[Example]:

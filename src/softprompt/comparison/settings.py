@@ -32,7 +32,7 @@ class CompareSettings(JudgeSettings):
     """
 
     arms: list[ArmName] = setting(
-        ["base", "few-shot", "soft"], f"Some of {', '.join(ARMS)}.", flag="--arms", min_length=1
+        ["base", "wording", "few-shot", "soft"], f"Some of {', '.join(ARMS)}.", flag="--arms", min_length=1
     )
     seeds: Count = setting(3, "Runs of every arm that a seed changes.", flag="--seeds")
     text: str | None = setting(None, "The arm prompt: your own text in front of every input.", flag="--text")
@@ -42,6 +42,11 @@ class CompareSettings(JudgeSettings):
         "The margin of equivalence: arms that are known to be at most so much worse than the best count as level with it "
         "(on a scale of 0 to 1; hundredfold for bleu and chrf).",
         flag="--within",
+    )
+    wordings: list[str] = setting(
+        [],
+        "The arm wording: templates that the base alone is tried under, beside a few that are made from the fields.",
+        flag="--wording",
     )
     shots: Count = setting(4, "The arm few-shot: examples in front.", flag="--shots")
     seconds: Positive | None = setting(
@@ -115,7 +120,7 @@ class Job:
     def digest(self) -> str:
         """Stands for all that this arm's result depends on; other arms and seeds are not part of it."""
         values = self.settings.model_dump(exclude={"arms", "seeds", "within"})
-        for name, arm in {"text": "prompt", "shots": "few-shot"}.items():
+        for name, arm in {"text": "prompt", "shots": "few-shot", "wordings": "wording"}.items():
             if arm != self.arm:
                 del values[name]
         values["rates"] = values["rates"].get(self.arm)

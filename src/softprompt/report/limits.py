@@ -81,6 +81,10 @@ def _of_comparison(comparison: Comparison) -> list[str]:
         )
     if not comparison.own_process:
         found.append("All arms ran in one process, so later ones inherit memory of earlier ones.")
+    if "base" in arms and "wording" not in arms:
+        found.append(
+            "The base was asked in one wording; it may know the task by another (the arm wording tries several)."
+        )
     if "prompt" in arms or "few-shot" in arms:
         found.append("Engineered prompts were tried once as given; a better text may exist.")
     if "full" in arms:

@@ -111,6 +111,8 @@ def _quality(comparison: Comparison) -> Section:
     ]
     seeds = max((len(row) for row in by_seed), default=1) - 1
     note = "; ".join(f"{arm}: {comparison.arm_names[arm]}" for arm in arms if comparison.arm_names.get(arm))
+    for wording in comparison.runs.get("wording", ()):
+        note += f"; the wording chosen: {wording.about.get('template')!r}"
     tables = [Table(head, rows, note=f"{note}." if note else "", best=best)]
     if by_seed:
         tables.append(
