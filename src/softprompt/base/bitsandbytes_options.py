@@ -1,4 +1,4 @@
-"""Bases whose weights lie in 8 or 4 bits (bitsandbytes): a large model on small memory, at some cost in quality.
+"""Bases with weights in 8 or 4 bits (bitsandbytes): a large model in little memory, at some cost in quality.
 
 Only layers inside the body are packed; embeddings and head stay as they are. A prompt learned so belongs to the packed
 weights: its fingerprint is theirs, and the same model in full is another base.

@@ -1,4 +1,4 @@
-"""What a base's config tells of its limits: how many positions it reads exactly, and whether vectors can stand there."""
+"""Limits that a base's config states: how many positions it reads exactly, and whether vectors can replace tokens."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ def longest_text(lm: Configured) -> int | None:
                 rope.get("original_max_position_embeddings")
                 or getattr(config, "original_max_position_embeddings", None)
             )
-    known = [bound for bound in bounds if bound]
-    return min(known) if known else None
+    return min((bound for bound in bounds if bound), default=None)
 
 
 def demand_room(lm: Configured, positions: int, where: str = "The text") -> None:
@@ -60,10 +59,10 @@ def demand_one_vector(config: Any, kind: str, name: str) -> None:
         )
 
 
-def _ropes(found: Any) -> Iterator[Mapping[str, Any]]:
-    if not isinstance(found, Mapping):
+def _ropes(parameters: Any) -> Iterator[Mapping[str, Any]]:
+    if not isinstance(parameters, Mapping):
         return
-    if "rope_type" in found or "type" in found:
-        yield found
-    for value in found.values():  # one set of them for each kind of layer
+    if "rope_type" in parameters or "type" in parameters:
+        yield parameters
+    for value in parameters.values():  # a set for each kind of layer
         yield from _ropes(value)

@@ -1,6 +1,6 @@
-"""The base model: loaded, frozen, known by its fingerprint; and what anyone does with it: embed, hidden, head.
+"""The base model: loaded, frozen, known by its fingerprint, with what everyone needs of it: embed, hidden, head, loss.
 
-Nothing here or anywhere else changes a weight: `weights_sha256` before and after proves it.
+No code changes a weight; `weights_sha256` before and after a run proves it.
 """
 
 from __future__ import annotations
@@ -106,11 +106,11 @@ class FrozenLM:
         where, name = locate(name_or_path)
         on = choose_device(device)
         bits = PACKED_BITS.get(dtype)
-        number_format, reason = choose_dtype("auto" if bits else dtype, on)
+        chosen, reason = choose_dtype("auto" if bits else dtype, on)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        weights: dict[str, Any] = {"dtype": number_format, "use_safetensors": None}
+        weights: dict[str, Any] = {"dtype": chosen, "use_safetensors": None}
         if bits:
-            weights |= bitsandbytes_options(bits, number_format, on)
+            weights |= bitsandbytes_options(bits, chosen, on)
 
         files = base_files(where, revision)
 
@@ -129,12 +129,12 @@ class FrozenLM:
             return model
 
         tokenizer, model = load_local_first(where, name, options, read_weights)
-        found = revision or getattr(model.config, "_commit_hash", None)
+        loaded_revision = revision or getattr(model.config, "_commit_hash", None)
         if bits:
             reason = f"weights in {bits} bits as asked, the rest: {reason}"
         else:
             model = model.to(on)
-        return cls(model, tokenizer, name=name, revision=found, dtype_reason=reason, files=files)
+        return cls(model, tokenizer, name=name, revision=loaded_revision, dtype_reason=reason, files=files)
 
     @classmethod
     def from_pretrained(
@@ -269,7 +269,7 @@ class FrozenLM:
         return digest.hexdigest()
 
     def _check_against_transformers(self) -> tuple[int, int]:
-        """Our road (embed, body, head) must give the model's own logits; returns key/value heads and their width."""
+        """Demand that embed, body and head give the model's own logits. Returns key/value heads and their width."""
         ids_BT = (torch.arange(1, 6, device=self.device) * 7 % self.vocab_size)[None]
         with torch.no_grad():
             theirs = self.model(input_ids=ids_BT, use_cache=True)
@@ -318,7 +318,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The number format for this machine, and why."""
+    """The dtype for this machine, and why."""
     if wanted != "auto":
         if wanted not in DTYPES:
             raise BaseError(f"dtype: found {wanted}, wanted auto, {', '.join([*DTYPES, *PACKED_BITS])}.")

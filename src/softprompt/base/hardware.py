@@ -25,7 +25,7 @@ from softprompt.base.disk_cache import read_table, remember
 
 # Large enough for the full rate, small enough for a few milliseconds.
 ROWS, WIDTH, COLUMNS = 256, 1024, 1024
-CLEARLY = 1.2
+MIN_SPEEDUP = 1.2  # below it the difference may be noise
 RATES = "rates.json"
 
 
@@ -38,9 +38,9 @@ def product_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
 
 @cache
 def float32_is_faster(than: torch.dtype) -> bool:
-    """Whether this CPU multiplies float32 matrices clearly faster, the conversion of the weights counted.
+    """Whether this CPU multiplies float32 matrices clearly faster, the conversion of the weights included.
 
-    Measured once a machine and kept in the user's cache folder: a run that goes on, or is done again, must round as
+    Measured once on each machine and kept in the user's cache folder: a run that is resumed or repeated must round as
     it did before, however busy the machine is then."""
     key = f"{processor_name()}, torch {torch.__version__}, float32 faster than {than}"
     faster = read_table(RATES).get(key)
@@ -54,7 +54,7 @@ def _float32_is_faster(than: torch.dtype) -> bool:
     with torch.inference_mode():
         left, right = torch.ones(ROWS, WIDTH, dtype=than), torch.ones(COLUMNS, WIDTH, dtype=than)
         wide = left.float()
-        return _seconds(lambda: left @ right.T) > CLEARLY * _seconds(lambda: wide @ right.float().T)
+        return _seconds(lambda: left @ right.T) > MIN_SPEEDUP * _seconds(lambda: wide @ right.float().T)
 
 
 @cache
@@ -80,7 +80,7 @@ def processor_name() -> str:
 
 
 def _seconds(product: Any) -> float:
-    """The fastest of a few, after one to warm up: other work on the machine only ever adds."""
+    """The fastest of five after a warm-up: other work on the machine can only add time."""
     product()
     best = float("inf")
     for _ in range(5):
@@ -132,7 +132,7 @@ def total_memory_bytes() -> int:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the timings were taken on; a load above the number of cores means that others slowed them."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "system": platform.platform(),
         "processor": processor_name(),
         "cores": os.cpu_count(),
@@ -140,5 +140,5 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
     }
     with contextlib.suppress(OSError):
-        found["load"] = round(os.getloadavg()[0], 1)
-    return found
+        facts["load"] = round(os.getloadavg()[0], 1)
+    return facts

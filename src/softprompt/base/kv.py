@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 @dataclass(frozen=True)
 class State:
-    """Keys and values of one sequence, a tensor [H, P, K] a layer, and what stands at each of its P positions.
+    """Keys and values of one sequence, a tensor [H, P, K] a layer, and what is at each of its P positions.
 
     A mark is a token's id, or -1 - i for row i of a prompt's vectors.
     """
@@ -49,9 +49,9 @@ class State:
 
     def shared(self, marks: Sequence[int]) -> int:
         """How many positions at the start of `marks` this state already holds."""
-        for place, (mine, other) in enumerate(zip(self.marks, marks, strict=False)):
+        for position, (mine, other) in enumerate(zip(self.marks, marks, strict=False)):
             if mine != other:
-                return place
+                return position
         return min(len(self.marks), len(marks))
 
 

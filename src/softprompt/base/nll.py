@@ -43,26 +43,26 @@ class Head:
         return logits_NV
 
 
-class Road(Protocol):
-    """A way to the loss of each token, float32 [N], and where wanted to its gradient, float32 [N, D]."""
+class HeadLoss(Protocol):
+    """Computes the loss of each token, float32 [N], and where wanted its gradient, float32 [N, D]."""
 
     def __call__(
         self, hidden_ND: Tensor, targets_N: Tensor, head: Head, wants_gradient: bool
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
-def token_nll(hidden_ND: Tensor, targets_N: Tensor, head: Head, road: Road | None = None) -> Tensor:
+def token_nll(hidden_ND: Tensor, targets_N: Tensor, head: Head, head_loss: HeadLoss | None = None) -> Tensor:
     """Negative log-likelihood of each target in nats, float32 [N], differentiable towards `hidden_ND` alone.
 
-    `road` is `dense` where none is given."""
-    nll_N: Tensor = _FrozenHeadNll.apply(hidden_ND, targets_N, head, road or dense)  # type: ignore[no-untyped-call]
+    `head_loss` computes it; `dense` unless another is given."""
+    nll_N: Tensor = _FrozenHeadNll.apply(hidden_ND, targets_N, head, head_loss or dense)  # type: ignore[no-untyped-call]
     return nll_N
 
 
 class _FrozenHeadNll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: Head, road: Road) -> Tensor:
-        nll_N, gradient_ND = road(hidden_ND, targets_N, head, ctx.needs_input_grad[0])
+    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: Head, head_loss: HeadLoss) -> Tensor:
+        nll_N, gradient_ND = head_loss(hidden_ND, targets_N, head, ctx.needs_input_grad[0])
         if gradient_ND is not None:
             ctx.save_for_backward(gradient_ND.to(hidden_ND.dtype))
         return nll_N
@@ -83,9 +83,9 @@ def dense(
     size = BLOCK_TOKENS * _larger(head)
     for start in range(0, len(hidden_ND), size):
         block = slice(start, start + size)
-        nll_N[block], found = _dense_block(hidden_ND[block], targets_N[block], head, wants_gradient)
-        if gradient_ND is not None and found is not None:
-            gradient_ND[block] = found
+        nll_N[block], gradient_nD = _dense_block(hidden_ND[block], targets_N[block], head, wants_gradient)
+        if gradient_ND is not None and gradient_nD is not None:
+            gradient_ND[block] = gradient_nD
     return nll_N, gradient_ND
 
 

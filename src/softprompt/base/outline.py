@@ -1,4 +1,4 @@
-"""A base as its tokenizer and config tell it: enough to encode rows as a run would, without one weight."""
+"""A base without its weights: tokenizer and config, enough to encode rows as a run would."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Outline:
     def load(
         cls, name_or_path: str = "builtin", *, revision: str | None = None, trust_remote_code: bool = False
     ) -> Outline:
-        """From where FrozenLM.load would take the base, and BaseError where that can be told without its weights."""
+        """Loads what FrozenLM.load would load, but no weights. Raises BaseError for what can be refused without them."""
         where, name = locate(name_or_path)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 

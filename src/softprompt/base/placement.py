@@ -1,7 +1,7 @@
-"""Where a prompt goes: embeddings, mask and positions move together, and labels follow from the batch's own marks.
+"""Puts a prompt into a batch: embeddings, mask and positions move together, and labels follow from the batch's marks.
 
-A shallow prompt stands in the sequence itself, wherever the batch marks a soft position. A deep one stands before it,
-as keys and values of every layer.
+A shallow prompt takes the soft positions that the batch marks. A deep one goes before the sequence, as keys and values
+of every layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from softprompt.prompt.soft_prompt import Plain
 
 @dataclass(frozen=True)
 class Placed:
-    """What the frozen body reads. The mask is None where every position is real."""
+    """Input of the frozen body. The mask is None if every position is real."""
 
     embeddings_BSD: Tensor
     mask_BS: Tensor | None
@@ -44,13 +44,13 @@ def place(lm: Embeds, batch: Batch, prompt: Plain | None) -> Placed:
     soft_BS = batch.soft_BS >= 0
     mask_BS = padding_mask(batch)
     if prompt is not None and len(prompt) == 1:
-        _need(bool(soft_BS.any()), "a soft prompt was given, but the batch has no slot for it")
+        _demand(bool(soft_BS.any()), "a soft prompt was given, but the batch has no slot for it")
         # Not prompt[...]: on many threads its gradient sums in any order, and a run could not be repeated to the bit.
         vectors_MD = torch.nn.functional.embedding(
             batch.soft_BS[soft_BS], prompt[0].to(embeddings_BSD.device)
         ).to(embeddings_BSD.dtype)
         return Placed(embeddings_BSD.index_put((soft_BS,), vectors_MD), mask_BS)
-    _need(not bool(soft_BS.any()), "the batch has soft positions, but no soft prompt was given")
+    _demand(not bool(soft_BS.any()), "the batch has soft positions, but no soft prompt was given")
     if prompt is None:
         return Placed(embeddings_BSD, mask_BS)
     rows, length = batch.ids_BS.shape
@@ -77,7 +77,7 @@ def _rows(state_PHK: Tensor, rows: int, lm: Embeds) -> Tensor:
 
 
 def padding_mask(batch: Batch) -> Tensor | None:
-    """1 at real positions, [B, S]; None where every position is real."""
+    """1 at real positions, [B, S]; None if every position is real."""
     lengths: Sequence[int] = batch.lengths_B.tolist()
     width = batch.ids_BS.shape[1]
     if all(length == width for length in lengths):
@@ -85,6 +85,6 @@ def padding_mask(batch: Batch) -> Tensor | None:
     return (torch.arange(width, device=batch.ids_BS.device) < batch.lengths_B[:, None]).long()
 
 
-def _need(condition: bool, found: str) -> None:
+def _demand(condition: bool, fault: str) -> None:
     if not condition:
-        raise PromptError(f"{found}. Encode the examples with the template that the prompt was made for.")
+        raise PromptError(f"{fault}. Encode the examples with the template that the prompt was made for.")
