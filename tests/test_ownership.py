@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from softprompt.cli.app import main
 from softprompt.errors import SaveError
 from softprompt.evaluation.rows import RowFile
 from softprompt.prompt.soft_prompt import Fingerprint, SoftPrompt
@@ -27,6 +28,7 @@ from softprompt.store.lock import FolderLock
 from softprompt.store.ownership import claim, folder_named, remove_ours, run_of, written_by_us
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.records import RunFolder
+from tiny_models import tiny_model, tiny_tokenizer
 
 BASE = Fingerprint("tiny/base", width=4, layers=2)
 
@@ -329,6 +331,7 @@ import torch
 disk = Path(sys.argv[1])
 if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
     sys.exit(77)
+from softprompt.cli.app import main
 from softprompt.errors import SaveError
 from softprompt.prompt.soft_prompt import Fingerprint, SoftPrompt
 from softprompt.store.artifact import load_prompt, save_prompt
@@ -382,3 +385,64 @@ def test_a_full_disk_never_cuts_a_runs_recipe_or_rows(
             writer(tmp_path)
     assert len(calls) > whole
     assert (tmp_path / name).read_bytes() == before
+
+
+# The verbs
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a base and rows."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("base")
+    tiny_tokenizer().save_pretrained("base")
+    Path("rows.csv").write_text("text\n" + "".join(f"my order {number} never came\n" for number in range(20)))
+    return tmp_path
+
+
+TUNE = ["tune", "--base", "base", "--data", "rows.csv", "--column", "text", "--length", "4", "--epochs", "1"]
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("base", "holds a model"),
+        ("mine", "did not write: README.md"),
+        ("rows.csv", "wanted a folder"),
+        ("", ""),
+    ],
+)
+def test_tune_replaces_neither_its_base_nor_a_readme_nor_its_data(
+    out: str, reason: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine").mkdir()
+    Path("mine/README.md").write_text("mine")
+    before = files_of(workplace)
+    assert main([*TUNE, "--set", "dtype=float32", "--out", out]) in (1, 2)
+    assert reason in capsys.readouterr().err
+    assert files_of(workplace) == before
+
+
+def test_tune_never_replaces_the_recipe_that_it_runs(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("exp").mkdir()
+    Path("exp/recipe.yaml").write_text(
+        "base: base  # the small one\ndtype: float32\nout: exp\ndata: {source: rows.csv}\nprompt: {length: 4}\ntune: {epochs: 1}\n"
+    )
+    before = files_of(workplace)
+    assert main(["tune", "exp/recipe.yaml"]) == 1
+    assert "did not write: recipe.yaml" in capsys.readouterr().err
+    assert files_of(workplace) == before
+
+
+def test_compare_removes_no_folder_that_it_did_not_make(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thesis = Path("out/arms/base-0/thesis.tex")
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("mine")
+    arguments = ["compare", *TUNE[1:], "--set", "dtype=float32", "--set", "data.test=4", "--out", "out"]
+    assert main([*arguments, "--arms", "base"]) == 1
+    assert "did not write" in capsys.readouterr().err
+    assert thesis.read_text() == "mine"

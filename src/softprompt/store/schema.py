@@ -25,6 +25,7 @@ from softprompt.prompt.soft_prompt import Fingerprint
 
 FORMAT = 1  # of softprompt.json
 LARGEST_FILE = 16 << 20  # bytes; a prompt's notes take some kilobytes
+LARGEST_CONFIG = 1 << 18  # characters
 DEEPEST = 64  # lists and objects inside one another
 LONGEST_NUMBER = 40  # digits
 MOST_VIRTUAL_TOKENS = 1_000_000
@@ -100,14 +101,24 @@ def fingerprint(record: dict[str, Any], path: Path) -> Fingerprint:
             raise DamagedPrompt(
                 f"{path}: base.{key}: found {_short(value)}, wanted a size. Restore the file or tune again."
             )
-        if isinstance(value, str) and len(value) > 4096:
+        limit = LARGEST_CONFIG if key == "config" else 4096
+        if isinstance(value, str) and len(value) > limit:
             raise DamagedPrompt(
-                f"{path}: base.{key}: found {len(value):,} characters, wanted at most 4,096. Restore the file or tune again."
+                f"{path}: base.{key}: found {len(value):,} characters, wanted at most {limit:,}. Restore the file or tune again."
             )
     try:
-        return _FINGERPRINT.validate_python(known)
+        found = _FINGERPRINT.validate_python(known)
     except ValidationError as error:
         _refuse(path, error, "base.")
+    if found.config:  # JSON inside JSON
+        try:
+            if not isinstance(_parsed(found.config), dict):
+                raise ValueError("it is no object")
+        except (ValueError, RecursionError) as error:
+            raise DamagedPrompt(
+                f"{path}: base.config: cannot be read as JSON ({_reason(error)}). Restore the file or tune again."
+            ) from error
+    return found
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -117,16 +128,25 @@ def read_object(path: Path) -> dict[str, Any]:
             raise ValueError("it is not a plain file")
         if path.stat().st_size > LARGEST_FILE:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, at most {LARGEST_FILE:,} are read")
-        value = json.loads(path.read_bytes().decode("utf-8"), parse_int=_integer)
-        _check_inside(value)
+        value = _parsed(path.read_bytes().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise DamagedPrompt(
-            f"{path}: cannot be read as JSON ({reason}). Restore the file or tune again."
+            f"{path}: cannot be read as JSON ({_reason(error)}). Restore the file or tune again."
         ) from error
     if not isinstance(value, dict):
         raise DamagedPrompt(f"{path}: found a {type(value).__name__}, wanted a JSON object.")
     return value
+
+
+def _parsed(text: str) -> Any:
+    """JSON within limits. Raises ValueError or RecursionError."""
+    value = json.loads(text, parse_int=_integer)
+    _check_inside(value)
+    return value
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _integer(digits: str) -> int:

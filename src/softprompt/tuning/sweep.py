@@ -24,6 +24,7 @@ from softprompt.loss.gradient import Loss
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.settings.text import scalar
 from softprompt.store.artifact import load_prompt, save_prompt
+from softprompt.store.ownership import PROMPT_FILES, claim
 from softprompt.tuning.events import Event
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.records import number_or_none
@@ -211,6 +212,7 @@ class _Records:
 
     def begin(self, resume: bool) -> dict[str, dict[str, Any]]:
         """Start the file, or read what a killed sweep left: each trial's figures after its last stretch."""
+        claim(self.path.parent, "sweep", (RECORDS,), later=PROMPT_FILES)
         if not resume or not self.path.exists():
             self._write([self.asked], "w")
             return {}
