@@ -218,7 +218,7 @@ def test_the_starting_recipe_is_valid_and_says_the_defaults(capsys: pytest.Captu
     assert main(["recipe"]) == 0
     shown = capsys.readouterr().out
     assert read_mapping(shown, "recipe")["base"].value == "builtin"
-    flags = {"--data": "builtin:roles"}
+    flags = {"--data": "builtin:roles", "--column": "prompt"}
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:

@@ -95,6 +95,17 @@ def test_what_tune_writes_can_be_generated_with_and_inspected(rows: Path, run: R
     assert told["notes"]["metrics"]["steps"] == 2
 
 
+def test_the_starting_recipe_can_be_tuned_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipe"]) == 0
+    Path("my.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    record = run("tune", "my.yaml", "--steps", "1", "--limit", "8", "--validation", "2")
+    assert record["path"] == "runs/prompt"
+    assert load_prompt("runs/prompt").length == 20
+
+
 def test_flags_win_over_set_and_set_over_the_file(rows: Path, run: Run) -> None:
     Path("r.yaml").write_text(
         "base: builtin\ndata: {source: rows.csv, column: prompt}\nprompt: {length: 2}\n"

@@ -15,8 +15,8 @@ from softprompt.tuning.recipe import Recipe
 
 EXAMPLE = "softprompt recipe > my.yaml"
 SECTIONS = sections(Recipe)
-STAND_INS = {"data.source": "builtin:roles"}
-"""What a file to start from gives for a required setting, so that it runs as it is."""
+EXAMPLES = {"data.source": "builtin:roles", "data.column": "prompt"}
+"""What a file to start from gives where there is no default, so that it runs as it is."""
 
 
 def command(
@@ -44,8 +44,8 @@ def starting_file(table: type[Section]) -> str:
                 each.help, 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
             )
             name = each.path.split(".")[-1]
-            if each.required:
-                lines.append(f"{indent}{name}: {STAND_INS.get(each.path, '')}".rstrip())
+            if each.path in EXAMPLES:
+                lines.append(f"{indent}{name}: {EXAMPLES[each.path]}  # an example: put your own here")
             elif each.default is None:
                 lines.append(f"{indent}# {name}:")
             else:
