@@ -177,7 +177,7 @@ def test_each_kind_of_failure_has_its_exit_code_and_no_traceback(
 
 
 def test_a_full_disk_is_told_with_its_file_and_what_to_do() -> None:
-    message, _ = ending.told(OSError(errno.ENOSPC, "No space left on device", "runs/x"))
+    message, _ = ending.describe(OSError(errno.ENOSPC, "No space left on device", "runs/x"))
     assert message == "the system refused: runs/x: No space left on device. Free some space, and run again."
 
 

@@ -114,15 +114,17 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     assert [line.split(":")[1] for line in lines] == ["3", "4"]
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path, MINIMAL + "base: a\nbase: b\n")
-    assert message == "recipe.yaml:4: base stands twice (first at recipe.yaml:3). Keep one of them."
+    assert message == "recipe.yaml:4: base is given twice (first at recipe.yaml:3). Keep one of them."
 
 
 def test_text_that_is_no_yaml_is_refused_with_its_line(tmp_path: Path) -> None:
     assert refusal(tmp_path, MINIMAL + "tune: [1,\nout: x\n").startswith("recipe.yaml:")
     assert refusal(tmp_path, "- a\n- b\n").startswith("recipe.yaml:1: found a list")
-    assert refusal(tmp_path, "").startswith("recipe.yaml: data.source: nothing given")
+    assert refusal(tmp_path, "").startswith(
+        "recipe.yaml: data.source is missing. Use --data, or write it into the file: A file"
+    )
 
 
 def test_a_missing_recipe_file_is_named() -> None:
@@ -137,7 +139,7 @@ def test_overrides_come_after_the_file_and_flags_after_them(tmp_path: Path) -> N
     assert (recipe.tune.epochs, recipe.tune.seed) == (5, 1)
 
 
-def test_an_override_that_wants_text_takes_it_to_the_letter() -> None:
+def test_an_override_that_wants_text_takes_it_exactly_as_written() -> None:
     overrides = ["data.template={soft:20} {text} ", "data.revision=12345e67", "data.encoding=null"]
     recipe = Recipe.from_flags({"--data": "rows.csv"}, overrides)
     assert recipe.data.template == "{soft:20} {text} "

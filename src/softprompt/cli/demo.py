@@ -127,7 +127,7 @@ def messages_recipe(out: Path, seed: int) -> Recipe:
         out=str(out / "messages"),
         data=Data(
             source="builtin:messages",
-            template="{text}\n{soft:10} {label}",  # the slot stands right before the answer
+            template="{text}\n{soft:10} {label}",  # the slot is right before the answer
             target="label",
         ),
         prompt=PromptSettings(init="labels"),
@@ -195,7 +195,7 @@ def held_out(lm: FrozenLM, prompt: Prompt) -> tuple[float, float, int]:
 
 
 def accuracy(lm: FrozenLM, prompt: Prompt | None, layout: Prompt, test: Sequence[Example]) -> float:
-    """Share of test rows whose label is generated to the letter, out of the whole vocabulary."""
+    """Share of test rows whose label is generated exactly, out of the whole vocabulary."""
     from softprompt.data.template import Template
     from softprompt.inference.compiled import compile_prompt
     from softprompt.inference.generate import generate
@@ -207,8 +207,8 @@ def accuracy(lm: FrozenLM, prompt: Prompt | None, layout: Prompt, test: Sequence
     )
     written = generate(lm, test, compiled, DecodeSettings(max_new_tokens=4), batch_rows=32)
     right = sum(
-        one.text.strip() == example.fields[str(layout.target)]
-        for one, example in zip(written, test, strict=True)
+        answer.text.strip() == example.fields[str(layout.target)]
+        for answer, example in zip(written, test, strict=True)
     )
     return right / len(test)
 

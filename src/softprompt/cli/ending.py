@@ -55,7 +55,7 @@ def exit_code(call: Callable[[], Any], *, traceback: Callable[[], bool] = lambda
             import traceback as printer
 
             printer.print_exception(error)
-        message, code = told(error)
+        message, code = describe(error)
         return _say(message, code)
 
 
@@ -83,7 +83,7 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def told(error: Exception) -> tuple[str, int]:
+def describe(error: Exception) -> tuple[str, int]:
     """An exception in a person's words, and its exit code."""
     if isinstance(error, SoftPromptError):
         return str(error), error.exit_code
@@ -110,13 +110,13 @@ def _usage(error: TyperException) -> str:
         return error.format_message()
     if type(error).__name__ == "NoArgsIsHelpError":  # `softprompt` alone: its help has been shown
         return "no verb was given."
-    said = error.format_message().rstrip()
-    said += "" if said.endswith((".", "?")) else "."
-    return f"{said} `{context.command_path} --help` shows what there is."
+    message = error.format_message().rstrip()
+    message += "" if message.endswith((".", "?")) else "."
+    return f"{message} `{context.command_path} --help` shows what there is."
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else "no further word"
+    return str(error).strip().splitlines()[0] if str(error).strip() else "no message"
 
 
 def _say(message: str, code: int) -> int:

@@ -50,7 +50,7 @@ def command(
     folders = prompts or []
     asked.demand_folders(folders)
     if side_by_side and not folders:
-        raise RecipeError("--side-by-side needs a prompt to stand beside the base. Add --prompt FOLDER.")
+        raise RecipeError("--side-by-side needs a prompt to compare with the base. Add --prompt FOLDER.")
     from softprompt.store.artifact import load_prompt
 
     loaded = [load_prompt(folder) for folder in folders]
@@ -128,7 +128,7 @@ def answers(
         on_text=on_text,
     )
     given = [text for text in inputs for _ in columns for _ in range(settings.n)]
-    return [replace(one, input=text) for one, text in zip(rows, given, strict=True)]
+    return [replace(row, input=text) for row, text in zip(rows, given, strict=True)]
 
 
 def show_side_by_side(console: Screen, rows: Sequence[Generation]) -> None:

@@ -38,9 +38,9 @@ def command(
         return emit(record)
     console = screen()
     fact(console, "softprompt", f"{record['softprompt']} (Python {record['python']}, {record['platform']})")
-    for name, found in record["packages"].items():
+    for name, installed in record["packages"].items():
         missing = f"not installed (pip install 'softprompt[{OPTIONAL.get(name, '')}]')"
-        fact(console, name, found or missing)
+        fact(console, name, installed or missing)
     fact(
         console,
         "processor",
@@ -54,7 +54,7 @@ def command(
 
 
 def machine(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
-    """Everything that `info` tells, as plain data."""
+    """Everything that `info` shows, as plain data."""
     import torch
 
     from softprompt.base.frozen_lm import choose_device, choose_dtype

@@ -61,7 +61,7 @@ def command(
 
 
 def describe(prompt: Prompt, folder: Path, bytes: int) -> dict[str, Any]:
-    """What the files alone tell."""
+    """What can be read from the files alone."""
     return {
         "path": str(folder),
         "name": prompt.name,
@@ -94,7 +94,7 @@ def show(record: dict[str, Any], unavailable: str | None) -> None:
     fact(
         console,
         "template",
-        repr(record["template"]) if record["template"] else "none: it stands before the text",
+        repr(record["template"]) if record["template"] else "none: it is placed before the text",
     )
     fact(console, "learns", f"the field {record['target']}" if record["target"] else "all text")
     if unavailable:

@@ -63,8 +63,8 @@ def command(
 
     settings = sweeping.grid({key: text.split(",") for key, text in map(_split, grid or [])})
     if drawn:
-        random_ones = sweeping.drawn(dict(map(_split, drawn)), trials, recipe.tune.seed)
-        settings = [(*one, *other) for one in settings for other in random_ones]
+        random_settings = sweeping.drawn(dict(map(_split, drawn)), trials, recipe.tune.seed)
+        settings = [(*chosen, *drawn_values) for chosen in settings for drawn_values in random_settings]
     settings = list(dict.fromkeys(settings))
     console = screen(as_json=as_json)
     table = ShowTable(console, "setting", [" ".join(setting) for setting in settings])

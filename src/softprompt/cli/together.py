@@ -68,7 +68,7 @@ def command(
         for path in saved:
             line(console, f"The best prompt so far is kept in {path}.")
         raise
-    records = [one.record for one in tuned]
+    records = [run.record for run in tuned]
     heading(console, "learned with one shared part" if sharing else "learned side by side")
     for record in records:
         fact(console, record["path"], " ".join(describe_losses(record)))

@@ -142,13 +142,13 @@ def planned(plan: Plan) -> dict[str, Any]:
 
 def show_base(console: Screen, lm: FrozenLM) -> None:
     """The base: its size, frozen, its dtype and why, its fingerprint."""
-    told = asked.describe_base(lm)
-    heading(console, f"the base: {told['name']}")
+    base = asked.describe_base(lm)
+    heading(console, f"the base: {base['name']}")
     fact(
         console,
         "size",
         f"{lm.num_parameters:,} weights, all frozen: {lm.num_layers} layers, width {lm.width}",
     )
     fact(console, "vocabulary", f"{lm.vocab_size:,} tokens")
-    fact(console, "dtype", f"{told['dtype']} on {told['device']}: {told['dtype_reason']}")
-    fact(console, "fingerprint", told["fingerprint"])
+    fact(console, "dtype", f"{base['dtype']} on {base['device']}: {base['dtype_reason']}")
+    fact(console, "fingerprint", base["fingerprint"])

@@ -1,7 +1,7 @@
 """A table of settings, whichever it is: its fields listed, filled from text, and explained where text is refused.
 
 recipe.py is such a table. A table is a Section whose fields are settings or Sections of them. While it is filled it
-is a tree of plain values, and beside it stand the places where they were written, by dotted path. No torch here.
+is a tree of plain values, and beside it are the places where they were written, by dotted path. No torch here.
 """
 
 from __future__ import annotations
@@ -361,10 +361,10 @@ def explain(model: type[Section], error: ValidationError, places: Mapping[str, s
         if problem["type"] == "extra_forbidden":
             text = f"unknown setting.{_did_you_mean(model, path)}"
         elif problem["type"] == "missing":
-            wanted = known[path].help if path in known else "a section of settings"
-            text = f"nothing given, wanted: {wanted}"
             flag = known[path].flag if path in known else None
-            text += f" Write it into the recipe, or pass {flag}." if flag else ""
+            label, text = "", f"{path} is missing. "
+            text += f"Use {flag}, or write it into the file" if flag else "Write it into the file"
+            text += f": {known[path].help}" if path in known else "."
         elif problem["type"] == "value_error":
             label, text = "", str(problem["ctx"]["error"])
         else:

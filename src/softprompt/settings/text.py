@@ -1,7 +1,7 @@
 """Recipe text to plain values, each with the place where it was written.
 
 A YAML of the plain kind: `5e-3`, `1e-4` and `.5` are numbers, only `true` and `false` are booleans (so `no` and
-`on` are words), there are no dates, and a key may stand once. Every value knows its file and line, or its flag.
+`on` are words), there are no dates, and a key may be given once. Every value knows its file and line, or its flag.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Written:
 
 
 def scalar(text: str) -> Scalar:
-    """The value that an unquoted piece of text stands for."""
+    """The value of an unquoted piece of text."""
     if _NULL.fullmatch(text):
         return None
     if _TRUE_FALSE.fullmatch(text):
@@ -73,7 +73,7 @@ def read_mapping(source: str, name: str) -> dict[str, Written]:
     written = _written(node, name, _Budget(name))
     if not isinstance(written.value, dict):
         raise RecipeError(
-            f"{written.where}: found {found(written)}, wanted settings such as 'base: builtin', one a line."
+            f"{written.where}: found {describe(written)}, wanted settings such as 'base: builtin', one a line."
         )
     return written.value
 
@@ -94,7 +94,7 @@ def read_value(text: str, where: str) -> Written:
     return _written(node, where, _Budget(where), lines=False)
 
 
-def found(written: Written) -> str:
+def describe(written: Written) -> str:
     """A value in the words of an error message: "'fast' (text)"."""
     return describe_value(written.value)
 
@@ -173,7 +173,7 @@ def _written(node: yaml.Node, name: str, budget: _Budget, *, lines: bool = True,
         key = key_node.value
         if key in mapping:
             raise RecipeError(
-                f"{place}: {key} stands twice (first at {mapping[key].where}). Keep one of them."
+                f"{place}: {key} is given twice (first at {mapping[key].where}). Keep one of them."
             )
         value = _written(value_node, name, budget, lines=lines, depth=deeper)
         # An error should point at the key, also where a long text starts on the next line.
