@@ -76,8 +76,12 @@ def test_nothing_is_drawn_where_the_user_or_the_source_says_what_is_held_out(tmp
             writer = csv.DictWriter(file, ["text", "label"])
             writer.writeheader()
             writer.writerows(part)
-    assert len(load_splits(tmp_path).validation) == len(load_splits(tmp_path, validation="own").validation) == 3
-    parts = datasets.DatasetDict(train=datasets.Dataset.from_list(given), valid=datasets.Dataset.from_list(given[:4]))
+    assert (
+        len(load_splits(tmp_path).validation) == len(load_splits(tmp_path, validation="own").validation) == 3
+    )
+    parts = datasets.DatasetDict(
+        train=datasets.Dataset.from_list(given), valid=datasets.Dataset.from_list(given[:4])
+    )
     assert len(load_splits(parts).validation) == 4
     assert len(load_splits([Example({"text": f"{i}"}) for i in range(100)], validation=0.5).validation) == 50
 
@@ -91,7 +95,10 @@ def test_rows_that_are_given_to_be_judged_are_all_judged() -> None:
         kind="soft",
         length=2,
         base=SimpleNamespace(name="builtin", revision=None),
-        notes={"recipe": {"data": {"source": "old.csv", "validation": None}}, "metrics": {"judged_on": "training"}},
+        notes={
+            "recipe": {"data": {"source": "old.csv", "validation": None}},
+            "metrics": {"judged_on": "training"},
+        },
     )
     # Learned before rows were held out by default: none of its rows may count as held out now.
     assert recipe_for(learned, {}).data.validation == "own"

@@ -1,0 +1,155 @@
+"""`softprompt chat`: talk to the base under a prompt, word by word; switch prompts while talking."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from softprompt.cli import asked
+from softprompt.cli.flags import takes
+from softprompt.cli.screen import screen
+from softprompt.errors import DataError, SoftPromptError
+from softprompt.inference.settings import DecodeSettings
+from softprompt.progress.console import visible
+from softprompt.settings.base_settings import BaseSettings
+
+if TYPE_CHECKING:
+    from softprompt.base.frozen_lm import FrozenLM
+    from softprompt.data.example import Example
+    from softprompt.prompt.soft_prompt import Prompt
+
+EXAMPLE = "softprompt chat --prompt runs/support"
+HELP = """/prompt FOLDER  answer under this prompt      /base  answer without a prompt
+/compare        show both answers from now on  /save FILE  write what was said
+/reset          forget what was said           /quit  leave (also Ctrl-D)"""
+
+
+@takes(BaseSettings, DecodeSettings)
+def command(
+    base: BaseSettings,
+    decode: DecodeSettings,
+    *,
+    prompt: Annotated[Path | None, typer.Option("--prompt", help="The folder of a prompt.")] = None,
+) -> None:
+    """Talk to the base, under a prompt or without; /help shows what can be typed."""
+    asked.demand_folders([prompt] if prompt is not None else [])
+    from softprompt.store.artifact import load_prompt
+
+    learned = None if prompt is None else load_prompt(prompt)
+    lm = asked.load_base(base, *([learned] if learned is not None else []))
+    Chat(lm, learned, decode).run()
+
+
+class Chat:
+    """One talk: who answers, and what was said."""
+
+    def __init__(self, lm: FrozenLM, prompt: Prompt | None, decode: DecodeSettings) -> None:
+        if prompt is not None:
+            prompt.base.demand(lm.fingerprint, prompt.name)
+        self.lm, self.prompt, self.decode = lm, prompt, decode
+        self.compares = False
+        self.said: list[tuple[str, str]] = []
+        self.console = screen()
+
+    def run(self) -> None:
+        """Read lines until the end; every line is a command or something to answer."""
+        if sys.stdin.isatty():
+            self.console.print(HELP, markup=False)
+        while True:
+            if sys.stdin.isatty():
+                sys.stdout.write(f"{self.name}> ")
+                sys.stdout.flush()
+            line = sys.stdin.readline()
+            if not line or line.strip() == "/quit":
+                return
+            try:
+                self.take(line.rstrip("\n"))
+            except SoftPromptError as error:  # the talk goes on
+                self.console.print(str(error), markup=False, soft_wrap=True)
+
+    @property
+    def name(self) -> str:
+        """Who answers."""
+        return self.prompt.name if self.prompt is not None else "base"
+
+    def take(self, line: str) -> None:
+        """Do what a line asks for. Raises the errors of softprompt.errors."""
+        verb, _, rest = line.strip().partition(" ")
+        match verb:
+            case "":
+                return
+            case "/help":
+                self.console.print(HELP, markup=False)
+            case "/base":
+                self.prompt = None
+            case "/prompt":
+                self.use(rest.strip())
+            case "/compare":
+                self.compares = not self.compares
+            case "/reset":
+                self.said.clear()
+            case "/save":
+                self.save(rest.strip())
+            case _ if verb.startswith("/"):
+                raise DataError(f"{verb}: there is no such command. /help shows them.")
+            case _:
+                self.answer(line)
+
+    def use(self, folder: str) -> None:
+        """Answer under another prompt."""
+        from softprompt.store.artifact import load_prompt
+
+        prompt = load_prompt(folder)
+        prompt.base.demand(self.lm.fingerprint, folder)
+        self.prompt = prompt
+
+    def save(self, path: str) -> None:
+        """Write what was said; an existing file is kept."""
+        if not path:
+            raise DataError("/save needs the name of a file.")
+        try:
+            with Path(path).open("x", encoding="utf-8") as file:
+                file.writelines(f"you: {text}\n{name}\n\n" for text, name in self.said)
+        except FileExistsError:
+            raise DataError(f"{path}: exists already. Give another name.") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error.strerror}).") from error
+
+    def answer(self, text: str) -> None:
+        """Answer a text, under the prompt and, where they are compared, without it."""
+        from softprompt.inference.generate import generate
+
+        prompts = [self.prompt, None] if self.compares and self.prompt is not None else [self.prompt]
+        for prompt in prompts:
+            name = prompt.name if prompt is not None else "base"
+            if len(prompts) > 1:
+                sys.stdout.write(f"[{visible(name)}] ")
+            given = self._with_what_was_said(text, prompt)
+
+            def show(place: int, piece: str) -> None:
+                sys.stdout.write(visible(piece))
+                sys.stdout.flush()
+
+            (found,) = generate(self.lm, [given], prompt, self.decode, on_text=show)
+            sys.stdout.write("\n")
+            self.said.append((text, f"{name}: {found.text.strip()}"))
+
+    def _with_what_was_said(self, text: str, prompt: Prompt | None) -> str | Example:
+        """The whole talk where the prompt is laid out as a chat; the text alone elsewhere."""
+        from softprompt.data.example import Example, Message
+        from softprompt.data.template import Template
+
+        layout = (
+            Template.parse(prompt.template or "{text}", target=prompt.target) if prompt is not None else None
+        )
+        if layout is None or not layout.chat:
+            return text
+        own = f"{prompt.name}: " if prompt is not None else ""
+        turns = []
+        for question, answer in self.said:
+            if answer.startswith(own):
+                turns += [Message("user", question), Message("assistant", answer.removeprefix(own))]
+        return Example({}, (*turns, Message("user", text)))

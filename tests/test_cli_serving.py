@@ -1,0 +1,113 @@
+"""The verbs around serving: publish, list, chat; and what serve refuses before it loads anything."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.cli.app import main
+from softprompt.cli.chat import Chat
+from softprompt.inference.generate import generate
+from softprompt.inference.settings import DecodeSettings
+from softprompt.store.artifact import save_prompt
+from test_serving import prompt_of
+from tiny_models import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def lm() -> FrozenLM:
+    return FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), "tiny")
+
+
+def test_a_prompt_is_published_listed_and_rolled_back(
+    lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed in (1, 2):
+        save_prompt(prompt_of(lm, seed, "mine"), tmp_path / "mine")
+        assert main(["publish", "mine", "support", "--library", "shelf"]) == 0
+    assert main(["publish", "support@1", "--switch", "--library", "shelf"]) == 0
+    capsys.readouterr()
+    assert main(["list", "shelf", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [(entry["name"], entry["version"], entry["current"]) for entry in listed] == [
+        ("support", 1, True),
+        ("support", 2, False),
+    ]
+    assert main(["list", "nowhere"]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+    assert main(["publish", "nowhere", "x", "--library", "shelf"]) == 2
+
+
+def test_serve_refuses_an_open_door_and_a_missing_prompt_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--host", "0.0.0.0"]) == 2
+    assert "--keys" in capsys.readouterr().err
+    assert main(["serve", str(tmp_path / "nothing")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_a_talk_switches_prompts_compares_and_is_saved(
+    lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = prompt_of(lm, 1, "greet")
+    save_prompt(prompt, tmp_path / "greet")
+    decode = DecodeSettings(max_new_tokens=6)
+    lines = [
+        "hello",
+        f"/prompt {tmp_path / 'greet'}",
+        "hello",
+        "/compare",
+        "hello",
+        "/nonsense",
+        f"/save {tmp_path / 'talk.txt'}",
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    chat = Chat(lm, None, decode)
+    chat.run()
+    (bare,), (learned,) = (generate(lm, ["hello"], one, decode) for one in (None, prompt))
+    assert [answer for _, answer in chat.said] == [
+        f"base: {bare.text.strip()}",
+        f"greet: {learned.text.strip()}",
+        f"greet: {learned.text.strip()}",
+        f"base: {bare.text.strip()}",
+    ]
+    assert "there is no such command" in capsys.readouterr().out
+    assert (tmp_path / "talk.txt").read_text(encoding="utf-8").count("you: hello") == 4
+    with pytest.raises(ValueError, match="exists already"):
+        chat.save(str(tmp_path / "talk.txt"))
+
+
+def test_a_server_on_the_command_line_answers_and_ends_in_order(lm: FrozenLM, tmp_path: Path) -> None:
+    """The whole of `softprompt serve` in a process of its own, stopped by SIGTERM."""
+    import signal
+    import socket
+    import time
+    import urllib.request
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "softprompt", "serve", "--base", "builtin", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+        answer = None
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as response:
+                    answer = json.load(response)
+                break
+            except OSError:
+                assert server.poll() is None, server.stderr and server.stderr.read()
+                time.sleep(0.1)
+        assert answer is not None
+        assert [model["id"] for model in answer["data"]] == ["base"]
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+    assert server.returncode in (0, 130, 143)
