@@ -6,11 +6,15 @@ import math
 import random
 import statistics
 import sys
+from collections.abc import Sequence
 
 import pytest
 
+from softprompt.data.example import Example
+from softprompt.data.template import Template
 from softprompt.errors import MissingExtra, RecipeError
 from softprompt.evaluation import interval, metric, overlap
+from softprompt.evaluation.evaluate import Answer, judge_rows
 from softprompt.evaluation.interval import Difference, rows_to_settle
 from softprompt.evaluation.metric import METRICS, Estimate, confusion, metrics_named
 from softprompt.evaluation.rows import Row
@@ -237,3 +241,25 @@ def test_the_rows_that_would_settle_a_difference_follow_from_its_interval() -> N
         4
     )  # to lie within the margin
     assert rows_to_settle(Difference(0.0, -0.04, 0.04, 50), 0.0) == math.inf
+
+
+def test_bleu_and_chrf_take_the_rows_of_one_input_as_its_references() -> None:
+    sacrebleu = pytest.importorskip("sacrebleu")
+    said = {"a": "the cheap place by the river serves food", "b": "it is a pub for families near the centre"}
+    wanted = {
+        "a": ["a cheap place by the river", "the place by the river serves cheap food"],
+        "b": ["a family pub near the centre", "it is a pub near the centre for families"],
+    }
+    examples = [Example({"x": x, "y": y}) for x in "ab" for y in wanted[x]]
+    layout = Template.parse("{x} {y}", target="y")
+    metrics = metrics_named(["bleu", "chrf", "rouge_l"])
+
+    def answer(asked: Sequence[Example]) -> list[Answer]:
+        return [Answer(said=said[example.fields["x"]]) for example in asked]
+
+    judged = judge_rows(answer, examples, metrics, layout)
+    streams = [[wanted[x][place] for x in "ab"] for place in range(2)]
+    for name, theirs in (("bleu", sacrebleu.BLEU()), ("chrf", sacrebleu.CHRF())):
+        whole = theirs.corpus_score([said[x] for x in "ab"], streams).score
+        assert judged.estimates[name].value == pytest.approx(whole, rel=1e-6)
+    assert judged.estimates["rouge_l"].n == 4

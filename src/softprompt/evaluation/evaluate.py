@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,14 @@ def judge_rows(
     known = dict(keep.known) if keep else {}
     reused = len(known)
     todo = [index for index in range(len(examples)) if index not in known]
+    several = _references(examples, layout)
     on_progress(reused, len(examples))
     try:
         for start in range(0, len(todo), chunk):
             indices = todo[start : start + chunk]
             answers = predict([examples[index] for index in indices])
             rows = [
-                judged(index, examples[index], layout, answer)
+                replace(judged(index, examples[index], layout, answer), **several.get(index, {}))
                 for index, answer in zip(indices, answers, strict=True)
             ]
             known.update((row.index, row) for row in rows)
@@ -131,6 +132,22 @@ def judge_rows(
 def judged(index: int, example: Example, layout: Template, answer: Answer) -> Row:
     """A row: the example as text, and the answer to it."""
     return Row(index, example.row, shown_input(layout, example), wanted_text(layout, example), **vars(answer))
+
+
+def _references(examples: Sequence[Example], layout: Template) -> dict[int, dict[str, Any]]:
+    """The references of each example whose input is asked more than once, with another wanted text."""
+    if layout.target is None:
+        return {}
+    asked: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        asked.setdefault(shown_input(layout, example), []).append(index)
+    several: dict[int, dict[str, Any]] = {}
+    for indices in asked.values():
+        wanted = tuple(dict.fromkeys(wanted_text(layout, examples[index]) for index in indices))
+        if len(wanted) > 1:
+            for index in indices:
+                several[index] = {"references": wanted, "repeated": index != indices[0]}
+    return several
 
 
 def as_record(found: Evaluation) -> dict[str, Any]:

@@ -194,7 +194,9 @@ def _sacrebleu() -> Any:
 
 
 def _bleu_counts(row: Row) -> Counts:
-    found = _sacrebleu().sentence_score(row.said or "", [row.wanted])
+    if row.repeated:
+        return {}
+    found = _sacrebleu().sentence_score(row.said or "", list(row.references or (row.wanted,)))
     return {
         **{f"hit{order}": float(count) for order, count in enumerate(found.counts)},
         **{f"all{order}": float(count) for order, count in enumerate(found.totals)},
@@ -217,7 +219,11 @@ def _bleu(counts: Counts) -> float:
 
 
 def _chrf_counts(row: Row) -> Counts:
-    counted = overlap.character_counts(row.said or "", row.wanted)
+    if row.repeated:
+        return {}
+    # As sacrebleu does: each row is compared with the reference that it resembles most.
+    each = [overlap.character_counts(row.said or "", text) for text in row.references or (row.wanted,)]
+    counted = max(each, key=overlap.chrf)
     kinds = ("said", "wanted", "both")
     return {
         f"{kind}{order}": float(one[place])
@@ -259,10 +265,10 @@ METRICS: Mapping[str, Metric] = {
             "bleu",
             _bleu_counts,
             _bleu,
-            "Corpus BLEU as sacrebleu computes it, one reference, 0 to 100.",
+            "Corpus BLEU as sacrebleu computes it, 0 to 100.",
             bounds=PERCENT,
         ),
-        Metric("chrf", _chrf_counts, _chrf, "Corpus chrF2, one reference, 0 to 100.", bounds=PERCENT),
+        Metric("chrf", _chrf_counts, _chrf, "Corpus chrF2, 0 to 100.", bounds=PERCENT),
         Metric(
             "nll",
             _loss_counts,

@@ -27,7 +27,8 @@ class Row:
     `index` counts the judged examples, `row` is its place in the source. `said` is the generated text, or the label
     of highest score; None where nothing was asked to be said. `nll` sums the loss of the wanted text in nats over
     `tokens` tokens, which stand for `text_bytes` UTF-8 bytes; nan where it was not measured. `scores` holds every
-    label's log-probability where labels were ranked.
+    label's log-probability where labels were ranked. Where several rows ask the same, `references` holds all their
+    wanted texts, and all but the first are `repeated`: BLEU and chrF count the input once, against all references.
     """
 
     index: int
@@ -41,6 +42,8 @@ class Row:
     new_tokens: int = 0
     finish_reason: str = ""
     scores: Mapping[str, float] | None = None
+    references: tuple[str, ...] = ()
+    repeated: bool = False
 
     def to_json(self) -> str:
         """One line; a figure that is not known is null."""

@@ -44,7 +44,7 @@ def limits(comparison: Comparison) -> list[str]:
         )
     if {"bleu", "chrf", "rouge_l"} & set(comparison.metrics):
         found.append(
-            "Overlap with one reference is a weak judge of text: a good answer in other words scores low."
+            "Overlap with a reference is a weak judge of text: a good answer in other words scores low."
         )
     return found
 
