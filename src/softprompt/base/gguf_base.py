@@ -6,12 +6,8 @@ itself: a prompt learned on it does not fit the model that the file was made fro
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import sys
 from collections import Counter
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ import torch
 import transformers
 
 from softprompt.base.disk_cache import cache_folder, file_sha256
+from softprompt.base.foreign import bars_on_terminals_alone, gist
 from softprompt.base.whole import demand_whole
 from softprompt.errors import BaseError, MissingExtra, SaveError
 from softprompt.store.atomic import new_folder
@@ -54,15 +51,14 @@ def convert(path: Path, folder: Path, name: str) -> None:
             # Beside nothing else: a config, tokenizer or adapter that lies next to the file is not part of it.
             (draft / LINK).symlink_to(path.resolve())
             try:
-                with _no_bars_in_files():
+                with bars_on_terminals_alone():
                     tokenizer, model = _read(draft, _stored_dtype(path), name)
             except BaseError:
                 raise
             except Exception as error:
-                gist = " ".join(str(error).split())[:300] or type(error).__name__
                 raise BaseError(
                     f"{name}: this GGUF file cannot be read: it is damaged, or of a kind that transformers does not "
-                    f"know ({gist}). Fetch it again, or give the model's folder."
+                    f"know ({gist(error)}). Fetch it again, or give the model's folder."
                 ) from error
             (draft / LINK).unlink()
             model.save_pretrained(draft)
@@ -146,13 +142,3 @@ def _demand_rotation(path: Path, config: Any, name: str) -> None:
             f"{name}: this GGUF file stretches its rotary angles by {lost[0]}, which transformers leaves out: it would "
             "load another model than the file holds. Give the original model's folder or hub id."
         )
-
-
-@contextlib.contextmanager
-def _no_bars_in_files() -> Iterator[None]:
-    """Keep the conversion's progress bar on terminals, and out of everything else."""
-    if sys.stderr.isatty():
-        yield
-        return
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield

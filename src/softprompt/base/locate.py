@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import transformers
 
+from softprompt.base.foreign import gist, quiet
 from softprompt.base.gguf_base import converted, is_gguf
 from softprompt.errors import BaseError
 
@@ -30,7 +31,6 @@ FILE_ENDINGS = (
     ".gz",
     ".tar",
 )
-MAX_GIST = 300  # characters of another library's error that are passed on
 
 Rest = TypeVar("Rest")
 
@@ -116,31 +116,6 @@ def demand_no_adapter(model: Any, name: str) -> None:
     """Raise BaseError where transformers put an adapter from the same repository into the base."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise BaseError(_with_adapter(name))
-
-
-def gist(error: BaseException) -> str:
-    """What another library's error says, on one line of bounded length; with its class where that says more."""
-    text = " ".join(str(error).split())
-    if len(text) > MAX_GIST:
-        text = text[:MAX_GIST].rpartition(" ")[0] + " …"
-    if not text or isinstance(error, KeyError):
-        text = f"{type(error).__name__} {text}".strip()
-    return text
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' bars and advice from the terminal; errors still come as exceptions."""
-    log: Any = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
 
 
 def _demand_base_folder(path: Path, name: str) -> None:

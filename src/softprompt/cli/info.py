@@ -20,6 +20,7 @@ OPTIONAL = {
     "tensorboard": "trackers",
     "lm_eval": "lmeval",
     "bitsandbytes": "quantised",
+    "gguf": "gguf",
 }
 
 
