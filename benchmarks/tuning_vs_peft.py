@@ -136,7 +136,7 @@ def run_softprompt(options: argparse.Namespace, folder: str) -> dict[str, Any]:
             recipe_for(options, folder, out), splits=Splits(rows, (), (), "memory", None), on_event=told
         )
         seconds = time.perf_counter() - began
-    tokens = tuned.record["tokens"]
+    tokens = tuned.tokens
     return {
         "epoch_seconds": tokens / pace[0] / options.epochs,
         "epoch_cpu_seconds": (cpu[1] - cpu[0]) / options.epochs,

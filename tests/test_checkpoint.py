@@ -21,8 +21,9 @@ from softprompt.cli.app import main
 from softprompt.errors import RecipeError, SaveError
 from softprompt.store import artifact
 from softprompt.store.artifact import load_prompt
-from softprompt.tuning.events import Event, Said, Stepped
-from softprompt.tuning.loop import Tuned, tune
+from softprompt.tuning.events import Event, Note, Stepped
+from softprompt.tuning.loop import tune
+from softprompt.tuning.result import TuneResult
 from test_learn import SPLITS, breaking_at, lm_of, recipe, vectors
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -31,7 +32,7 @@ OFTEN = ("tune.checkpoint_steps=2", "tune.epochs=4")
 
 def learn(
     out: Path, *overrides: str, resume: bool = False, lm: Any = None, loss: Any = None
-) -> tuple[Tuned, list[Event]]:
+) -> tuple[TuneResult, list[Event]]:
     seen: list[Event] = []
     settings = recipe(out, *OFTEN, *overrides)
     tuned = tune(settings, lm=lm or lm_of(), splits=SPLITS, loss=loss, on_event=seen.append, resume=resume)
@@ -55,7 +56,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def said(events: list[Event]) -> str:
-    return "\n".join(event.text for event in events if isinstance(event, Said))
+    return "\n".join(event.text for event in events if isinstance(event, Note))
 
 
 @pytest.mark.parametrize(
@@ -77,11 +78,11 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, overrides: tuple[
     cut_short(tmp_path / "cut", *overrides)
     resumed, events = learn(tmp_path / "cut", *overrides, resume=True)
     assert torch.equal(vectors(whole), vectors(resumed))
-    assert "Goes on after step 6 of 12" in said(events)
+    assert "Continues after step 6 of 12" in said(events)
     same = ("nll_base", "nll_before", "nll_after", "best_step", "steps", "tokens", "accumulation")
-    assert {name: resumed.record[name] for name in same} == {name: whole.record[name] for name in same}
+    assert {name: getattr(resumed, name) for name in same} == {name: getattr(whole, name) for name in same}
     steps = [event.step for event in events if isinstance(event, Stepped)]
-    assert steps == list(range(7, whole.record["steps"] + 1))
+    assert steps == list(range(7, whole.steps + 1))
 
 
 def test_the_record_of_a_resumed_run_holds_every_step_once(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_resuming_what_is_finished_gives_it_again(tmp_path: Path) -> None:
 
 def test_resuming_where_nothing_is_starts_anew_and_says_so(tmp_path: Path) -> None:
     _, events = learn(tmp_path / "p", resume=True)
-    assert "no checkpoint to go on from, so the run starts anew" in said(events)
+    assert "holds no checkpoint, so the run starts from the beginning" in said(events)
     assert sum(isinstance(event, Stepped) for event in events) == 12
 
 
@@ -131,7 +132,7 @@ def test_a_damaged_newest_checkpoint_is_told_of_and_the_one_before_taken(tmp_pat
     resumed, events = learn(tmp_path / "cut", resume=True)
     assert f"{newest} is damaged" in said(events)
     assert "the one before is taken" in said(events)
-    assert "Goes on after step 4" in said(events)
+    assert "Continues after step 4" in said(events)
     assert torch.equal(vectors(whole), vectors(resumed))
     lines = (tmp_path / "cut" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     recorded = [json.loads(line) for line in lines]
@@ -146,7 +147,7 @@ def test_when_all_are_damaged_the_run_starts_anew(tmp_path: Path) -> None:
     for path in (tmp_path / "cut" / "checkpoints").iterdir():
         path.write_bytes(b"")
     resumed, events = learn(tmp_path / "cut", resume=True)
-    assert "the run starts anew" in said(events)
+    assert "the run starts from the beginning" in said(events)
     assert torch.equal(vectors(whole), vectors(resumed))
     text = (tmp_path / "cut" / "metrics.jsonl").read_text(encoding="utf-8")
     assert (text.count('"event": "Stepped"'), text.count('"event": "Started"')) == (12, 1)
@@ -159,7 +160,7 @@ def test_damaged_checkpoints_do_not_push_out_those_of_the_run_that_starts_anew(t
         path.write_bytes(b"")
     cut_short(tmp_path / "p", step=4, resume=True)
     _, events = learn(tmp_path / "p", resume=True)
-    assert "Goes on after step 2" in said(events)
+    assert "Continues after step 2" in said(events)
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_every_difference_named(tmp_path: Path) -> None:
@@ -275,7 +276,7 @@ def test_the_command_goes_on_with_resume_after_kill_9(
     torch.set_num_threads(1)
     try:
         assert main([*killed, "--resume"]) == 0
-        assert "Goes on after step" in capsys.readouterr().out
+        assert "Continues after step" in capsys.readouterr().out
         assert main([*given, "--out", str(tmp_path / "whole")]) == 0
     finally:
         torch.set_num_threads(threads)

@@ -13,7 +13,7 @@ from softprompt.data.batch import Encoded, collate
 from softprompt.data.example import Example, Splits
 from softprompt.loss.context_cache import context_bytes, contexts_of
 from softprompt.loss.fast import FastLoss
-from softprompt.tuning.events import Said
+from softprompt.tuning.events import Note
 from softprompt.tuning.loop import tune
 from softprompt.tuning.recipe import Recipe
 from tiny_models import tiny_model, tiny_tokenizer
@@ -170,7 +170,7 @@ def test_a_run_says_what_is_kept_and_reads_every_context_once(tmp_path: object) 
         lm=lm,
         loss=loss,
         splits=Splits(rows, (), (), "memory", None),
-        on_event=lambda event: said.append(event.text) if isinstance(event, Said) else None,
+        on_event=lambda event: said.append(event.text) if isinstance(event, Note) else None,
     )
     assert any("4 contexts" in text and "tune.context_cache_gigabytes" in text for text in said)
     assert (len(loss.contexts), loss.contexts.read) == (4, 4)

@@ -15,8 +15,9 @@ from softprompt.inference.compiled import text_state
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.prompt.soft_prompt import DeepPrompt
 from softprompt.store.artifact import load_prompt
-from softprompt.tuning.loop import Tuned, tune
+from softprompt.tuning.loop import tune
 from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.result import TuneResult
 from tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = ["quick help", "thank you", "the lazy dog", "my order never came", "nobody answers", "act as a fox"]
@@ -27,7 +28,7 @@ def lm() -> FrozenLM:
     return FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), name="tiny")
 
 
-def learn(lm: FrozenLM, out: Path, *settings: str) -> Tuned:
+def learn(lm: FrozenLM, out: Path, *settings: str) -> TuneResult:
     rows = tuple(Example({"text": text}, row=n) for n, text in enumerate(TEXTS))
     base = ["data.source=x", f"out={out}", "prompt.kind=deep", "prompt.length=4", "tune.batch_size=3"]
     recipe = Recipe.from_flags({}, [*base, "tune.epochs=6", "tune.learning_rate=0.1", *settings])
@@ -38,7 +39,7 @@ def learn(lm: FrozenLM, out: Path, *settings: str) -> Tuned:
 def test_every_start_learns(lm: FrozenLM, tmp_path: Path, init: str) -> None:
     before = lm.weights_sha256()
     tuned = learn(lm, tmp_path / "p", f"prompt.init={init}", "prompt.init_text=Classify the text")
-    assert tuned.record["nll_after"] < tuned.record["nll_before"] - 0.1
+    assert tuned.nll_after < tuned.nll_before - 0.1
     assert lm.weights_sha256() == before
 
 

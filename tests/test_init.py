@@ -102,7 +102,7 @@ def test_another_prompt_is_taken_over_as_it_is(tmp_path: Path, learned: list[Any
 
 def test_a_run_that_starts_from_a_prompt_starts_at_its_loss(tmp_path: Path, learned: list[Any]) -> None:
     again = learn(tmp_path / "c", f"prompt.init_from=[{tmp_path / 'a'}]")
-    assert again.record["nll_before"] == pytest.approx(learned[0].record["nll_after"], abs=1e-6)
+    assert again.nll_before == pytest.approx(learned[0].nll_after, abs=1e-6)
 
 
 def test_the_mean_of_two_prompts_is_that_of_their_rows(tmp_path: Path, learned: list[Any]) -> None:
@@ -122,7 +122,7 @@ def test_a_deep_prompt_starts_from_a_soft_ones_state(tmp_path: Path, learned: li
     deep = learn(
         tmp_path / "c", f"prompt.init_from=[{tmp_path / 'a'}]", "prompt.kind=deep", "tune.max_steps=1"
     )
-    assert deep.record["nll_before"] == pytest.approx(learned[0].record["nll_after"], abs=1e-5)
+    assert deep.nll_before == pytest.approx(learned[0].nll_after, abs=1e-5)
 
 
 def test_deep_prompts_have_a_mean_but_no_concatenation(tmp_path: Path) -> None:

@@ -21,10 +21,15 @@ from softprompt.loss.fast import FastLoss
 from softprompt.loss.gradient import Gradients, Loss
 from softprompt.loss.mean import mean_nll
 from softprompt.store.artifact import load_prompt
-from softprompt.tuning.events import BatchHalved, Event, Said, Stepped, Stopped, Validated
-from softprompt.tuning.loop import Run, Tuned, tune
+from softprompt.tuning.events import BatchHalved, Event, Note, Stepped, Stopped, Validated
+from softprompt.tuning.learner import Learner
+from softprompt.tuning.loop import tune
+from softprompt.tuning.rate import measured_rate
 from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.result import TuneResult
+from softprompt.tuning.run import Run
 from softprompt.tuning.settle import make_plan
+from softprompt.tuning.starts import start
 from tiny_models import tiny_model, tiny_tokenizer
 
 WORDS = ["order", "never", "came", "thank", "you", "quick", "help", "lazy", "dog", "nobody"]
@@ -56,11 +61,11 @@ def learn(
     lm: FrozenLM | None = None,
     splits: Splits = SPLITS,
     loss: Loss | None = None,
-) -> Tuned:
+) -> TuneResult:
     return tune(recipe(out, *overrides), lm=lm or lm_of(), splits=splits, loss=loss)
 
 
-def vectors(tuned: Tuned) -> torch.Tensor:
+def vectors(tuned: TuneResult) -> torch.Tensor:
     return next(iter(tuned.prompt.tensors.values()))
 
 
@@ -79,11 +84,10 @@ def uphill(lm: FrozenLM) -> Loss:
 def test_held_out_loss_falls_and_both_figures_are_reported(tmp_path: Path, kind: str) -> None:
     lm = lm_of()
     tuned = learn(tmp_path / "p", f"prompt.kind={kind}", "tune.epochs=10", lm=lm)
-    record = tuned.record
-    assert record["nll_after"] < record["nll_before"] - 0.3
+    assert tuned.nll_after < tuned.nll_before - 0.3
     held_out = make_plan(recipe(tmp_path / "q", f"prompt.kind={kind}"), lm=lm, splits=SPLITS).held_out
     again = mean_nll(lm.token_nll, held_out, tuned.prompt.plain)
-    assert again == pytest.approx(record["nll_after"], abs=1e-6)
+    assert again == pytest.approx(tuned.nll_after, abs=1e-6)
 
 
 def test_the_base_is_the_same_to_the_byte_after_learning(tmp_path: Path) -> None:
@@ -99,10 +103,10 @@ def test_the_best_validated_step_is_kept_and_never_one_worse_than_the_start(tmp_
         recipe(tmp_path / "p"), lm=(lm := lm_of()), loss=uphill(lm), splits=SPLITS, on_event=seen.append
     )
     measured = {event.step: event.nll for event in seen if isinstance(event, Validated)}
-    assert tuned.record["nll_after"] == min(measured.values())
-    assert measured[tuned.record["best_step"]] == tuned.record["nll_after"]
-    assert tuned.record["nll_after"] <= tuned.record["nll_before"] == measured[0]
-    assert tuned.record["best_step"] == 0
+    assert tuned.nll_after == min(measured.values())
+    assert measured[tuned.best_step] == tuned.nll_after
+    assert tuned.nll_after <= tuned.nll_before == measured[0]
+    assert tuned.best_step == 0
 
 
 def test_the_saved_prompt_is_the_one_that_is_returned(tmp_path: Path) -> None:
@@ -128,7 +132,7 @@ def test_pieces_of_a_batch_add_up_to_the_gradient_of_the_whole(tmp_path: Path, k
         run = Run(plan, lambda event: None)
         (loss,) = Gradients(plan.loss, pieces)([run.learner.form], [plan.train.encoded])
         found.append((loss, [parameter.grad for parameter in run.learner.parameters]))
-        run.folder.close()
+        run.close()
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
     for whole, summed in zip(found[0][1], found[1][1], strict=True):
         assert whole is not None
@@ -141,7 +145,7 @@ def test_the_loss_of_a_step_is_the_mean_over_all_its_trained_tokens(tmp_path: Pa
     lm = lm_of()
     plan = make_plan(recipe(tmp_path), lm=lm, splits=SPLITS)
     run = Run(plan, lambda event: None)
-    (start,) = run.learner.now()
+    (start,) = run.learner.snapshot()
     (loss,) = run.gradients([run.learner.form], [plan.train.encoded])
     total = 0.0
     for one in plan.train.encoded:
@@ -151,7 +155,7 @@ def test_the_loss_of_a_step_is_the_mean_over_all_its_trained_tokens(tmp_path: Pa
         output = lm.model(inputs_embeds=embeddings_SD[None], labels=torch.tensor([labels]))
         total += output.loss.item() * one.trained_tokens
     assert loss == pytest.approx(total / plan.trained_tokens, abs=1e-5)
-    run.folder.close()
+    run.close()
 
 
 def failing_above(lm: FrozenLM, rows: int, error: Exception) -> Loss:
@@ -187,7 +191,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_learns_the_same(tmp_path: Path,
         BatchHalved(2, 2),
         BatchHalved(1, 4),
     ]
-    assert halved.record["accumulation"] == 4
+    assert halved.accumulation == 4
     torch.testing.assert_close(vectors(whole), vectors(halved), atol=1e-4, rtol=1e-3)
 
 
@@ -301,7 +305,7 @@ def test_a_text_start_scores_at_step_0_as_the_text_itself_put_in_place(
         count += len(row) - 1
     if bos:  # the row's start token stands between, and its first word is scored too
         assert lm.tokenizer(example.fields["text"])["input_ids"][0] == lm.tokenizer.bos_token_id
-    assert tuned.record["nll_before"] == pytest.approx(total / count, abs=1e-5)
+    assert tuned.nll_before == pytest.approx(total / count, abs=1e-5)
 
 
 def test_patience_ends_a_run_that_no_longer_gains(tmp_path: Path) -> None:
@@ -316,8 +320,8 @@ def test_with_nothing_held_out_the_latest_prompt_is_kept_and_the_output_says_by_
     tmp_path: Path,
 ) -> None:
     tuned = learn(tmp_path / "p", splits=Splits(SPLITS.train, (), (), "x"))
-    assert tuned.record["judged_on"] == "training"
-    assert tuned.record["best_step"] == tuned.record["steps"] == 9
+    assert tuned.judged_on == "training"
+    assert tuned.best_step == tuned.steps == 9
 
 
 def test_metrics_are_lines_of_plain_json_with_every_step(tmp_path: Path) -> None:
@@ -344,10 +348,10 @@ def test_a_rate_can_be_found_and_its_cost_is_said(tmp_path: Path) -> None:
     settings = recipe(tmp_path / "p", "tune.learning_rate=find", "tune.epochs=10", by_adamw)
     tuned = tune(settings, lm=lm_of(), splits=SPLITS, on_event=seen.append)
     automatic = tune(recipe(tmp_path / "q", "tune.learning_rate=auto", by_adamw), lm=lm_of(), splits=SPLITS)
-    (said,) = [event.text for event in seen if isinstance(event, Said) and "found in" in event.text]
+    (said,) = [event.text for event in seen if isinstance(event, Note) and "found in" in event.text]
     assert "found in 5 x 5 steps and" in said
-    assert tuned.record["learning_rate"] == pytest.approx(10 * automatic.record["learning_rate"], rel=0.1)
-    assert f"Learning rate {tuned.record['learning_rate']:.2g}" in said
+    assert tuned.learning_rate == pytest.approx(10 * automatic.learning_rate, rel=0.1)
+    assert f"Learning rate {tuned.learning_rate:.2g}" in said
 
 
 def test_a_found_rate_is_not_looked_for_again_when_a_run_goes_on(tmp_path: Path) -> None:
@@ -355,8 +359,8 @@ def test_a_found_rate_is_not_looked_for_again_when_a_run_goes_on(tmp_path: Path)
     whole = tune(settings, lm=lm_of(), splits=SPLITS)
     seen: list[Event] = []
     again = tune(settings, lm=lm_of(), splits=SPLITS, on_event=seen.append, resume=True)
-    assert not [event for event in seen if isinstance(event, Said) and "found in" in event.text]
-    assert again.record["learning_rate"] == whole.record["learning_rate"]
+    assert not [event for event in seen if isinstance(event, Note) and "found in" in event.text]
+    assert again.learning_rate == whole.learning_rate
 
 
 def test_the_best_step_can_be_chosen_by_what_greedy_decoding_would_say(tmp_path: Path) -> None:
@@ -380,11 +384,11 @@ def test_the_best_step_can_be_chosen_by_what_greedy_decoding_would_say(tmp_path:
         on_event=seen.append,
     )
     scores = [event.score for event in seen if isinstance(event, Validated)]
-    assert tuned.record["score_after"] == max(scores)
-    assert tuned.record["score_after"] > tuned.record["score_before"] == scores[0]
+    assert tuned.score_after == max(scores)
+    assert tuned.score_after > tuned.score_before == scores[0]
     said = generate(lm, rows, tuned.prompt, DecodeSettings(max_new_tokens=1))
     right = [one.text == row.fields["label"] for one, row in zip(said, rows, strict=True)]
-    assert sum(right) / len(right) == tuned.record["score_after"]
+    assert sum(right) / len(right) == tuned.score_after
 
 
 def test_the_automatic_rate_of_a_deep_prompt_follows_the_keys_and_values_of_the_base(tmp_path: Path) -> None:
@@ -398,3 +402,87 @@ def test_the_automatic_rate_of_a_deep_prompt_follows_the_keys_and_values_of_the_
         cache = lm.model(ids[None], use_cache=True).past_key_values
     squares = [tensor.square().mean() for layer in cache.layers for tensor in (layer.keys, layer.values)]
     assert rate == pytest.approx(0.125 * (sum(squares) / len(squares)).item() ** 0.5, rel=0.05)
+
+
+def bowl(batch: Any, prompt: Any = None) -> torch.Tensor:
+    """1 + the mean square of the prompt for every token: its floor is a prompt of zeros, and long steps leave it."""
+    trained = int(batch.trained_BS[:, 1:].sum())
+    if prompt is None:
+        return torch.ones(trained)
+    level: torch.Tensor = 1.0 + sum(tensor.square().mean() for tensor in prompt)
+    return level.expand(trained)
+
+
+@pytest.mark.parametrize("held_out", [True, False], ids=["with rows held out", "with none"])
+def test_a_rate_that_makes_the_loss_rise_is_lowered_and_the_run_goes_back(
+    tmp_path: Path, held_out: bool
+) -> None:
+    splits = SPLITS if held_out else Splits(SPLITS.train, (), (), "x")
+    overrides = ("tune.learning_rate=9", "tune.epochs=8", "tune.valid_every_steps=4")
+    seen: list[Event] = []
+    tuned = tune(
+        recipe(tmp_path / "p", *overrides), lm=lm_of(), splits=splits, loss=bowl, on_event=seen.append
+    )
+    lowered = [event.text for event in seen if isinstance(event, Note) and "lowered" in event.text]
+    # Three training losses are seen before the first return: that of the start, and two far outside.
+    assert lowered[0].startswith("Step 3: training loss")
+    assert "Back to the prompt of step 0, learning rate lowered to 3." in lowered[0]
+    assert tuned.learning_rate == pytest.approx(9 / 3 ** len(lowered))
+    steps = {event.step: event.nll for event in seen if isinstance(event, Stepped)}
+    assert steps[3] > 10 > steps[4] == steps[1]
+
+
+def test_a_run_that_went_back_and_was_killed_ends_with_the_same_bits(tmp_path: Path) -> None:
+    overrides = ("tune.learning_rate=9", "tune.epochs=4", "tune.checkpoint_steps=1")
+    whole = learn(tmp_path / "whole", *overrides, loss=bowl)
+
+    def kill(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 5:
+            raise SystemExit
+
+    with pytest.raises(SystemExit):
+        tune(recipe(tmp_path / "cut", *overrides), lm=lm_of(), splits=SPLITS, loss=bowl, on_event=kill)
+    resumed = tune(recipe(tmp_path / "cut", *overrides), lm=lm_of(), splits=SPLITS, loss=bowl, resume=True)
+    assert whole.learning_rate < 9
+    assert resumed.learning_rate == whole.learning_rate
+    assert torch.equal(vectors(resumed), vectors(whole))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "adafactor"])
+@pytest.mark.parametrize("kind", ["soft", "deep"])
+def test_the_automatic_rate_promises_at_most_half_the_loss_in_the_first_step(
+    tmp_path: Path, optimizer: str, kind: str
+) -> None:
+    """The promise is measured as a difference of losses along the step, not by the gradient that set the rate."""
+    lm = lm_of()
+    settings = recipe(
+        tmp_path, f"prompt.kind={kind}", f"tune.optimizer={optimizer}", "tune.learning_rate=auto"
+    )
+    plan = make_plan(settings, lm=lm, splits=SPLITS)
+    rows = [plan.train.encoded[n] for n in epoch_order(plan.train.lengths, 4, seed=0, epoch=0)[0]]
+    (level,) = Gradients(lm.token_nll, 4).losses([start(plan)()], [rows])
+
+    def steep(batch: Any, prompt: Any = None) -> torch.Tensor:
+        return 5.0 + 1e3 * (lm.token_nll(batch, prompt) - level)
+
+    plan, gradients = make_plan(settings, lm=lm, splits=SPLITS, loss=steep), Gradients(steep, 4)
+    rate = measured_rate(plan, gradients)
+    assert rate < plan.learning_rate
+    learner = Learner(start(plan), plan.recipe.tune.model_copy(update={"warmup": 0.0}), rate * 0.1, 100)
+    before = learner.snapshot()
+    (nll,) = gradients([learner.form], [rows])
+    assert learner.step(nll)
+    after, opposite = (
+        learner.snapshot(),
+        tuple(2 * b - a for a, b in zip(learner.snapshot(), before, strict=True)),
+    )
+    up, down = (gradients.losses([prompt], [rows])[0] for prompt in (opposite, after))
+    assert (up - down) / 2 * 10 == pytest.approx(0.5 * nll, rel=0.1)
+
+
+def test_an_automatic_rate_is_never_above_its_share_of_the_embeddings_scale(tmp_path: Path) -> None:
+    lm = lm_of()
+    flat: Loss = lambda batch, prompt=None: 1.0 + 1e-4 * lm.token_nll(batch, prompt)  # noqa: E731
+    plan = make_plan(recipe(tmp_path, "tune.learning_rate=auto"), lm=lm, splits=SPLITS, loss=flat)
+    rms = lm.embedding_VD[: min(5000, lm.vocab_size)].float().square().mean().sqrt().item()
+    assert measured_rate(plan, Gradients(flat, 4)) == pytest.approx(0.5 * rms, rel=0.05)

@@ -10,7 +10,7 @@ import transformers
 
 from softprompt.prompt.reparam import Direct
 from softprompt.tuning.learner import Learner
-from softprompt.tuning.optim import MOMENTUM, Adafactor, Muon, automatic_rate, evened, rate_factor
+from softprompt.tuning.optim import MOMENTUM, Adafactor, Muon, automatic_rate, orthogonalised, rate_factor
 from softprompt.tuning.recipe import Tune
 
 
@@ -139,13 +139,13 @@ def test_muon_does_not_blow_up_rounding() -> None:
     thin = torch.randn(8, 3, generator=generator) @ torch.randn(3, 24, generator=generator)
     noise = torch.randn(8, 24, generator=generator)
     noise *= 1e-6 * thin.norm() / noise.norm()
-    torch.testing.assert_close(evened(thin), evened(thin + noise), atol=2e-3, rtol=0)
+    torch.testing.assert_close(orthogonalised(thin), orthogonalised(thin + noise), atol=2e-3, rtol=0)
 
 
 def test_parts_side_by_side_are_matrices_of_their_own() -> None:
     gradients = [torch.randn(3, 4, generator=torch.Generator().manual_seed(n)) * 10**n for n in range(2)]
-    apart = torch.cat([evened(one) for one in gradients], 1)
-    torch.testing.assert_close(evened(torch.cat(gradients, 1), parts=2), apart)
+    apart = torch.cat([orthogonalised(one) for one in gradients], 1)
+    torch.testing.assert_close(orthogonalised(torch.cat(gradients, 1), parts=2), apart)
     torch.testing.assert_close(apart[:, :4] @ apart[:, :4].T, 4 * torch.eye(3), atol=0.01, rtol=0)
 
 
@@ -156,7 +156,7 @@ def test_a_learner_goes_on_from_its_state_to_the_bit(optimizer: str) -> None:
 
     def move(learner: Learner, gradient: torch.Tensor) -> None:
         learner.parameters[0].grad = gradient.clone()
-        assert learner.move()
+        assert learner.step()
 
     whole, first, second = made(), made(), made()
     for gradient in gradients():
@@ -166,21 +166,21 @@ def test_a_learner_goes_on_from_its_state_to_the_bit(optimizer: str) -> None:
     second.restore(first.state())
     for gradient in gradients()[3:]:
         move(second, gradient)
-    assert torch.equal(whole.now()[0], second.now()[0])
+    assert torch.equal(whole.snapshot()[0], second.snapshot()[0])
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     learner = Learner(Direct((torch.ones(2, 2),)), Tune(), 0.1, 5)
     learner.parameters[0].grad = torch.tensor([[1.0, math.nan], [0.0, 0.0]])
-    assert not learner.move()
-    assert torch.equal(learner.now()[0], torch.ones(2, 2))
-    assert learner.step == 0
+    assert not learner.step()
+    assert torch.equal(learner.snapshot()[0], torch.ones(2, 2))
+    assert learner.steps_done == 0
 
 
 def test_the_gradient_is_clipped_to_the_norm_asked_for() -> None:
     """AdamW's second step after a long gradient tells whether the first was clipped; Adafactor's first does not."""
     learner = Learner(Direct((torch.zeros(1, 2),)), Tune(optimizer="adamw", clip=1.0), 0.1, 5)
     learner.parameters[0].grad = torch.tensor([[30.0, 40.0]])
-    learner.move()
+    learner.step()
     state = learner.optimiser.state[learner.parameters[0]]
     torch.testing.assert_close(state["exp_avg"], 0.1 * torch.tensor([[0.6, 0.8]]), rtol=1e-4, atol=0)

@@ -100,7 +100,7 @@ def test_trackers_get_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tuned = learn(tmp_path / "p", "tune.trackers=[trackio]")
     assert logged[0][1]["name"] == "p"
     held_out = {step: figures["held_out/nll"] for step, figures in logged[1:] if "held_out/nll" in figures}
-    assert min(held_out.values()) == tuned.record["nll_after"]
+    assert min(held_out.values()) == tuned.nll_after
     assert sum("training/nll" in figures for _, figures in logged) == 9
     assert ended == [True]
 

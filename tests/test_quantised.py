@@ -31,7 +31,7 @@ def test_a_prompt_learns_on_packed_weights_and_belongs_to_them(
     lm = FrozenLM.load(str(base), dtype=dtype, device="cpu")
     before = lm.weights_sha256()
     tuned = learn(tmp_path / "p", "tune.epochs=6", lm=lm)
-    assert tuned.record["nll_after"] < tuned.record["nll_before"] - 0.05
+    assert tuned.nll_after < tuned.nll_before - 0.05
     assert lm.weights_sha256() == before
     assert "in 8 bits" in lm.dtype_reason or "in 4 bits" in lm.dtype_reason
     with pytest.raises(WrongBase):

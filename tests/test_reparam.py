@@ -102,11 +102,11 @@ def test_what_is_saved_scores_exactly_as_what_was_trained(tmp_path: Path, name: 
     lm = lm_of()
     settings = recipe(tmp_path / "p", f"prompt.form={name}", f"prompt.kind={kind}", "prompt.form_width=6")
     tuned = tune(settings, lm=lm, splits=SPLITS)
-    assert tuned.record["nll_after"] < tuned.record["nll_before"] - 0.005
+    assert tuned.nll_after < tuned.nll_before - 0.005
     loaded: Any = tuple(load_prompt(tmp_path / "p", base=lm.fingerprint).tensors.values())
     held_out = make_plan(settings, lm=lm, splits=SPLITS).held_out
     found = mean_nll(FastLoss(lm), held_out, tuple(loaded))
-    assert found == pytest.approx(tuned.record["nll_after"], abs=1e-6)
+    assert found == pytest.approx(tuned.nll_after, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -114,7 +114,7 @@ def test_a_form_learns_the_same_again_and_from_its_state(name: str) -> None:
     def moved(learner: Learner, steps: int) -> Learner:
         for _ in range(steps):
             learner.form()[0].sum().backward()
-            assert learner.move()
+            assert learner.step()
         return learner
 
     def fresh() -> Learner:
@@ -122,7 +122,7 @@ def test_a_form_learns_the_same_again_and_from_its_state(name: str) -> None:
 
     whole, cut, resumed = moved(fresh(), 6), moved(fresh(), 3), fresh()
     resumed.restore(cut.state())
-    assert torch.equal(moved(resumed, 3).now()[0], whole.now()[0])
+    assert torch.equal(moved(resumed, 3).snapshot()[0], whole.snapshot()[0])
 
 
 def test_tasks_share_one_part_and_keep_their_own(tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_tasks_share_one_part_and_keep_their_own(tmp_path: Path) -> None:
     lm = lm_of()
     tuned = tune_tasks(recipes, lm=lm)
     for one in tuned:
-        assert one.record["nll_after"] < one.record["nll_before"]
-        assert one.record["best_step"] == one.record["steps"]
+        assert one.nll_after < one.nll_before
+        assert one.best_step == one.steps
     ratio_PD = vectors(tuned[0]) / vectors(tuned[1])
     # A quotient of two rank-1 parts is of rank 1: what the tasks share has gone from it.
     singular = torch.linalg.svdvals(ratio_PD.double())

@@ -14,14 +14,14 @@ import torch
 from softprompt.cli.app import main
 from softprompt.errors import RecipeError
 from softprompt.store.artifact import load_prompt
-from softprompt.tuning.sweep import Swept, drawn, grid, stretches, sweep
+from softprompt.tuning.sweep import SweepResult, drawn, grid, stretches, sweep
 from test_learn import SPLITS, breaking_at, learn, lm_of, recipe, vectors
 from tiny_models import tiny_model, tiny_tokenizer
 
 RATES = grid({"tune.learning_rate": ["0.3", "1e-6", "0.05", "1e-5"]})
 
 
-def swept(out: Path, lm: Any = None, **options: Any) -> Swept:
+def swept(out: Path, lm: Any = None, **options: Any) -> SweepResult:
     given = {"settings": RATES, "lm": lm or lm_of(), "splits": SPLITS} | options
     return sweep(recipe(out, "tune.epochs=4"), **given)
 
@@ -66,10 +66,7 @@ def test_the_winner_is_the_setting_with_the_lowest_held_out_loss_and_the_prompt_
     tmp_path: Path,
 ) -> None:
     found = swept(tmp_path / "sweep")
-    alone = {
-        setting: learn(tmp_path / setting[0], "tune.epochs=4", *setting).record["nll_after"]
-        for setting in RATES
-    }
+    alone = {setting: learn(tmp_path / setting[0], "tune.epochs=4", *setting).nll_after for setting in RATES}
     assert found.setting == min(alone, key=lambda one: alone[one]) == ("tune.learning_rate=0.3",)
     for trial in found.trials:
         assert trial.nll == pytest.approx(alone[trial.setting], abs=1e-4)

@@ -19,9 +19,10 @@ from softprompt.cli.progress import ShowTable
 from softprompt.errors import NotFinite, RecipeError
 from softprompt.loss.fast import FastLoss
 from softprompt.store.artifact import load_prompt
-from softprompt.tuning.events import BatchHalved, Event, Said, Saved, Stepped
-from softprompt.tuning.loop import Tuned, tune
+from softprompt.tuning.events import BatchHalved, Event, Note, Saved, Stepped
+from softprompt.tuning.loop import tune
 from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.result import TuneResult
 from softprompt.tuning.together import Together, tune_tasks, tune_together
 from test_checkpoint import contents
 from test_learn import SPLITS, failing_above, learn, lm_of, recipe, vectors
@@ -41,7 +42,7 @@ UNLIKE = {
 }
 
 
-def side_by_side(folder: Path, runs: dict[str, tuple[str, ...]], lm: Any = None) -> dict[str, Tuned]:
+def side_by_side(folder: Path, runs: dict[str, tuple[str, ...]], lm: Any = None) -> dict[str, TuneResult]:
     recipes = [recipe(folder / name, *overrides) for name, overrides in runs.items()]
     return dict(zip(runs, tune_together(recipes, lm=lm or lm_of(), splits=SPLITS), strict=True))
 
@@ -52,8 +53,8 @@ def test_ten_unlike_runs_give_the_prompts_of_ten_runs_alone(tmp_path: Path) -> N
         alone = learn(tmp_path / name, *overrides)
         torch.testing.assert_close(vectors(together[name]), vectors(alone), atol=2e-4, rtol=1e-3)
         for figure in ("steps", "best_step", "tokens"):
-            assert together[name].record[figure] == alone.record[figure]
-        assert together[name].record["nll_after"] == pytest.approx(alone.record["nll_after"], abs=1e-4)
+            assert getattr(together[name], figure) == getattr(alone, figure)
+        assert together[name].nll_after == pytest.approx(alone.nll_after, abs=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["GPT-2", "BLOOM (ALiBi)", "Mixtral (experts)"])
@@ -107,8 +108,8 @@ def test_a_batch_that_does_not_fit_is_told_to_every_run(tmp_path: Path) -> None:
     for number, one in enumerate(tuned):
         told = [event for run, event in seen if run == number and isinstance(event, BatchHalved)]
         assert told == [BatchHalved(4, 2), BatchHalved(2, 4)]
-        assert (Path(one.record["path"]) / "metrics.jsonl").read_text().count('"event": "BatchHalved"') == 2
-        assert one.record["accumulation"] == 2  # of its own 4 rows
+        assert (Path(one.path) / "metrics.jsonl").read_text().count('"event": "BatchHalved"') == 2
+        assert one.accumulation == 2  # of its own 4 rows
 
 
 def test_one_run_that_breaks_does_not_break_the_others(tmp_path: Path) -> None:
@@ -127,10 +128,10 @@ def test_one_run_that_breaks_does_not_break_the_others(tmp_path: Path) -> None:
 def test_a_run_that_is_dropped_leaves_its_best_prompt_and_the_others_go_on(tmp_path: Path) -> None:
     together = Together([recipe(tmp_path / name) for name in "ab"], lm=lm_of(), splits=SPLITS)
     together.advance(1 / 3)
-    assert [run.step for run in together.runs] == [3, 3]
+    assert [run.steps_done for run in together.runs] == [3, 3]
     together.drop(0)
     together.advance()
-    assert [run.step for run in together.runs] == [3, 9]
+    assert [run.steps_done for run in together.runs] == [3, 9]
     together.save()
     assert load_prompt(tmp_path / "a").notes["metrics"]["stopped"] == "dropped"
     torch.testing.assert_close(
@@ -225,7 +226,7 @@ def steps_recorded(out: Path) -> list[int]:
 
 
 def test_runs_that_were_killed_go_on_each_from_its_own_step(tmp_path: Path) -> None:
-    def together(folder: Path, **options: Any) -> list[Tuned]:
+    def together(folder: Path, **options: Any) -> list[TuneResult]:
         runs = {
             "often": ("tune.checkpoint_steps=2", "tune.epochs=4"),
             "rarely": ("tune.checkpoint_steps=5", "tune.epochs=4", "tune.seed=1"),
@@ -249,8 +250,8 @@ def test_runs_that_were_killed_go_on_each_from_its_own_step(tmp_path: Path) -> N
     for one, other in zip(whole, resumed, strict=True):
         torch.testing.assert_close(vectors(one), vectors(other), atol=2e-4, rtol=1e-3)
         for figure in ("steps", "best_step", "tokens"):
-            assert one.record[figure] == other.record[figure]
-        assert steps_recorded(Path(other.record["path"])) == list(range(1, other.record["steps"] + 1))
+            assert getattr(one, figure) == getattr(other, figure)
+        assert steps_recorded(Path(other.path)) == list(range(1, other.steps + 1))
 
 
 def test_one_checkpoint_of_another_run_leaves_the_files_of_all_runs_as_they_were(tmp_path: Path) -> None:
@@ -303,16 +304,16 @@ def test_tasks_that_were_killed_end_with_the_same_bits(
     said: list[str] = []
 
     def note(number: int, event: Event) -> None:
-        if isinstance(event, Said):
+        if isinstance(event, Note):
             said.append(event.text)
 
     resumed = tune_tasks(recipes, lm=lm, on_event=note, resume=True)
-    assert any(f"Goes on after step {(cut[1] - 1) // 2 * 2}" in text for text in said)
+    assert any(f"Continues after step {(cut[1] - 1) // 2 * 2}" in text for text in said)
     for one, other in zip(whole, resumed, strict=True):
         assert torch.equal(vectors(one), vectors(other))
         for figure in ("nll_before", "nll_after", "best_step", "steps", "tokens", "stopped"):
-            assert one.record[figure] == other.record[figure]
-        assert steps_recorded(Path(other.record["path"])) == list(range(1, other.record["steps"] + 1))
+            assert getattr(one, figure) == getattr(other, figure)
+        assert steps_recorded(Path(other.path)) == list(range(1, other.steps + 1))
     assert not list((tmp_path / "cut").glob("task[12]/checkpoints/*.checkpoint"))
 
 
@@ -366,8 +367,8 @@ def test_tasks_go_on_in_whatever_order_they_are_given(tmp_path: Path) -> None:
     assert saved == {place: str(tmp_path / "moved" / f"task{n}") for place, n in enumerate(order)}
     for n, one in zip(order, resumed, strict=True):
         assert torch.equal(vectors(whole[n]), vectors(one))
-        assert one.record["path"] == saved[order.index(n)]
-        assert steps_recorded(Path(one.record["path"])) == list(range(1, one.record["steps"] + 1))
+        assert one.path == saved[order.index(n)]
+        assert steps_recorded(Path(one.path)) == list(range(1, one.steps + 1))
 
 
 def test_tasks_with_a_new_one_before_them_are_not_begun_anew(tmp_path: Path) -> None:
@@ -467,7 +468,7 @@ def test_multitask_recipes_share_a_part_and_go_on_with_resume(
     singular = torch.linalg.svdvals((learned[0] / learned[1]).double())
     assert singular[1] < 1e-3 * singular[0]  # a quotient of two rank-1 parts: the shared one has gone from it
     assert main([*given, "--resume"]) == 0
-    assert "runs/b: Goes on after step 4 of 4." in capsys.readouterr().out
+    assert "runs/b: Continues after step 4 of 4." in capsys.readouterr().out
     again = [next(iter(load_prompt(f"runs/{name}").tensors.values())) for name in "ab"]
     assert all(map(torch.equal, learned, again))
 

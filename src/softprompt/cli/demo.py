@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
     from softprompt.data.example import Example
     from softprompt.prompt.soft_prompt import Prompt
-    from softprompt.tuning.loop import Tuned
+    from softprompt.tuning.result import TuneResult
 
 INPUTS = (
     "I want you to act as a gardener.",
@@ -88,7 +88,7 @@ def show(console: Screen, out: Path, seed: int, began: float) -> dict[str, Any]:
         heading(console, "task 2 is left out, since this machine is slow or busy")
 
     sha256_after = lm.weights_sha256()
-    path, bytes = tuned.record["path"], tuned.record["prompt_bytes"]
+    path, bytes = tuned.path, tuned.prompt_bytes
     heading(console, "the model is unchanged")
     fact(console, "sha256 before", sha256_before)
     same = "identical" if sha256_after == sha256_before else "DIFFERENT"
@@ -106,7 +106,7 @@ def show(console: Screen, out: Path, seed: int, began: float) -> dict[str, Any]:
         "heldout_rows": rows,
         "prompt_path": path,
         "prompt_bytes": bytes,
-        "tune": tuned.record,
+        "tune": tuned.to_record(),
         "messages": sorting,
     }
 
@@ -135,7 +135,7 @@ def messages_recipe(out: Path, seed: int) -> Recipe:
     )
 
 
-def first_task(console: Screen, lm: FrozenLM, recipe: Recipe) -> Tuned:
+def first_task(console: Screen, lm: FrozenLM, recipe: Recipe) -> TuneResult:
     """What will be trained, then the training."""
     heading(console, "task 1: role prompts. What will be trained")
     preview(console, lm, recipe, rows=1)
@@ -159,8 +159,8 @@ def second_task(console: Screen, lm: FrozenLM, recipe: Recipe) -> dict[str, Any]
         f"{before:.3f} before, {after:.3f} after (n={len(test)}, label generated freely)",
     )
     return {
-        "path": tuned.record["path"],
-        "bytes": tuned.record["prompt_bytes"],
+        "path": tuned.path,
+        "bytes": tuned.prompt_bytes,
         "accuracy_before": before,
         "accuracy_after": after,
         "rows": len(test),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,7 +17,7 @@ from softprompt.progress.runs import ShowTable
 from softprompt.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
-    from softprompt.tuning.sweep import Trial
+    from softprompt.tuning.sweep import SweepResult, Trial
 
 
 EXAMPLE = "softprompt sweep my.yaml --grid tune.learning_rate=0.01,0.03,0.1 --seeds 2"
@@ -90,12 +90,11 @@ def command(
     except KeyboardInterrupt:
         line(console, RESUME)
         raise
-    record = swept.record(recipe.out)
     heading(console, "all settings")
     console.print(table.ranked())
-    _show(console, record, seeds)
+    _show(console, swept, seeds)
     if as_json:
-        emit(record)
+        emit(swept.to_record())
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -110,12 +109,10 @@ def _line(trial: str) -> int:
     return int(trial[:3])
 
 
-def _show(console: Screen, record: dict[str, Any], seeds: int) -> None:
+def _show(console: Screen, swept: SweepResult, seeds: int) -> None:
     heading(console, "result")
-    error = (
-        f" ± {record['nll_error']:.4f} ({seeds} seeds)" if record["nll_error"] == record["nll_error"] else ""
-    )
-    fact(console, "winner", " ".join(record["setting"]))
-    fact(console, "held-out loss", f"{figure(record['nll'])}{error} nats per token")
-    fact(console, "prompt", record["path"])
-    fact(console, "records", f"{record['path']}/sweep.jsonl")
+    error = f" ± {swept.nll_error:.4f} ({seeds} seeds)" if swept.nll_error == swept.nll_error else ""
+    fact(console, "winner", " ".join(swept.setting))
+    fact(console, "held-out loss", f"{figure(swept.nll)}{error} nats per token")
+    fact(console, "prompt", swept.path)
+    fact(console, "records", f"{swept.path}/sweep.jsonl")

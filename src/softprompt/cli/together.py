@@ -11,7 +11,7 @@ from softprompt.cli import asked
 from softprompt.cli.screen import emit, fact, figure, heading, line, screen
 from softprompt.cli.tune import RESUME, describe_losses
 from softprompt.progress.runs import ShowTable
-from softprompt.tuning.events import Event, Said, Saved, Validated
+from softprompt.tuning.events import Event, Note, Saved, Validated
 from softprompt.tuning.recipe import Recipe
 
 EXAMPLE = "softprompt together first.yaml second.yaml --set tune.epochs=3"
@@ -49,7 +49,7 @@ def command(
         table.event(number, event)
         text = ""
         match event:
-            case Said():
+            case Note():
                 text = event.text
             case Validated() if not console.is_terminal:
                 kept = ", best so far, kept" if event.best else ""
@@ -68,9 +68,8 @@ def command(
         for path in saved:
             line(console, f"The best prompt so far is kept in {path}.")
         raise
-    records = [run.record for run in tuned]
     heading(console, "learned with one shared part" if sharing else "learned side by side")
-    for record in records:
-        fact(console, record["path"], " ".join(describe_losses(record)))
+    for result in tuned:
+        fact(console, result.path, f"{result.loss_name} {describe_losses(result)}")
     if as_json:
-        emit({"prompts": records})
+        emit({"prompts": [result.to_record() for result in tuned]})

@@ -18,8 +18,8 @@ from softprompt.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
-    from softprompt.tuning.loop import Tuned
     from softprompt.tuning.plan import Plan
+    from softprompt.tuning.result import TuneResult
 
 
 EXAMPLE = (
@@ -48,13 +48,14 @@ def command(
     if dry_run:
         record = show_plan(console, recipe)
     else:
-        record = learn(console, recipe, resume=resume).record
-        show_result(console, record)
+        result = learn(console, recipe, resume=resume)
+        show_result(console, result)
+        record = result.to_record()
     if as_json:
         emit(record)
 
 
-def learn(console: Screen, recipe: Recipe, lm: FrozenLM | None = None, *, resume: bool = False) -> Tuned:
+def learn(console: Screen, recipe: Recipe, lm: FrozenLM | None = None, *, resume: bool = False) -> TuneResult:
     """Run the recipe with its progress on the screen. After Ctrl-C, say what was kept before it goes on."""
     asked.demand_data(recipe)
     from softprompt.tuning.loop import tune
@@ -69,34 +70,36 @@ def learn(console: Screen, recipe: Recipe, lm: FrozenLM | None = None, *, resume
             raise
 
 
-def show_result(console: Screen, record: dict[str, Any]) -> None:
+def show_result(console: Screen, result: TuneResult) -> None:
     """Losses before and after, where the prompt lies, and what to do next."""
     heading(console, "result")
-    judged, losses = describe_losses(record)
-    fact(console, judged, f"{losses}; base alone {figure(record['nll_base'])} nats per token")
-    if record["selected_by"] != "nll":
+    fact(
+        console,
+        result.loss_name,
+        f"{describe_losses(result)}; base alone {figure(result.nll_base)} nats per token",
+    )
+    if result.selected_by != "nll":
         fact(
             console,
-            record["selected_by"].replace("_", " "),
-            f"{figure(record['score_before'])} at the start, {figure(record['score_after'])} at the best step",
+            result.selected_by.replace("_", " "),
+            f"{figure(result.score_before)} at the start, {figure(result.score_after)} at the best step",
         )
-    pace = record["tokens"] / record["seconds"] if record["seconds"] else math.nan
-    fact(console, "work", f"{record['tokens']:,} tokens in {record['seconds']:.0f} s ({pace:,.0f} tokens/s)")
-    fact(console, "peak memory", size(record["peak_memory_bytes"]))
-    fact(console, "prompt", f"{record['path']} ({size(record['prompt_bytes'])} of vectors)")
-    where = shlex.quote(str(record["path"]))
-    base = "" if record["base"] == "builtin" else f" --base {shlex.quote(str(record['base']))}"
+    pace = result.tokens / result.seconds if result.seconds else math.nan
+    fact(console, "work", f"{result.tokens:,} tokens in {result.seconds:.0f} s ({pace:,.0f} tokens/s)")
+    fact(console, "peak memory", size(result.peak_memory_bytes))
+    fact(console, "prompt", f"{result.path} ({size(result.prompt_bytes)} of vectors)")
+    where = shlex.quote(result.path)
+    base = "" if result.base == "builtin" else f" --base {shlex.quote(result.base)}"
     heading(console, "next")
     to_copy(console, f'softprompt generate{base} --prompt {where} --side-by-side "..."')
     to_copy(console, f"softprompt inspect {where}")
 
 
-def describe_losses(record: dict[str, Any]) -> tuple[str, str]:
-    """Which loss a run was judged by, and what it was before and after."""
+def describe_losses(result: TuneResult) -> str:
+    """The loss that a run was judged by, before and after."""
     return (
-        "held-out loss" if record["judged_on"] == "validation" else "training loss",
-        f"{figure(record['nll_before'])} at the start, {figure(record['nll_after'])} at the best step "
-        f"({record['best_step']} of {record['steps']})",
+        f"{figure(result.nll_before)} at the start, {figure(result.nll_after)} at the best step "
+        f"({result.best_step} of {result.steps})"
     )
 
 

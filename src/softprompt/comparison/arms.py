@@ -24,9 +24,10 @@ from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.store.artifact import prompt_bytes
 from softprompt.tuning.events import Event, Started, Stepped, Validated
-from softprompt.tuning.loop import Tuned, tune
+from softprompt.tuning.loop import tune
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.result import TuneResult
 from softprompt.tuning.settle import make_plan
 from softprompt.tuning.task import Task
 
@@ -286,22 +287,21 @@ def _tuned(given: Assignment, kind: str, recipe: Recipe) -> Ready:
         tree["tune"]["learning_rate"] = float(given.job.settings.rates[kind])
     recipe = Recipe(**tree)
 
-    def learn(steps: Recipe, tell: Callable[[Event], None]) -> Tuned:
+    def learn(steps: Recipe, tell: Callable[[Event], None]) -> TuneResult:
         return tune(steps, lm=given.lm, splits=given.task.splits, on_event=tell)
 
     recipe = _within_seconds(given, lambda _, probe, tell: learn(probe, tell), recipe)
     told = _Told(given.tell)
     done = learn(recipe, told)
-    record = done.record
     return Ready(
         given.lm,
         compile_prompt(given.lm, done.prompt),
         in_front=done.prompt,
         trained_parameters=told.trained or sum(one.numel() for one in done.prompt.tensors.values()),
         stored_bytes=prompt_bytes(recipe.out),
-        steps=int(record["steps"]),
-        best_step=int(record["best_step"]),
-        learning_rate=float(record["learning_rate"]),
+        steps=done.steps,
+        best_step=done.best_step,
+        learning_rate=done.learning_rate,
         curve=told.curve,
         validation=told.validation,
         restore=lambda: given.lm,

@@ -7,7 +7,7 @@ form. Several prompts can share a pass: each row of the batch reads its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -42,9 +42,10 @@ class Gradients:
         Raises OutOfMemory where even one row does not fit."""
         prompts = [form() for form in forms]
         while True:
-            leaves = [_leaf(prompt) for prompt in prompts]
+            leaves, losses = [_leaf(prompt) for prompt in prompts], MeanLosses(rows)
             try:
-                losses = self._at(leaves, rows)
+                for nll_N, piece in self._pieces(leaves, rows):
+                    losses.weighted_sum(nll_N, piece).backward()  # type: ignore[no-untyped-call]
                 break
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
@@ -52,28 +53,24 @@ class Gradients:
                 self._halve(rows, error)
         for prompt, leaf in zip(prompts, leaves, strict=True):
             torch.autograd.backward(prompt, [_gradient(tensor) for tensor in leaf])
-        return losses
+        return losses.means()
 
     def losses(self, prompts: Sequence[Plain], rows: Sequence[Sequence[Encoded]]) -> list[float]:
         """Each prompt's mean loss on its own rows, in nats per trained token; no gradient."""
+        losses = MeanLosses(rows)
         with torch.inference_mode():
-            return self._at(prompts, rows)
+            for nll_N, piece in self._pieces(prompts, rows):
+                losses.add(nll_N, piece)
+        return losses.means()
 
-    def _at(self, leaves: Sequence[Plain], rows: Sequence[Sequence[Encoded]]) -> list[float]:
-        tokens = [sum(row.trained_tokens for row in own) for own in rows]
-        losses = [0.0] * len(leaves)
-        for prompt, pieces in _shared(leaves, rows):
-            for first in range(0, len(pieces), self.rows):
-                piece = pieces[first : first + self.rows]
-                nll_N = self.loss(collate([row for _, row in piece]), prompt)
-                if nll_N.requires_grad:
-                    owners = [r for r, row in piece for _ in range(row.trained_tokens)]
-                    share_N = torch.tensor([1 / tokens[r] for r in owners], device=nll_N.device)
-                    (nll_N * share_N).sum().backward()  # type: ignore[no-untyped-call]
-                counts = [row.trained_tokens for _, row in piece]
-                for (r, _), own in zip(piece, torch.split(nll_N.detach().double(), counts), strict=True):
-                    losses[r] += float(own.sum())
-        return [loss / count for loss, count in zip(losses, tokens, strict=True)]
+    def _pieces(
+        self, prompts: Sequence[Plain], rows: Sequence[Sequence[Encoded]]
+    ) -> Iterator[tuple[Tensor, list[tuple[int, Encoded]]]]:
+        """The losses of every token, at most `self.rows` rows at a time, and those rows with their owners."""
+        for prompt, owned in _shared(prompts, rows):
+            for first in range(0, len(owned), self.rows):
+                piece = owned[first : first + self.rows]
+                yield self.loss(collate([row for _, row in piece]), prompt), piece
 
     def _halve(self, rows: Sequence[Sequence[Encoded]], error: BaseException) -> None:
         largest = min(self.rows, sum(map(len, rows)))
@@ -87,6 +84,31 @@ class Gradients:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.halved(self.rows)
+
+
+class MeanLosses:
+    """Adds up the losses of each owner's rows, which come in pieces that may mix owners."""
+
+    def __init__(self, rows: Sequence[Sequence[Encoded]]) -> None:
+        self.tokens = [sum(row.trained_tokens for row in own) for own in rows]
+        self.sums = [0.0] * len(rows)
+
+    def weighted_sum(self, nll_N: Tensor, piece: Sequence[tuple[int, Encoded]]) -> Tensor:
+        """The piece's part of the sum of all owners' mean losses, to be differentiated; the figures are added up."""
+        owners = [r for r, row in piece for _ in range(row.trained_tokens)]
+        share_N = torch.tensor([1 / self.tokens[r] for r in owners], device=nll_N.device)
+        self.add(nll_N, piece)
+        return (nll_N * share_N).sum()
+
+    def add(self, nll_N: Tensor, piece: Sequence[tuple[int, Encoded]]) -> None:
+        """Add the figures of a piece."""
+        counts = [row.trained_tokens for _, row in piece]
+        for (r, _), own in zip(piece, torch.split(nll_N.detach().double(), counts), strict=True):
+            self.sums[r] += float(own.sum())
+
+    def means(self) -> list[float]:
+        """Each owner's mean loss, in nats per trained token."""
+        return [total / count for total, count in zip(self.sums, self.tokens, strict=True)]
 
 
 def _shared(

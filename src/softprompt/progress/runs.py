@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from softprompt.progress.console import Screen, figure, table, visible
-from softprompt.tuning.events import BatchHalved, Event, Said, Saved, Started, Stepped, Stopped, Validated
+from softprompt.tuning.events import BatchHalved, Event, Note, Saved, Started, Stepped, Stopped, Validated
 
 PLAIN_EVERY_SECONDS = 5.0
 
@@ -82,7 +82,7 @@ class ShowProgress:
                 self.saved = event.path  # the command says so, and how to use it
             case Stopped():
                 self._line(_end(event))
-            case Said():
+            case Note():
                 self._line(event.text)
 
     def _short(self, text: str, more: str) -> str:

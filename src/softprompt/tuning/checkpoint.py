@@ -70,7 +70,11 @@ class Checkpoints:
             try:
                 state = _read(path)
             except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                then = "the one before is taken" if place + 1 < len(found) else "the run starts anew"
+                then = (
+                    "the one before is taken"
+                    if place + 1 < len(found)
+                    else "the run starts from the beginning"
+                )
                 self.tell(f"{path} is damaged ({error}): {then}.")
                 continue
             self.last_step, self.own = int(path.name.removesuffix(ENDING)), True
@@ -120,5 +124,5 @@ def demand_same(then: Mapping[str, str], now: Mapping[str, str], out: str) -> No
     if differing:
         raise RecipeError(
             f"{out}: its checkpoint is of another run: {'; '.join(differing)}. Set these back to go on, or leave out "
-            "--resume to start anew."
+            "--resume to start from the beginning."
         )

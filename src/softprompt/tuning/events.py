@@ -1,4 +1,4 @@
-"""What a tuning run tells while it runs: small frozen records, handed to `on_event` one by one.
+"""What a tuning run reports while it runs: small frozen records, handed to `on_event` one by one.
 
 Losses are in nats per trained token, times in seconds. A figure that is not known is nan, never 0. No torch here, so
 that a progress bar, a log file or a tracker can read them without it.
@@ -30,7 +30,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Stepped:
-    """One optimiser step is done."""
+    """One optimiser step was taken."""
 
     step: int
     steps: int
@@ -64,7 +64,7 @@ class BatchHalved:
 
 @dataclass(frozen=True)
 class Saved:
-    """The prompt lies on disk."""
+    """The prompt was written to disk."""
 
     path: str
     bytes: int
@@ -72,7 +72,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The run is over; `reason` is one of finished, patience, interrupted."""
+    """The run is over; `reason` is one of finished, patience, dropped, interrupted, failed."""
 
     reason: str
     step: int
@@ -81,10 +81,10 @@ class Stopped:
 
 
 @dataclass(frozen=True)
-class Said:
-    """One sentence for the person who waits, such as why a dtype was chosen or how many texts were cut."""
+class Note:
+    """One sentence for the user, such as why a dtype was chosen or how many texts were cut."""
 
     text: str
 
 
-Event: TypeAlias = Started | Stepped | Validated | BatchHalved | Saved | Stopped | Said
+Event: TypeAlias = Started | Stepped | Validated | BatchHalved | Saved | Stopped | Note

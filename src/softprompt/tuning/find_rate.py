@@ -12,7 +12,7 @@ from softprompt.tuning.learner import Learner
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.starts import start
 
-FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the automatic rate
+FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the measured rate
 SHARE, FEWEST, MOST = 0.1, 5, 50  # steps of each small run, as a share of the run's own
 JUDGED_ROWS = 64
 
@@ -34,12 +34,12 @@ class Found:
         )
 
 
-def find_rate(plan: Plan, gradients: Gradients) -> Found:
-    """Run each rate through a whole schedule of a tenth of the steps (5 to 50), on the same rows in the same passes."""
+def find_rate(plan: Plan, gradients: Gradients, middle: float) -> Found:
+    """Run five rates around `middle` through a whole schedule of a tenth of the steps (5 to 50), on the same rows in the same passes."""
     began = time.perf_counter()
     tune = plan.recipe.tune
     steps = min(plan.steps, max(FEWEST, min(MOST, round(SHARE * plan.steps))))
-    rates = [float(f"{factor * plan.learning_rate:.2g}") for factor in FACTORS]
+    rates = [float(f"{factor * middle:.2g}") for factor in FACTORS]
     learners = [Learner(start(plan), tune, rate, steps) for rate in rates]
     broken: set[int] = set()
     for step in range(steps):
@@ -49,15 +49,13 @@ def find_rate(plan: Plan, gradients: Gradients) -> Found:
         going = [number for number in range(len(rates)) if number not in broken]
         losses = gradients([learners[number].form for number in going], [rows] * len(going))
         broken |= {
-            number
-            for number, nll in zip(going, losses, strict=True)
-            if not math.isfinite(nll) or not learners[number].move()
+            number for number, nll in zip(going, losses, strict=True) if not learners[number].step(nll)
         }
     judged = list(plan.held_out)[:JUDGED_ROWS]
-    nlls = gradients.losses([learner.now() for learner in learners], [judged] * len(rates))
+    nlls = gradients.losses([learner.snapshot() for learner in learners], [judged] * len(rates))
     tried = tuple(
         (rate, math.inf if number in broken or not math.isfinite(nll) else nll)
         for number, (rate, nll) in enumerate(zip(rates, nlls, strict=True))
     )
-    rate = min(tried, key=lambda one: one[1])[0]
+    rate = min(tried, key=lambda pair: pair[1])[0]
     return Found(rate, tried, steps, time.perf_counter() - began)

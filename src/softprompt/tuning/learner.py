@@ -1,4 +1,4 @@
-"""One prompt as it learns: its trained form, its optimiser, its place in the schedule, and the best prompt so far."""
+"""One prompt as it learns: its trained form, optimiser and schedule, and the best prompt so far."""
 
 from __future__ import annotations
 
@@ -6,54 +6,89 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from softprompt.prompt.reparam import Form
 from softprompt.prompt.soft_prompt import Plain
 from softprompt.tuning.optim import OPTIMIZERS, rate_factor
 from softprompt.tuning.recipe import Tune
 
+RECENT_STEPS = 3  # training losses that are averaged to see a divergence
+TRAINING_MARGIN, TRAINING_MARGIN_NATS = 1.25, 0.25  # above the start; batches of one task differ by less
+HELD_OUT_MARGIN = 1.02  # the same rows every time, so that little noise is left
+LOWERED_BY, MOST_LOWERED = 3.0, 4  # down to an 81st
+
 
 class Learner:
-    """Knows neither data nor base: gradients come in, steps and judgements are made.
+    """Takes optimiser steps and keeps the best prompt; knows neither data nor base.
 
-    `best` is the prompt of the best held-out loss so far (nats per token), which is what gets saved."""
+    `best` is the prompt of the best held-out loss so far (nats per token), which is what gets saved. `rate_taken` is
+    the learning rate of the latest step."""
 
     def __init__(self, form: Form, settings: Tune, learning_rate: float, steps: int) -> None:
         self.form, self.settings, self.learning_rate, self.steps = form, settings, learning_rate, steps
         trained = form.trained()
-        self.parameters = [one.parameter for one in trained]
-        groups = [{"params": [one.parameter], "factor": one.factor, "parts": one.parts} for one in trained]
+        self.parameters = [part.parameter for part in trained]
+        groups = [
+            {"params": [part.parameter], "factor": part.factor, "parts": part.parts} for part in trained
+        ]
         self.optimiser = OPTIMIZERS[settings.optimizer](groups, learning_rate, settings.weight_decay)
-        self.step, self.best_step, self.without_gain = 0, 0, 0
-        self.nll_start = self.nll_best = self.score_start = self.score_best = math.nan
-        self.best: Plain = self.now()
+        self.steps_done, self.best_step, self.without_gain, self.times_lowered = 0, 0, 0, 0
+        self.rate_taken = math.nan
+        self.recent: list[float] = []
+        self.nll_start = self.nll_best = self.nll_first = self.score_start = self.score_best = math.nan
+        self.best: Plain = self.snapshot()
+        self.best_form = _copies(form)
 
     @property
     def rate(self) -> float:
         """The learning rate of the coming step."""
         tune = self.settings
-        return self.learning_rate * rate_factor(tune.schedule, self.step + 1, self.steps, tune.warmup_share)
+        return self.learning_rate * rate_factor(
+            tune.schedule, self.steps_done + 1, self.steps, tune.warmup_share
+        )
 
-    def now(self) -> Plain:
-        """A copy of the prompt as it stands."""
+    def snapshot(self) -> Plain:
+        """A copy of the plain prompt at this step."""
         with torch.no_grad():
             prompt = self.form()
         return tuple(tensor.clone() for tensor in prompt)
 
-    def move(self) -> bool:
-        """One step along the gradient at hand, clipped; False, and no step, where the gradient is not finite."""
+    def step(self, nll: float = 0.0) -> bool:
+        """Takes one optimiser step along the parameters' gradients, clipped, at the scheduled rate.
+
+        False, and no step, where the gradient or the loss `nll` that it belongs to is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
-        finite = bool(torch.isfinite(norm))
+        finite = math.isfinite(nll) and bool(torch.isfinite(norm))
         if finite:
+            self.rate_taken = self.rate
             for group in self.optimiser.param_groups:
-                group["lr"] = self.rate * group["factor"]
+                group["lr"] = self.rate_taken * group["factor"]
             self.optimiser.step()
-            self.step += 1
+            self.steps_done += 1
+            self.recent = [*self.recent, nll][-RECENT_STEPS:]
+            self.nll_first = nll if math.isnan(self.nll_first) else self.nll_first
         self.optimiser.zero_grad()
         return finite
 
-    def judge(self, nll: float, prompt: Plain, *, score: float = math.nan, always: bool = False) -> bool:
-        """Take note of the held-out loss of `prompt`; True if it is the best so far (or the latest, with `always`).
+    def promised_fall(self) -> float:
+        """By how much the loss falls, to first order, for a unit of learning rate: minus the sum of gradient times
+        the optimiser's step at rate 1. Takes that step, so call it on a learner that is thrown away."""
+        # Values before, since the step is taken in place; and a share per parameter, as `step` takes it.
+        before = [parameter.detach().clone() for parameter in self.parameters]
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["factor"]
+        self.optimiser.step()
+        return -sum(
+            float((parameter.grad.double() * (parameter.detach() - old).double()).sum())
+            for parameter, old in zip(self.parameters, before, strict=True)
+            if parameter.grad is not None
+        )
+
+    def note_validation(
+        self, nll: float, prompt: Plain, *, score: float = math.nan, always: bool = False
+    ) -> bool:
+        """Compare the held-out loss of `prompt` with the best so far; True if it is better, or with `always`.
 
         A higher `score` is better whatever the loss; among equal scores, and without any, the lower loss is."""
         if math.isnan(self.nll_start):
@@ -63,36 +98,62 @@ class Learner:
         better = score > self.score_best if scored else nll < self.nll_best
         best = first or better or (always and math.isfinite(nll))
         if best:
-            self.best, self.best_step, self.nll_best, self.without_gain = prompt, self.step, nll, 0
+            self.best, self.best_step, self.nll_best, self.without_gain = prompt, self.steps_done, nll, 0
+            self.best_form = _copies(self.form)
             self.score_best = score
         else:
             self.without_gain += 1
         return best
 
+    def diverges(self, nll: float | None = None) -> bool:
+        """Whether the loss has risen clearly above its start: the held-out loss `nll` of just now, or without one the
+        mean training loss of the last steps.
+
+        The margins keep a rate that only looks bad: batches differ from each other, so training losses get a wider one
+        and count only when several have been seen."""
+        if self.times_lowered == MOST_LOWERED or not self.steps_done:
+            return False
+        if nll is not None:
+            return not nll <= HELD_OUT_MARGIN * self.nll_start
+        if len(self.recent) < RECENT_STEPS:
+            return False
+        start = max(self.nll_first, self.nll_start)
+        return sum(self.recent) / len(self.recent) > TRAINING_MARGIN * start + TRAINING_MARGIN_NATS
+
+    def go_back(self) -> None:
+        """Return to the best step's form, with a fresh optimiser and a third of the rate. The schedule goes on."""
+        self.learning_rate /= LOWERED_BY
+        self.times_lowered += 1
+        self.recent = []
+        self.form.load_state_dict(self.best_form)
+        self.optimiser.state.clear()
+
     @property
     def out_of_patience(self) -> bool:
+        """Whether `patience` validations in a row brought nothing better."""
         return bool(self.settings.patience) and self.without_gain >= (self.settings.patience or 0)
 
     def state(self) -> dict[str, Any]:
-        """All that another process needs to go on: plain numbers and tensors."""
+        """All that another process needs to continue: plain numbers and tensors."""
         return {
             "form": self.form.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "best": self.best,
+            "best_form": self.best_form,
             **{name: getattr(self, name) for name in _COUNTS},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Become what `state` was taken from."""
+        """Continue from a former `state()`."""
         self.form.load_state_dict(state["form"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.best = state["best"]
+        self.best, self.best_form = state["best"], state["best_form"]
         for name in _COUNTS:
             setattr(self, name, state[name])
 
 
 _COUNTS = (
-    "step",
+    "steps_done",
     "learning_rate",
     "best_step",
     "without_gain",
@@ -100,8 +161,16 @@ _COUNTS = (
     "nll_best",
     "score_start",
     "score_best",
+    "nll_first",
+    "recent",
+    "times_lowered",
 )
 
 
+def _copies(form: Form) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in form.state_dict().items()}
+
+
 def is_finite(prompt: Plain) -> bool:
+    """Whether every number of a plain prompt is finite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in prompt)

@@ -33,17 +33,19 @@ def automatic_rate(values: Tensor, share: float) -> float:
 
 
 class OneByOne(torch.optim.Optimizer):
-    """A rule that moves each parameter by its own gradient and state alone: `move`."""
+    """A rule that moves each parameter by its own gradient and state alone: `update`."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Takes a step with every parameter that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self.move(parameter, parameter.grad, self.state[parameter], group)
+                    self.update(parameter, parameter.grad, self.state[parameter], group)
 
-    def move(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
         """One step of one parameter, in place; `state` is empty at its first."""
         raise NotImplementedError
 
@@ -60,16 +62,18 @@ class Muon(OneByOne):
     def __init__(self, parameters: Parameters, lr: float, weight_decay: float = 0.0) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "parts": 1})
 
-    def move(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(gradient, 1.0 - MOMENTUM)
         ahead = state["momentum"].lerp(gradient, 1.0 - MOMENTUM)
         parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-        parameter.sub_(group["lr"] * evened(ahead, group["parts"]))
+        parameter.sub_(group["lr"] * orthogonalised(ahead, group["parts"]))
 
 
-def evened(matrix: Tensor, parts: int = 1) -> Tensor:
+def orthogonalised(matrix: Tensor, parts: int = 1) -> Tensor:
     """`matrix` [N, M] with singular values that are all alike but for faint ones; a root mean square of 1 at full rank.
 
     With `parts`, that many matrices [N, M / parts] side by side, each for itself. A vector [M] counts as [1, M]."""
@@ -103,7 +107,9 @@ class Adafactor(OneByOne):
     def __init__(self, parameters: Parameters, lr: float, weight_decay: float = 0.0) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
 
-    def move(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
         if not state:
             state["step"], state["square"] = torch.tensor(0.0), torch.zeros_like(parameter)
         state["step"] += 1

@@ -22,7 +22,8 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything settled: nothing is `auto` any more.
+    """Everything settled: nothing is `auto` any more, but that an automatic `learning_rate` is an upper bound, which the
+    run lowers by what its first gradient says (`measured_rate`).
 
     `held_out` are the rows that choose the best step, each scored on the same tokens with a prompt and, as
     `held_out_base`, without one. They are validation rows, or the training rows where there are none."""

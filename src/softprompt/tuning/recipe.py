@@ -143,8 +143,8 @@ class Tune(Section):
 
     learning_rate: Positive | Literal["auto", "find"] = setting(
         "auto",
-        "The highest step size. auto derives it from the embeddings' scale; find tries five rates around that in "
-        "short runs first.",
+        "The highest step size. auto measures it on the base and the first rows, bounded by the embeddings' scale; "
+        "find tries five rates around that in short runs first.",
         flag="--learning-rate",
         elsewhere="lr",
     )

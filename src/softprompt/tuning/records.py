@@ -23,14 +23,15 @@ from softprompt.store.ownership import (
     make_folder,
     run_of,
 )
-from softprompt.tuning.events import Event
+from softprompt.tuning.events import Event, Started
 from softprompt.tuning.recipe import Recipe
 
 METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
+SCHEMA = 2  # of results and metrics; 1 is what version 0.1 wrote, without a number
 
 
 class RunFolder:
-    """`recipe.yaml`, and `metrics.jsonl`, a line an event. No file is changed, and events wait, until `begin`."""
+    """Writes `recipe.yaml`, and `metrics.jsonl`, a line per event. No file is changed, and events wait, until `begin`."""
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.recipe, self.path = recipe, folder / METRICS
@@ -41,9 +42,9 @@ class RunFolder:
         self._lock = FolderLock(folder, "a run")
 
     def begin(self, kept_bytes: int = 0) -> None:
-        """Write the recipe, and forget all that was recorded but the first `kept_bytes`, which a checkpoint knows of:
-        no step may stand there twice. From here to `close` the folder is this run's alone. Raises SaveError where
-        another run is writing there, or where it holds what softprompt did not write."""
+        """Write the recipe, and cut the records to the first `kept_bytes`, those that the checkpoint knows of, so that
+        no step is recorded twice. From here to `close` the folder is this run's alone. Raises SaveError where another
+        run is writing there, or where it holds what softprompt did not write."""
         folder, waiting = self.path.parent, self._waiting.getvalue()
         folder_named(self.recipe.out)
         check_replaceable(folder, (RECIPE, METRICS, *PROMPT_FILES), kind="run")
@@ -66,8 +67,10 @@ class RunFolder:
         self.recorded_bytes = kept_bytes + len(waiting)
 
     def __call__(self, event: Event) -> str | None:
-        """Record an event. Where that fails the run goes on; the first time, the answer says why."""
+        """Record an event. Where that fails the run goes on; the first time, returns why."""
         figures = {name: number_or_none(value) for name, value in asdict(event).items()}
+        if isinstance(event, Started):
+            figures["schema"] = SCHEMA
         line = json.dumps({"event": type(event).__name__, **figures}, ensure_ascii=False) + "\n"
         try:
             self._file.write(line.encode())
@@ -80,21 +83,21 @@ class RunFolder:
 
     def close(self) -> None:
         """Close the file; what was recorded stays."""
-        with contextlib.suppress(OSError):  # a full disk was told of before
+        with contextlib.suppress(OSError):  # a full disk was reported before
             self._file.close()
         self._lock.release()
 
 
 def versions() -> dict[str, str]:
     """What the run was made with: packages, Python, and the git revision of the working folder if it has one."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in ("softprompt", "torch", "transformers"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "unknown"
+            versions[package] = "unknown"
     revision = _git_revision()
-    return found | ({"git": revision} if revision else {})
+    return versions | ({"git": revision} if revision else {})
 
 
 def _git_revision() -> str | None:

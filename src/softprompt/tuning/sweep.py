@@ -7,13 +7,14 @@ far, as the mean over a setting's seeds, so settings are judged on the same seed
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from softprompt.store.artifact import load_prompt, save_prompt
 from softprompt.store.ownership import PROMPT_FILES, claim
 from softprompt.tuning.events import Event
 from softprompt.tuning.recipe import Recipe
-from softprompt.tuning.records import number_or_none
+from softprompt.tuning.records import SCHEMA, number_or_none
 from softprompt.tuning.together import Together
 
 RECORDS, TRIALS = "sweep.jsonl", "trials"
@@ -52,24 +53,47 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Swept:
-    """The winner's prompt, its trials and all others; `nll` is the mean over the winner's seeds, with its error."""
+class SweepResult:
+    """The winner's prompt, saved in `path`, and all trials.
 
-    prompt: Prompt
+    `nll` is the mean of the best held-out losses over the winner's seeds, in nats per trained token, `nll_error` its
+    standard error (nan with one seed)."""
+
+    prompt: Prompt = field(repr=False)
+    path: str
     setting: Setting
     trials: tuple[Trial, ...]
     nll: float
     nll_error: float
 
-    def record(self, out: str) -> dict[str, Any]:
-        """The outcome as plain data."""
+    def to_record(self) -> dict[str, Any]:
+        """The outcome as plain data for JSON."""
         return {
-            "path": out,
+            "schema": SCHEMA,
+            "path": self.path,
             "setting": list(self.setting),
             "nll": self.nll,
             "nll_error": self.nll_error,
             "trials": [asdict(trial) for trial in self.trials],
         }
+
+    def __repr__(self) -> str:
+        return (
+            f"SweepResult({self.path}: {' '.join(self.setting)}, held-out loss {self.nll:.4f}, best of "
+            f"{len({trial.setting for trial in self.trials})} settings)"
+        )
+
+    def _repr_html_(self) -> str:
+        """A table of all trials for a notebook, best first."""
+        ranked = sorted(self.trials, key=lambda trial: trial.nll if math.isfinite(trial.nll) else math.inf)
+        rows = "".join(
+            f"<tr><td>{html.escape(' '.join(trial.setting))}</td><td>{trial.seed}</td><td>{trial.step}</td>"
+            f"<td>{trial.nll:.4f}</td></tr>"
+            for trial in ranked
+        )
+        return (
+            f"<table><tr><th>setting</th><th>seed</th><th>steps</th><th>held-out loss</th></tr>{rows}</table>"
+        )
 
 
 def grid(choices: Mapping[str, Sequence[str]]) -> list[Setting]:
@@ -118,7 +142,7 @@ def sweep(
     on_event: Callable[[str, Event], None] = lambda trial, event: None,
     on_stretch: Callable[[Sequence[Trial]], None] = lambda trials: None,
     resume: bool = False,
-) -> Swept:
+) -> SweepResult:
     """Learn `recipe` under every setting and seed, `abreast` prompts in a pass, and save the winner in `recipe.out`.
 
     Every trial has a folder of its own under `trials/`; `sweep.jsonl` holds a line for each trial and stretch. With
@@ -155,13 +179,15 @@ def sweep(
                 together.advance(share, left[first : first + abreast])
             now = together.losses() if share < 1 else {}  # a stretch may end between two validations
             for place, n in enumerate(going):
-                run = together.runs[place].learner
+                learner = together.runs[place].learner
                 trials[n] = replace(
                     trials[n],
-                    step=run.step,
-                    nll_start=run.nll_start,
-                    nll=math.nan if place in together.failed else min(run.nll_best, now.get(place, math.inf)),
-                    best_step=run.best_step,
+                    step=learner.steps_done,
+                    nll_start=learner.nll_start,
+                    nll=math.nan
+                    if place in together.failed
+                    else min(learner.nll_best, now.get(place, math.inf)),
+                    best_step=learner.best_step,
                 )
             kept = _better_half(trials) if share < 1 else {trial.setting for trial in trials if trial.kept}
             trials = [replace(trial, kept=trial.kept and trial.setting in kept) for trial in trials]
@@ -186,9 +212,9 @@ def sweep(
     notes = {**prompt.notes, "sweep": {"setting": list(winner), "trial": best.name, "of": len(settings)}}
     prompt = replace(prompt, name=out.resolve().name, notes=notes)
     save_prompt(prompt, out)
-    swept = Swept(prompt, winner, tuple(trials), statistics.fmean(nlls), error)
-    records.end(swept.record(str(out)))
-    return swept
+    result = SweepResult(prompt, str(out), winner, tuple(trials), statistics.fmean(nlls), error)
+    records.end(result.to_record())
+    return result
 
 
 def _rank(trials: Sequence[Trial], setting: Setting) -> float:
@@ -217,7 +243,7 @@ class _Records:
             self._write([self.asked], "w")
             return {}
         lines = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8").split("\n"):
             try:
                 lines.append(json.loads(line))
             except ValueError:

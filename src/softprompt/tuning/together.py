@@ -23,11 +23,12 @@ from softprompt.loss.gradient import Gradients, Loss
 from softprompt.prompt.reparam import Form, SharedTimesLowRank
 from softprompt.tuning.checkpoint import Checkpoints, demand_same
 from softprompt.tuning.events import BatchHalved, Event
-from softprompt.tuning.loop import Run, Tuned
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.result import TuneResult
+from softprompt.tuning.run import Run
 from softprompt.tuning.settle import make_plan
-from softprompt.tuning.starts import plain_start, start
+from softprompt.tuning.starts import plain_start
 from softprompt.tuning.task import read_splits
 
 
@@ -59,7 +60,7 @@ class Together:
             lm, loss = plan.lm, plan.loss
             plans.append(plan)
         assert lm is not None
-        made = forms(plans) if forms else [start(plan) for plan in plans]
+        made: Sequence[Form | None] = forms(plans) if forms else [None] * len(plans)
         self.sharing = forms is not None
         self.runs = [
             Run(plan, lambda event, number=number: on_event(number, event), form)  # type: ignore[misc]
@@ -76,7 +77,7 @@ class Together:
                 self._begin_as_one(resume)
             else:
                 # All are looked at before a file of any is changed.
-                states = [run.newest() if resume else None for run in self.runs]
+                states = [run.newest_checkpoint() if resume else None for run in self.runs]
                 for run, state in zip(self.runs, states, strict=True):
                     run.begin(state)
         except BaseException:
@@ -91,7 +92,7 @@ class Together:
             rows: dict[int, list[Encoded]] = {}
             for number in self.active:
                 run = self.runs[number]
-                if (numbers is None or number in numbers) and run.step < round(share * run.plan.steps):
+                if (numbers is None or number in numbers) and run.steps_done < round(share * run.plan.steps):
                     batch = next(self.batches[number], None)
                     if batch is not None:
                         rows[number] = batch
@@ -102,7 +103,7 @@ class Together:
     def losses(self) -> dict[int, float]:
         """Held-out loss of every active run's prompt as it stands; the runs themselves take no note of it."""
         runs = [self.runs[number] for number in self.active]
-        prompts, rows = [run.learner.now() for run in runs], [run.plan.held_out for run in runs]
+        prompts, rows = [run.learner.snapshot() for run in runs], [run.plan.held_out for run in runs]
         return dict(zip(self.active, self.gradients.losses(prompts, rows) if runs else [], strict=True))
 
     def checkpoint(self) -> None:
@@ -111,7 +112,7 @@ class Together:
             self._keep_as_one()
         else:
             for number in self.active:
-                self.runs[number].keep()
+                self.runs[number].write_checkpoint()
 
     def drop(self, number: int) -> None:
         """Take a run no further. Its best prompt so far is saved."""
@@ -119,7 +120,7 @@ class Together:
         self.runs[number].save("dropped")
         self.runs[number].close()
 
-    def save(self) -> dict[int, Tuned]:
+    def save(self) -> dict[int, TuneResult]:
         """Save what is still active, and give it; of runs that broke, the best so far is saved too."""
         found = {number: self.runs[number].save(self.runs[number].ending) for number in self.active}
         self._leave(list(self.failed), "failed")
@@ -144,15 +145,17 @@ class Together:
         seconds = (time.perf_counter() - began) / len(runs)
         for (number, run), nll in zip(runs.items(), losses, strict=True):
             try:
-                run.move(rows[number], nll, seconds)
+                if not run.learner.step(nll):
+                    raise run.not_finite(rows[number], nll)
+                run.record_step(rows[number], nll, seconds)
             except SoftPromptError as error:  # this run is over; the others know nothing of it
                 self.failed[number] = error
                 self.active.remove(number)
         due = [run for number, run in runs.items() if number not in self.failed and run.validation_is_due]
-        prompts = [run.learner.now() for run in due]
+        prompts = [run.learner.snapshot() for run in due]
         held_out = self.gradients.losses(prompts, [run.plan.held_out for run in due]) if due else []
         for run, prompt, nll in zip(due, prompts, held_out, strict=True):
-            run.judge(nll, prompt)
+            run.record_validation(nll, prompt)
         if self.sharing:
             at_their_ends = all(self.runs[number].at_its_end for number in self.active)
             if at_their_ends or self.runs[0].checkpoints.due(self._passes):
@@ -165,18 +168,18 @@ class Together:
     def _halved(self, rows: int) -> None:
         batch = sum(self.runs[number].plan.batch_size for number in self.stepping)
         for number in self.active:
-            self.runs[number].tell(BatchHalved(rows, math.ceil(batch / rows)))
+            self.runs[number].log(BatchHalved(rows, math.ceil(batch / rows)))
 
     def _leave(self, numbers: Sequence[int], reason: str) -> None:
         for number in numbers:
-            if self.runs[number].step:  # else there is nothing worth keeping
+            if self.runs[number].steps_done:  # else there is nothing worth keeping
                 self.runs[number].save(reason)
 
     # Runs that share a part. Their one checkpoint lies in the first one's folder, as often as its settings say.
 
     @property
     def _passes(self) -> int:
-        return max(run.step for run in self.runs)
+        return max(run.steps_done for run in self.runs)
 
     def _identity(self) -> dict[str, str]:
         return self.runs[0].identity() | {"the number of tasks that share a part": str(len(self.runs))}
@@ -195,7 +198,7 @@ class Together:
             run.checkpoints.clear()  # of former runs: nothing may go on from those
 
     def _begin_as_one(self, resume: bool) -> None:
-        state = self.runs[0].newest(self._identity()) if resume else None
+        state = self.runs[0].newest_checkpoint(self._identity()) if resume else None
         if state is None:
             for run in self.runs:
                 run.begin(None)
@@ -245,7 +248,7 @@ def tune_together(
     loss: Loss | None = None,
     on_event: Callable[[int, Event], None] = lambda run, event: None,
     resume: bool = False,
-) -> list[Tuned]:
+) -> list[TuneResult]:
     """Learn a prompt for each recipe, all in the same passes over one base. Like `tune` for each of them.
 
     Deep prompts share the base and the loop, but take a pass each. Raises the first error of any run after the others
@@ -259,7 +262,7 @@ def tune_tasks(
     lm: FrozenLM | None = None,
     on_event: Callable[[int, Event], None] = lambda run, event: None,
     resume: bool = False,
-) -> list[Tuned]:
+) -> list[TuneResult]:
     """Learn one prompt a task, each a part that all tasks share times a low-rank part of its own (Wang et al. 2023).
 
     The recipes have `prompt.form: multitask`, one kind, length and form_width, and their own data; the shared part
@@ -322,7 +325,7 @@ def _shape(plan: Plan) -> str:
     return f"{prompt.kind}, {plan.template.soft_length} virtual tokens, form_width {prompt.form_width or 1}"
 
 
-def _to_the_end(together: Together) -> list[Tuned]:
+def _to_the_end(together: Together) -> list[TuneResult]:
     try:
         together.advance()
     except BaseException as error:

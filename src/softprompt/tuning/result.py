@@ -1,0 +1,85 @@
+"""What a run gives back: the prompt that it keeps, and its figures by name."""
+
+from __future__ import annotations
+
+import html
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from softprompt.prompt.soft_prompt import Prompt
+from softprompt.tuning.records import SCHEMA
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """The best prompt of a run, and what was measured. A figure that is not known is nan, never 0.
+
+    Losses are in nats per trained token, on validation rows or, where there are none, on the training rows
+    (`judged_on`): of the base alone, of the start, and of the prompt that is kept. `seconds` are those of the whole
+    run, `tokens` all text tokens that were read in learning, `prompt_bytes` what the vectors take on disk. `stopped`
+    is finished, patience, dropped, interrupted or failed."""
+
+    prompt: Prompt = field(repr=False)
+    path: str
+    base: str
+    judged_on: str
+    nll_base: float
+    nll_before: float
+    nll_after: float
+    best_step: int
+    steps: int
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    selected_by: str
+    score_before: float
+    score_after: float
+    learning_rate: float
+    batch_size: int
+    accumulation: int
+    truncated_rows: int
+    dropped_rows: int
+    stopped: str
+    prompt_bytes: int
+
+    def to_record(self) -> dict[str, Any]:
+        """Every figure as plain data for JSON, by the names of the fields; the prompt itself lies at `path`."""
+        figures = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "prompt"}
+        return {"schema": SCHEMA, **figures}
+
+    @property
+    def loss_name(self) -> str:
+        """Which rows the losses are of, for a heading."""
+        return "held-out loss" if self.judged_on == "validation" else "training loss"
+
+    @property
+    def worse_than_base(self) -> bool:
+        """Whether the prompt that is kept has a higher loss than no prompt at all."""
+        return self.nll_after > self.nll_base
+
+    def __repr__(self) -> str:
+        return (
+            f"TuneResult({self.path}: {self.loss_name} {self.nll_before:.4f} -> {self.nll_after:.4f} at step "
+            f"{self.best_step} of {self.steps}, base alone {self.nll_base:.4f})"
+        )
+
+    def _repr_html_(self) -> str:
+        """A table for a notebook."""
+        rows = {
+            f"{self.loss_name}, nats per token": f"{_figure(self.nll_after)} at step {self.best_step} of {self.steps}",
+            "at the start": _figure(self.nll_before),
+            "base alone": _figure(self.nll_base),
+            "learning rate": f"{self.learning_rate:.3g}",
+            "text tokens learned from": f"{self.tokens:,} in {self.seconds:.0f} s",
+            "prompt": f"{self.path}, {self.prompt_bytes:,} bytes",
+        }
+        cells = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            for name, value in rows.items()
+        )
+        return f"<table>{cells}</table>"
+
+
+def _figure(value: float) -> str:
+    return "not known" if math.isnan(value) else f"{value:.4f}"
