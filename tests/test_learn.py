@@ -424,12 +424,12 @@ def test_a_rate_that_makes_the_loss_rise_is_lowered_and_the_run_goes_back(
         recipe(tmp_path / "p", *overrides), lm=lm_of(), splits=splits, loss=bowl, on_event=seen.append
     )
     lowered = [event.text for event in seen if isinstance(event, Note) and "lowered" in event.text]
-    # Three training losses are seen before the first return: that of the start, and two far outside.
+    # Three training losses are seen before the first return: of the start, far outside, and back near it.
     assert lowered[0].startswith("Step 3: training loss")
     assert "Back to the prompt of step 0, learning rate lowered to 3." in lowered[0]
     assert tuned.learning_rate == pytest.approx(9 / 3 ** len(lowered))
     steps = {event.step: event.nll for event in seen if isinstance(event, Stepped)}
-    assert steps[3] > 10 > steps[4] == steps[1]
+    assert steps[2] > 10 > steps[4] == steps[1]
 
 
 def test_a_run_that_went_back_and_was_killed_ends_with_the_same_bits(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_a_run_that_went_back_and_was_killed_ends_with_the_same_bits(tmp_path: P
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "adafactor"])
 @pytest.mark.parametrize("kind", ["soft", "deep"])
-def test_the_automatic_rate_promises_at_most_half_the_loss_in_the_first_step(
+def test_the_automatic_rate_promises_at_most_the_whole_loss_in_the_first_step(
     tmp_path: Path, optimizer: str, kind: str
 ) -> None:
     """The promise is measured as a difference of losses along the step, not by the gradient that set the rate."""
@@ -477,7 +477,7 @@ def test_the_automatic_rate_promises_at_most_half_the_loss_in_the_first_step(
         tuple(2 * b - a for a, b in zip(learner.snapshot(), before, strict=True)),
     )
     up, down = (gradients.losses([prompt], [rows])[0] for prompt in (opposite, after))
-    assert (up - down) / 2 * 10 == pytest.approx(0.5 * nll, rel=0.1)
+    assert (up - down) / 2 * 10 == pytest.approx(nll, rel=0.1)
 
 
 def test_an_automatic_rate_is_never_above_its_share_of_the_embeddings_scale(tmp_path: Path) -> None:
