@@ -15,9 +15,9 @@ from rich.console import Console
 
 from kill_nine import needs_fork, runs_killed_and_undisturbed
 from softprompt.cli.app import main
-from softprompt.cli.progress import ShowTable
 from softprompt.errors import NotFinite, RecipeError
 from softprompt.loss.fast import FastLoss
+from softprompt.progress.runs import ShowTable
 from softprompt.store.artifact import load_prompt
 from softprompt.tuning.events import BatchHalved, Event, Note, Saved, Stepped
 from softprompt.tuning.loop import tune
