@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from kill_nine import needs_fork, runs_killed_and_undisturbed
 from softprompt.cli.app import main
 from softprompt.errors import NotFinite, RecipeError
 from softprompt.loss.fast import FastLoss
+from softprompt.progress.console import Screen
 from softprompt.progress.runs import ShowTable
 from softprompt.store.artifact import load_prompt
 from softprompt.tuning.events import BatchHalved, Event, Note, Saved, Stepped
@@ -475,7 +475,7 @@ def test_multitask_recipes_share_a_part_and_go_on_with_resume(
 
 def test_the_table_tells_once_what_every_run_tells() -> None:
     shown = io.StringIO()
-    table = ShowTable(Console(file=shown), "prompt", ["a", "b"])
+    table = ShowTable(Screen(file=shown), "prompt", ["a", "b"])
     for run, rows in ((0, 4), (1, 4), (0, 2), (1, 2)):
         table.event(run, BatchHalved(rows, 8 // rows))
     assert [shown.getvalue().count(f"{rows} rows at a time") for rows in (4, 2)] == [1, 1]
