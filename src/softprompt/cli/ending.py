@@ -7,7 +7,7 @@
 4    out of memory
 5    base or prompt refused
 100  a measured figure is under the demanded one
-130  interrupted
+130  interrupted: Ctrl-C, SIGTERM or SIGHUP
 """
 
 from __future__ import annotations
