@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import test_checkpoint
 from softprompt.base import disk_cache, identity
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.outline import Outline
@@ -23,6 +24,7 @@ from softprompt.prompt.soft_prompt import Fingerprint, SoftPrompt
 from softprompt.store.artifact import load_prompt, save_prompt
 from softprompt.tuning import checkpoint
 from softprompt.tuning.recipe import Recipe
+from test_learn import lm_of
 from tiny_models import tiny_model, tiny_tokenizer
 
 # What version 0.1 recorded of the bundled base (docs/report of that version).
@@ -256,3 +258,15 @@ def test_a_run_goes_on_over_the_same_base_alone_and_names_what_changed() -> None
     checkpoint.demand_same(old, then, "runs/x")
     with pytest.raises(RecipeError, match="the base's weights was"):
         checkpoint.demand_same(old | {"the base's weights": "0" * 64}, then, "runs/x")
+
+
+def test_a_killed_run_is_not_resumed_on_a_base_whose_config_changed(tmp_path: Path) -> None:
+    test_checkpoint.cut_short(tmp_path / "p")
+    changed = copy.deepcopy(lm_of().model)
+    changed.config.rms_norm_eps = 0.25
+    for module in changed.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.25
+    lm = FrozenLM.wrap(changed, tiny_tokenizer(), "tiny")
+    with pytest.raises(RecipeError, match=r"the base's rms_norm_eps was 1e-06, is 0\.25"):
+        test_checkpoint.learn(tmp_path / "p", lm=lm, resume=True)
