@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from softprompt.data.batch import Encoded, TooLong, Unlabelled, collate, encode, encode_all, epoch_order
+from softprompt.data.encoded import EncodedRows
 from softprompt.data.example import Example, Message
 from softprompt.data.source import load_splits
 from softprompt.data.template import Template
@@ -466,3 +468,32 @@ def test_the_tutorials_fifty_rows_have_the_tokens_that_the_tokenizer_gives(share
     own = [tokenizer(example.fields["prompt"])["input_ids"] for example in splits.train]
     assert [one.ids[4:] for one in found.encoded] == own
     assert sum(one.trained_tokens for one in found.encoded) == sum(map(len, own))
+
+
+def test_encoded_rows_in_arrays_are_the_rows_themselves(tok: Any) -> None:
+    examples = [
+        Example({"text": "my order never came " * n, "label": f"complaint {n}"}, row=7 * n)
+        for n in range(1, 9)
+    ]
+    one_by_one = [done(TWEET, example, tok, max_length=30, on_overflow="truncate") for example in examples]
+    rows = encode_all(TWEET, examples, tok, max_length=30, on_overflow="truncate").encoded
+    assert list(rows) == one_by_one
+    assert rows == one_by_one
+    assert rows != one_by_one[:-1]
+    assert [rows[-1], rows[3], *rows[2:5]] == [one_by_one[-1], one_by_one[3], *one_by_one[2:5]]
+    assert rows.lengths == [len(row) for row in one_by_one]
+    assert all(type(learned) is bool for learned in rows[0].trained)
+    assert sum(row.cut for row in rows) > 0
+    with pytest.raises(IndexError):
+        rows[len(one_by_one)]
+
+
+def test_many_rows_take_nine_bytes_a_position() -> None:
+    row = Encoded(list(range(1000, 1040)), [-1] * 40, [True] * 40, 5, 80)
+    tracemalloc.start()
+    rows = EncodedRows(row for _ in range(20_000))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    positions = sum(rows.lengths)
+    assert positions == 800_000
+    assert held < 1.25 * (9 * positions + 48 * len(rows))  # arrays grow by an eighth more than they hold

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from softprompt.data import chat
 from softprompt.data.chat import Unlabelled as Unlabelled
+from softprompt.data.encoded import Encoded as Encoded
+from softprompt.data.encoded import EncodedRows
 from softprompt.data.ending import End as End
 from softprompt.data.ending import appends_end
 from softprompt.data.example import Example
@@ -32,42 +34,13 @@ class TooLong(DataError):
     """A row that has more positions than the limit, and cannot or shall not be shortened."""
 
 
-@dataclass(slots=True)
-class Encoded:
-    """One row, position by position (S = virtual and text positions together).
-
-    `ids` holds 0 at virtual positions; `soft` holds -1 at tokens, else the row of the prompt; `trained` marks the
-    tokens that are predicted and counted. `text_bytes` are the UTF-8 bytes that the trained tokens stand for
-    (an end token stands for none). `cut` counts the tokens that truncation took away. `special` counts the
-    tokenizer's own tokens at the start of the text (BOS), `end` those appended after it (EOS). `altered` is trained
-    text that the tokenizer does not keep, and what is left of it.
-    """
-
-    ids: list[int]
-    soft: list[int]
-    trained: list[bool]
-    row: int
-    text_bytes: int
-    cut: int = 0
-    special: int = 0
-    end: int = 0
-    altered: tuple[str, str] | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def trained_tokens(self) -> int:
-        return sum(self.trained)
-
-
 @dataclass(frozen=True)
 class EncodedSet:
     """Rows ready to batch, and what was done to the others: rows shortened, tokens cut from them, rows left out.
 
     `altered` counts the rows whose trained text the tokenizer does not keep; `remarks` says so in sentences."""
 
-    encoded: list[Encoded]
+    encoded: EncodedRows
     truncated: int = 0
     cut_tokens: int = 0
     dropped: int = 0
@@ -76,7 +49,7 @@ class EncodedSet:
 
     @property
     def lengths(self) -> list[int]:
-        return [len(one) for one in self.encoded]
+        return self.encoded.lengths
 
 
 @dataclass(frozen=True)
@@ -185,7 +158,10 @@ def encode_all(
     Raises DataError as `encode` does, and when no row is left.
     """
     habit = habits(tokenizer)
-    encoded: list[Encoded] = []
+    encoded = EncodedRows()
+    cut: list[int] = []
+    altered: list[Encoded] = []  # the first of them, to show it
+    altered_rows = 0
     seen: dict[str, str] = {}
     dropped = 0
     for example in examples:
@@ -205,8 +181,12 @@ def encode_all(
         )
         if one is None:
             dropped += 1
-        else:
-            encoded.append(one)
+            continue
+        encoded.append(one)
+        cut += [one.cut] if one.cut else []
+        if one.altered is not None:
+            altered_rows += 1
+            altered = altered or [one]
     if not encoded:
         raise DataError(
             f"No row is left: all {dropped} are longer than {max_length} positions and data.on_overflow is drop. "
@@ -214,26 +194,24 @@ def encode_all(
             if dropped
             else "There is no row to encode. Give at least one."
         )
-    cut = [one.cut for one in encoded if one.cut]
-    altered = [one for one in encoded if one.altered]
-    remarks = [*altered_remark(altered), *typed_start_remark(template, habit)]
+    remarks = [*altered_remark(altered, altered_rows), *typed_start_remark(template, habit)]
     return EncodedSet(
         encoded,
         truncated=len(cut),
         cut_tokens=sum(cut),
         dropped=dropped,
-        altered=len(altered),
+        altered=altered_rows,
         remarks=tuple(remarks),
     )
 
 
-def altered_remark(altered: Sequence[Encoded]) -> list[str]:
-    """A sentence on rows whose trained text the tokenizer does not keep, with the first of them."""
+def altered_remark(altered: Sequence[Encoded], rows: int) -> list[str]:
+    """A sentence on the `rows` whose trained text the tokenizer does not keep, with the first of them."""
     if not altered or altered[0].altered is None:
         return []
     text, left = (_shown(part) for part in altered[0].altered)
     return [
-        f"The base's tokenizer alters the text that is learned in {len(altered)} rows: row {altered[0].row} has {text}, "
+        f"The base's tokenizer alters the text that is learned in {rows} rows: row {altered[0].row} has {text}, "
         f"of which {left} is learned."
     ]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a chat; `role` is what the base's chat template calls it (system, user, assistant).
 
@@ -19,7 +19,7 @@ class Message:
     learned: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One row: its named texts, its chat turns if it has any, and its place in the source.
 

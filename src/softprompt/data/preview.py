@@ -17,6 +17,7 @@ from softprompt.data.batch import (
     encode,
     typed_start_remark,
 )
+from softprompt.data.encoded import EncodedRows
 from softprompt.data.ending import ending_of, remark
 from softprompt.data.example import Example
 from softprompt.data.template import Template
@@ -93,7 +94,7 @@ def preview(
     such as for a field that does not exist.
     """
     habit = habits(tokenizer)
-    encoded: list[Encoded] = []
+    encoded = EncodedRows()
     seen: dict[str, str] = {}
     dropped = 0
     too_long: list[str] = []
@@ -125,13 +126,14 @@ def preview(
         raise DataError("There is no row to show. Give at least one.")
     soft = sum(row >= 0 for one in encoded for row in one.soft)
     cut = [one.cut for one in encoded if one.cut]
+    altered = [one for one in encoded if one.altered]
     return Preview(
         template=str(template),
         target=template.target,
         learns=_learns(template),
         shown=tuple(ShownRow(one.row, tuple(_tokens(one, tokenizer)), one.cut) for one in encoded[:show]),
         examples=len(examples),
-        tokens=sum(map(len, encoded)) - soft,
+        tokens=sum(encoded.lengths) - soft,
         trained_tokens=sum(one.trained_tokens for one in encoded),
         soft_positions=soft,
         truncated=len(cut),
@@ -139,10 +141,10 @@ def preview(
         dropped=dropped,
         too_long=len(too_long),
         unlabelled=len(unlabelled),
-        lengths=_quantiles(map(len, encoded)),
+        lengths=_quantiles(encoded.lengths),
         problems=tuple(chain(too_long[:1], unlabelled[:1])),
         remarks=(
-            *altered_remark([row for row in encoded if row.altered]),
+            *altered_remark(altered, len(altered)),
             *_spelled_remark(examples, habit, special_tokens),
             *typed_start_remark(template, habit),
             *(text for text in [remark(template, ending_of(template, tokenizer, end))] if text is not None),

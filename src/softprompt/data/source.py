@@ -350,8 +350,16 @@ def _named(
 
 def _repeated(train: Iterable[Example], held: Iterable[Example], part: str) -> list[str]:
     """A note on rows that are both learned from and held out."""
-    known = {(tuple(sorted(one.fields.items())), one.messages) for one in train}
-    same = sum((tuple(sorted(one.fields.items())), one.messages) in known for one in held)
+    held_rows = [(tuple(sorted(example.fields.items())), example.messages) for example in held]
+    wanted = set(held_rows)  # the held out rows are the fewer ones: what is kept is bounded by them
+    if not wanted:
+        return []
+    learned = {
+        row
+        for example in train
+        if (row := (tuple(sorted(example.fields.items())), example.messages)) in wanted
+    }
+    same = sum(row in learned for row in held_rows)
     return [f"{same} of the {part} rows are also among the training rows, word for word."] if same else []
 
 

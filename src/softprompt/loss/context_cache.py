@@ -6,7 +6,7 @@ time, still without the backward pass. Results are those of reading everything, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -91,7 +91,7 @@ class ContextCache:
         return row_state(cache, 0, 0, len(context), context)
 
 
-def contexts_of(rows: Sequence[Encoded]) -> set[Context]:
+def contexts_of(rows: Iterable[Encoded]) -> set[Context]:
     """What of these rows can be read once: all different texts before a first soft token, none of it trained."""
     found = set()
     for row in rows:

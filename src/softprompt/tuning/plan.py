@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import Encoded, EncodedSet
@@ -66,8 +67,12 @@ class Plan:
 
     def rows_sha256(self) -> str:
         """Digest of every row that is learned from or judged by, as encoded."""
-        rows = [(one.ids, one.soft, one.trained) for one in (*self.train.encoded, *self.held_out)]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        digest = hashlib.sha256()  # of the rows as one JSON list, written row by row
+        for number, row in enumerate(chain(self.train.encoded, self.held_out)):
+            digest.update((", " if number else "[").encode())
+            digest.update(json.dumps((row.ids, row.soft, row.trained)).encode())
+        digest.update(b"]")
+        return digest.hexdigest()
 
     def remarks(self) -> list[str]:
         """What the one who waits should know of the data, in sentences."""
@@ -78,7 +83,7 @@ class Plan:
         if train.dropped:
             said.append(f"{train.dropped} rows were left out because they are too long.")
         said += train.remarks
-        contexts = contexts_of([*self.train.encoded, *self.held_out])
+        contexts = contexts_of(chain(self.train.encoded, self.held_out))
         budget = self.recipe.tune.context_cache_gigabytes
         if contexts and budget:
             need = context_bytes(self.lm, contexts)
