@@ -18,7 +18,7 @@ from softprompt.cli.app import main
 from softprompt.cli.screen import fact
 from softprompt.progress.console import Screen, table, visible
 from softprompt.progress.runs import ShowProgress, ShowTable
-from softprompt.progress.shown import shown, shown_count, shown_runs
+from softprompt.progress.shown import shown, shown_runs
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.store.artifact import save_prompt
 from softprompt.tuning.events import Event, Started, Stepped, Validated
@@ -177,8 +177,6 @@ def test_progress_is_shown_where_someone_watches_and_silent_elsewhere_or_when_it
             show(event)
         with shown_runs(["a"], lambda name, event: heard.append(event), progress, console=screen) as show_run:
             show_run("a", event)
-        with shown_count("judging", None, progress, console=screen) as count:
-            count(1, 2)
         assert bool(out.getvalue()) is expected
     assert heard.count(event) == 8
 

@@ -57,6 +57,7 @@ def command(
     prompts = [] if prompt_folder is None else [load_prompt(prompt_folder)]
     if rows.data.source is None:
         asked.demand_local_data(*prompts)
+    console = screen(as_json=as_json)
     evaluation = evaluate(
         prompt_folder if text is None else TextPrompt(text),
         base=asked.load_base(recorded_place(base, *prompts), *prompts),
@@ -64,8 +65,8 @@ def command(
         reading=rows.data,
         extra_metrics=[metric.name for metric, _ in gates],
         out=out,
+        progress=not console.quiet,
     )
-    console = screen(as_json=as_json)
     about = evaluation.about
     show(console, evaluation, f"{evaluation.name} on {about['data']['source']}, {about['data']['split']}")
     if out is not None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from softprompt.progress.console import Screen
 from softprompt.progress.runs import ShowProgress, ShowTable
 from softprompt.tuning.events import Event
 
 OnEvent = Callable[[Event], None]
 OnRunEvent = Callable[[str, Event], None]
-OnCount = Callable[[int, int], None]
 
 
 def wanted(progress: bool | None, console: Screen) -> bool:
@@ -67,40 +64,3 @@ def shown_runs(
 
     with table.live:
         yield both
-
-
-@contextlib.contextmanager
-def shown_count(
-    what: str,
-    on_progress: OnCount | None = None,
-    progress: bool | None = None,
-    *,
-    console: Screen | None = None,
-) -> Iterator[OnCount]:
-    """Give an `on_progress(done, of)` that shows a bar, for judging rows or running jobs."""
-    console = console or Screen(stderr=True)
-    own = on_progress or (lambda done, of: None)
-    if not wanted(progress, console):
-        yield own
-        return
-    with count_bar(console) as bar:
-        task = bar.add_task(what, total=None)
-
-        def both(done: int, of: int) -> None:
-            bar.update(task, completed=done, total=of)
-            own(done, of)
-
-        yield both
-
-
-def count_bar(console: Screen) -> Progress:
-    """A bar of things done out of all; it disappears when it is done."""
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_watched,
-    )
