@@ -389,6 +389,7 @@ def test_a_version_never_changes_and_a_name_goes_back(lm: FrozenLM, tmp_path: Pa
     with pytest.raises(ValueError, match=r"support@1: is published already, with other content"):
         library.publish(tmp_path / "p", "support@1")
     assert library.publish(tmp_path / "p", "support").version == 2
+    assert library.find("support").load().name == "support"
     assert torch.equal(library.find("support").load().plain[0], second.plain[0])
     library.switch("support@1")
     assert torch.equal(library.find("support").load().plain[0], first.plain[0])

@@ -18,7 +18,8 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from softprompt.errors import DamagedPrompt, PromptError, SaveError
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.store.artifact import load_prompt, save_prompt
 from softprompt.store.atomic import replace_file
+from softprompt.store.lock import locked
 
 INDEX = "index.json"
+LOCK_WAITS_SECONDS = 30.0  # for another program that publishes
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 RESERVED = frozenset({"base"})
 
@@ -71,7 +74,7 @@ class Entry:
             raise DamagedPrompt(
                 f"{self.path}: is not the prompt that was published as {self.full_name}. Publish it again under a new version."
             )
-        return prompt
+        return replace(prompt, name=self.name)
 
 
 class _Version(BaseModel):
@@ -218,35 +221,11 @@ class Library:
         except OSError as error:
             raise SaveError(f"{self.path / INDEX}: cannot be written ({error.strerror}).") from error
 
-    def _locked(self) -> _Lock:
+    def _locked(self) -> AbstractContextManager[None]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SaveError(
                 f"{self.path}: cannot be made ({error.strerror}). Choose another library."
             ) from error
-        return _Lock(self.path / ".lock")
-
-
-class _Lock:
-    """One writer at a time. A lock that is older than a minute was left by a killed writer."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        for _ in range(600):
-            try:
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-                return
-            except FileExistsError:
-                try:
-                    if time.time() - self.path.stat().st_mtime > 60:
-                        self.path.unlink(missing_ok=True)
-                except FileNotFoundError:
-                    continue
-                time.sleep(0.05)
-        raise SaveError(f"{self.path}: another program is publishing into this library. Try again.")
-
-    def __exit__(self, *error: object) -> None:
-        self.path.unlink(missing_ok=True)
+        return locked(self.path, "publishing", wait_seconds=LOCK_WAITS_SECONDS)
