@@ -14,7 +14,7 @@ import pytest
 
 from softprompt import errors
 from softprompt.cli import ending
-from softprompt.cli.app import VERBS, main
+from softprompt.cli.app import MEANT, VERBS, main
 from softprompt.cli.screen import plain, size
 
 
@@ -119,7 +119,6 @@ def test_no_terminals_encoding_ends_a_command(verb: str, encoding: str) -> None:
         (["train", "x.yaml"], "Did you mean 'tune'?"),
         (["fit"], "Did you mean 'tune'?"),
         (["predict"], "Did you mean 'generate'?"),
-        (["chat"], "Did you mean 'generate'?"),
         (["tune", "--learning-rte", "3"], "--learning-rte"),
         (["generate"], "TEXT"),
         (["generate", "--top-k", "many", "x"], "--top-k"),
@@ -277,3 +276,8 @@ def test_numbers_out_of_range_are_refused_before_memory_is_asked_for(
     message = capsys.readouterr().err
     assert said in message
     assert len(message) < 600
+
+
+def test_a_word_of_another_program_is_no_verb_of_ours_and_leads_to_one() -> None:
+    assert not set(MEANT) & set(VERBS)
+    assert set(MEANT.values()) <= set(VERBS)
