@@ -486,3 +486,13 @@ def test_an_automatic_rate_is_never_above_its_share_of_the_embeddings_scale(tmp_
     plan = make_plan(recipe(tmp_path, "tune.learning_rate=auto"), lm=lm, splits=SPLITS, loss=flat)
     rms = lm.embedding_VD[: min(5000, lm.vocab_size)].float().square().mean().sqrt().item()
     assert measured_rate(plan, Gradients(flat, 4)) == pytest.approx(0.5 * rms, rel=0.05)
+
+
+def test_a_prompt_that_is_worse_than_the_base_alone_is_said_to_be(tmp_path: Path) -> None:
+    """The bowl's loss is 1 for the base alone, and above 1 for any prompt but zeros."""
+    seen: list[Event] = []
+    tune(recipe(tmp_path / "p"), lm=lm_of(), splits=SPLITS, loss=bowl, on_event=seen.append)
+    assert any(isinstance(event, Note) and event.text.startswith("Worse than the base") for event in seen)
+    better: list[Event] = []
+    tune(recipe(tmp_path / "q"), lm=lm_of(), splits=SPLITS, on_event=better.append)
+    assert not any(isinstance(event, Note) and event.text.startswith("Worse") for event in better)

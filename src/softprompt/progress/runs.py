@@ -72,7 +72,8 @@ class ShowProgress:
             case Validated():
                 self.validated = f"{self.judged} {event.nll:.3f}"
                 if not self.live:
-                    kept = "  best so far, kept" if event.best else ""
+                    held_out = self.judged == "held-out"  # else the latest is kept, better or not
+                    kept = ("  best so far, kept" if held_out else "  kept") if event.best else ""
                     self._line(f"step {event.step}  {self.judged} loss {event.nll:.4f}{kept}")
             case BatchHalved():
                 self._line(

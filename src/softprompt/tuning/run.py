@@ -223,6 +223,11 @@ class Run:
             "dropped_rows": plan.train.dropped,
             "stopped": reason,
         }
+        if learner.nll_best > self.nll_base:
+            self.log.note(
+                f"Worse than the base: the prompt's loss is {learner.nll_best:.4f}, that of the base alone "
+                f"{self.nll_base:.4f}. Learn longer (tune.epochs), or from more rows."
+            )
         prompt = as_prompt(plan, learner.best, figures)
         save_prompt(prompt, out)
         result = TuneResult(prompt, **figures, prompt_bytes=prompt_bytes(out))
