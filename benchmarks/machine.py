@@ -65,19 +65,22 @@ def _rate(product: Callable[[], Any], operations: int, device: str) -> float:
 
 
 def seconds(call: Callable[[], Any], times: int, device: str = "cpu") -> list[float]:
-    """Wall times of `times` calls after one that is not counted, fastest first."""
+    """Times of `times` calls after one that is not counted, fastest first.
+
+    Of one CPU thread they are seconds of the CPU, so that other work on the machine does not count; else of the clock."""
     import torch
 
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     call()
     found = []
     for _ in range(times):
         if device != "cpu":
             torch.cuda.synchronize()
-        began = time.perf_counter()
+        began = clock()
         call()
         if device != "cpu":
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
+        found.append(clock() - began)
     return sorted(found)
 
 

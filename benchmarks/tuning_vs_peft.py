@@ -4,6 +4,7 @@
     python benchmarks/tuning_vs_peft.py --rows 16 --rounds 1           # a quick look
     python benchmarks/tuning_vs_peft.py --base builtin --curves        # a trained base, loss curves side by side
     python benchmarks/tuning_vs_peft.py --base llama-1b --device cuda  # on a GPU; also --batch-size 64
+    OMP_NUM_THREADS=1 python benchmarks/tuning_vs_peft.py --base smollm2 --words 45 --length 20 --task label
 
 Every arm runs in a process of its own and takes turns with the others. The rates of plain matrix products are measured
 in the same process just before, so that the share of the floor (FLOPs needed over the best rate) means that run.
@@ -53,6 +54,25 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 START = "Write what an assistant should act as. "
 ARMS = ("peft-fp32", "peft-bf16", "softprompt", "softprompt-int8")
+REAL_ARMS = (
+    "peft-fp32",
+    "softprompt-fp32",
+    "peft-bf16",
+    "softprompt-bf16",
+)  # of a trained base, dtype by dtype
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+LABELS = ("guide", "tool")
+
+
+def dtype_of(arm: str) -> str:
+    """The dtype in an arm's name; `auto` where it names none."""
+    return DTYPES.get(arm.rpartition("-")[2], "auto")
+
+
+def cut_texts(options: argparse.Namespace) -> list[str]:
+    """The rows, each cut to `--words` words."""
+    rows = texts(options.rows)
+    return [" ".join(row.split()[: options.words]) for row in rows] if options.words else rows
 
 
 def texts(rows: int, seed: int = 0) -> list[str]:
@@ -70,6 +90,8 @@ def texts(rows: int, seed: int = 0) -> list[str]:
 
 def base_folder(base: str, work: Path) -> str:
     """A folder to load from: a trained base's own, or random weights of a shape, written once."""
+    if base == "smollm2":
+        return str(HERE.parent / "bases" / "smollm2")  # where `make base` puts it
     if base not in SHAPES:
         return base
     import torch
@@ -100,8 +122,14 @@ def recipe_for(options: argparse.Namespace, folder: str, out: str) -> Any:
     return Recipe(
         base=folder,
         device=options.device,
+        dtype=dtype_of(options.arm),
         out=out,
-        data={"source": "memory", "column": "text", "validation": 0},
+        data={"source": "memory", "validation": 0}
+        | (
+            {"target": "label", "template": f"{{soft:{options.length}}}{{text}} Kind: {{label}}"}
+            if options.task == "label"
+            else {"column": "text"}
+        ),
         prompt={"length": options.length} | (text_start if options.curves else {"init": "random"}),
         tune={
             "learning_rate": options.rate,
@@ -119,7 +147,9 @@ def run_softprompt(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     from softprompt.tuning.events import Event, Stepped, Validated
     from softprompt.tuning.loop import tune
 
-    rows = tuple(Example({"text": text}, row=i) for i, text in enumerate(texts(options.rows)))
+    rows = tuple(
+        Example({"text": text, "label": LABELS[i % 2]}, row=i) for i, text in enumerate(cut_texts(options))
+    )
     losses: list[float] = []
     pace, cpu = [0.0], [0.0, 0.0]
 
@@ -155,6 +185,7 @@ def run_peft(options: argparse.Namespace, folder: str, dtype: str) -> dict[str, 
         AutoModelForCausalLM,
         AutoTokenizer,
         DataCollatorForLanguageModeling,
+        DataCollatorForSeq2Seq,
         Trainer,
         TrainerCallback,
         TrainingArguments,
@@ -180,7 +211,20 @@ def run_peft(options: argparse.Namespace, folder: str, dtype: str) -> dict[str, 
         **{k: v for k, v in start.items() if k != "tokenizer_name_or_path"},
     )
     model = get_peft_model(model, config)
-    encoded = [dict(tokenizer(text)) for text in texts(options.rows)]
+    if options.task == "label":
+        encoded = []
+        for i, text in enumerate(cut_texts(options)):
+            before, label = (
+                tokenizer(f"{text} Kind:")["input_ids"],
+                tokenizer(f" {LABELS[i % 2]}")["input_ids"],
+            )
+            label = [*label, tokenizer.eos_token_id]
+            ids = [*before, *label]
+            encoded.append(
+                {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(before) + label}
+            )
+    else:
+        encoded = [dict(tokenizer(text)) for text in cut_texts(options)]
     tokens = sum(len(one["input_ids"]) for one in encoded)
     epochs = options.epochs
     if options.curves:  # the very batches of softprompt, one after the other
@@ -225,7 +269,11 @@ def run_peft(options: argparse.Namespace, folder: str, dtype: str) -> dict[str, 
                 seed=0,
             ),
             train_dataset=encoded,
-            data_collator=DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=False),
+            data_collator=(
+                DataCollatorForSeq2Seq(tokenizer)
+                if options.task == "label"
+                else DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=False)
+            ),
             callbacks=[Watch()],
         )
         began, cpu = time.perf_counter(), time.process_time()
@@ -274,33 +322,40 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     found = (
         run_softprompt(options, folder)
         if arm.startswith("softprompt")
-        else run_peft(options, folder, {"peft-fp32": "float32", "peft-bf16": "bfloat16"}[arm])
+        else run_peft(options, folder, dtype_of(arm))
     )
     found["peak_bytes"] = peak_bytes(options.device)
     found["gflops"] = rates
     config = json.loads((Path(folder) / "config.json").read_text())
     del torch
-    found["floor_seconds"] = floor_flops(folder, found["tokens"] + options.length * options.rows) / (
-        max(rate for name, rate in rates.items() if name != "int8") * 1e9
-    )
+    positions = found["tokens"] + options.length * options.rows
+    # Of a label task only two tokens a row (the label and the end) pass the head; a dtype is held to its own rate.
+    scored = 2 * options.rows if options.task == "label" else positions
+    wanted = dtype_of(arm)
+    rate = rates.get(wanted) or max(rate for name, rate in rates.items() if name != "int8")
+    found["floor_seconds"] = floor_flops(folder, positions, scored) / (rate * 1e9)
     found["share_of_floor"] = found["floor_seconds"] / found["epoch_seconds"]
+    found["share_of_floor_cpu"] = found["floor_seconds"] / found["epoch_cpu_seconds"]
     found["architecture"] = config["architectures"][0]
     if found["prompt"]:
         found["final_loss"] = final_loss(options, folder, found.pop("prompt"))
     return found
 
 
-def floor_flops(folder: str, tokens: int) -> float:
-    """4 a weight and token: the forward pass and the gradient towards the input; embedding look-ups are free."""
+def floor_flops(folder: str, positions: int, scored: int) -> float:
+    """4 a weight and position: the forward pass and the gradient towards the input; embedding look-ups are free.
+
+    The head counts for the scored positions alone."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     weights = {id(weight): weight.numel() for weight in model.parameters()}
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        weights.pop(id(model.get_input_embeddings().weight), None)
-    return 4.0 * sum(weights.values()) * tokens
+    for matrix in (head, table):
+        weights.pop(id(matrix), None)
+    return 4.0 * (sum(weights.values()) * positions + head.numel() * scored)
 
 
 def main() -> None:
@@ -315,7 +370,11 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.005)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--arms", default="", help=f"default {','.join(ARMS)}; smollm2 {','.join(REAL_ARMS)}")
+    parser.add_argument(
+        "--task", choices=["text", "label"], default="text", help="learn all text, or a label"
+    )
+    parser.add_argument("--words", type=int, default=0, help="cut every row to so many words; 0 keeps all")
     parser.add_argument("--curves", action="store_true", help="same start and batches; compare final losses")
     parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "softprompt-benchmarks"))
     parser.add_argument("--note", default="", help="what else ran on the machine; kept in the result")
@@ -328,9 +387,12 @@ def main() -> None:
     Path(options.work).mkdir(parents=True, exist_ok=True)
     given = list(sys.argv[1:])
     rounds(__file__, given, ["prepare"], 1)
-    found = rounds(__file__, given, options.arms.split(","), options.rounds)
+    real = Path(options.base).name == "smollm2"
+    arms = options.arms or ",".join(REAL_ARMS if real else ARMS)
+    found = rounds(__file__, given, arms.split(","), options.rounds)
     name = options.name or f"tuning_vs_peft_{Path(options.base).name}_{options.device}"
-    write_result(HERE / f"{name}.json", vars(options), found, against="peft-fp32", measure="epoch_seconds")
+    measure = "epoch_cpu_seconds" if real else "epoch_seconds"
+    write_result(HERE / f"{name}.json", vars(options), found, against="peft-fp32", measure=measure)
 
 
 if __name__ == "__main__":
