@@ -1,4 +1,4 @@
-"""The forms in which a prompt is trained: whatever is trained, a call gives the plain prompt that it stands for.
+"""The forms in which a prompt is trained: whatever is trained, a call gives the plain prompt.
 
 Saving folds: only that plain prompt is kept, so that inference knows nothing of forms. Every form starts exactly at the
 start that it is given, and sees a prompt as a matrix of one row a virtual token: vectors [P, D] as they are, keys and
@@ -25,7 +25,7 @@ class Trained(NamedTuple):
 
 
 class Form(nn.Module):
-    """What the optimiser moves (`parameters()`), and the plain prompt that it stands for now (a call; differentiable).
+    """What the optimiser moves (`parameters()`), and the plain prompt that it makes (a call; differentiable).
 
     All float32 on the CPU: a prompt is small, and only its plain value and its gradient travel to the base."""
 
@@ -48,8 +48,8 @@ class Form(nn.Module):
         width = self.start_PW.shape[1]
         heads = self.deep_shape[0] * self.deep_shape[2] if self.deep_shape else 1
         return [
-            Trained(one, factor, heads if one.ndim == 2 and one.shape[1] == width else 1)
-            for one, factor in self._rate_factors()
+            Trained(parameter, factor, heads if parameter.ndim == 2 and parameter.shape[1] == width else 1)
+            for parameter, factor in self._rate_factors()
         ]
 
     def _rate_factors(self) -> list[tuple[nn.Parameter, float]]:
@@ -89,7 +89,7 @@ class Residual(Form):
         whole = [(parameter, 1.0) for parameter in (self.value_PW, self.norm.weight, self.norm.bias)]
         with torch.no_grad():
             inner = _share(torch.relu(self.down(self.value_PW)))
-        return whole + [(one, inner) for layer in (self.down, self.up) for one in layer.parameters()]
+        return whole + [(weight, inner) for layer in (self.down, self.up) for weight in layer.parameters()]
 
 
 class Network(Form):
@@ -103,7 +103,7 @@ class Network(Form):
         super().__init__(start)
         self.value_PW = nn.Parameter(torch.randn(self.start_PW.shape, generator=generator))
         self.inner, self.last = inner, _linear(width, self.start_PW.shape[1], generator)
-        # With gradients on, as in `rows`: without them torch takes another road through an LSTM, and other roundings.
+        # With gradients on, as in `rows`: without them torch computes an LSTM in another order and rounds differently.
         self.register_buffer("first_PW", self.last(self.inner(self.value_PW)).detach())
 
     def rows(self) -> Tensor:
@@ -113,7 +113,7 @@ class Network(Form):
     def _rate_factors(self) -> list[tuple[nn.Parameter, float]]:
         with torch.no_grad():
             share = _share(self.inner(self.value_PW))
-        return [(one, 1.0 if one is self.value_PW else share) for one in self.parameters()]
+        return [(weight, 1.0 if weight is self.value_PW else share) for weight in self.parameters()]
 
 
 class LowRank(Form):

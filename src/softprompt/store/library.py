@@ -5,7 +5,7 @@
       NAME/VERSION/         a prompt as store.artifact saves it; never changed once published
 
 A version is published by renaming a whole folder, and a name is switched by replacing the index, so a reader sees the
-former state or the new one. Watch it by polling (`stamp`): network file systems tell of no changes.
+former state or the new one. Poll `stamp` to see changes: network file systems send no notifications.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Library:
         return [entry for entry in self._entries(self._read()) if fnmatch.fnmatch(entry.name, pattern)]
 
     def find(self, name: str) -> Entry:
-        """`name` as it now stands, or the version that `name@3` means. Raises PromptError, naming what is near."""
+        """The current version of `name`, or the one that `name@3` means. Raises PromptError, naming what is near."""
         bare, _, version = name.partition("@")
         known = self.entries()
         for entry in known:
@@ -196,9 +196,9 @@ class Library:
 
     def _entries(self, index: _Index) -> Iterator[Entry]:
         for name, known in sorted(index.names.items()):
-            for version, one in sorted(known.versions.items()):
+            for version, entry in sorted(known.versions.items()):
                 path = self.path / name / str(version)
-                yield Entry(name, version, path, **one.model_dump(), is_current=version == known.current)
+                yield Entry(name, version, path, **entry.model_dump(), is_current=version == known.current)
 
     def _read(self) -> _Index:
         try:
