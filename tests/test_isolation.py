@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.kv import EMPTY
+from softprompt.base.kv import EMPTY, State
 from softprompt.errors import NotFinite
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt, text_state
 from softprompt.inference.generate import DecodeSettings, generate
+from softprompt.inference.prefill import PASS_COST_CPU, Row, like_lengths
 from softprompt.inference.running_batch import Request, Running, request
 from softprompt.inference.score import score
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
@@ -177,3 +180,76 @@ def test_a_temperature_near_0_takes_the_likeliest_token(temperature: float) -> N
     for prompt in compiled():
         (wanted,), (found,) = (generate(llama(), ["hello"], prompt, how) for how in (greedy, cold))
         assert found.token_ids == wanted.token_ids
+
+
+def rows_of(rests: Sequence[int], known: Sequence[int] = ()) -> list[Row]:
+    known = known or [0] * len(rests)
+    return [
+        Row(State((), (), tuple(range(length))), tuple(range(length + rest)))
+        for rest, length in zip(rests, known, strict=True)
+    ]
+
+
+def least_cost(rests: Sequence[int], pass_cost: int) -> int:
+    """By trying every way to put rows into passes: each row into one of as many passes as there are rows."""
+    best = len(rests) * (pass_cost + max(rests))
+    for places in product(range(len(rests)), repeat=len(rests)):
+        passes = [
+            [rest for rest, place in zip(rests, places, strict=True) if place == p] for p in set(places)
+        ]
+        best = min(best, sum(pass_cost + len(one) * max(one) for one in passes))
+    return best
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 128), min_size=1, max_size=5))
+def test_texts_are_read_in_the_passes_that_cost_least(rests: list[int]) -> None:
+    groups = like_lengths(llama(), rows_of(rests))
+    assert sorted(row.rest for group in groups for row in group) == sorted(rests)
+    cost = sum(PASS_COST_CPU + len(group) * max(row.rest for row in group) for group in groups)
+    assert cost == least_cost(rests, PASS_COST_CPU)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 60)), min_size=1, max_size=40), st.integers(1, 6)
+)
+def test_a_pass_has_room_for_every_row_in_it(sizes: list[tuple[int, int]], most_rows: int) -> None:
+    lm = llama()
+    most = longest_text(lm)
+    assert most is not None
+    rows = rows_of([rest for rest, _ in sizes], [known * 2 for _, known in sizes])
+    rows = [row for row in rows if len(row.marks) <= most]
+    groups = like_lengths(lm, rows, most_rows)
+    assert sorted(id(row) for group in groups for row in group) == sorted(id(row) for row in rows)
+    for group in groups:
+        assert len(group) <= most_rows
+        assert max(row.state.length for row in group) + max(row.rest for row in group) <= most
+
+
+def test_grouped_heads_never_step_without_a_mask_on_a_cpu_in_bfloat16() -> None:
+    lm = FrozenLM.wrap(tiny_model("Llama").bfloat16(), tiny_tokenizer())
+    base = compile_prompt(lm, None)
+    twelve = DecodeSettings(max_new_tokens=12, ignore_end=True)
+    masks: list[torch.Tensor] = []
+    hidden = FrozenLM.hidden
+
+    def watched(self: FrozenLM, *given: torch.Tensor, **past: object) -> torch.Tensor:
+        if given[0].shape[1] == 1:
+            masks.append(given[1])
+        return hidden(self, *given, **past)  # type: ignore[arg-type]
+
+    running = Running(lm, max_rows=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrozenLM, "hidden", watched)
+        waiting = [request(lm, base, text, twelve) for text in [*TEXTS[1:], TEXTS[1], *TEXTS[1:]]]
+        while waiting or len(running):
+            while waiting and running.fits([waiting[0]]):
+                running.admit([waiting.pop(0)])
+            running.step()
+            if len(running) == 2 and waiting:
+                running.cancel(running.requests[0])
+    assert len(masks) > 12
+    for mask_BS in masks:
+        assert not mask_BS[:, 0].any()  # the blank column
+        assert mask_BS[:, 1].any()  # one alone
+        assert mask_BS[:, -1].all()

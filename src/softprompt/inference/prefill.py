@@ -47,20 +47,42 @@ class Prefilled:
         return self.columns - self.rows[b].state.length, self.columns + self.rows[b].rest
 
 
-def side_by_side(lm: FrozenLM, rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows in groups that one pass can read: known state and rest, each as long as the group's longest, fit the base.
+# What one more pass costs, in positions: about 40 positions of a small base on a CPU, where reading the weights and
+# starting the layers' operations count; on a GPU a pass of few positions costs as much as one of thousands.
+PASS_COST_CPU, PASS_COST_GPU = 40, 4096
 
-    Some architectures (MPT, GPT-Neo) have tables of that many columns, padding included."""
-    most = longest_text(lm)
+
+def like_lengths(lm: FrozenLM, rows: Sequence[Row], most_rows: int | None = None) -> list[list[Row]]:
+    """Rows in groups, each for one pass of at most `most_rows`, that together cost least.
+
+    A pass computes as many positions for every row as its longest row has left, so that a long text beside short ones
+    makes all of them long. The cut is found by a dynamic programme over the rows in the order of their lengths. Known
+    state and rest, each as long as the group's longest, must fit the base: some architectures (MPT, GPT-Neo) have
+    tables of that many columns, padding included."""
+    pass_cost = PASS_COST_CPU if torch.device(lm.device).type == "cpu" else PASS_COST_GPU
+    most_columns = longest_text(lm)
+    ordered = sorted(rows, key=lambda row: row.rest)
+    # best[end] is the least cost of the first `end` rows, and cut[end] where the last of their groups begins.
+    best, cut = [0] + [0] * len(ordered), [0] * (len(ordered) + 1)
+    for end in range(1, len(ordered) + 1):
+        longest = ordered[end - 1].rest
+        known = 0
+        best[end] = -1
+        for start in range(end - 1, -1, -1):
+            known = max(known, ordered[start].state.length)
+            size = end - start
+            too_wide = most_columns is not None and known + longest > most_columns
+            if size > 1 and (too_wide or (most_rows is not None and size > most_rows)):
+                break  # more rows only make it wider
+            cost = best[start] + pass_cost + size * longest
+            if best[end] < 0 or cost < best[end]:
+                best[end], cut[end] = cost, start
     groups: list[list[Row]] = []
-    for row in rows:
-        together = [*groups[-1], row] if groups else [row]
-        columns = max(one.state.length for one in together) + max(one.rest for one in together)
-        if groups and (most is None or columns <= most):
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
+    end = len(ordered)
+    while end:
+        groups.append(ordered[cut[end] : end])
+        end = cut[end]
+    return groups[::-1]
 
 
 def prefill(lm: FrozenLM, rows: Sequence[Row]) -> Prefilled:

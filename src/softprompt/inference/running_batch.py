@@ -21,8 +21,8 @@ from softprompt.data.example import Example
 from softprompt.errors import DataError, NotFinite, OutOfMemory
 from softprompt.inference.compiled import CompiledPrompt
 from softprompt.inference.detokenize import Spoken
-from softprompt.inference.prefill import Prefilled, Row, prefill, side_by_side
-from softprompt.inference.running_cache import RunningCache, room
+from softprompt.inference.prefill import Prefilled, Row, like_lengths, prefill
+from softprompt.inference.running_cache import RunningCache, blank_columns, room
 from softprompt.inference.sampling import draw, filtered_probabilities, penalised, row_generator
 from softprompt.inference.settings import DecodeSettings
 
@@ -112,7 +112,7 @@ class Running:
         self.max_rows = max_rows
         self.memory_bytes = memory_bytes
         self._slots: list[_Slot] = []
-        self._cache = RunningCache(lm.device)
+        self._cache = RunningCache(lm.device, blank=blank_columns(lm))
         self._ids_B = torch.zeros(0, dtype=torch.int64, device=lm.device)
         self._positions_B = torch.zeros(0, dtype=torch.int64, device=lm.device)
         # Which tokens occurred in each row; no columns while no row has a repetition penalty.
@@ -159,14 +159,14 @@ class Running:
 
     @torch.inference_mode()
     def admit(self, requests: Sequence[Request]) -> list[Request]:
-        """Read the rows' texts in one pass and choose their first tokens; gives back those already done."""
+        """Read the rows' texts, those of like length in one pass, and choose their first tokens; gives back those done."""
         if not requests:
             return []
         started = len(self._slots)
         self._reserve(requests)
         hidden: list[Tensor] = []
         rows = list({id(one.row): one.row for one in requests}.values())
-        for group in side_by_side(self.lm, rows):
+        for group in like_lengths(self.lm, rows):
             done = prefill(self.lm, group)
             for row in range(len(group)):
                 for one in requests:

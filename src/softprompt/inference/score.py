@@ -19,7 +19,7 @@ from softprompt.data.template import Field, Template
 from softprompt.errors import NotFinite
 from softprompt.inference.compiled import CompiledPrompt, Promptable
 from softprompt.inference.generate import compiled_each, listed, one_each
-from softprompt.inference.prefill import Row, prefill, side_by_side
+from softprompt.inference.prefill import Row, like_lengths, prefill
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,10 +74,10 @@ def score(
         )
     ]
     results: dict[int, Scored] = {}
-    order = sorted(range(len(rows)), key=lambda i: rows[i][0].rest)
-    for start in range(0, len(order), batch_rows):
-        group = order[start : start + batch_rows]
-        results.update(zip(group, _scored(lm, [rows[i] for i in group]), strict=True))
+    number = {id(row): i for i, (row, *_) in enumerate(rows)}
+    for group in like_lengths(lm, [row for row, *_ in rows], batch_rows):
+        numbers = [number[id(row)] for row in group]
+        results.update(zip(numbers, _scored(lm, [rows[i] for i in numbers]), strict=True))
     return [results[i] for i in range(len(rows))]
 
 
@@ -100,14 +100,12 @@ def _laid_out(
 
 
 def _scored(lm: FrozenLM, rows: Sequence[tuple[Row, list[int], str | None, int]]) -> list[Scored]:
-    hidden: list[Tensor] = []
-    scored_at = {id(row): scored for row, scored, *_ in rows}
-    for group in side_by_side(lm, [row for row, *_ in rows]):
-        done = prefill(lm, group)
-        for b, row in enumerate(group):
-            # The state before a token predicts it.
-            places = [place - 1 - row.state.length for place in scored_at[id(row)]]
-            hidden.append(done.hidden_BTD[b, places])
+    done = prefill(lm, [row for row, *_ in rows])
+    # The state before a token predicts it.
+    hidden = [
+        done.hidden_BTD[b, [place - 1 - row.state.length for place in scored]]
+        for b, (row, scored, *_) in enumerate(rows)
+    ]
     targets = [row.marks[place] for row, scored, *_ in rows for place in scored]
     values_N, likeliest_N = _rated(lm, torch.cat(hidden), torch.tensor(targets, device=lm.device))
     values, likeliest = values_N.tolist(), likeliest_N.tolist()
