@@ -23,7 +23,7 @@ from softprompt.data.template import Messages, Soft, Template, Text
 from softprompt.errors import DataError
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.inference.generate import generate
-from softprompt.inference.prefill import Row, prefill, side_by_side
+from softprompt.inference.prefill import Row, like_lengths, prefill
 from softprompt.inference.sampling import DecodeSettings
 from softprompt.loss.soft_targets import SoftTargets
 
@@ -129,7 +129,7 @@ class Teacher:
     def _hidden(self, rows: Sequence[Row], starts: Sequence[int]) -> list[Tensor]:
         """The hidden states from position `start` of each row on: those that predict its answer."""
         by_row: dict[int, Tensor] = {}
-        for group in side_by_side(self.lm, rows):
+        for group in like_lengths(self.lm, rows):
             done = prefill(self.lm, group)
             for b, row in enumerate(group):
                 by_row[id(row)] = done.hidden_BTD[b, : row.rest]
