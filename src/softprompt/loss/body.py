@@ -1,7 +1,7 @@
 """The frozen body as learning runs it: the same weights and the same results, in less time.
 
 The body is copied without its weights, which both share, and parts of the copy are exchanged: attention that keeps no
-scores, a fused activation, products in the arithmetic that is fast here. The model itself stays as transformers made it.
+scores, a fused activation, products in the dtype that is fast here. The model itself stays as transformers made it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ LARGE = 2**16  # weights of a linear layer; for smaller ones a call costs more t
 
 
 def learning_body(body: nn.Module, products: Products = "float") -> Any:
-    """A twin of `body` that shares its weights, or `body` itself where there is nothing to gain.
+    """Returns a faster copy of `body` that shares its weights, or `body` itself where nothing can be gained.
 
-    Its results are equal to rounding, unless int8 products are asked for."""
+    Its results are equal up to rounding, unless int8 products are asked for."""
     if getattr(getattr(body, "config", None), "quantization_config", None) is not None:
-        return body  # its layers are not what they seem
+        return body  # its linear layers hold packed weights
     shared = {id(tensor): tensor for tensor in (*body.parameters(), *body.buffers())}
     twin = copy.deepcopy(body, shared)
     on_cpu = next(body.parameters()).device.type == "cpu"
@@ -128,7 +128,7 @@ def _bloom_attention(
     layer_past: Any = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """BloomAttention.forward with ALiBi and mask as one bias, made once for all layers, of a fused attention."""
+    """Replaces BloomAttention.forward: fused attention with ALiBi and mask as one bias, made once for all layers."""
     rows, length, width = hidden_states.shape
     fused = self.query_key_value(hidden_states)
     short = layer_past is None and length <= SHORT and fused.device.type == "cpu"
@@ -151,7 +151,7 @@ def _bloom_attention(
 
 
 class _Bias:
-    """The bias of the latest forward pass: every layer is given the same ALiBi and mask."""
+    """The attention bias of the latest forward pass: every layer is given the same ALiBi and mask."""
 
     def __init__(self) -> None:
         self.made_of: tuple[Tensor, Tensor | None, int | None] | None = None
@@ -160,9 +160,9 @@ class _Bias:
     def of(
         self, alibi: Tensor, mask: Tensor | None, heads: int, square: int | None, dtype: torch.dtype
     ) -> Tensor:
-        """[B, H, S or 1, T]; float32 and in full, [B, H, S, S], where `square` is a length."""
-        known = self.made_of
-        if known is not None and known[0] is alibi and known[1] is mask and known[2] == square:
+        """The bias [B, H, S or 1, T]; with a length as `square` float32 and in full, [B, H, S, S]."""
+        latest = self.made_of
+        if latest is not None and latest[0] is alibi and latest[1] is mask and latest[2] == square:
             return self.bias_BHST
         bias_BHST = alibi.view(-1, heads, 1, alibi.shape[-1])
         if square is not None:

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: layers keep only their input, and compute the rest again in the backward pass.
+"""Gradient checkpointing: layers keep only their input and recompute the rest in the backward pass.
 
 transformers' own switch wants training mode, which turns dropout on, and throws away the cache that holds a deep prompt
 (peft#869). Here a shallow copy of the body gets wrapped layers, and the cache is restored before a layer is recomputed.
@@ -17,7 +17,7 @@ from softprompt.errors import BaseError
 
 
 def checkpointed(body: nn.Module, num_layers: int, name: str) -> Any:
-    """A copy of `body` that shares all weights; backward passes need memory for one layer, and a third more time.
+    """Returns a copy of `body` that shares all weights; a backward pass needs memory for one layer and a third more time.
 
     Raises BaseError where the layers are not in one list."""
     for path, module in body.named_modules():
@@ -35,10 +35,10 @@ def _with_wrapped_layers(module: nn.Module, path: list[str]) -> nn.Module:
     if path:
         twin._modules[path[0]] = _with_wrapped_layers(module.get_submodule(path[0]), path[1:])
         return twin
-    for place, layer in enumerate(module.children()):
+    for index, layer in enumerate(module.children()):
         own = _shallow(layer)
-        own.forward = _wrapped(layer.forward, place)
-        twin._modules[str(place)] = own
+        own.forward = _wrapped(layer.forward, index)
+        twin._modules[str(index)] = own
     return twin
 
 
@@ -48,18 +48,21 @@ def _shallow(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _wrapped(forward: Any, place: int) -> Any:
+def _wrapped(forward: Any, layer: int) -> Any:
     def run(*inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*inputs, **named)
-        held = [value for value in (*inputs, *named.values()) if hasattr(value, "layers")]  # caches
-        before = [(cache.layers[place].keys, cache.layers[place].values) for cache in held]
+        # A layer extends its cache in place: recomputing must start from what the cache held before.
+        caches = [value for value in (*inputs, *named.values()) if hasattr(value, "layers")]
+        before = [(cache.layers[layer].keys, cache.layers[layer].values) for cache in caches]
 
-        def again(*inputs: Any, **named: Any) -> Any:
-            for cache, (keys, values) in zip(held, before, strict=True):
-                cache.layers[place].keys, cache.layers[place].values = keys, values
+        def from_the_cache_before(*inputs: Any, **named: Any) -> Any:
+            for cache, (keys, values) in zip(caches, before, strict=True):
+                cache.layers[layer].keys, cache.layers[layer].values = keys, values
             return forward(*inputs, **named)
 
-        return checkpoint(again, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
+        return checkpoint(
+            from_the_cache_before, *inputs, use_reentrant=False, preserve_rng_state=False, **named
+        )
 
     return run

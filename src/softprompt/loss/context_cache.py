@@ -1,7 +1,7 @@
 """Text before the first soft token, read once: no prompt can change its keys and values, nor needs a gradient there.
 
-They are kept for as many contexts as the budget holds and used again in every epoch. What does not fit is read anew each
-time, still without the backward pass. Results are those of reading everything, to rounding.
+The states are kept for as many contexts as the budget holds and reused in every epoch. What does not fit is read again each
+time, still without the backward pass. Results equal those of reading everything, up to rounding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from softprompt.data.batch import Batch, Encoded, collate
 
 Context = tuple[int, ...]
 GIGABYTE = 10**9
-SHORTEST = 8  # tokens; reading fewer anew costs less than setting their state beside the row
+SHORTEST = 8  # tokens; reading fewer again costs less than placing their state beside the row
 
 
 class ContextCache:
@@ -40,7 +40,7 @@ class ContextCache:
         self._states, self.bytes = {}, 0
 
     def split(self, batch: Batch) -> tuple[Batch, Placed] | None:
-        """The batch from each row's first soft position on, and where that stands: mask, positions and the contexts.
+        """Returns the batch from each row's first soft position on, with its mask, positions and the contexts as a cache.
 
         None where there is nothing to gain: a row starts with its soft slot, or a token of a context is trained."""
         if not self.budget_bytes:
@@ -55,31 +55,31 @@ class ContextCache:
         contexts = [tuple(ids_S[:start].tolist()) for ids_S, start in zip(batch.ids_BS, starts, strict=True)]
         cache, columns = batch_cache(self._read(contexts))
         rest = _from(batch, starts)
-        known_B1 = torch.tensor(starts, device=batch.ids_BS.device)[:, None]
-        place_R = torch.arange(rest.ids_BS.shape[1], device=batch.ids_BS.device)
+        starts_B1 = torch.tensor(starts, device=batch.ids_BS.device)[:, None]
+        offset_R = torch.arange(rest.ids_BS.shape[1], device=batch.ids_BS.device)
         # Padding repeats the last real position, so that no table of positions is ever read past its end.
-        positions_BR = known_B1 + torch.minimum(place_R[None], rest.lengths_B[:, None] - 1)
+        positions_BR = starts_B1 + torch.minimum(offset_R[None], rest.lengths_B[:, None] - 1)
         mask_BR = padding_mask(rest)
         if mask_BR is not None or min(starts) < columns:
             column_C = torch.arange(columns, device=batch.ids_BS.device)
             real_BR = torch.ones_like(rest.ids_BS) if mask_BR is None else mask_BR
-            mask_BR = torch.cat([(column_C >= columns - known_B1).long(), real_BR], 1)
+            mask_BR = torch.cat([(column_C >= columns - starts_B1).long(), real_BR], 1)
         return rest, Placed(torch.empty(0), mask_BR, positions_BR, cache)
 
     def _read(self, contexts: Sequence[Context]) -> list[State]:
-        """The state of each context, from what is kept or from the base; kept from now on if there is room."""
-        found = {context: self._states[context] for context in contexts if context in self._states}
-        missing = sorted(set(contexts) - set(found), key=lambda context: (len(context), context))
+        """Returns the state of each context: a kept one, or read by the base and then kept if the budget allows."""
+        states = {context: self._states[context] for context in contexts if context in self._states}
+        missing = sorted(set(contexts) - set(states), key=lambda context: (len(context), context))
         if missing:
             self.read += len(missing)
             # Not as inference tensors, even when a loss without gradient asks first: learning uses them later.
             with torch.inference_mode(False), torch.no_grad():
-                found |= {context: self._compute(context) for context in missing}
+                states |= {context: self._compute(context) for context in missing}
         for context in missing:
-            if self.bytes + found[context].bytes <= self.budget_bytes:
-                self._states[context] = found[context]
-                self.bytes += found[context].bytes
-        return [found[context] for context in contexts]
+            if self.bytes + states[context].bytes <= self.budget_bytes:
+                self._states[context] = states[context]
+                self.bytes += states[context].bytes
+        return [states[context] for context in contexts]
 
     def _compute(self, context: Context) -> State:
         """Read a context, by itself: in company its last bits would depend on which others happened to be missing.
@@ -92,7 +92,7 @@ class ContextCache:
 
 
 def contexts_of(rows: Iterable[Encoded]) -> set[Context]:
-    """What of these rows can be read once: all different texts before a first soft token, none of it trained."""
+    """Collects what can be read once: the distinct texts before a first soft token that hold no trained token."""
     found = set()
     for row in rows:
         start = next((at for at, soft in enumerate(row.soft) if soft >= 0), 0)
@@ -102,9 +102,9 @@ def contexts_of(rows: Iterable[Encoded]) -> set[Context]:
 
 
 def context_bytes(lm: FrozenLM, contexts: set[Context]) -> int:
-    """Memory of the keys and values of all these contexts."""
-    known = lm.fingerprint
-    values = 2 * known.layers * known.kv_heads * known.head_width
+    """Counts the bytes of the keys and values of all these contexts."""
+    shape = lm.fingerprint
+    values = 2 * shape.layers * shape.kv_heads * shape.head_width
     return sum(map(len, contexts)) * values * lm.dtype.itemsize
 
 
@@ -113,13 +113,13 @@ def _from(batch: Batch, starts: Sequence[int]) -> Batch:
     lengths_B = batch.lengths_B - torch.tensor(starts, device=batch.lengths_B.device)
     longest = int(lengths_B.max())
     start_B1 = torch.tensor(starts, device=batch.ids_BS.device)[:, None]
-    place_BR = start_B1 + torch.arange(longest, device=batch.ids_BS.device)[None]
-    real_BR = place_BR < batch.lengths_B[:, None]
-    place_BR = place_BR.clamp(max=batch.ids_BS.shape[1] - 1)
+    source_BR = start_B1 + torch.arange(longest, device=batch.ids_BS.device)[None]
+    real_BR = source_BR < batch.lengths_B[:, None]
+    source_BR = source_BR.clamp(max=batch.ids_BS.shape[1] - 1)
     return replace(
         batch,
-        ids_BS=batch.ids_BS.gather(1, place_BR),
-        soft_BS=batch.soft_BS.gather(1, place_BR).where(real_BR, -1),
-        trained_BS=batch.trained_BS.gather(1, place_BR) & real_BR,
+        ids_BS=batch.ids_BS.gather(1, source_BR),
+        soft_BS=batch.soft_BS.gather(1, source_BR).where(real_BR, -1),
+        trained_BS=batch.trained_BS.gather(1, source_BR) & real_BR,
         lengths_B=lengths_B,
     )

@@ -1,7 +1,7 @@
 """The loss of every trained token, faster than the base's own: same signature, same values up to rounding.
 
 `FrozenLM.token_nll` is the exact, plain reference. A FastLoss reads the same batches through a copy of the body that
-shares its weights (body.py), keeps what stands before a row's first virtual token (context_cache.py), and screens large
+shares its weights (body.py), keeps the states before a row's first virtual token (context_cache.py), and screens large
 heads with int8 products (kernels/screened_head.py). The base itself is only read, so that several losses, runs and a
 server can share it.
 """
@@ -32,7 +32,7 @@ class FastLoss:
     """A loss over one base, to call as `FrozenLM.token_nll`.
 
     `int8_products`: gradients are taken with the body's weights in int8 (losses without a gradient never are).
-    `context_bytes`: memory for text that stands before the first virtual token; 0 reads it again every time.
+    `context_bytes`: memory for the states of text before the first virtual token; 0 reads it again every time.
     `recompute`: gradient checkpointing, one layer's memory at a time and a third more time."""
 
     def __init__(
@@ -57,8 +57,8 @@ class FastLoss:
         if split is None:
             placed = place(self.lm, batch, prompt)
         else:
-            batch, known = split
-            placed = replace(known, embeddings_BSD=place(self.lm, batch, prompt).embeddings_BSD)
+            batch, rest = split
+            placed = replace(rest, embeddings_BSD=place(self.lm, batch, prompt).embeddings_BSD)
         # The state at s predicts the token at s + 1.
         before_BS = torch.nn.functional.pad(batch.trained_BS[:, 1:], (0, 1))
         hidden_ND = self._states_at(placed, batch, before_BS)

@@ -1,4 +1,4 @@
-"""What the base is asked for in learning: the loss of some rows, and its gradient at the prompt.
+"""The loss of some rows and its gradient at the prompt: all that learning needs of the base.
 
 The gradient is taken at a copy of the plain prompt, in pieces that fit into memory, and goes from there to the trained
 form. Several prompts can share a pass: each row of the batch reads its own.
@@ -146,7 +146,7 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    said = str(error)
+    message = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in said for words in ("can't allocate memory", "not enough memory", "out of memory")
+        words in message for words in ("can't allocate memory", "not enough memory", "out of memory")
     )

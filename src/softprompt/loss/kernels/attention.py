@@ -1,4 +1,4 @@
-"""Attention over short rows on a CPU, from the fused projection and back to its gradient without a detour.
+"""Attention over short rows on a CPU, from the fused projection to the gradient in its own layout.
 
 For the lengths that prompts are usually learned on, batched products over the whole score matrix are twice as fast as
 torch's fused attention, forward and backward together; and the gradient is written right into the fused layout. From
@@ -44,13 +44,15 @@ class _FusedAttention(torch.autograd.Function):
         heads, scale = ctx.heads, ctx.scale
         rows, length, width = fused_BSE.shape
         query, key, value = _apart(fused_BSE, heads)
-        chances = _chances(query, key, bias_BHSS, scale)  # again: kept, those of all layers would pile up
+        # Recomputed: saving them would hold S x S probabilities for every layer.
+        chances = _chances(query, key, bias_BHSS, scale)
         slope = upstream[0].view(rows, length, heads, -1).transpose(1, 2)
         slope = _laid_out("slope", slope, query.dtype).view(rows * heads, length, -1)
         on_chances = torch.bmm(
             slope, value.transpose(1, 2), out=scratch("scores", *chances.shape, dtype=chances.dtype)
         )
         on_scores = torch._softmax_backward_data(on_chances, chances, -1, chances.dtype).mul_(scale)
+        # The three gradients go straight into the layout of the fused projection.
         on_fused = fused_BSE.new_empty(rows, length, heads, 3, width // (3 * heads))
         for place, part in enumerate(
             (
@@ -64,7 +66,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _chances(query: Tensor, key: Tensor, bias_BHSS: Tensor, scale: float) -> Tensor:
-    """What each position takes from every other, [B*H, S, S], in memory that the next layer takes again."""
+    """Attention probabilities [B*H, S, S], in memory that the next layer reuses."""
     rows, heads, length, _ = bias_BHSS.shape
     bias = bias_BHSS.to(query.dtype).view(rows * heads, length, length)
     scores = scratch("scores", *bias.shape, dtype=bias.dtype)
@@ -85,5 +87,5 @@ def _apart(fused_BSE: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _laid_out(use: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous copy in `dtype`, in one go, in memory that the next layer takes again."""
+    """Copies to contiguous memory in `dtype` at once; the next layer reuses that memory."""
     return scratch(use, *tensor.shape, dtype=dtype).copy_(tensor)

@@ -1,4 +1,4 @@
-"""BLOOM's GELU on a CPU, value and slope in one pass over the cache.
+"""BLOOM's GELU on a CPU: value and slope in one pass through the cache.
 
 x * sigmoid(2u) is the same function as x/2 * (1 + tanh(u)), and its slope costs little once the sigmoid is at hand. A
 few rows at a time go through all of it in memory that stays in the cache; only the slope is kept for the backward pass.
@@ -43,10 +43,12 @@ class _Gelu(torch.autograd.Function):
             wide_nD, square_nD, chance_nD, value_nD = working[:, : len(part_nD)]
             wide_nD.copy_(part_nD)
             torch.mul(wide_nD, wide_nD, out=square_nD)
+            # chance = sigmoid(2u), value = x * chance
             torch.mul(square_nD, BEND, out=chance_nD).add_(LINE).mul_(wide_nD).sigmoid_()
             torch.mul(wide_nD, chance_nD, out=value_nD)
             outputs_ND[first : first + size] = value_nD
             if slopes_ND is not None:
+                # slope = chance + value * (2u)' * (1 - chance), with (2u)' = LINE + 3 BEND x^2
                 square_nD.mul_(3 * BEND).add_(LINE).mul_(value_nD)
                 value_nD.copy_(chance_nD).neg_().add_(1)
                 slopes_ND[first : first + size] = torch.addcmul(chance_nD, square_nD, value_nD, out=chance_nD)

@@ -1,6 +1,6 @@
 """Products with weights that never change: no gradient but the input's, in the arithmetic that is fast here.
 
-With int8, weights are coded once (a scale for each output) and inputs anew in every call (a scale for each position);
+With int8, weights are coded once (a scale for each output) and inputs in every call (a scale for each position);
 the backward pass has a coded copy of its own, because there the scales belong to the other side.
 """
 
@@ -51,7 +51,7 @@ class _WideProduct(torch.autograd.Function):
 
 
 def _product(left_NK: Tensor, right_KM: Tensor) -> Tensor:
-    """left @ right, computed in float32, in memory that the next product takes again."""
+    """left @ right, computed in float32, in memory that the next product reuses."""
     wide_NK = scratch("left", *left_NK.shape).copy_(left_NK)
     turned = right_KM.stride(0) == 1  # a transposed view is copied as it lies
     plain = right_KM.T if turned else right_KM
@@ -61,7 +61,7 @@ def _product(left_NK: Tensor, right_KM: Tensor) -> Tensor:
 
 
 class Int8Linear(nn.Module):
-    """The same with int8 products, forward and backward: an approximation, to be asked for."""
+    """Like FrozenLinear with int8 products, forward and backward: an approximation that a run must ask for."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         super().__init__()

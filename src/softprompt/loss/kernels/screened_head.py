@@ -28,7 +28,7 @@ from softprompt.loss.kernels.workspace import scratch
 MATTERS = 2.0**-13  # of the probability at any token of the block
 BLOCK_VOCABULARY = 2048
 BLOCK_PROBABILITIES = 2**25  # bfloat16: 64 MB; 128 tokens of a vocabulary of 250,880
-AT_MOST = 1 / 4  # of the vocabulary may matter; from there on the dense road is as fast
+AT_MOST = 1 / 4  # share of the vocabulary that may matter; above, the dense road is as fast
 TRUSTED = 0.1  # root mean square difference of int8 logits from the real ones, in nats
 SAMPLED_A_WIDTH = 16  # rows a dimension, for the covariance
 CODED_AT_ONCE = 2**17  # numbers: half a megabyte, which the cache of a core holds
@@ -109,6 +109,7 @@ class ScreenedHead:
         target_nD = head.weight_VD[targets_n].float()
         shift_n1 = (hidden_nD * target_nD).sum(1, keepdim=True).mul_(head.scale).add_(OFFSET)
         below_n1 = shift_n1.neg()
+        # All logits with int8 products: their sums a block of the vocabulary, and each probability in bfloat16.
         codes_nD, step_n1 = quantised(hidden_nD * head.scale)
         sums_nM = hidden_nD.new_empty(len(hidden_nD), len(self.packed.blocks))
         for place, block in enumerate(self.packed.blocks):
@@ -120,6 +121,7 @@ class ScreenedHead:
         sum_n1 = sums_nM.sum(1, keepdim=True)
         if not bool(torch.isfinite(sum_n1).all()):
             return None
+        # An entry matters where any token of the block gives it 2^-13 of its probability.
         share_n1 = sum_n1.reciprocal().bfloat16()
         matters_V = torch.empty(len(head.weight_VD), dtype=torch.bool)
         for block in self.packed.blocks:
@@ -164,6 +166,7 @@ class ScreenedHead:
         ]  # the total holds the target's share: never below zero
         if not wants_gradient:
             return nll_n, None
+        # What was not chosen pulls by its blocks' means, tilted along the hidden state by the covariance.
         tilt_nD = torch.mm(hidden_nD * head.scale, self.packed.covariance_DD)
         pull_nD.addmm_(sums_nM, self.packed.means_MD).addcmul_(sums_nM.sum(1, keepdim=True), tilt_nD)
         pull_nD.div_(total_n1).sub_(target_nD)

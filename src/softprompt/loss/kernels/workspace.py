@@ -1,7 +1,7 @@
-"""Working memory that is used over and over on a CPU.
+"""Working memory that is reused from call to call on a CPU.
 
-Large temporaries between results that stay would tear the heap into holes: more than a gigabyte of them was seen. What
-a step only needs for a moment therefore lies in one buffer for each use and thread.
+Large temporaries between results that stay fragment the heap, by more than a gigabyte where it was measured. So what
+a step needs only briefly lies in one buffer for each use and thread.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _own = threading.local()
 
 
 def scratch(use: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory of this shape, its content undefined; the next call of the same `use` and dtype hands it out again."""
+    """Memory of this shape, its content undefined; the next call of the same `use` and dtype returns the same memory."""
     count = 1
     for size in shape:
         count *= size
     buffers: dict[tuple[str, torch.dtype], Tensor] = vars(_own).setdefault("buffers", {})
-    known = buffers.get((use, dtype))
-    if known is None or known.numel() < count:
+    buffer = buffers.get((use, dtype))
+    if buffer is None or buffer.numel() < count:
         with torch.inference_mode(False):
-            known = buffers[use, dtype] = torch.empty(count, dtype=dtype)
-    return known[:count].view(shape)
+            buffer = buffers[use, dtype] = torch.empty(count, dtype=dtype)
+    return buffer[:count].view(shape)
