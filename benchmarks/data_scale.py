@@ -57,7 +57,9 @@ def write_rows(path: Path, count: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[200_000])
     parser.add_argument("--note", default="")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))

@@ -97,7 +97,7 @@ def main() -> None:
                     "optimizer": optimizer,
                 }
                 record |= {"steps": given.steps, "bound": plan.learning_rate, **first_step(plan)}
-                record["auto"] = measured_rate(plan, Gradients(plan.loss, plan.batch_size))
+                record["auto"] = measured_rate(plan, Gradients(plan.loss, plan.batch_size), start(plan))
                 record["runs"] = [
                     {
                         "share": share,

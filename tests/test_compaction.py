@@ -85,7 +85,7 @@ def test_bases_without_rotary_positions_have_no_rotation(architecture: str) -> N
     assert rotary_of(lm_of(architecture)) is None
 
 
-@pytest.mark.parametrize("architecture", ["Llama", "GPT-NeoX", "Qwen3"])
+@pytest.mark.parametrize("architecture", ["Llama", "GPT-NeoX", "Qwen3", "BLOOM (ALiBi)"])
 @torch.no_grad()
 def test_a_short_prefix_says_nearly_what_the_context_says_and_far_more_than_its_first_positions(
     architecture: str,
@@ -95,7 +95,7 @@ def test_a_short_prefix_says_nearly_what_the_context_says_and_far_more_than_its_
     found = compact(lm, whole, TEXTS, 16)
     cut = divergence(lm, whole.first(16), whole)
     assert divergence(lm, as_state(found.plain), whole) < 0.5 * cut
-    assert found.turned
+    assert found.turned == (architecture != "BLOOM (ALiBi)")
     assert bool((found.places_LHP[..., 0] == 0).all())  # the attention sink stays
     assert bool((found.places_LHP.diff(dim=-1) > 0).all())
 

@@ -466,7 +466,7 @@ def test_the_automatic_rate_promises_at_most_the_whole_loss_in_the_first_step(
         return 5.0 + 1e3 * (lm.token_nll(batch, prompt) - level)
 
     plan, gradients = make_plan(settings, lm=lm, splits=SPLITS, loss=steep), Gradients(steep, 4)
-    rate = measured_rate(plan, gradients)
+    rate = measured_rate(plan, gradients, start(plan))
     assert rate < plan.learning_rate
     learner = Learner(start(plan), plan.recipe.tune.model_copy(update={"warmup": 0.0}), rate * 0.1, 100)
     before = learner.snapshot()
@@ -485,7 +485,7 @@ def test_an_automatic_rate_is_never_above_its_share_of_the_embeddings_scale(tmp_
     flat: Loss = lambda batch, prompt=None: 1.0 + 1e-4 * lm.token_nll(batch, prompt)  # noqa: E731
     plan = make_plan(recipe(tmp_path, "tune.learning_rate=auto"), lm=lm, splits=SPLITS, loss=flat)
     rms = lm.embedding_VD[: min(5000, lm.vocab_size)].float().square().mean().sqrt().item()
-    assert measured_rate(plan, Gradients(flat, 4)) == pytest.approx(0.5 * rms, rel=0.05)
+    assert measured_rate(plan, Gradients(flat, 4), start(plan)) == pytest.approx(0.5 * rms, rel=0.05)
 
 
 def test_a_prompt_that_is_worse_than_the_base_alone_is_said_to_be(tmp_path: Path) -> None:

@@ -5,15 +5,27 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
+from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.errors import BaseError
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What one layer asked: queries [B, H, S, K], rotated where the base rotates; the factor of their scores; and the
+    slope of each head where scores grow with a key's position (ALiBi, Press et al. 2022), [H]."""
+
+    query_BHSK: Tensor
+    scaling: float
+    slopes_H: Tensor | None = None
 
 
 class RecordedQueries:
@@ -22,7 +34,7 @@ class RecordedQueries:
     def __init__(self, lm: FrozenLM) -> None:
         shared = {id(tensor): tensor for tensor in (*lm.body.parameters(), *lm.body.buffers())}
         self.body: Any = copy.deepcopy(lm.body, shared)
-        self.seen: list[tuple[Tensor, float]] = []
+        self.seen: list[Queries] = []
         self.layers, self.name = lm.num_layers, lm.name
         _register()
         config = copy.deepcopy(self.body.config)
@@ -30,6 +42,8 @@ class RecordedQueries:
         for module in self.body.modules():
             if hasattr(module, "config"):
                 module.config = config
+            if isinstance(module, BloomAttention):  # has an attention of its own, which cannot be exchanged
+                module.query_key_value.register_forward_hook(self._bloom(module))
 
     def __enter__(self) -> RecordedQueries:
         _own.record = self.seen.append
@@ -40,8 +54,18 @@ class RecordedQueries:
         if error[0] is None and len(self.seen) != self.layers:
             raise BaseError(
                 f"{self.name}: its attention cannot be looked into, so a context cannot be cut down to the keys that matter. "
-                "Distil with init: vocabulary or text instead."
+                "Start from its first positions instead (--init first)."
             )
+
+    def _bloom(self, attention: Any) -> Callable[..., None]:
+        def record(module: Any, inputs: Any, fused: Tensor) -> None:
+            query, _, _ = attention._reshape(fused)
+            # transformers gives the slopes as a row of biases: that of position 1 is the slope itself.
+            ones = torch.ones(1, 2, device=fused.device)
+            slopes_H = build_alibi_tensor(ones, attention.num_heads, torch.float32)[:, 0, 1]
+            self.seen.append(Queries(query, float(attention.inv_norm_factor), slopes_H))
+
+        return record
 
 
 _CAPTURE = "softprompt_queries"
@@ -65,8 +89,8 @@ def _recorded(
 ) -> tuple[Tensor, None]:
     """Plain attention, as transformers' eager one, that keeps its queries."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    record: Callable[[tuple[Tensor, float]], None] = _own.record
-    record((query, scaling))
+    record: Callable[[Queries], None] = _own.record
+    record(Queries(query, scaling))
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * scaling

@@ -21,6 +21,7 @@ from softprompt.cli.streams import prepare_streams
 VERBS = {
     "demo": "The whole path in under two minutes, offline: load, tune, compare before and after.",
     "tune": "Learn a soft prompt from a recipe, or from flags alone.",
+    "distil": "Make a short prompt of a long instruction, few-shot block or document, without labels.",
     "together": "Learn a prompt for each of several recipes in the same passes over one base.",
     "sweep": "Learn under many settings and seeds side by side; keep the best prompt.",
     "generate": "Continue texts with the base, with one prompt or with several.",

@@ -52,6 +52,11 @@ class FastLoss:
 
         `prompt` is what is learned or judged: (vectors [P, D],), (keys, values) [L, P, H, K] each, or None for the
         untouched base. Differentiable towards it, and towards nothing else."""
+        targets_N = batch.ids_BS[:, 1:][batch.trained_BS[:, 1:]].to(self.lm.device)
+        return token_nll(self.hidden(batch, prompt), targets_N, self.lm.head, self._head_loss)
+
+    def hidden(self, batch: Batch, prompt: Plain | None = None) -> Tensor:
+        """The last hidden states that predict the trained tokens, [N, D], in the order of the losses."""
         batch = batch.to(self.lm.device)
         split = self.contexts.split(batch) if prompt is not None and len(prompt) == 1 else None
         if split is None:
@@ -61,9 +66,7 @@ class FastLoss:
             placed = replace(rest, embeddings_BSD=place(self.lm, batch, prompt).embeddings_BSD)
         # The state at s predicts the token at s + 1.
         before_BS = torch.nn.functional.pad(batch.trained_BS[:, 1:], (0, 1))
-        hidden_ND = self._states_at(placed, batch, before_BS)
-        targets_N = batch.ids_BS[:, 1:][batch.trained_BS[:, 1:]]
-        return token_nll(hidden_ND, targets_N, self.lm.head, self._head_loss)
+        return self._states_at(placed, batch, before_BS)
 
     def prepare(self) -> None:
         """Build the fast body now rather than in the first loss."""

@@ -87,21 +87,25 @@ class _Reading:
     keys_HSK: Tensor
     values_HSK: Tensor
     scaling: float
-
-    def scores(self, keys_HPK: Tensor) -> Tensor:
-        """Scores of keys before the text, [H, G, S, P]."""
-        return torch.einsum("hgsk,hpk->hgsp", self.query_HGSK, keys_HPK) * self.scaling
-
-    def own_scores(self) -> Tensor:
-        """Scores of the text's own keys, [H, G, S, S], -inf for those that come later."""
-        scores = self.scores(self.keys_HSK)
-        later_SS = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        return scores.masked_fill(later_SS, -math.inf)
+    slopes_HG: Tensor | None = None
 
     def weights(self, keys_HPK: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention to keys before the text and to the text's own: [H, G, S, P] and [H, G, S, S], together 1."""
-        both = torch.cat([self.scores(keys_HPK), self.own_scores()], -1).softmax(-1)
-        return both[..., : keys_HPK.shape[1]], both[..., keys_HPK.shape[1] :]
+        """Attention to the keys at positions 0 to P - 1 and to the text's own, which follow: [H, G, S, P] and
+        [H, G, S, S], together 1."""
+        length = keys_HPK.shape[1]
+        own_scores = self._scores(self.keys_HSK, length)
+        later_SS = torch.ones(own_scores.shape[-2:], dtype=torch.bool, device=own_scores.device).triu(1)
+        scores = torch.cat([self._scores(keys_HPK, 0), own_scores.masked_fill(later_SS, -math.inf)], -1)
+        both = scores.softmax(-1)
+        return both[..., :length], both[..., length:]
+
+    def _scores(self, keys_HPK: Tensor, first: int) -> Tensor:
+        """Scores of keys at the positions from `first` on, [H, G, S, P]."""
+        scores = torch.einsum("hgsk,hpk->hgsp", self.query_HGSK, keys_HPK) * self.scaling
+        if self.slopes_HG is not None:
+            positions_P = first + torch.arange(keys_HPK.shape[1], device=keys_HPK.device)
+            scores = scores + self.slopes_HG[..., None, None] * positions_P
+        return scores
 
 
 def _places(readings: Sequence[_Reading], keys_HTK: Tensor, length: int) -> Tensor:
@@ -164,11 +168,13 @@ def _read(lm: FrozenLM, context: State, rows: Sequence[Sequence[int]]) -> list[l
     readings: list[list[_Reading]] = []
     for b, row in enumerate(rows):
         mine = []
-        for (query_BHSK, scaling), layer in zip(queries.seen, layers, strict=True):
-            query_HGSK = torch.unflatten(query_BHSK[b, :, : len(row)].float(), 0, (layer.keys.shape[1], -1))
+        for asked, layer in zip(queries.seen, layers, strict=True):
+            heads = layer.keys.shape[1]
+            query_HGSK = torch.unflatten(asked.query_BHSK[b, :, : len(row)].float(), 0, (heads, -1))
+            slopes_HG = None if asked.slopes_H is None else asked.slopes_H.view(heads, -1)
             keys, values = (
                 tensor[b, :, columns : columns + len(row)].float() for tensor in (layer.keys, layer.values)
             )
-            mine.append(_Reading(query_HGSK, keys, values, scaling))
+            mine.append(_Reading(query_HGSK, keys, values, asked.scaling, slopes_HG))
         readings.append(mine)
     return readings

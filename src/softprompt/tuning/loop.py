@@ -7,7 +7,9 @@ from collections.abc import Callable
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Splits
 from softprompt.loss.gradient import Loss
+from softprompt.prompt.reparam import Form
 from softprompt.tuning.events import Event
+from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.result import TuneResult
 from softprompt.tuning.run import Run
@@ -20,18 +22,20 @@ def tune(
     lm: FrozenLM | None = None,
     splits: Splits | None = None,
     loss: Loss | None = None,
+    plan: Plan | None = None,
+    form: Form | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     resume: bool = False,
 ) -> TuneResult:
     """Learn a prompt as `recipe` says and save the best validated one in `recipe.out`.
 
-    `lm` and `splits` stand in for what the recipe would load, `loss` for FastLoss over the base. Held-out loss is
-    measured before the first step too, so the result is never worse there than its start. On Ctrl-C, a loss that is
+    `lm` and `splits` stand in for what the recipe would load, `loss` for FastLoss over the base, `plan` for all that
+    the recipe settles, `form` for the start that it names. Held-out loss is measured before the first step too, so the result is never worse there than its start. On Ctrl-C, a loss that is
     not finite or any other failure, the best prompt so far is saved before the exception goes on. With `resume`, a
     run that was killed continues from its last checkpoint, with the same result as if it had not been killed. Raises
     the errors of softprompt.errors.
     """
-    run = Run(make_plan(recipe, lm=lm, splits=splits, loss=loss), on_event)
+    run = Run(plan or make_plan(recipe, lm=lm, splits=splits, loss=loss), on_event, form)
     learner, loss_and_gradient = run.learner, run.gradients
     try:
         run.begin(run.newest_checkpoint() if resume else None)

@@ -32,7 +32,7 @@ def make_plan(
     task = task_of(recipe, lm, splits)
     judged = splits.validation or splits.train
     train = task.to_learn(splits.train)
-    steps_per_epoch = math.ceil(len(train.encoded) / _batch_size(recipe))
+    steps_per_epoch = math.ceil(len(train.encoded) / settled_batch_size(recipe))
     steps = recipe.tune.epochs * steps_per_epoch
     return Plan(
         recipe=recipe,
@@ -43,8 +43,8 @@ def make_plan(
         held_out=task.to_judge(judged, prompt=True).encoded,
         held_out_base=task.to_judge(judged, prompt=False).encoded,
         judged_on="validation" if splits.validation else "training",
-        learning_rate=_rate(recipe, lm),
-        batch_size=_batch_size(recipe),
+        learning_rate=settled_rate(recipe, lm),
+        batch_size=settled_batch_size(recipe),
         steps=min(steps, recipe.tune.max_steps or steps),
     )
 
@@ -71,11 +71,13 @@ def fast_loss(recipe: Recipe, lm: FrozenLM) -> FastLoss:
     )
 
 
-def _batch_size(recipe: Recipe) -> int:
+def settled_batch_size(recipe: Recipe) -> int:
+    """Rows a step."""
     return BATCH_SIZE if recipe.tune.batch_size == "auto" else recipe.tune.batch_size
 
 
-def _rate(recipe: Recipe, lm: FrozenLM) -> float:
+def settled_rate(recipe: Recipe, lm: FrozenLM) -> float:
+    """The learning rate, or what bounds an automatic one."""
     if isinstance(recipe.tune.learning_rate, str):  # auto, or the middle of what `find` tries
         scale = frequent_vectors(lm)
         if recipe.prompt.kind == "deep":

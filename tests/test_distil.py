@@ -1,0 +1,192 @@
+"""Distillation end to end on small models: the student comes near the teacher, resumes to the bit, and refuses nonsense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.cli.app import main
+from softprompt.data.batch import collate
+from softprompt.data.example import Example
+from softprompt.data.template import Template
+from softprompt.errors import BaseError, DataError, RecipeError
+from softprompt.inference.settings import DecodeSettings
+from softprompt.loss.fast import FastLoss
+from softprompt.loss.soft_targets import SoftTargets
+from softprompt.store.artifact import load_prompt
+from softprompt.tuning.distil import DistilLoss, distil, few_shot_text
+from softprompt.tuning.distil_settings import DistilSettings
+from softprompt.tuning.events import Event, Stepped
+from softprompt.tuning.questions import first_question, parts_of
+from softprompt.tuning.teacher import teacher_of
+from tiny_models import tiny_model, tiny_tokenizer
+
+CONTEXT = "The quick brown fox jumps over the lazy dog. I want you to act as a logistician. " * 2
+QUESTIONS = ["Tweet: my order", "never came", "thank you", "for the quick help", "classify the text", "answer with", "the label alone", "one of the following", "nobody answers", "act as a fox", "a lazy dog", "complaint"]  # fmt: skip
+
+
+def lm_of(architecture: str = "Llama") -> FrozenLM:
+    return FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer(), "tiny")
+
+
+def settings(folder: Path, **distil_settings: Any) -> DistilSettings:
+    (folder / "context.txt").write_text(CONTEXT, encoding="utf-8")
+    (folder / "q.csv").write_text("text\n" + "\n".join(QUESTIONS) + "\n", encoding="utf-8")
+    tree: dict[str, Any] = {
+        "out": str(folder / "out"),
+        "context": {"document": str(folder / "context.txt")},
+        "data": {"source": str(folder / "q.csv"), "column": "text", "validation": 4},
+        "distil": {"virtual_tokens": 8, "answer_tokens": 6, "answers": 2, **distil_settings},
+        "tune": {"epochs": 4, "batch_size": 4, "checkpoint_steps": 2},
+    }
+    return DistilSettings(**tree)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "BLOOM (ALiBi)", "GPT-2"])
+def test_the_short_prompt_comes_nearer_to_the_context_than_its_start_and_the_bare_base(
+    architecture: str, tmp_path: Path
+) -> None:
+    result = distil(settings(tmp_path), lm=lm_of(architecture))
+    assert result.kl < result.kl_start
+    # Where distances cannot be kept (learned positions, ALiBi), eight positions hold less of the context.
+    assert result.kl < (0.5 if architecture == "Llama" else 0.8) * result.kl_base
+    assert result.context_positions > 8 * 4
+    loaded = load_prompt(tmp_path / "out", base=lm_of(architecture).fingerprint)
+    assert (loaded.kind, loaded.length) == ("deep", 8)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.plain, result.prompt.plain, strict=True))
+
+
+def test_the_first_position_of_the_context_stays_as_it_was(tmp_path: Path) -> None:
+    lm = lm_of()
+    result = distil(settings(tmp_path, init="first"), lm=lm)
+    teacher = teacher_of(lm, CONTEXT, Template.parse("{text}\n"))
+    for layer, own in zip(result.prompt.plain[0], teacher.compiled.state.keys, strict=True):
+        torch.testing.assert_close(layer[0], own[:, 0])
+
+
+def test_a_soft_prompt_is_learned_where_it_is_asked_for(tmp_path: Path) -> None:
+    result = distil(settings(tmp_path, kind="soft", init="vocabulary"), lm=lm_of())
+    assert result.prompt.kind == "soft"
+    assert result.kl < result.kl_start
+
+
+def test_the_loss_is_the_divergence_that_the_whole_vocabulary_gives(tmp_path: Path) -> None:
+    """Teacher and student through transformers' own model, row by row, against the loss that is learned by."""
+    lm = lm_of()
+    teacher = teacher_of(lm, CONTEXT, Template.parse("{text}\n"))
+    questions = [Example({"text": text}) for text in QUESTIONS[:3]]
+    answers = [own[0] for own in teacher.answers(questions, DecodeSettings(max_new_tokens=5))]
+    targets = teacher.targets([(q, a.ids) for q, a in zip(questions, answers, strict=True)], None)
+    rows = [teacher.student_row(q, a.ids, n) for n, (q, a) in enumerate(zip(questions, answers, strict=True))]
+    loss = DistilLoss(FastLoss(lm), dict(enumerate(targets)))
+    found = torch.split(loss(collate(rows)), [len(answer.ids) for answer in answers])
+    for question, answer, ours in zip(questions, answers, found, strict=True):
+        both = []
+        for text in (CONTEXT, ""):  # one text, as a person would write it
+            ids = lm.tokenizer(f"{text}{question.fields['text']}\n")["input_ids"]
+            with torch.no_grad():
+                logits_SV = lm.model(input_ids=torch.tensor([[*ids, *answer.ids]])).logits[0]
+            both.append(logits_SV.log_softmax(-1)[-len(answer.ids) - 1 : -1])
+        theirs = (both[0].exp() * (both[0] - both[1])).sum(-1)
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_few_of_the_teachers_tokens_give_nearly_the_same_loss_as_all_of_them() -> None:
+    logits_NV = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)) * 6
+    few, everything = SoftTargets.of(logits_NV, 100), SoftTargets.of(logits_NV, None)
+    torch.testing.assert_close(few.entropy_N, everything.entropy_N, atol=0.05, rtol=0.05)
+
+
+def test_a_killed_distillation_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = distil(settings(tmp_path / "whole"), lm=lm_of())
+
+    def kill(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 5:
+            raise SystemExit
+
+    cut = settings(tmp_path / "cut")
+    with pytest.raises(SystemExit):
+        distil(cut, lm=lm_of(), on_event=kill)
+    resumed = distil(cut, lm=lm_of(), resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.prompt.plain, resumed.prompt.plain, strict=True))
+
+
+def test_what_cannot_be_distilled_is_refused_in_one_line(tmp_path: Path) -> None:
+    given = settings(tmp_path)
+    (tmp_path / "context.txt").write_text(" \n", encoding="utf-8")
+    with pytest.raises(DataError, match="The context is empty"):
+        distil(given, lm=lm_of())
+    (tmp_path / "context.txt").write_text("hi", encoding="utf-8")
+    with pytest.raises(DataError, match=r"which fit into 8 virtual tokens"):
+        distil(given, lm=lm_of())
+    with pytest.raises(DataError, match=r"there is no such file"):
+        distil(
+            given.model_copy(update={"context": given.context.model_copy(update={"document": "nowhere.md"})}),
+            lm=lm_of(),
+        )
+    exact = settings(tmp_path, exact=True)
+    with pytest.raises(BaseError, match="no rotary positions"):
+        distil(exact, lm=lm_of("GPT-2"))
+    (tmp_path / "context.txt").write_text(CONTEXT * 10, encoding="utf-8")
+    with pytest.raises(DataError, match=r"reads 128"):
+        distil(settings_with(tmp_path), lm=lm_of())
+    assert not (tmp_path / "out" / "softprompt.json").exists()
+
+
+def settings_with(folder: Path) -> DistilSettings:
+    made = settings(folder)
+    (folder / "context.txt").write_text(CONTEXT * 10, encoding="utf-8")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({}, "wanted one long text"),
+        ({"context": {"document": "a", "instruction": "b"}}, "wanted one long text"),
+        ({"context": {"shots": 4}}, "shots needs labelled rows"),
+        ({"context": {"instruction": "be kind"}}, "needs texts that it is applied to"),
+        ({"context": {"document": "a"}, "distil": {"gold": 0.5}}, "gold needs right answers"),
+        ({"context": {"document": "a"}, "distil": {"kind": "soft"}}, "cannot hold keys and values"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(tree: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        DistilSettings(**tree)
+
+
+def test_a_few_shot_block_shows_every_answer_about_equally_often() -> None:
+    layout = Template.parse("{text} is {label}", target="label")
+    rows = [Example({"text": f"t{n}", "label": "ab"[n % 2]}) for n in range(20)]
+    block = few_shot_text(rows, layout, 6, seed=0)
+    assert (block.count(" is a\n\n"), block.count(" is b\n\n")) == (3, 3)
+    assert block == few_shot_text(rows, layout, 6, seed=0)
+    assert block != few_shot_text(rows, layout, 6, seed=1)
+
+
+def test_documents_are_parted_at_paragraphs_and_questions_cleaned() -> None:
+    assert parts_of("one\n\ntwo\n\nthree", 9) == ["one\n\ntwo", "three"]
+    assert "".join(parts_of("word " * 100, 50)).replace(" ", "") == "word" * 100
+    assert first_question('\n 1. "What is the price?"\nnext') == "What is the price?"
+    assert first_question("ok\n...") == ""
+
+
+def test_a_few_shot_block_is_distilled_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = "distil --base builtin --shots 6 --data builtin:messages --target label --limit 30 --validation 6 --virtual-tokens 8 --answer-tokens 4 --epochs 1 --out short --json"  # fmt: skip
+    assert main(command.split()) == 0
+    import json
+
+    record = json.loads(capsys.readouterr().out)
+    assert record["kl"] <= record["kl_start"] < record["kl_base"]
+    assert record["virtual_tokens"] == 8
+    assert 0 <= record["gold_prompt"] <= 1
+    assert main(["generate", "--prompt", "short", "Where is my parcel?"]) == 0
