@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from tokenizers import Tokenizer, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
 from softprompt.data.example import Example, Splits
 from softprompt.data.template import Template
 from softprompt.errors import DataError, GateFailed, NotFinite, RecipeError
+from softprompt.evaluation import judge
 from softprompt.evaluation.evaluate import (
     Answer,
     default_metrics,
@@ -416,3 +420,73 @@ def test_every_metric_can_be_asked_for_and_a_result_shows_its_figures(lm: Frozen
     assert "tensor" not in repr(found)
     assert "<td>accuracy</td>" in found._repr_html_()
     assert json.dumps(found.to_record())
+
+
+LOSSY_LABELS = ("Complaint", "ＮＯ　ＣＯＭＰＬＡＩＮＴ", "Réclamation")
+
+
+def without_case_width_and_accents(text: str) -> str:
+    """What Unicode's own tables leave of a text; the tokenizer below has the same rules from `tokenizers`."""
+    decomposed = unicodedata.normalize("NFKD", text)
+    return "".join(letter for letter in decomposed if not unicodedata.combining(letter)).lower()
+
+
+@pytest.fixture(scope="module")
+def lossy_lm() -> FrozenLM:
+    backend = Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str())
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+    return FrozenLM.wrap(tiny_model("Llama"), tokenizer)
+
+
+@pytest.mark.parametrize("spoken", [without_case_width_and_accents, str.strip])
+def test_a_label_that_the_tokenizer_alters_is_judged_in_its_altered_form(
+    lossy_lm: FrozenLM, monkeypatch: pytest.MonkeyPatch, spoken: Callable[[str], str]
+) -> None:
+    """A base with this tokenizer can say the altered form alone: that is right, and the original is not."""
+    data = [{"text": "thank you", "label": label} for label in LOSSY_LABELS]
+
+    def answering(*arguments: object, **settings: object) -> Callable[[Sequence[Example]], list[Answer]]:
+        return lambda examples: [Answer(said=spoken(example.fields["label"])) for example in examples]
+
+    monkeypatch.setattr(judge, "predictor", answering)
+    result = evaluate(
+        None,
+        data,
+        base=lossy_lm,
+        template=str(LABELLED),
+        target="label",
+        settings=JudgeSettings(metrics=["accuracy", "exact_match", "macro_f1"]),
+        progress=False,
+    )
+    altered = [without_case_width_and_accents(label) for label in LOSSY_LABELS]
+    assert [row.wanted for row in result.rows] == altered
+    expected = 1.0 if spoken is without_case_width_and_accents else 0.0
+    assert [estimate.value for estimate in result.estimates.values()] == [expected] * 3
+    assert result.confusion is not None
+    assert set(result.confusion.labels) == set(altered)
+
+
+def test_a_ranked_label_is_said_in_the_form_that_it_is_judged_in(lossy_lm: FrozenLM) -> None:
+    data = [{"text": text, "label": label} for text, label in zip("abc", LOSSY_LABELS, strict=True)]
+    settings = JudgeSettings(metrics=["accuracy"], answers="rank")
+    result = evaluate(
+        None,
+        data,
+        base=lossy_lm,
+        template=str(LABELLED),
+        target="label",
+        settings=settings,
+        progress=False,
+    )
+    right = 0
+    for row, label in zip(result.rows, LOSSY_LABELS, strict=True):
+        assert row.scores is not None
+        assert set(row.scores) == set(LOSSY_LABELS)
+        likeliest = max(row.scores, key=row.scores.__getitem__)
+        assert row.said == without_case_width_and_accents(likeliest)
+        right += likeliest == label
+    assert [row.wanted for row in result.rows] == [without_case_width_and_accents(x) for x in LOSSY_LABELS]
+    assert result.estimates["accuracy"].value == pytest.approx(right / 3)

@@ -36,7 +36,7 @@ from softprompt.errors import SoftPromptError
 from softprompt.evaluation.evaluate import default_metrics, judge_rows
 from softprompt.evaluation.judge import fitting, judged_examples
 from softprompt.evaluation.metric import metrics_named
-from softprompt.evaluation.predictor import predictor, settled
+from softprompt.evaluation.predictor import as_learned, predictor, settled
 from softprompt.evaluation.record import write_json
 from softprompt.evaluation.rows import ROWS, SUMMARY
 from softprompt.inference.compiled import compile_prompt
@@ -90,6 +90,7 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> ArmResult:
         out=job.folder,
         about={"arm": job.arm, "seed": job.seed, "digest": job.digest},
         on_progress=lambda done, rows: tell("judging", done, rows),
+        as_learned=as_learned(lm),
     )
     judging = clock.read()
     peak_judging = hardware.peak_memory_bytes(lm.device)

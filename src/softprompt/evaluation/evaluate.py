@@ -87,9 +87,11 @@ def judge_rows(
     about: Mapping[str, Any] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, rows: None,
     chunk: int = CHUNK,
+    as_learned: Callable[[str], str] = lambda text: text,
 ) -> Evaluation:
     """Judge every example by what `predict` answers.
 
+    `as_learned` gives the form of a wanted text that the base can be taught to say: a tokenizer may change letters.
     With `out`, rows are kept in `out`/rows.jsonl as they come, and the figures with `about` in `out`/evaluation.json.
     `about` holds all that the answers depend on: a folder that was begun with the same is gone on with, and one of
     another evaluation is refused with DataError.
@@ -102,14 +104,17 @@ def judge_rows(
     known = dict(keep.known) if keep else {}
     reused = len(known)
     todo = [index for index in range(len(examples)) if index not in known]
-    several = _references(examples, layout)
+    wanted = [as_learned(wanted_text(layout, example)) for example in examples]
+    several = _references(examples, layout, wanted)
     on_progress(reused, len(examples))
     try:
         for start in range(0, len(todo), chunk):
             indices = todo[start : start + chunk]
             answers = predict([examples[index] for index in indices])
             rows = [
-                replace(judged(index, examples[index], layout, answer), **several.get(index, {}))
+                replace(
+                    judged(index, examples[index], layout, answer, wanted[index]), **several.get(index, {})
+                )
                 for index, answer in zip(indices, answers, strict=True)
             ]
             known.update((row.index, row) for row in rows)
@@ -129,12 +134,14 @@ def judge_rows(
     return result
 
 
-def judged(index: int, example: Example, layout: Template, answer: Answer) -> Row:
+def judged(index: int, example: Example, layout: Template, answer: Answer, wanted: str) -> Row:
     """A row: the example as text, and the answer to it."""
-    return Row(index, example.row, shown_input(layout, example), wanted_text(layout, example), **vars(answer))
+    return Row(index, example.row, shown_input(layout, example), wanted, **vars(answer))
 
 
-def _references(examples: Sequence[Example], layout: Template) -> dict[int, dict[str, Any]]:
+def _references(
+    examples: Sequence[Example], layout: Template, wanted: Sequence[str]
+) -> dict[int, dict[str, Any]]:
     """The references of each example whose input is asked more than once, with another wanted text."""
     if layout.target is None:
         return {}
@@ -143,10 +150,10 @@ def _references(examples: Sequence[Example], layout: Template) -> dict[int, dict
         asked.setdefault(shown_input(layout, example), []).append(index)
     several: dict[int, dict[str, Any]] = {}
     for indices in asked.values():
-        wanted = tuple(dict.fromkeys(wanted_text(layout, examples[index]) for index in indices))
-        if len(wanted) > 1:
+        texts = tuple(dict.fromkeys(wanted[index] for index in indices))
+        if len(texts) > 1:
             for index in indices:
-                several[index] = {"references": wanted, "repeated": index != indices[0]}
+                several[index] = {"references": texts, "repeated": index != indices[0]}
     return several
 
 

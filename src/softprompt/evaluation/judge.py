@@ -17,7 +17,7 @@ from softprompt.data.template import Template
 from softprompt.errors import DataError, RecipeError
 from softprompt.evaluation.evaluate import Evaluation, default_metrics, judge_rows
 from softprompt.evaluation.metric import metrics_named
-from softprompt.evaluation.predictor import predictor, settled, text_prompt
+from softprompt.evaluation.predictor import as_learned, predictor, settled, text_prompt
 from softprompt.evaluation.progress import Advance, progress_bar
 from softprompt.evaluation.settings import JudgedData, JudgeSettings
 from softprompt.inference.compiled import CompiledPrompt, TextPrompt, compile_prompt
@@ -100,6 +100,7 @@ def evaluate(
             out=None if out is None else Path(out),
             about=about,
             on_progress=advance,
+            as_learned=as_learned(lm),
         )
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import Encoded, End, encode
 from softprompt.data.ending import ending_of
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Soft, Template, Text
+from softprompt.data.tokenizer import habits, surviving
 from softprompt.errors import RecipeError
 from softprompt.evaluation.evaluate import Answer, Predict, wanted_text, written_out
 from softprompt.evaluation.metric import Metric
@@ -72,6 +74,7 @@ def predictor(
         )
     labels, batch_rows = settings.labels, settings.batch_rows
     bias = _bias(lm, prompt, layout, labels, end, batch_rows) if labels and settings.calibrate else {}
+    learned_form = as_learned(lm)
 
     def predict(examples: Sequence[Example]) -> list[Answer]:
         answers = [Answer() for _ in examples]
@@ -82,7 +85,7 @@ def predictor(
         if labels:
             ranked = _label_scores(lm, prompt, labels, examples, end, batch_rows)
             return [
-                replace(answer, said=_likeliest(scores, bias), scores=scores)
+                replace(answer, said=learned_form(_likeliest(scores, bias)), scores=scores)
                 for answer, scores in zip(answers, ranked, strict=True)
             ]
         decode = DecodeSettings(
@@ -98,6 +101,14 @@ def predictor(
         ]
 
     return predict
+
+
+def as_learned(lm: FrozenLM) -> Callable[[str], str]:
+    """The form of a text that the base can be taught to say: what is left of it after tokens and back.
+
+    A tokenizer may lower its case, change its width or drop characters; no answer could ever equal the original."""
+    habit = habits(lm.tokenizer)
+    return cache(lambda text: surviving(lm.tokenizer, text, habit))
 
 
 def text_prompt(lm: FrozenLM, layout: Template, text: str, name: str = "text") -> CompiledPrompt:

@@ -24,6 +24,7 @@ ROWS, SUMMARY = "rows.jsonl", "evaluation.json"
 class Row:
     """What was wanted of one example and what came of it.
 
+    `wanted` is the wanted text as the base's tokenizer can write it: an answer is compared with nothing else.
     `index` counts the judged examples, `row` is its place in the source. `said` is the generated text, or the label
     of highest score; None where nothing was asked to be said. `nll` sums the loss of the wanted text in nats over
     `tokens` tokens, which stand for `text_bytes` UTF-8 bytes; nan where it was not measured. `scores` holds every
