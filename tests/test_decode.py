@@ -12,7 +12,9 @@ import torch
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -23,13 +25,14 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import BaseError, DataError, OutOfMemory, PromptError, RecipeError
+from softprompt.inference.bad_words import bad_sequences
 from softprompt.inference.compiled import CompiledPrompt, Promptable, TextPrompt, compile_prompt, text_state
 from softprompt.inference.conversation import Conversation
 from softprompt.inference.detokenize import Spoken
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.inference.prefill import prefill
 from softprompt.inference.running_batch import Running, position_bytes, request
-from softprompt.inference.sampling import draw, filtered_probabilities, penalised
+from softprompt.inference.sampling import biased, completing, draw, filtered_probabilities, penalised, without
 from softprompt.inference.score import score
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
 from softprompt.settings.table import settings
@@ -182,6 +185,91 @@ def test_the_penalty_divides_positive_logits_and_multiplies_negative_ones_of_see
     seen = torch.tensor([[True, True, False, False]])
     logits = penalised(torch.tensor([[2.0, -2.0, 1.0, -1.0]]), seen, torch.tensor([2.0]))
     assert logits.tolist() == [[1.0, -4.0, 1.0, -1.0]]
+
+
+def test_logit_bias_and_bad_sequences_change_logits_as_transformers_processors_do() -> None:
+    logits_BV = torch.randn(4, 60, generator=torch.Generator().manual_seed(1)) * 3
+    texts = [[5, 9, 3], [9, 3, 5], [3, 5, 9], [1, 2, 4]]
+    bias = {9: 2.5, 3: -1.75, 59: 40.0}
+    bad = ((7,), (9, 11), (5, 9, 12), (9, 3, 5), (1, 2, 4, 8))
+    expected_BV = LogitsProcessorList(
+        [
+            SequenceBiasLogitsProcessor([[[token], amount] for token, amount in bias.items()]),
+            RepetitionPenaltyLogitsProcessor(1.5),
+            NoBadWordsLogitsProcessor([list(sequence) for sequence in bad], eos_token_id=0),
+        ]
+    )(torch.tensor(texts), logits_BV.clone())
+    seen_BV = torch.zeros(4, 60, dtype=torch.bool).scatter(1, torch.tensor(texts), True)
+    ours_BV = without(
+        penalised(biased(logits_BV, [bias] * 4), seen_BV, torch.ones(4) * 1.5),
+        [completing(bad, text) for text in texts],
+    )
+    assert torch.equal(ours_BV, expected_BV)
+    assert [int(row.isinf().sum()) for row in ours_BV] == [2, 1, 3, 2]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_biased_rows_and_rows_without_bad_words_are_continued_as_transformers_does(
+    lm: FrozenLM, penalty: float
+) -> None:
+    plain = generate(lm, TEXTS, None, TEN)
+    often = plain[0].token_ids[0]
+    word = lm.tokenizer.decode(plain[1].token_ids[1:3])
+    bias = {often: -3.5, 17: 1.25}
+    hows = [
+        DecodeSettings(max_new_tokens=10, ignore_end=True, repetition_penalty=penalty, **more)  # type: ignore[arg-type]
+        for more in (
+            {"logit_bias": bias},
+            {"bad_words": word},
+            {},
+            {"logit_bias": bias, "bad_words": [word, "e"]},
+        )
+    ]
+    habit = compile_prompt(lm, None).habit
+    for text, how, one in zip(TEXTS, hows, generate(lm, TEXTS, None, hows), strict=True):
+        options: dict[str, object] = {"repetition_penalty": penalty}
+        if how.logit_bias:
+            options["sequence_bias"] = [[[token], amount] for token, amount in how.logit_bias.items()]
+        if how.bad_words:
+            bad = bad_sequences(how.bad_words, lm.tokenizer, habit, [])
+            options["bad_words_ids"] = [list(sequence) for sequence in bad]
+        assert list(one.token_ids) == theirs(lm, ids_of(lm, text), **options)
+    (changed,) = generate(lm, TEXTS[:1], None, hows[0])
+    assert changed.token_ids != plain[0].token_ids
+
+
+def test_a_bad_word_is_not_said_with_a_space_before_it_nor_without(lm: FrozenLM) -> None:
+    def spelled(word: str) -> list[int]:
+        return list(lm.tokenizer(word, add_special_tokens=False)["input_ids"])
+
+    def says(ids: Sequence[int], word: list[int]) -> bool:
+        return any(list(ids[at : at + len(word)]) == word for at in range(len(ids)))
+
+    how = {"max_new_tokens": 40, "ignore_end": True, "temperature": 1.5, "seed": 3, "n": 8}
+    words = [spelled(text) for text in ("e", " e", " th", "or", " or")]
+    free = generate(lm, TEXTS[:2], None, DecodeSettings(**how))  # type: ignore[arg-type]
+    assert any(says(one.token_ids, word) for one in free for word in words)
+    bad = DecodeSettings(**how, bad_words=["e", " th", "or"])  # type: ignore[arg-type]
+    for one in generate(lm, TEXTS[:2], None, bad):
+        assert not any(says(one.token_ids, word) for word in words)
+
+
+def test_a_bias_or_bad_word_that_cannot_be_is_refused(lm: FrozenLM) -> None:
+    with pytest.raises(DataError, match=f"found token {lm.vocab_size}"):
+        generate(lm, "hello", None, DecodeSettings(logit_bias={lm.vocab_size: 1.0}))
+    end = str(lm.tokenizer.eos_token)
+    with pytest.raises(DataError, match="which ends an answer"):
+        generate(lm, "hello", None, DecodeSettings(bad_words=end))
+
+
+def test_a_bias_is_read_from_text_as_from_numbers() -> None:
+    found = DecodeSettings.from_flags({"--logit-bias": ["50=-2.5", "7=3"]})
+    assert found == DecodeSettings(logit_bias={50: -2.5, 7: 3.0})
+    assert DecodeSettings(logit_bias={"50": -2.5, "7": 3}) == found  # type: ignore[dict-item]
+    assert hash(found) == hash(DecodeSettings(logit_bias={7: 3.0, 50: -2.5}))
+    for wrong in ({-1: 1.0}, {3: float("inf")}, {3: 1e39}, {"a": 1.0}, {True: 1.0}):
+        with pytest.raises(RecipeError, match="logit_bias"):
+            DecodeSettings(logit_bias=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["max_text_tokens", "max_length"])

@@ -19,11 +19,20 @@ from softprompt.base.kv import EMPTY, State, row_state
 from softprompt.data.ending import NO_ENDING, Ending
 from softprompt.data.example import Example
 from softprompt.errors import DataError, NotFinite, OutOfMemory
-from softprompt.inference.compiled import CompiledPrompt
+from softprompt.inference.bad_words import bad_sequences
+from softprompt.inference.compiled import CompiledPrompt, end_ids
 from softprompt.inference.detokenize import Spoken
 from softprompt.inference.prefill import Prefilled, Row, like_lengths, prefill
 from softprompt.inference.running_cache import RunningCache, blank_columns, room
-from softprompt.inference.sampling import draw, filtered_probabilities, penalised, row_generator
+from softprompt.inference.sampling import (
+    biased,
+    completing,
+    draw,
+    filtered_probabilities,
+    penalised,
+    row_generator,
+    without,
+)
 from softprompt.inference.settings import DecodeSettings
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -46,6 +55,7 @@ class Request:
     on_text: Callable[[str], None] | None = None
     keep_state: bool = False
     ending: Ending = NO_ENDING
+    bad_sequences: tuple[tuple[int, ...], ...] = ()
     token_ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
     text: str = ""
@@ -61,6 +71,13 @@ class Request:
     def known_ids(self) -> list[int]:
         """Token ids of the text before the continuation."""
         return [mark for mark in self.row.marks if mark >= 0]
+
+    @property
+    def banned_next(self) -> list[int]:
+        """Tokens that would complete a bad word now. One that was begun in the text before the continuation counts."""
+        read = max((len(sequence) - 1 for sequence in self.bad_sequences), default=0)
+        marks = [*self.row.marks[-read:], *self.token_ids[-read:]] if read else []
+        return completing(self.bad_sequences, marks)
 
 
 def request(
@@ -81,6 +98,11 @@ def request(
     if row is None:
         marks = prompt.marks(lm, given) if isinstance(given, str | Example) else list(given)
         row = prompt.row(marks)
+    beyond = [token for token in settings.logit_bias if token >= lm.vocab_size]
+    if beyond:
+        raise DataError(
+            f"logit_bias: found token {beyond[0]}; {lm.name} has {lm.vocab_size:,} tokens. Give ids below that."
+        )
     text_tokens = sum(mark >= 0 for mark in row.marks)
     limit = settings.max_new_tokens
     if settings.max_text_tokens is not None:
@@ -97,7 +119,8 @@ def request(
         demand_room(lm, len(row.marks) + 1, "The text with one new token")
         limit = min(limit, most - len(row.marks))
     ending = NO_ENDING if settings.ignore_end else prompt.ending
-    return Request(row, settings, limit, sample, on_text, keep_state, ending)
+    bad = bad_sequences(settings.bad_words, lm.tokenizer, prompt.habit, end_ids(lm))
+    return Request(row, settings, limit, sample, on_text, keep_state, ending, bad)
 
 
 class Running:
@@ -209,11 +232,16 @@ class Running:
     def _chosen(self, logits_BV: Tensor, start: int) -> list[Request]:
         """Choose the next tokens of the rows from `start` on, and let go of those that are done."""
         step = self._step_settings
-        if step.penalises or step.rated or step.warm:  # the likeliest of all needs no exact numbers
+        if step.penalises or step.biases or step.rated or step.warm:  # argmax alone needs no float32
             logits_BV = logits_BV.float()
         raw_BV = logits_BV
+        requests = [slot.request for slot in self._slots[start:]]
+        if step.biases:
+            logits_BV = biased(logits_BV, [request.settings.logit_bias for request in requests])
         if step.penalises:
             logits_BV = penalised(logits_BV, self._seen_BV[start : len(self._slots)], step.penalty_B[start:])
+        if step.bans:
+            logits_BV = without(logits_BV, [request.banned_next for request in requests])
         ids_B = logits_BV.argmax(1)
         # argmax takes a NaN for the largest, so that a row is finite where its largest logit is.
         finite_B = logits_BV.gather(1, ids_B[:, None])[:, 0].isfinite()
@@ -330,6 +358,8 @@ class _StepSettings:
     """The rows' settings as tensors; they change only when a row joins or leaves."""
 
     penalises: bool
+    biases: bool
+    bans: bool
     rated: bool
     warm: list[int]
     penalty_B: Tensor
@@ -343,6 +373,8 @@ class _StepSettings:
         every = [one.settings for one in requests]
         return cls(
             any(one.repetition_penalty != 1.0 for one in every),
+            any(one.logit_bias for one in every),
+            any(one.bad_words for one in every),
             any(one.rated for one in every),
             [b for b, one in enumerate(every) if one.temperature > 0],
             torch.tensor([one.repetition_penalty for one in every], device=device),

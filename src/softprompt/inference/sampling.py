@@ -1,4 +1,5 @@
-"""From logits to the next token of every row: repetition penalty, temperature, top-k, top-p and min-p, in transformers' order.
+"""From logits to the next token of every row, in transformers' order: logit bias, repetition penalty, bad words, temperature,
+top-k, top-p and min-p.
 
 Rows may differ in every setting. A row draws from a generator of its own, so that its neighbours never change it.
 """
@@ -6,7 +7,7 @@ Rows may differ in every setting. A row draws from a generator of its own, so th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,32 @@ def row_generator(seed: int, sample: int, marks: Sequence[int]) -> torch.Generat
     """The random numbers of one row: they depend on the seed, on which sample of the row it is, and on its text."""
     digest = hashlib.sha256(f"{seed} {sample} {list(marks)}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def biased(logits_BV: Tensor, bias_B: Sequence[Mapping[int, float]]) -> Tensor:
+    """Add to each row's logits the amounts of its own bias, by token id."""
+    rows = [b for b, bias in enumerate(bias_B) for _ in bias]
+    ids = [token for bias in bias_B for token in bias]
+    amounts = [amount for bias in bias_B for amount in bias.values()]
+    places = torch.tensor([rows, ids], dtype=torch.int64, device=logits_BV.device)
+    return logits_BV.index_put(tuple(places), logits_BV.new_tensor(amounts), accumulate=True)
+
+
+def without(logits_BV: Tensor, banned_B: Sequence[Sequence[int]]) -> Tensor:
+    """Logits with -inf at the tokens that each row must not take next."""
+    banned_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+    for b, banned in enumerate(banned_B):
+        banned_BV[b, list(banned)] = True
+    return logits_BV.masked_fill(banned_BV, float("-inf"))
+
+
+def completing(sequences: Sequence[tuple[int, ...]], marks: Sequence[int]) -> list[int]:
+    """The last tokens of those sequences that the next token after `marks` would complete."""
+    return [
+        sequence[-1]
+        for sequence in sequences
+        if len(sequence) == 1 or tuple(marks[1 - len(sequence) :]) == sequence[:-1]
+    ]
 
 
 def penalised(logits_BV: Tensor, seen_BV: Tensor, penalty_B: Tensor) -> Tensor:

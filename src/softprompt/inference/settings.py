@@ -21,6 +21,19 @@ def _texts(given: Any) -> Any:
     return tuple(given) if isinstance(given, list) else given
 
 
+def _token_ids(given: Any) -> Any:
+    """Token ids that are written as text, as JSON, YAML files and flags have to, as numbers."""
+    if not isinstance(given, dict):
+        return given
+    return {
+        int(key) if isinstance(key, str) and key.isdecimal() else key: value for key, value in given.items()
+    }
+
+
+TokenAmounts: TypeAlias = Annotated[
+    dict[Annotated[int, Field(ge=0, le=LARGEST)], float], BeforeValidator(_token_ids)
+]
+
 if TYPE_CHECKING:  # checkers let one text stand for itself, as `_texts` does
     Texts: TypeAlias = Sequence[str]
 else:
@@ -68,6 +81,15 @@ class DecodeSettings(Table):
         ge=0.01,
         le=100,
     )
+    logit_bias: TokenAmounts = setting(
+        {}, "Amounts added to the logits of tokens, by token id: 50=-2.5.", flag="--logit-bias"
+    )
+    bad_words: Texts = setting(
+        (),
+        "A text that is never generated, neither at the start of a word nor inside one.",
+        flag="--bad-words",
+        elsewhere="bad_words_ids",
+    )
     stop: Texts = setting(
         (),
         "A text that ends the continuation and is cut off.",
@@ -107,6 +129,11 @@ class DecodeSettings(Table):
     def _agree(self) -> Self:
         if not all(self.stop):
             raise ValueError(f"stop: found {self.stop!r}, wanted texts that are not empty.")
+        far = next((amount for amount in self.logit_bias.values() if abs(amount) > 1e9), None)
+        if far is not None:
+            raise ValueError(f"logit_bias: found {far}, wanted amounts from -1e9 to 1e9.")
+        if not all(self.bad_words):
+            raise ValueError(f"bad_words: found {self.bad_words!r}, wanted texts that are not empty.")
         if self.drawn < self.n:
             raise ValueError(f"best_of: found {self.best_of}, wanted at least n ({self.n}).")
         if self.drawn > 1 and self.temperature == 0:
@@ -115,6 +142,11 @@ class DecodeSettings(Table):
                 "Set a temperature, or n to 1."
             )
         return self
+
+    def __hash__(self) -> int:
+        # pydantic's own hash fails on the dict of logit_bias.
+        values = {**dict(self), "logit_bias": frozenset(self.logit_bias.items())}
+        return hash(tuple(values.values()))
 
     @property
     def max_length(self) -> int | None:

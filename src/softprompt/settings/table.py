@@ -459,7 +459,8 @@ def _wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if get_origin(annotation) in (dict, Mapping):
         kinds = {"text": "texts", "a number": "numbers"}
         inner = _wanted(get_args(annotation)[1])
-        return f"a mapping of names to {kinds.get(inner, inner)}"
+        keys = "names" if _members(get_args(annotation)[0]) == {str} else "whole numbers"
+        return f"a mapping of {keys} to {kinds.get(inner, inner)}"
     if get_origin(annotation) in (list, tuple):
         inner = _wanted(get_args(annotation)[0])
         return "a list of texts" if inner == "text" else f"a list: {inner}"
