@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import statistics
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from softprompt.data.example import Example
+from softprompt.data.source import load_splits
 from softprompt.data.template import Template
-from softprompt.errors import MissingExtra, RecipeError
+from softprompt.errors import DataError, MissingExtra, RecipeError
 from softprompt.evaluation import interval, metric, overlap
 from softprompt.evaluation.evaluate import Answer, judge_rows
 from softprompt.evaluation.interval import Difference, rows_to_settle
@@ -263,3 +267,57 @@ def test_bleu_and_chrf_take_the_rows_of_one_input_as_its_references() -> None:
         whole = theirs.corpus_score([said[x] for x in "ab"], streams).score
         assert judged.estimates[name].value == pytest.approx(whole, rel=1e-6)
     assert judged.estimates["rouge_l"].n == 4
+
+
+REFERENCES = {
+    "a": ["a cheap place by the river", "the place by the river serves cheap food"],
+    "b": ["a family pub near the centre", "it is a pub near the centre for families"],
+}
+SPOKEN = {"a": "the cheap place by the river serves food", "b": "it is a pub for families near the centre"}
+
+
+@pytest.mark.parametrize("rows", ["jsonl", "parquet", "pandas", "examples"])
+def test_bleu_and_chrf_take_a_column_of_lists_as_references(tmp_path: Path, rows: str) -> None:
+    """The target is one right answer and the list holds others; sacrebleu is given both as its streams."""
+    sacrebleu = pytest.importorskip("sacrebleu")
+    data: Any = [{"x": x, "y": texts[0], "also": texts[1:]} for x, texts in REFERENCES.items()]
+    references: str | None = "also"
+    if rows == "jsonl":
+        text = "".join(json.dumps(row) + "\n" for row in data)
+        (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+        data = tmp_path / "rows.jsonl"
+    elif rows == "parquet":
+        pyarrow = pytest.importorskip("pyarrow.parquet")
+        table = pytest.importorskip("pyarrow").Table.from_pylist(data)
+        pyarrow.write_table(table, tmp_path / "rows.parquet")
+        data = tmp_path / "rows.parquet"
+    elif rows == "pandas":
+        data = pytest.importorskip("pandas").DataFrame(data)
+    else:
+        data = [Example({"x": row["x"], "y": row["y"]}, references=tuple(row["also"])) for row in data]
+        references = None
+    examples = load_splits(data, target="y", references=references, validation=0).train
+    layout = Template.parse("{x} {y}", target="y")
+
+    def answer(asked: Sequence[Example]) -> list[Answer]:
+        return [Answer(said=SPOKEN[example.fields["x"]]) for example in asked]
+
+    judged = judge_rows(answer, examples, metrics_named(["bleu", "chrf", "rouge_l"]), layout)
+    streams = [[REFERENCES[x][place] for x in "ab"] for place in range(2)]
+    for name, theirs in (("bleu", sacrebleu.BLEU()), ("chrf", sacrebleu.CHRF())):
+        whole = theirs.corpus_score([SPOKEN[x] for x in "ab"], streams).score
+        first_alone = theirs.corpus_score([SPOKEN[x] for x in "ab"], streams[:1]).score
+        assert judged.estimates[name].value == pytest.approx(whole, rel=1e-6)
+        assert whole != pytest.approx(first_alone)
+    # rouge_l compares with the target alone: 2 * LCS / (words of both), counted by hand.
+    assert judged.estimates["rouge_l"].value == pytest.approx((2 * 5 / (8 + 6) + 2 * 5 / (9 + 6)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("cell", "found"), [("one text", "str"), ([["nested"]], "a list of other things"), (3, "int")]
+)
+def test_references_that_are_no_list_of_texts_are_refused_with_their_row(cell: object, found: str) -> None:
+    with pytest.raises(DataError, match=f"row 1, column 'also': found {found}, wanted a list of texts"):
+        load_splits([{"y": "a", "also": None}, {"y": "b", "also": cell}], references="also", target="y")
+    with pytest.raises(DataError, match=r"no column 'alsoo'.*Change data\.references"):
+        load_splits([{"y": "a", "also": ["b"]}], references="alsoo", target="y")

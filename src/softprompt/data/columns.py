@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from softprompt.data.example import Example, Message, Shape
+from softprompt.data.example import EXAMPLE_REFERENCES, Example, Message, Shape
 from softprompt.data.files import Number, Raw
 from softprompt.data.shapes import CHAT_COLUMNS, SHAPES, filled, shape_of
 from softprompt.data.template import did_you_mean
@@ -28,6 +28,7 @@ class Columns:
     messages: str | None
     target: str | None
     shape: Shape | None = None
+    references: str | None = None
 
     @property
     def learned(self) -> str | None:
@@ -73,7 +74,8 @@ class Columns:
                 fields.pop("tools", None)
                 tools = tools_of(raw["tools"], f"{name}, row {number}")
                 fields |= {} if tools is None else {"tools": tools}
-            found.append(Example(fields, turns, number))
+            references = self._references(raw, f"{name}, row {number}")
+            found.append(Example(fields, turns, number, references))
         if not found:
             raise DataError(f"{name} has no row. Give at least one.")
         for column, numbers in blank.items():
@@ -101,18 +103,39 @@ class Columns:
         wanted = [*self._asked().items()]
         if self.messages is not None:
             wanted.append(("messages", self.messages))
+        if self.references is not None:
+            wanted.append(("references", self.references))
         for field, column in wanted:
             if _reach(raw, column) is _MISSING:
                 known = [str(one) for one in raw]
-                setting = {self.column: "data.column", self.messages: "data.messages"}.get(
-                    column, f"data.fields.{field}"
-                )
+                setting = {
+                    self.column: "data.column",
+                    self.messages: "data.messages",
+                    self.references: "data.references",
+                }.get(column, f"data.fields.{field}")
                 if field == self.target == column:
                     setting = "data.target"
                 raise DataError(
                     f"{name} has no column {column!r}; it has: {', '.join(known) or 'none'}."
                     f"{did_you_mean(column, known)} Change {setting}."
                 )
+
+    def _references(self, raw: Raw, where: str) -> tuple[str, ...]:
+        """The texts in the column of references; none where the cell is missing. Raises DataError for anything else."""
+        column = self.references or EXAMPLE_REFERENCES
+        cell = _reach(raw, column)
+        if cell is None or cell is _MISSING or _is_nan(cell):
+            return ()
+        if hasattr(cell, "tolist"):  # an array, as frames hold lists
+            cell = cell.tolist()
+        texts = [_scalar(item) for item in cell] if isinstance(cell, list | tuple) else [None]
+        if any(text is None for text in texts):
+            kind = "a list of other things" if isinstance(cell, list | tuple) else type(cell).__name__
+            raise DataError(
+                f"{where}, column {column!r}: found {kind}, wanted a list of texts. "
+                "Change data.references, or store each cell as a list (jsonl or parquet)."
+            )
+        return tuple(text for text in texts if text is not None)
 
     def _turns(self, raw: Raw, where: str, left_out: dict[str, None]) -> tuple[Message, ...] | None:
         column = self.messages

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+EXAMPLE_REFERENCES = "(references of an Example)"
+"""The column in which an Example's references travel when it is read as a row."""
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -23,12 +26,14 @@ class Message:
 class Example:
     """One row: its named texts, its chat turns if it has any, and its place in the source.
 
-    `row` counts from 0 and leaves out a header; -1 stands for text that came from no file.
+    `row` counts from 0 and leaves out a header; -1 stands for text that came from no file. `references` are further
+    right answers beside the target, which is the one that is learned.
     """
 
     fields: Mapping[str, str]
     messages: tuple[Message, ...] | None = None
     row: int = -1
+    references: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:

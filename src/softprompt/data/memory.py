@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from softprompt.data.example import Example, Splits
+from softprompt.data.example import EXAMPLE_REFERENCES, Example, Splits
 from softprompt.data.files import Raw
 from softprompt.errors import DataError
 
@@ -140,6 +140,8 @@ def split_mapping(source: object, aliases: Iterable[str]) -> bool:
 
 def _of_example(example: Example) -> Raw:
     raw: Raw = dict(example.fields)
+    if example.references:
+        raw[EXAMPLE_REFERENCES] = list(example.references)
     if example.messages is not None:
         raw["messages"] = [
             {

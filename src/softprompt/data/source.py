@@ -44,6 +44,7 @@ def load_splits(
     fields: Mapping[str, str] | None = None,
     messages: str | None = None,
     target: str | None = None,
+    references: str | None = None,
     limit: int | None = None,
     validation: Held = None,
     test: Held = None,
@@ -63,7 +64,7 @@ def load_splits(
     Every column of text or numbers is a field under its own name. `column` is also {text}; `fields` gives columns
     other names (template name to column; "instances.0.output" reaches into nested values); `messages` is the column
     of chat turns (by itself where it is called messages or conversations). What is learned (`target`, else `column`)
-    must not be blank.
+    must not be blank. `references` is a column of lists: further right answers, which only judging reads.
 
     `limit` takes the first rows of `split`. `validation` and `test` are a share of those rows (0.1), a number of
     them (50), the name of a split, or a file; shares and numbers are drawn by `seed`, in a way that adding a test
@@ -79,7 +80,7 @@ def load_splits(
         raise DataError(f"data.limit is {limit}; it must be at least 1. Leave it out to read every row.")
     if streaming and limit is None:
         raise DataError("data.streaming reads rows until data.limit, which is not set. Set data.limit.")
-    columns = Columns(column, dict(fields or {}), messages, target)
+    columns = Columns(column, dict(fields or {}), messages, target, references=references)
     notes: list[str] = []
     asked = _Asked(revision, config, encoding, quoting, streaming, limit, notes)
     origin = _origin(source, asked)

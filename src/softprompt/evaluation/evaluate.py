@@ -105,7 +105,8 @@ def judge_rows(
     reused = len(known)
     todo = [index for index in range(len(examples)) if index not in known]
     wanted = [as_learned(wanted_text(layout, example)) for example in examples]
-    several = _references(examples, layout, wanted)
+    further = [tuple(map(as_learned, example.references)) for example in examples]
+    several = _references(examples, layout, wanted, further)
     on_progress(reused, len(examples))
     try:
         for start in range(0, len(todo), chunk):
@@ -140,9 +141,13 @@ def judged(index: int, example: Example, layout: Template, answer: Answer, wante
 
 
 def _references(
-    examples: Sequence[Example], layout: Template, wanted: Sequence[str]
+    examples: Sequence[Example],
+    layout: Template,
+    wanted: Sequence[str],
+    further: Sequence[Sequence[str]],
 ) -> dict[int, dict[str, Any]]:
-    """The references of each example whose input is asked more than once, with another wanted text."""
+    """All references of each example that has more than its wanted text: those in its own row (`further`), and those of
+    other rows with the same input."""
     if layout.target is None:
         return {}
     asked: dict[str, list[int]] = {}
@@ -150,7 +155,7 @@ def _references(
         asked.setdefault(shown_input(layout, example), []).append(index)
     several: dict[int, dict[str, Any]] = {}
     for indices in asked.values():
-        texts = tuple(dict.fromkeys(wanted[index] for index in indices))
+        texts = tuple(dict.fromkeys(text for index in indices for text in (wanted[index], *further[index])))
         if len(texts) > 1:
             for index in indices:
                 several[index] = {"references": texts, "repeated": index != indices[0]}
@@ -215,7 +220,13 @@ def digest_of(about: Mapping[str, Any], examples: Sequence[Example]) -> str:
     """Stands for all that a row's result depends on."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for one in examples:
-        digest.update(json.dumps([one.row, dict(one.fields), repr(one.messages)], sort_keys=True).encode())
+        content = [
+            one.row,
+            dict(one.fields),
+            repr(one.messages),
+            *([one.references] if one.references else []),
+        ]
+        digest.update(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()
 
 

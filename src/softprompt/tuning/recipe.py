@@ -47,6 +47,11 @@ class Data(Section):
         "The template's field that is to be learned; without it the loss counts the whole text.",
         flag="--target",
     )
+    references: str | None = setting(
+        None,
+        "The column of further right answers, a list of texts in each row: BLEU and chrF judge against them and the "
+        "target.",
+    )
     template: str | None = setting(
         None,
         "How a row becomes text, such as `{soft:20} {text}` or `Tweet: {text} Complaint? {label}`; without it, "

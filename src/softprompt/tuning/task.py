@@ -103,6 +103,7 @@ def read_splits(recipe: Recipe, rows: Any = None) -> Splits:
         fields=data.fields,
         messages=data.messages,
         target=data.target,
+        references=data.references,
         limit=data.limit,
         validation=data.validation,
         test=data.test,
