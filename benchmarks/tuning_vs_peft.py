@@ -137,7 +137,7 @@ def recipe_for(options: argparse.Namespace, folder: str, out: str) -> Any:
             "batch_size": options.batch_size,
             "optimizer": "adamw",
             "warmup": 0.0,
-            **({"int8": True} if options.arm == "softprompt-int8" else {}),
+            **({"int8_products": True} if options.arm == "softprompt-int8" else {}),
         },
     )
 

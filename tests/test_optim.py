@@ -11,7 +11,7 @@ import transformers
 from softprompt.prompt.reparam import Direct
 from softprompt.tuning.learner import Learner
 from softprompt.tuning.optim import MOMENTUM, Adafactor, Muon, automatic_rate, orthogonalised, rate_factor
-from softprompt.tuning.recipe import Tune
+from softprompt.tuning.recipe import TuneSettings
 
 
 def test_the_rate_rises_over_the_warm_up_and_falls_in_a_line_to_nearly_nothing() -> None:
@@ -28,8 +28,12 @@ def test_the_cosine_is_halfway_down_in_the_middle() -> None:
 
 
 def test_the_warm_up_is_the_optimisers_own_unless_given() -> None:
-    assert [Tune(optimizer=name).warmup_share for name in ("muon", "adamw", "adafactor")] == [0.0, 0.06, 0.06]
-    assert Tune(warmup=0.1).warmup_share == 0.1
+    assert [TuneSettings(optimizer=name).warmup_share for name in ("muon", "adamw", "adafactor")] == [
+        0.0,
+        0.06,
+        0.06,
+    ]
+    assert TuneSettings(warmup=0.1).warmup_share == 0.1
 
 
 def test_a_constant_rate_stays() -> None:
@@ -152,7 +156,7 @@ def test_parts_side_by_side_are_matrices_of_their_own() -> None:
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "adafactor"])
 def test_a_learner_goes_on_from_its_state_to_the_bit(optimizer: str) -> None:
     def made() -> Learner:
-        return Learner(Direct((torch.ones(4, 6),)), Tune(optimizer=optimizer), 0.1, 5)  # type: ignore[arg-type]
+        return Learner(Direct((torch.ones(4, 6),)), TuneSettings(optimizer=optimizer), 0.1, 5)  # type: ignore[arg-type]
 
     def move(learner: Learner, gradient: torch.Tensor) -> None:
         learner.parameters[0].grad = gradient.clone()
@@ -170,7 +174,7 @@ def test_a_learner_goes_on_from_its_state_to_the_bit(optimizer: str) -> None:
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
-    learner = Learner(Direct((torch.ones(2, 2),)), Tune(), 0.1, 5)
+    learner = Learner(Direct((torch.ones(2, 2),)), TuneSettings(), 0.1, 5)
     learner.parameters[0].grad = torch.tensor([[1.0, math.nan], [0.0, 0.0]])
     assert not learner.step()
     assert torch.equal(learner.snapshot()[0], torch.ones(2, 2))
@@ -179,7 +183,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
 
 def test_the_gradient_is_clipped_to_the_norm_asked_for() -> None:
     """AdamW's second step after a long gradient tells whether the first was clipped; Adafactor's first does not."""
-    learner = Learner(Direct((torch.zeros(1, 2),)), Tune(optimizer="adamw", clip=1.0), 0.1, 5)
+    learner = Learner(Direct((torch.zeros(1, 2),)), TuneSettings(optimizer="adamw", clip=1.0), 0.1, 5)
     learner.parameters[0].grad = torch.tensor([[30.0, 40.0]])
     learner.step()
     state = learner.optimiser.state[learner.parameters[0]]

@@ -372,3 +372,45 @@ def _file_of(text: str) -> Path:
     path = Path(tempfile.gettempdir()) / f"softprompt-fuzz-{os.getpid()}.yaml"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
     return path
+
+
+class Renamed(Section):
+    new_name: int = setting(1, "A setting that had another name.", flag="--new-name", was="old_name")
+    other: int = setting(2, "Another one.")
+
+
+class WithRenamed(Table):
+    part: Renamed = Renamed()
+
+
+def test_the_former_name_of_a_setting_is_read_from_a_file_from_set_and_from_python(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("part:\n  old_name: 5\n", encoding="utf-8")
+    assert WithRenamed.load(path).part.new_name == 5
+    assert WithRenamed.from_flags({}, ["part.old_name=6"]).part.new_name == 6
+    assert WithRenamed.load(path, ["part.old_name=7"]).part.new_name == 7
+    assert WithRenamed.load(path).changed(["part.old_name=8"]).part.new_name == 8
+    assert WithRenamed(part={"old_name": 9}).part.new_name == 9  # type: ignore[arg-type]
+    assert WithRenamed.load(path).to_yaml() == "part:\n  new_name: 5\n  other: 2\n"
+
+
+def test_a_fault_under_a_former_name_is_told_with_its_line_and_the_name_of_today(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("part:\n  other: 3\n  old_name: many\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"old\.yaml:3: part\.new_name: found 'many' \(text\)"):
+        WithRenamed.load(path)
+
+
+def test_a_former_name_beside_the_one_of_today_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "both.yaml"
+    path.write_text("part:\n  old_name: 5\n  new_name: 6\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="old_name is the former name of new_name, and both are set"):
+        WithRenamed.load(path)
+
+
+def test_a_recipe_of_version_0_1_turns_int8_products_on(tmp_path: Path) -> None:
+    text = (Path(__file__).parent / "records_0_1" / "tuned" / "recipe.yaml").read_text("utf-8")
+    assert "  int8: false\n" in text
+    recipe = Recipe.load(written(tmp_path, text.replace("  int8: false\n", "  int8: true\n")))
+    assert recipe.tune.int8_products is True
+    assert Recipe.load(written(tmp_path, text)).tune.int8_products is False

@@ -16,7 +16,7 @@ from softprompt.store.artifact import load_prompt
 from softprompt.tuning.learner import Learner
 from softprompt.tuning.loop import tune
 from softprompt.tuning.optim import Muon
-from softprompt.tuning.recipe import Tune
+from softprompt.tuning.recipe import TuneSettings
 from softprompt.tuning.settle import make_plan
 from softprompt.tuning.together import tune_tasks
 from test_learn import SPLITS, learn, lm_of, recipe, vectors
@@ -118,7 +118,7 @@ def test_a_form_learns_the_same_again_and_from_its_state(name: str) -> None:
         return learner
 
     def fresh() -> Learner:
-        return Learner(made(name), Tune(), 0.1, 6)
+        return Learner(made(name), TuneSettings(), 0.1, 6)
 
     whole, cut, resumed = moved(fresh(), 6), moved(fresh(), 3), fresh()
     resumed.restore(cut.state())

@@ -23,7 +23,7 @@ DATA = {
     "validation": 6,
 }
 RUNS = {
-    "int8 products": ["tune.int8=true"],
+    "int8 products": ["tune.int8_products=true"],
     "no kept contexts, recomputing": ["tune.context_cache_gigabytes=0", "tune.gradient_checkpointing=true"],
     "deep": ["prompt.kind=deep", "data.template={soft:4}Message: {text} Kind: {label}"],
 }

@@ -145,8 +145,8 @@ def test_a_run_that_is_dropped_leaves_its_best_prompt_and_the_others_go_on(tmp_p
 def test_runs_on_two_bases_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"base: found builtin and other, .* share one base"):
         tune_together([recipe(tmp_path / "a"), recipe(tmp_path / "b", "base=other")], lm=lm_of())
-    with pytest.raises(RecipeError, match=r"tune\.int8: found False and True, .* share one base"):
-        tune_together([recipe(tmp_path / "a"), recipe(tmp_path / "b", "tune.int8=true")], lm=lm_of())
+    with pytest.raises(RecipeError, match=r"tune\.int8_products: found False and True, .* share one base"):
+        tune_together([recipe(tmp_path / "a"), recipe(tmp_path / "b", "tune.int8_products=true")], lm=lm_of())
     other = recipe(tmp_path / "b", "tune.context_cache_gigabytes=0.5")
     with pytest.raises(RecipeError, match=r"tune\.context_cache_gigabytes: found 1\.0 and 0\.5"):
         tune_together([recipe(tmp_path / "a"), other], lm=lm_of())

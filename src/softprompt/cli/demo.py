@@ -17,8 +17,7 @@ from softprompt.cli.preview import show_preview
 from softprompt.cli.screen import emit, fact, figure, heading, screen, to_copy
 from softprompt.cli.tune import learn, show_base
 from softprompt.progress.console import Screen
-from softprompt.tuning.recipe import Data, Recipe, Tune
-from softprompt.tuning.recipe import Prompt as PromptSettings
+from softprompt.tuning.recipe import Data, PromptSettings, Recipe, TuneSettings
 
 if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
@@ -117,7 +116,7 @@ def roles_recipe(out: Path, seed: int) -> Recipe:
         out=str(out / "roles"),
         data=Data(source="builtin:roles", column="prompt", template="{soft:20}{text}"),
         prompt=PromptSettings(init="vocabulary"),
-        tune=Tune(epochs=4, batch_size=8, seed=seed),
+        tune=TuneSettings(epochs=4, batch_size=8, seed=seed),
     )
 
 
@@ -131,7 +130,7 @@ def messages_recipe(out: Path, seed: int) -> Recipe:
             target="label",
         ),
         prompt=PromptSettings(init="labels"),
-        tune=Tune(epochs=8, batch_size=8, seed=seed),
+        tune=TuneSettings(epochs=8, batch_size=8, seed=seed),
     )
 
 

@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import PydanticUndefined
 
 from softprompt.errors import RecipeError
@@ -31,6 +31,20 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values: Any) -> Any:
+        """The values under today's names, wherever they come from: a prompt's notes keep the names of their time."""
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        for former, name in former_names(cls).items():
+            if former in values:
+                if name in values:
+                    raise ValueError(f"{former} is the former name of {name}, and both are set. Keep {name}.")
+                values[name] = values.pop(former)
+        return values
 
 
 class Table(Section):
@@ -177,17 +191,19 @@ def setting(
     flag: str | None = None,
     aliases: Sequence[str] = (),
     elsewhere: str | None = None,
+    was: str | None = None,
     by_hand: bool = False,
     **limits: Any,
 ) -> Any:
     """Declare one setting.
 
     `flag` is its name on the command line, `aliases` are further names there ("-n"), and `elsewhere` is what other
-    tools call it. A setting `by_hand` must be set on the command line or in Python: a file alone cannot switch it on."""
+    tools call it. `was` is its name in former versions, which is still read. A setting `by_hand` must be set on the command line or in Python: a file alone cannot switch it on."""
     names: dict[str, Any] = {
         "flag": flag,
         "aliases": list(aliases),
         "elsewhere": elsewhere,
+        "was": was,
         "by_hand": by_hand,
     }
     return Field(default, description=help, json_schema_extra=names, **limits)
@@ -269,6 +285,17 @@ def sections(model: type[Section]) -> dict[str, type[Section]]:
     }
 
 
+@cache
+def former_names(model: type[Section]) -> dict[str, str]:
+    """Names that settings of `model` itself had in former versions, and the names that they have now."""
+    declared = {name: field.json_schema_extra for name, field in model.model_fields.items()}
+    return {
+        str(names["was"]): name
+        for name, names in declared.items()
+        if isinstance(names, dict) and names.get("was") is not None
+    }
+
+
 def merge_file(model: type[Section], tree: dict[str, Any], places: dict[str, str], path: str | Path) -> None:
     """Add what a YAML file says to `tree`, and to `places` the line of each setting."""
     _merge(model, tree, places, read_mapping(_read_file(path), str(path)))
@@ -297,6 +324,8 @@ def put(
         section, tree = inner[name], tree.setdefault(name, {})
         if not isinstance(tree, dict):
             raise RecipeError(f"{where}: {name} is a section of settings, and is given as one value before.")
+    last = former_names(section).get(last, last)
+    path = ".".join([*outer, last])
     places[path] = where
     if last in sections(section):
         raise RecipeError(
@@ -408,8 +437,10 @@ def _merge(
     written: dict[str, Written],
     prefix: str = "",
 ) -> None:
-    inner = sections(model)
+    inner, former = sections(model), former_names(model)
     for key, item in written.items():
+        if former.get(key, key) not in written:  # with both names set, the section refuses them
+            key = former.get(key, key)
         places[prefix + key] = item.where
         if key in inner and isinstance(item.value, dict):
             _merge(inner[key], tree.setdefault(key, {}), places, item.value, f"{prefix}{key}.")

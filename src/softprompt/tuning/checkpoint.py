@@ -20,7 +20,7 @@ import torch
 from softprompt.errors import RecipeError, SaveError
 from softprompt.prompt.soft_prompt import Fingerprint
 from softprompt.store.atomic import sweep_drafts, write_together
-from softprompt.tuning.recipe import Recipe, Tune
+from softprompt.tuning.recipe import Recipe, TuneSettings
 
 FOLDER, ENDING, KEPT = "checkpoints", ".checkpoint", 2
 BASE = "the base's "
@@ -31,7 +31,7 @@ MAY_DIFFER = {"out", "device", "tune.trackers"}  # settings that do not change w
 class Checkpoints:
     """The checkpoints of the run in `out`. What stands in the way of writing one is told, and does not end the run."""
 
-    def __init__(self, out: Path, settings: Tune, tell: Callable[[str], None]) -> None:
+    def __init__(self, out: Path, settings: TuneSettings, tell: Callable[[str], None]) -> None:
         self.folder = out / FOLDER
         self.every_steps, self.every_seconds = settings.checkpoint_steps, settings.checkpoint_seconds
         self.tell = tell

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from softprompt.settings.base_settings import BaseSettings
 from softprompt.settings.table import Section, setting
-from softprompt.tuning.recipe import Count, NotNegative, Rows, Share, Tune
+from softprompt.tuning.recipe import Count, NotNegative, Rows, Share, TuneSettings
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -109,8 +109,8 @@ class DistilSettings(BaseSettings):
     context: Context = Field(default_factory=Context, description="The long text.")
     data: Questions = Field(default_factory=Questions, description="The questions.")
     distil: Learning = Field(default_factory=Learning, description="How it is distilled.")
-    tune: Tune = Field(
-        default_factory=lambda: Tune(epochs=8), description="The optimiser's settings, as in `tune`."
+    tune: TuneSettings = Field(
+        default_factory=lambda: TuneSettings(epochs=8), description="The optimiser's settings, as in `tune`."
     )
 
     @model_validator(mode="after")

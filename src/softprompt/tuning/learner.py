@@ -11,7 +11,7 @@ from torch import Tensor
 from softprompt.prompt.reparam import Form
 from softprompt.prompt.soft_prompt import Plain
 from softprompt.tuning.optim import OPTIMIZERS, rate_factor
-from softprompt.tuning.recipe import Tune
+from softprompt.tuning.recipe import TuneSettings
 
 RECENT_STEPS = 3  # training losses that are averaged to see a divergence
 TRAINING_MARGIN, TRAINING_MARGIN_NATS = 1.25, 0.25  # above the start; batches of one task differ by less
@@ -25,7 +25,7 @@ class Learner:
     `best` is the prompt of the best held-out loss so far (nats per token), which is what gets saved. `rate_taken` is
     the learning rate of the latest step."""
 
-    def __init__(self, form: Form, settings: Tune, learning_rate: float, steps: int) -> None:
+    def __init__(self, form: Form, settings: TuneSettings, learning_rate: float, steps: int) -> None:
         self.form, self.settings, self.learning_rate, self.steps = form, settings, learning_rate, steps
         trained = form.trained()
         self.parameters = [part.parameter for part in trained]

@@ -103,7 +103,7 @@ class Data(Section):
     )
 
 
-class Prompt(Section):
+class PromptSettings(Section):
     """What is learned."""
 
     kind: Literal["soft", "deep"] = setting(
@@ -143,7 +143,7 @@ class Prompt(Section):
     )
 
 
-class Tune(Section):
+class TuneSettings(Section):
     """How it is learned."""
 
     learning_rate: Positive | Literal["auto", "find"] = setting(
@@ -177,10 +177,11 @@ class Tune(Section):
         "Memory for text that stands before the first soft token: it is read once and its keys and values are used "
         "again in every epoch. 0 for none.",
     )
-    int8: bool = setting(
+    int8_products: bool = setting(
         False,
         "Take the learning steps with the base's weights in int8, which CPUs with VNNI multiply several times faster. "
         "Held-out losses stay those of the base as it is. A small approximation; other machines take no notice.",
+        was="int8",
     )
     clip: Positive | None = setting(1.0, "Largest norm of the gradient; null for no limit.")
     gradient_checkpointing: bool = setting(
@@ -228,8 +229,8 @@ class Recipe(BaseSettings):
         "runs/prompt", "The folder that the prompt is written to.", flag="--out", elsewhere="output_dir"
     )
     data: Data = Field(description="What is learned from.")
-    prompt: Prompt = Field(default_factory=Prompt, description="What is learned.")
-    tune: Tune = Field(default_factory=Tune, description="How it is learned.")
+    prompt: PromptSettings = Field(default_factory=PromptSettings, description="What is learned.")
+    tune: TuneSettings = Field(default_factory=TuneSettings, description="How it is learned.")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -65,7 +65,7 @@ def fast_loss(recipe: Recipe, lm: FrozenLM) -> FastLoss:
     tune = recipe.tune
     return FastLoss(
         lm,
-        int8_products=tune.int8,
+        int8_products=tune.int8_products,
         context_bytes=round(tune.context_cache_gigabytes * GIGABYTE),
         recompute=tune.gradient_checkpointing,
     )

@@ -218,7 +218,7 @@ def _demand_one_base(recipes: Sequence[Recipe]) -> None:
         "base_revision",
         "dtype",
         "device",
-        "tune.int8",
+        "tune.int8_products",
         "tune.context_cache_gigabytes",
         "tune.gradient_checkpointing",
     ):
