@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from softprompt.tuning.distil_settings import DistilSettings
     from softprompt.tuning.loop import tune
     from softprompt.tuning.preview import preview
-    from softprompt.tuning.recipe import Data, Recipe
+    from softprompt.tuning.recipe import Data, PromptSettings, Recipe, TuneSettings
     from softprompt.tuning.result import TuneResult
     from softprompt.tuning.sweep import SweepResult, sweep
     from softprompt.tuning.together import tune_tasks, tune_together
@@ -90,7 +90,7 @@ _HOMES = {
     "tuning.distil_settings": ("DistilSettings",),
     "tuning.loop": ("tune",),
     "tuning.preview": ("preview",),
-    "tuning.recipe": ("Data", "Recipe"),
+    "tuning.recipe": ("Data", "PromptSettings", "Recipe", "TuneSettings"),
     "tuning.result": ("TuneResult",),
     "tuning.sweep": ("SweepResult", "sweep"),
     "tuning.together": ("tune_tasks", "tune_together"),
@@ -127,6 +127,7 @@ __all__ = [
     "Preview",
     "Prompt",
     "PromptError",
+    "PromptSettings",
     "Recipe",
     "RecipeError",
     "SaveError",
@@ -138,6 +139,7 @@ __all__ = [
     "Template",
     "TextPrompt",
     "TuneResult",
+    "TuneSettings",
     "WrongBase",
     "__version__",
     "compare",

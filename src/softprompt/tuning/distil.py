@@ -43,8 +43,7 @@ from softprompt.tuning.events import Event, Note
 from softprompt.tuning.loop import tune
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.questions import write_questions
-from softprompt.tuning.recipe import Data, Recipe
-from softprompt.tuning.recipe import Prompt as PromptSettings
+from softprompt.tuning.recipe import Data, PromptSettings, Recipe
 from softprompt.tuning.settle import fast_loss, settled_batch_size, settled_rate
 from softprompt.tuning.task import Task
 from softprompt.tuning.teacher import Answer, Teacher, teacher_of
