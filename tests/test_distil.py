@@ -162,7 +162,7 @@ def test_settings_that_contradict_each_other_are_refused(tree: dict[str, Any], w
 
 
 def test_a_few_shot_block_shows_every_answer_about_equally_often() -> None:
-    layout = Template.parse("{text} is {label}", target="label")
+    layout = Template.parse("{text} is {label}\n\n", target="label")
     rows = [Example({"text": f"t{n}", "label": "ab"[n % 2]}) for n in range(20)]
     block = few_shot_text(rows, layout, 6, seed=0)
     assert (block.count(" is a\n\n"), block.count(" is b\n\n")) == (3, 3)

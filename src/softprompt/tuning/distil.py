@@ -150,6 +150,9 @@ def distil(
             "Leave --exact out, or choose another base."
         )
     layout, splits = _questions(settings, lm, on_event)
+    if settings.context.shots is not None and isinstance(layout.pieces[-1], Field):
+        # Examples are parted by a blank line, so an answer ends there: the prompt learns to stop as the block does.
+        layout = Template((*layout.pieces, Text("\n\n")), layout.target)
     teacher = teacher_of(lm, _context(settings, layout, splits), layout)
     if settings.distil.virtual_tokens >= teacher.context_positions:
         raise DataError(
@@ -320,7 +323,7 @@ def few_shot_text(train: Sequence[Example], layout: Template, count: int, seed: 
             if examples and len(chosen) < count:
                 chosen.append(examples.pop())
     rng.shuffle(chosen)
-    return "".join(_written_out(layout, example) + "\n\n" for example in chosen)
+    return "".join(_written_out(layout, example) for example in chosen)
 
 
 def _written_out(layout: Template, example: Example) -> str:
