@@ -278,6 +278,23 @@ def test_numbers_out_of_range_are_refused_before_memory_is_asked_for(
     assert len(message) < 600
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "half \udc80 a character"],
+        ["evaluate", "--data", "x.csv", "--text", "\ud800"],
+        ["tune", "--data", "x\udcff.csv"],
+        ["preview", "--data", "x.csv", "--template", "{soft}\udc80{text}"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_an_argument_that_is_not_utf8_is_refused_by_its_place(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 3
+    assert f"argument {len(arguments)} of the command" in capsys.readouterr().err
+
+
 def test_a_word_of_another_program_is_no_verb_of_ours_and_leads_to_one() -> None:
     assert not set(MEANT) & set(VERBS)
     assert set(MEANT.values()) <= set(VERBS)

@@ -22,6 +22,7 @@ from softprompt.cli.app import main
 from softprompt.errors import SaveError
 from softprompt.evaluation.rows import RowFile
 from softprompt.prompt.soft_prompt import Fingerprint, SoftPrompt
+from softprompt.report.render import write_reports
 from softprompt.store import artifact
 from softprompt.store.artifact import load_prompt, save_prompt
 from softprompt.store.lock import FolderLock
@@ -59,10 +60,16 @@ def evaluation(folder: Path) -> None:
     RowFile(folder, "digest").close()
 
 
+def report(folder: Path) -> None:
+    record = Path(__file__).parent / "records_0_1" / "tuned"
+    write_reports([record], folder)
+
+
 WRITERS: dict[str, Callable[[Path], object]] = {
     "a prompt": lambda folder: save_prompt(prompt(), folder),
     "a run": run,
     "an evaluation": evaluation,
+    "a report": report,
 }
 
 
@@ -78,6 +85,10 @@ WRITERS: dict[str, Callable[[Path], object]] = {
         ("a run", "README.md"),
         ("an evaluation", "rows.jsonl"),
         ("an evaluation", "evaluation.json"),
+        ("a report", "report.html"),
+        ("a report", "report.md"),
+        ("a report", "report.csv"),
+        ("a report", "report.json"),
     ],
 )
 def test_a_users_file_of_the_same_name_is_never_replaced(writer: str, name: str, tmp_path: Path) -> None:
@@ -107,7 +118,13 @@ def test_what_softprompt_wrote_is_replaced_and_files_beside_it_stay(writer: str,
 
 
 @pytest.mark.parametrize(
-    ("writer", "name"), [("a prompt", "README.md"), ("a run", "recipe.yaml"), ("an evaluation", "rows.jsonl")]
+    ("writer", "name"),
+    [
+        ("a prompt", "README.md"),
+        ("a run", "recipe.yaml"),
+        ("an evaluation", "rows.jsonl"),
+        ("a report", "report.md"),
+    ],
 )
 def test_a_link_in_the_place_of_a_file_is_not_followed(writer: str, name: str, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
@@ -140,6 +157,56 @@ def test_an_empty_path_is_refused_and_not_taken_for_the_working_folder(
         with pytest.raises(SaveError, match="empty"):
             folder_named(empty)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["tune", "--data", "rows.csv", "--column", "text"],
+        ["sweep", "--data", "rows.csv", "--column", "text", "--grid", "tune.seed=1,2"],
+        ["compare", "--data", "rows.csv", "--column", "text", "--arms", "base"],
+        ["evaluate", "--prompt", "learned"],
+        ["export", "learned", "--to", "vectors"],
+        ["report", "tuned"],
+        ["plot", "tuned"],
+    ],
+    ids=lambda verb: verb[0],
+)
+def test_no_verb_takes_an_empty_out_for_the_working_folder(
+    verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("text\n" + "a row of text\n" * 4)
+    shutil.copytree(Path(__file__).parent / "records_0_1" / "tuned", "tuned")
+    save_prompt(prompt(), "learned")
+    if verb[0] == "evaluate":  # the check is judging's own, in front of any work
+        verb = ["evaluate", "--data", "rows.csv", "--column", "text"]
+    before = files_of(tmp_path)
+    assert main([*verb, "--out", ""]) == 1
+    assert "path to write to is empty" in capsys.readouterr().err
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["mine.png", "mine.svg", "mine.pdf", "mine.txt", "mine", "/dev/null"])
+def test_a_picture_replaces_only_pictures_of_ours(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    run = str(Path(__file__).parent / "records_0_1" / "tuned")
+    if not Path(name).exists():
+        Path(name).write_bytes(b"mine")
+    assert main(["plot", run, "--out", name]) == 1
+    assert "did not write" in capsys.readouterr().err
+    assert not Path(f"{name}.png").exists()
+    if name != "/dev/null":
+        assert Path(name).read_bytes() == b"mine"
+        Path(name).unlink()
+    if Path(name).suffix in (".png", ".svg", ".pdf"):
+        assert main(["plot", run, "--out", name]) == 0
+        first = Path(name).read_bytes()
+        assert main(["plot", run, "--out", name]) == 0  # ours: replaced
+        assert len(Path(name).read_bytes()) > 1000 < len(first)
 
 
 def test_folders_of_version_0_1_are_ours_without_a_marker(tmp_path: Path) -> None:

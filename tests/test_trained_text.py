@@ -15,7 +15,7 @@ from softprompt.data.example import Example, Message
 from softprompt.data.preview import preview
 from softprompt.data.source import load_splits
 from softprompt.data.template import Template
-from softprompt.data.tokenizer import surviving
+from softprompt.data.tokenizer import habits, surviving, tokens
 from softprompt.errors import DataError
 from tiny_models import tiny_tokenizer
 
@@ -103,6 +103,12 @@ def test_altered_text_is_said_and_what_is_left_can_be_asked_for(lossy: Any) -> N
         "  pos",
         "",
     ]
+
+
+def test_half_a_character_is_refused_before_it_meets_a_tokenizer() -> None:
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(DataError, match=r"half a character \(a lone surrogate, .ud83d\) at 5"):
+        tokens(tokenizer, "text \ud83d", habits(tokenizer), continues=False)
 
 
 def test_text_that_survives_is_not_remarked_upon() -> None:

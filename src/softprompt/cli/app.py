@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from softprompt.cli.ending import exit_code
-from softprompt.cli.streams import prepare_streams
+from softprompt.cli.streams import prepare_streams, refuse_broken_arguments
 
 VERBS = {
     "demo": "The whole path in under two minutes, offline: load, tune, compare before and after.",
@@ -205,10 +205,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_libraries()
     prepare_streams()
     command = typer.main.get_command(app)
-    return exit_code(
-        lambda: command.main(arguments, prog_name="softprompt", standalone_mode=False),
-        traceback=lambda: SHOWS["traceback"],
-    )
+
+    def run() -> None:
+        refuse_broken_arguments(arguments)
+        command.main(arguments, prog_name="softprompt", standalone_mode=False)
+
+    return exit_code(run, traceback=lambda: SHOWS["traceback"])
 
 
 def _prepare_libraries() -> None:

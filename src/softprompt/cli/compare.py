@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -49,12 +48,13 @@ def command(
         if settings.metrics and gate.name not in settings.metrics:
             raise RecipeError(f"--fail-under {gate.name}: it is not measured. Add --metric {gate.name}.")
     console = screen(as_json=as_json)
-    out = Path(recipe.out)
     asked.demand_data(recipe)
 
     from softprompt.comparison.compare import compare
-    from softprompt.report.render import write_reports
+    from softprompt.report.render import FILES, write_reports
+    from softprompt.store.ownership import check_replaceable
 
+    out = check_replaceable(recipe.out, FILES, kind="report")  # before hours are spent
     with _Shown(console, settings) as shown:
         comparison = compare(
             recipe,

@@ -36,7 +36,7 @@ def command(
         str | None, typer.Option(help="An engineered prompt instead: a text in front of every input.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Keep every row here; run again to continue after an interruption.")
+        str | None, typer.Option(help="Keep every row here; run again to continue after an interruption.")
     ] = None,
     fail_under: Annotated[
         list[str] | None, typer.Option(metavar="METRIC=LIMIT", help="Exit with 100 if a figure is worse.")
@@ -70,7 +70,7 @@ def command(
     about = evaluation.about
     show(console, evaluation, f"{evaluation.name} on {about['data']['source']}, {about['data']['split']}")
     if out is not None:
-        fact(console, "rows", out / "rows.jsonl")
+        fact(console, "rows", Path(out) / "rows.jsonl")
     if as_json:
         record = evaluation.to_record()
         del record["about"]

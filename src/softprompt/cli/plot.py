@@ -8,19 +8,20 @@ from typing import Annotated
 import typer
 
 from softprompt.cli.screen import line, screen
-from softprompt.report.plot import draw, for_terminal, read_plotted
+from softprompt.report.plot import draw, for_terminal, picture_path, read_plotted
 
 EXAMPLE = "softprompt plot runs/mine runs/other --out losses.png"
 
 
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of a sweep.")],
-    out: Annotated[Path | None, typer.Option(help="Write a picture too: a .png, .svg or .pdf file.")] = None,
+    out: Annotated[str | None, typer.Option(help="Write a picture too: a .png, .svg or .pdf file.")] = None,
 ) -> None:
     """Draw how loss fell, for one run or several."""
     console = screen()
+    picture = None if out is None else picture_path(out)
     curves = read_plotted(runs)
     console.print(for_terminal(curves, width=min(console.width, 100)), soft_wrap=True)
-    if out is not None:
-        draw(curves, out)
-        line(console, f"Written to {out}.")
+    if picture is not None:
+        draw(curves, picture)
+        line(console, f"Written to {picture}.")

@@ -19,7 +19,7 @@ def command(
         typer.Argument(metavar="RUN...", help="Folders that compare, evaluate or tune wrote."),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Where to write the report.", show_default="the first run's folder")
+        str | None, typer.Option(help="Where to write the report.", show_default="the first run's folder")
     ] = None,
     as_json: asked.AsJson = False,
 ) -> None:
@@ -27,7 +27,7 @@ def command(
     from softprompt.report.render import write_reports
 
     console = screen(as_json=as_json)
-    written = write_reports(runs, out or runs[0])
+    written = write_reports(runs, runs[0] if out is None else out)
     for path in written:
         fact(console, path.suffix.removeprefix("."), path)
     if as_json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import sys
+from collections.abc import Sequence
 
 from softprompt.errors import DataError
 
@@ -50,6 +51,18 @@ def read_input() -> str:
         raise DataError(
             f"standard input: byte {error.start} is not UTF-8, as a text must be. Convert it, with iconv for example."
         ) from None
+
+
+def refuse_broken_arguments(arguments: Sequence[str]) -> None:
+    """Raise DataError for an argument whose bytes are not UTF-8: no text, name or file that we write can hold it."""
+    for number, argument in enumerate(arguments, 1):
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"argument {number} of the command: character {error.start} is not UTF-8, as a text must be. Convert it, "
+                "or rename the file."
+            ) from None
 
 
 def _stand_in(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def _compare(
     judged, split = judged_rows(
         task, lm, settings
     )  # what cannot be judged is refused before anything is learned
-    metrics = settings.metrics or default_metrics(layout, [*splits.train, *judged])
+    metrics = settings.metrics or default_metrics(layout, chain(splits.train, judged))
     metrics_named(metrics)
     base, base_digest, device = described(lm), lm.fingerprint.digest, lm.device
     del lm  # each arm loads its own, and this process would only take its memory

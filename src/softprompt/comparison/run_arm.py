@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -75,7 +76,7 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> ArmResult:
     learning = clock.read()
     peak_learning = hardware.peak_memory_bytes(lm.device)
 
-    known = [*task.splits.train, *judged]
+    known = chain(task.splits.train, judged)
     metrics = metrics_named(settings.metrics or default_metrics(layout, known))
     asked = settled(settings, lm, layout, judged, task.splits.train)
     if ready.trained_parameters:  # answers of earlier weights are not those of the present ones

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 from softprompt.data.example import EXAMPLE_REFERENCES, Example, Message, Shape
+from softprompt.data.examples import Examples
 from softprompt.data.files import Number, Raw
 from softprompt.data.shapes import CHAT_COLUMNS, SHAPES, filled, shape_of
 from softprompt.data.template import did_you_mean
@@ -42,14 +43,12 @@ class Columns:
             return self
         return replace(self, shape=None if self.target in raw else shape_of(raw))
 
-    def examples(
-        self, rows: Iterator[Raw], name: str, limit: int | None, notes: list[str]
-    ) -> tuple[Example, ...]:
+    def examples(self, rows: Iterator[Raw], name: str, limit: int | None, notes: list[str]) -> Examples:
         """Rows as frozen records of text; what is left out of them is added to `notes`.
 
         Raises DataError when there is no row, a column is missing, or cells that have to be text are not.
         """
-        found: list[Example] = []
+        examples = Examples()
         learned = self.target or "text"  # the rest is only read, and may be blank
         blank: dict[str, list[int]] = {}
         left_out: dict[str, None] = {}  # keys of chat turns, in the order in which they come
@@ -75,20 +74,20 @@ class Columns:
                 tools = tools_of(raw["tools"], f"{name}, row {number}")
                 fields |= {} if tools is None else {"tools": tools}
             references = self._references(raw, f"{name}, row {number}")
-            found.append(Example(fields, turns, number, references))
-        if not found:
+            examples.append(Example(fields, turns, number, references))
+        if not examples:
             raise DataError(f"{name} has no row. Give at least one.")
         for column, numbers in blank.items():
             shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
             raise DataError(
-                f"{name}: {len(numbers)} of {len(found)} rows have nothing in column {column!r} "
+                f"{name}: {len(numbers)} of {len(examples)} rows have nothing in column {column!r} "
                 f"(rows {shown}, counted from 0). Fill them in or take these rows out."
             )
         if left_out:
             notes.append(
                 f"{name}: chat turns have keys that are left out ({', '.join(left_out)}): they are no part of the chat."
             )
-        return tuple(found)
+        return examples
 
     def _asked(self) -> dict[str, str]:
         """Template names, and the column that each stands for, as far as the user named columns."""

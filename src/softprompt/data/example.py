@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 EXAMPLE_REFERENCES = "(references of an Example)"
@@ -60,9 +60,9 @@ class Splits:
     `shape` is the known form of the rows, where no column was named (TRL, Alpaca, ShareGPT).
     """
 
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...] = ()
-    test: tuple[Example, ...] = ()
+    train: Sequence[Example]
+    validation: Sequence[Example] = ()
+    test: Sequence[Example] = ()
     source: str = ""
     revision: str | None = None
     notes: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 from softprompt.data.example import Example
+from softprompt.data.examples import Examples
 from softprompt.errors import DataError
 
 # What is held out for validation where nobody says: enough rows to choose a step by, few enough to be measured often.
@@ -19,11 +20,11 @@ class Draw:
     """Rows to draw from. Those that are left are the rows to learn from."""
 
     def __init__(self, rows: Sequence[Example], seed: int) -> None:
-        self._rows = rows
+        self._rows = rows if isinstance(rows, Examples) else Examples(rows)
         self._order = list(range(len(rows)))
         random.Random(seed).shuffle(self._order)
 
-    def take(self, count: int, part: str) -> tuple[Example, ...]:
+    def take(self, count: int, part: str) -> Examples:
         """Draw `count` rows for `part`, in the order of the source. Raises DataError where none would be left."""
         if count >= len(self._order):
             raise DataError(
@@ -32,7 +33,7 @@ class Draw:
             )
         return self._taken(self._order[:count])
 
-    def take_by_label(self, count: int, target: str | None) -> tuple[Example, ...]:
+    def take_by_label(self, count: int, target: str | None) -> Examples:
         """Draw `count` rows with each label's share of them as it is among all rows, as far as whole rows allow."""
         groups: dict[str, list[int]] = {}
         for index in self._order:
@@ -49,13 +50,13 @@ class Draw:
             quota[label] += 1
         return self._taken([index for label, group in groups.items() for index in group[: quota[label]]])
 
-    def rest(self) -> tuple[Example, ...]:
-        return tuple(self._rows[i] for i in sorted(self._order))
+    def rest(self) -> Examples:
+        return self._rows.select(sorted(self._order))
 
-    def _taken(self, indices: Sequence[int]) -> tuple[Example, ...]:
+    def _taken(self, indices: Sequence[int]) -> Examples:
         taken = set(indices)
         self._order = [index for index in self._order if index not in taken]
-        return tuple(self._rows[i] for i in sorted(taken))
+        return self._rows.select(sorted(taken))
 
 
 def default_count(rows: int) -> int:

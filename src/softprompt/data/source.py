@@ -92,7 +92,7 @@ def load_splits(
     if limit is not None and len(rows) < limit:
         notes.append(f"{origin.name} has {len(rows)} rows; data.limit asked for {limit}.")
     drawn = Draw(rows, seed)
-    held: dict[str, tuple[Example, ...]] = {}
+    held: dict[str, Sequence[Example]] = {}
     for part, wanted in (("validation", validation), ("test", test)):
         if isinstance(wanted, (bool, int, float)) and not wanted:
             held[part] = ()
@@ -322,7 +322,7 @@ def _named(
     columns: Columns,
     limit: int | None,
     notes: list[str],
-) -> tuple[Example, ...]:
+) -> Sequence[Example]:
     """Rows held out in a split or file of their own."""
     if wanted is not None and other is not None:
         own = other.splits()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
+from softprompt.data.turns import refuse_broken
+
 
 class Tokenizer(Protocol):
     """The part of transformers' PreTrainedTokenizerFast that is used here."""
@@ -63,6 +65,8 @@ def tokens(tokenizer: Tokenizer, text: str, habit: Habits, *, continues: bool, d
     `data` are the stretches that come from a row: what looks like a special token there is plain text."""
     if not text:
         return []
+    if not text.isascii():
+        refuse_broken(text, "the text")
     marks = special_spans(text, habit)
     written = [mark for mark in marks if not _overlaps(mark, data)]
     if len(written) == len(marks):

@@ -86,7 +86,7 @@ def refuse_broken(text: str, where: str) -> None:
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where}: half a character (a lone surrogate, \\u{ord(text[error.start]):04x}) at {error.start}. "
-            "Mend the file."
+            "Mend the text."
         ) from None
 
 

@@ -10,7 +10,7 @@ import html
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -230,13 +230,16 @@ def digest_of(about: Mapping[str, Any], examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def default_metrics(layout: Template, examples: Sequence[Example]) -> list[str]:
+def default_metrics(layout: Template, examples: Iterable[Example]) -> list[str]:
     """What suits the task: labels (few, short, repeated), an answer, or running text. The first is judged by."""
     if layout.target is None:
         return ["nll", "perplexity", "bits_per_byte"]
-    wanted = [wanted_text(layout, one).strip() for one in examples]
-    distinct = set(wanted)
-    if len(distinct) <= max(2, len(wanted) // 2) and all(len(label) <= 60 for label in distinct):
+    distinct: set[str] = set()
+    rows = 0
+    for example in examples:
+        distinct.add(wanted_text(layout, example).strip())
+        rows += 1
+    if len(distinct) <= max(2, rows // 2) and all(len(label) <= 60 for label in distinct):
         return ["accuracy", "macro_f1", "nll"]
     if all("####" in answer for answer in distinct):
         return ["numeric_match", "nll", "bits_per_byte"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +25,7 @@ from softprompt.inference.compiled import CompiledPrompt, TextPrompt, compile_pr
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.settings.base_settings import BaseSettings
 from softprompt.store.artifact import load_prompt
+from softprompt.store.ownership import folder_named
 from softprompt.tuning.recipe import Data, Recipe
 from softprompt.tuning.settle import load_base
 from softprompt.tuning.task import Task, read_splits, task_of
@@ -73,7 +75,7 @@ def evaluate(
     layout = task.template
     compiled = compiled_for(lm, learned, text, layout)
     examples, left_out = fitting(task, lm, examples, lambda example: _positions(task, lm, compiled, example))
-    known = [*task.splits.train, *examples]
+    known = chain(task.splits.train, examples)
     names = list(dict.fromkeys([*(settings.metrics or default_metrics(layout, known)), *extra_metrics]))
     metrics = metrics_named(names)
     asked = settled(settings, lm, layout, examples, task.splits.train)
@@ -97,7 +99,7 @@ def evaluate(
             examples,
             metrics,
             layout,
-            out=None if out is None else Path(out),
+            out=None if out is None else folder_named(out),
             about=about,
             on_progress=advance,
             as_learned=as_learned(lm),
@@ -188,7 +190,7 @@ def recorded_place(settings: BaseSettings, *prompts: Prompt) -> BaseSettings:
 
 def judged_examples(
     splits: Splits, split: str | None = None, *, learned_from: bool = True
-) -> tuple[tuple[Example, ...], str]:
+) -> tuple[Sequence[Example], str]:
     """The rows to judge on, and which split they are: the one asked for, else the most independent one there is.
 
     Without `learned_from`, training rows are refused: judging on them would say nothing about what was learned.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import Encoded, End, encode
@@ -37,14 +38,14 @@ def settled(
     An answer has room for the longest wanted one and a quarter more, and ends at a line's end unless a wanted one has
     several lines. Labels to rank are those of `labelled` and `examples`.
     """
-    wanted = [wanted_text(layout, example) for example in examples]
+    wanted = {wanted_text(layout, example) for example in examples}
     written_after = ending_of(layout, lm.tokenizer).text
-    longest = max((len(lm.tokenizer(text + written_after)["input_ids"]) for text in set(wanted)), default=1)
+    longest = max((len(lm.tokenizer(text + written_after)["input_ids"]) for text in wanted), default=1)
     stop = [] if any("\n" in text.strip() for text in wanted) else ["\n"]
     return settings.model_copy(
         update={
             "labels": settings.labels
-            or (list(labels_of(layout, [*labelled, *examples])) if settings.answers == "rank" else []),
+            or (list(labels_of(layout, chain(labelled, examples))) if settings.answers == "rank" else []),
             "max_new_tokens": settings.max_new_tokens or math.ceil(longest * 1.25) + 2,
             "stop": stop if settings.stop is None else settings.stop,
         }
@@ -216,7 +217,7 @@ def _likeliest(scores: dict[str, float], bias: dict[str, float]) -> str:
     return max(scores, key=lambda label: scores[label] - bias.get(label, 0.0))
 
 
-def labels_of(layout: Template, examples: Sequence[Example]) -> tuple[str, ...]:
+def labels_of(layout: Template, examples: Iterable[Example]) -> tuple[str, ...]:
     """The distinct wanted answers, sorted. Raises RecipeError without a target."""
     if layout.target is None or Field(layout.target) not in layout.pieces:
         raise RecipeError("labels can only be ranked where the template has a target. Set data.target.")

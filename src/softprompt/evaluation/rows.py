@@ -20,7 +20,7 @@ from softprompt.store.ownership import check_replaceable, claim, make_folder
 ROWS, SUMMARY = "rows.jsonl", "evaluation.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """What was wanted of one example and what came of it.
 
@@ -98,7 +98,7 @@ class RowFile:
                 f"{folder}: holds the rows of another evaluation (another base, prompt, data or way of answering). "
                 "Choose another folder, or delete this one to start afresh."
             )
-        check_replaceable(folder, (ROWS, SUMMARY), kind="evaluation")
+        folder = check_replaceable(folder, (ROWS, SUMMARY), kind="evaluation")
         make_folder(folder)
         claim(folder, "evaluation", (ROWS, SUMMARY))
         self._lock = FolderLock(folder, "an evaluation")

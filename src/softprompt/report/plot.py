@@ -17,8 +17,14 @@ from softprompt.report.curves import (
     read_curves,
     smoothed,
 )
+from softprompt.store.ownership import check_file
 
 TRIALS = "trials"
+_MADE_BY = {
+    ".png": {"Software": "softprompt"},
+    ".svg": {"Creator": "softprompt"},
+    ".pdf": {"Creator": "softprompt"},
+}
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille character, row by row
 
 
@@ -114,12 +120,26 @@ def draw(curves: Sequence[Curves], path: str | Path) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("nats per trained token (faint: training)")
     axes.legend(frameon=False, fontsize="small")
+    path = picture_path(path)
     try:
-        figure.savefig(path)
+        figure.savefig(path, metadata=_MADE_BY[path.suffix.lower()])
     except (OSError, ValueError) as error:
         raise SaveError(
             f"{path}: could not be written ({error}). Give a file ending in .png, .svg or .pdf in a folder that exists."
         ) from error
+
+
+def picture_path(out: str | Path) -> Path:
+    """The path of a picture that may be written. Raises SaveError for another ending and for files that are not ours."""
+    path = check_file(out, _is_our_picture)
+    if path.suffix.lower() not in _MADE_BY:
+        raise SaveError(f"{path}: found no ending of a picture, wanted .png, .svg or .pdf. Change --out.")
+    return path
+
+
+def _is_our_picture(path: Path) -> bool:
+    """Whether a picture says that softprompt made it."""
+    return path.suffix.lower() in _MADE_BY and b"softprompt" in path.read_bytes()
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:

@@ -21,12 +21,17 @@ from softprompt.report.pages import page
 from softprompt.report.parts import Page, Table
 from softprompt.report.paths import without_folders
 from softprompt.report.read import Run, read_runs
+from softprompt.store.atomic import replace_file
+from softprompt.store.ownership import claim, folder_named
 
 NAME = "report"
+FILES = tuple(f"{NAME}.{ending}" for ending in ("html", "md", "csv", "json"))
 
 
-def write_reports(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Read the runs in `folders` and write report.html, .md, .csv and .json into `out`. Raises DataError, SaveError."""
+def write_reports(folders: Sequence[Path], out: str | Path) -> list[Path]:
+    """Read the runs in `folders` and write report.html, .md, .csv and .json into `out`; only reports of ours are replaced.
+
+    Raises DataError, SaveError."""
     runs = read_runs(folders)
     pages = [page(run, number) for number, run in enumerate(runs, start=1)]
     contents = {
@@ -35,14 +40,13 @@ def write_reports(folders: Sequence[Path], out: Path) -> list[Path]:
         "csv": as_csv(runs),
         "json": as_json(runs, pages),
     }
+    out = folder_named(out)
+    claim(out, NAME, FILES)
     written = []
     try:
-        out.mkdir(parents=True, exist_ok=True)
         for ending, content in contents.items():
             path = out / f"{NAME}.{ending}"
-            draft = out / f".{path.name}.draft"
-            draft.write_text(content, encoding="utf-8")
-            draft.replace(path)
+            replace_file(path, content)
             written.append(path)
     except OSError as error:
         raise SaveError(

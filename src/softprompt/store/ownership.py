@@ -188,6 +188,8 @@ def written_by_us(folder: Path) -> set[str]:
         names.update({"evaluation.json", "rows.jsonl"})
     if (_json(folder / "comparison.json") or {}).get("kind") == "comparison":
         names.add("comparison.json")
+    if b"<title>softprompt: " in _head(folder / "report.html"):
+        names.update(f"report.{ending}" for ending in ("html", "md", "csv", "json"))
     return names
 
 

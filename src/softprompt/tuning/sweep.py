@@ -25,7 +25,7 @@ from softprompt.loss.gradient import Loss
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.settings.text import scalar
 from softprompt.store.artifact import load_prompt, save_prompt
-from softprompt.store.ownership import PROMPT_FILES, claim
+from softprompt.store.ownership import PROMPT_FILES, claim, folder_named
 from softprompt.tuning.events import Event
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.records import SCHEMA, number_or_none
@@ -148,7 +148,7 @@ def sweep(
     Every trial has a folder of its own under `trials/`; `sweep.jsonl` holds a line for each trial and stretch. With
     `resume`, a sweep that was killed goes on. Raises RecipeError for settings that do not fit, or NotFinite when every
     setting broke."""
-    out = Path(recipe.out)
+    out = folder_named(recipe.out)
     trials = [
         Trial(f"{number:03}-seed{seed}", setting, seed)
         for number, setting in enumerate(settings)
