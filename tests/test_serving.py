@@ -200,7 +200,14 @@ def test_a_chat_gives_a_prompt_of_one_field_the_users_last_words(serving: Servin
         ("/v1/completions", {"model": "base", "prompt": [1, 10**9]}, 400, "ids from 0"),
         ("/v1/completions", {"model": "support", "prompt": [1, 2]}, 400, "Send text"),
         ("/v1/completions", {"model": "base", "prompt": "word " * 400}, 400, "positions"),
-        ("/v1/completions", {"model": "base", "prompt": "a", "logit_bias": {"5": 1}}, 400, "logit_bias"),
+        ("/v1/completions", {"model": "base", "prompt": "a", "logit_bias": {"5000": 1}}, 400, "logit_bias"),
+        ("/v1/completions", {"model": "base", "prompt": []}, 400, "empty list"),
+        ("/v1/completions", {"model": "base", "prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+        ("/v1/completions", {"model": "base", "prompt": "word " * 400, "echo": True}, 400, "positions"),
+        ("/v1/completions", {"model": "base", "prompt": "a", "response_format": {"type": "xml"}}, 400, "json_schema"),
+        ("/v1/completions", {"model": "base", "prompt": "a", "regex": "(a"}, 400, "constraint"),
+        ("/v1/responses", {"model": "base", "input": "a", "previous_response_id": "x"}, 400, "stores no"),
+        ("/v1/responses", {"model": "base", "input": "a", "store": True}, 400, "stores no"),
         ("/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": "a"}]}, 400, "chat template"),
         ("/v1/chat/completions", {"model": "support", "messages": []}, 400, "messages"),
         ("/v1/nothing", {}, 404, "Not Found"),
@@ -275,8 +282,11 @@ def test_a_key_sees_its_own_models_alone(lm: FrozenLM, library: Library, tmp_pat
             shop.completions.create(model="greet", prompt="a")
         with pytest.raises(openai.AuthenticationError):
             server.client("wrong").models.list()
-        with pytest.raises(openai.RateLimitError):
-            shop.completions.create(model="support", prompt=["a", "b", "c"])
+        with pytest.raises(openai.BadRequestError, match="may run 2 rows"):
+            shop.completions.create(model="support", prompt="a", n=3)
+        many = shop.completions.create(model="support", prompt=TEXTS, max_tokens=12, temperature=0)
+        wanted = [alone(lm, prompt_of(lm, 0, "support"), text) for text in TEXTS]
+        assert [choice.text for choice in many.choices] == wanted
         answer = httpx.post(
             f"{server.url}/admin/prompts",
             json={"name": "extra", "path": str(tmp_path / "extra")},
@@ -310,7 +320,7 @@ def test_a_name_switched_under_load_gives_the_old_answer_or_the_new_one(lm: Froz
         for turn in range(6):
             if turn == 3:
                 library.switch("task@2")
-                catalogue.refresh(now=True)
+                catalogue.refresh()
             seen.append(
                 client.completions.create(model="task", prompt=TEXTS[0], max_tokens=12, temperature=0)
                 .choices[0]

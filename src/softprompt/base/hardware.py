@@ -125,6 +125,13 @@ def forget_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that could still be taken: on the GPU where the base lies on one."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 def total_memory_bytes() -> int:
     """Memory of the machine."""
     return int(psutil.virtual_memory().total)

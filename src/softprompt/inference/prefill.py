@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.kv import State, batch_cache
+from softprompt.base.kv import State, batch_cache, row_state
 from softprompt.errors import PromptError
 
 
@@ -83,6 +83,18 @@ def like_lengths(lm: FrozenLM, rows: Sequence[Row], most_rows: int | None = None
         groups.append(ordered[cut[end] : end])
         end = cut[end]
     return groups[::-1]
+
+
+@torch.inference_mode()
+def read_on(lm: FrozenLM, row: Row, positions: int) -> Row:
+    """The same row with the next `positions` of its rest read: a long text in parts, so that others need not wait for
+    all of it. At least the last position stays to be read, since its hidden state is wanted."""
+    positions = min(positions, row.rest - 1)
+    if positions < 1:
+        return row
+    marks = row.marks[: row.state.length + positions]
+    done = prefill(lm, [Row(row.state, marks, row.vectors_PD)])
+    return Row(row_state(done.cache, 0, *done.span(0), marks), row.marks, row.vectors_PD)
 
 
 def prefill(lm: FrozenLM, rows: Sequence[Row]) -> Prefilled:

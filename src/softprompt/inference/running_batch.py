@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,6 +38,18 @@ from softprompt.inference.settings import DecodeSettings
 FinishReason = Literal["stop", "length", "cancelled"]
 DEFAULT_NEW_TOKENS = 100
 GREEDY = DecodeSettings()
+SHRINKS_BELOW = 4  # buffers are replaced where they are this many times what the rows need
+KEPT_BYTES = 64 * 2**20  # of an empty batch's buffers: the next rows would make them again
+
+
+class Steering(Protocol):
+    """Changes what one row may say next: a bias, penalties, or a constraint such as a choice of labels."""
+
+    def steered(self, logits_V: Tensor, new_ids: Sequence[int]) -> Tensor:
+        """Logits for the token after `new_ids`, at least one of them finite; -inf forbids a token."""
+
+    def is_complete(self, new_ids: Sequence[int]) -> bool:
+        """Whether the row ends here, whatever the model would say next."""
 
 
 @dataclass(eq=False)
@@ -46,6 +58,9 @@ class Request:
 
     `token_ids` are the new tokens, an end token included; `text` is what they say, without special tokens, a stop
     text, and the ending that the prompt learned. `on_text` is called with every piece of text as soon as it is certain.
+    `likeliest` holds, for each new token, the `top` likeliest ids with their log-probabilities under the base, before
+    temperature, penalties and steering. `failure` is set where the row's numbers were not finite, or its steering
+    failed.
     """
 
     row: Row
@@ -56,11 +71,15 @@ class Request:
     keep_state: bool = False
     ending: Ending = NO_ENDING
     bad_sequences: tuple[tuple[int, ...], ...] = ()
+    top: int = 0
+    steering: Steering | None = None
     token_ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
+    likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
     state: State | None = None
+    failure: Exception | None = None
 
     @property
     def total(self) -> int:
@@ -90,6 +109,8 @@ def request(
     on_text: Callable[[str], None] | None = None,
     keep_state: bool = False,
     row: Row | None = None,
+    top: int = 0,
+    steering: Steering | None = None,
 ) -> Request:
     """Lay out one input under a prompt. `given` may be the marks of a whole sequence instead of text.
 
@@ -120,7 +141,18 @@ def request(
         limit = min(limit, most - len(row.marks))
     ending = NO_ENDING if settings.ignore_end else prompt.ending
     bad = bad_sequences(settings.bad_words, lm.tokenizer, prompt.habit, end_ids(lm))
-    return Request(row, settings, limit, sample, on_text, keep_state, ending, bad)
+    return Request(
+        row,
+        settings,
+        limit,
+        sample,
+        on_text,
+        keep_state,
+        ending,
+        bad_sequences=bad,
+        top=top,
+        steering=steering,
+    )
 
 
 class Running:
@@ -164,6 +196,15 @@ class Running:
         read = max((len(one.row.marks) for one in requests), default=0)
         return (len(everyone) * columns + len(requests) * read) * position_bytes(self.lm)
 
+    def buffer_bytes_for(self, requests: Sequence[Request]) -> int:
+        """Like `bytes_for`, of the buffers that there would be: they do not shrink when rows join."""
+        rows, columns = self._cache.mask.shape
+        everyone = [*self.requests, *requests]
+        rows = max(rows, len(everyone))
+        columns = max(columns, room(max((one.total for one in everyone), default=0)))
+        read = max((len(one.row.marks) for one in requests), default=0)
+        return (rows * columns + len(requests) * read) * position_bytes(self.lm)
+
     def fits(self, requests: Sequence[Request]) -> bool:
         """Whether `requests` can join now.
 
@@ -180,9 +221,19 @@ class Running:
             )
         return False
 
-    @torch.inference_mode()
     def admit(self, requests: Sequence[Request]) -> list[Request]:
-        """Read the rows' texts, those of like length in one pass, and choose their first tokens; gives back those done."""
+        """Read the rows' texts, those of like length in one pass, and choose their first tokens; gives back those done.
+
+        Raises NotFinite where a row's numbers are not finite; that row has left, and the others may go on."""
+        return _demand_finite(self.join(requests))
+
+    def step(self) -> list[Request]:
+        """One token for every row; gives back the requests that are done with it and have left. Raises as `admit` does."""
+        return _demand_finite(self.advance())
+
+    @torch.inference_mode()
+    def join(self, requests: Sequence[Request]) -> list[Request]:
+        """Like `admit`, but a row that is not finite is given back with the others, its `failure` set."""
         if not requests:
             return []
         started = len(self._slots)
@@ -209,8 +260,8 @@ class Running:
             self._seen_BV[b, one.known_ids] = True
 
     @torch.inference_mode()
-    def step(self) -> list[Request]:
-        """One token for every row; gives back the requests that are done with it and have left."""
+    def advance(self) -> list[Request]:
+        """Like `step`, but a row that is not finite is given back with the others, its `failure` set."""
         rows = len(self._slots)
         if not rows:
             return []
@@ -227,12 +278,14 @@ class Running:
         place = next((b for b, slot in enumerate(self._slots) if slot.request is one), None)
         if place is not None:
             self._retire(place, "cancelled")
+            self._shrink()
             self._step_settings = _StepSettings.of(self.requests, self.lm.device)
 
     def _chosen(self, logits_BV: Tensor, start: int) -> list[Request]:
         """Choose the next tokens of the rows from `start` on, and let go of those that are done."""
         step = self._step_settings
-        if step.penalises or step.biases or step.rated or step.warm:  # argmax alone needs no float32
+        # argmax alone needs no float32
+        if step.penalises or step.biases or step.rated or step.warm or step.steered:
             logits_BV = logits_BV.float()
         raw_BV = logits_BV
         requests = [slot.request for slot in self._slots[start:]]
@@ -242,6 +295,16 @@ class Running:
             logits_BV = penalised(logits_BV, self._seen_BV[start : len(self._slots)], step.penalty_B[start:])
         if step.bans:
             logits_BV = without(logits_BV, [request.banned_next for request in requests])
+        steered = [b for b in step.steered if b >= start]
+        if steered:
+            logits_BV = logits_BV.clone()  # the raw ones are rated
+        for b in steered:
+            one = self._slots[b].request
+            assert one.steering is not None
+            try:
+                logits_BV[b - start] = one.steering.steered(logits_BV[b - start], one.token_ids)
+            except Exception as error:  # of this row alone
+                one.failure = error
         ids_B = logits_BV.argmax(1)
         # argmax takes a NaN for the largest, so that a row is finite where its largest logit is.
         finite_B = logits_BV.gather(1, ids_B[:, None])[:, 0].isfinite()
@@ -260,14 +323,19 @@ class Running:
         ids: list[int] = ids_B.tolist()
         broken = [b for b, finite in enumerate(finite_B.tolist(), start=start) if not finite]
         if step.rated:
-            chosen_B = raw_BV.gather(1, ids_B[:, None])[:, 0] - raw_BV.logsumexp(1)
-            for slot, value in zip(self._slots[start:], chosen_B.tolist(), strict=True):
+            sums_B = raw_BV.logsumexp(1)
+            chosen_B = raw_BV.gather(1, ids_B[:, None])[:, 0] - sums_B
+            for row, (slot, value) in enumerate(zip(self._slots[start:], chosen_B.tolist(), strict=True)):
                 if slot.request.settings.rated:
                     slot.request.log_probabilities.append(value)
+                if slot.request.top:
+                    slot.request.likeliest.append(_likeliest(raw_BV[row] - sums_B[row], slot.request.top))
         finished: list[tuple[int, FinishReason]] = []
         for b, token in enumerate(ids, start=start):
             one = self._slots[b].request
-            if b in broken:
+            if b in broken and one.failure is None:
+                one.failure = _not_finite(self.lm, one)
+            if one.failure is not None:  # the other rows have their tokens and may go on
                 finished.append((b, "cancelled"))
                 continue
             one.token_ids.append(token)
@@ -276,12 +344,10 @@ class Running:
                 finished.append((b, reason))
             elif one.settings.repetition_penalty != 1.0:
                 self._seen_BV[b, token] = True
-        failed = [self._slots[b].request for b in broken]
         done = [self._retire(b, reason) for b, reason in reversed(finished)]
         if done:
+            self._shrink()
             self._step_settings = _StepSettings.of(self.requests, self.lm.device)
-        if failed:  # the other rows have their tokens and may go on
-            raise _not_finite(self.lm, failed[0])
         return done[::-1]
 
     def _reason(self, slot: _Slot, token: int) -> FinishReason | None:
@@ -289,6 +355,8 @@ class Running:
         if token in one.ending.ids:
             return "stop"
         if slot.spoken is not None and slot.spoken.add(token):
+            return "stop"
+        if one.steering is not None and one.steering.is_complete(one.token_ids):
             return "stop"
         return "length" if len(one.token_ids) >= one.limit else None
 
@@ -328,6 +396,17 @@ class Running:
             ending=one.ending.text,
         )
 
+    def _shrink(self) -> None:
+        """Give back most of the buffers where the rows that are left need less than a quarter of them."""
+        rows, columns = self._cache.mask.shape
+        if not self._slots:
+            if self._cache.bytes > KEPT_BYTES:
+                self._cache.clear()
+            return
+        needed = room(max(slot.request.total for slot in self._slots))
+        if len(self._slots) * needed * SHRINKS_BELOW < rows * columns:
+            self._cache.reserve(len(self._slots), needed, exactly=True)
+
     def _reserve(self, requests: Sequence[Request]) -> None:
         everyone = [*self.requests, *requests]
         rows, columns = len(everyone), room(max(one.total for one in everyone))
@@ -362,6 +441,7 @@ class _StepSettings:
     bans: bool
     rated: bool
     warm: list[int]
+    steered: list[int]
     penalty_B: Tensor
     temperature_B: Tensor
     top_k_B: Tensor
@@ -375,14 +455,27 @@ class _StepSettings:
             any(one.repetition_penalty != 1.0 for one in every),
             any(one.logit_bias for one in every),
             any(one.bad_words for one in every),
-            any(one.rated for one in every),
+            any(one.settings.rated or one.top for one in requests),
             [b for b, one in enumerate(every) if one.temperature > 0],
+            [b for b, one in enumerate(requests) if one.steering is not None],
             torch.tensor([one.repetition_penalty for one in every], device=device),
             torch.tensor([one.temperature for one in every], device=device),
             torch.tensor([one.top_k for one in every], device=device, dtype=torch.int64),
             torch.tensor([one.top_p for one in every], device=device),
             torch.tensor([one.min_p for one in every], device=device),
         )
+
+
+def _demand_finite(done: list[Request]) -> list[Request]:
+    for one in done:
+        if one.failure is not None:
+            raise one.failure
+    return done
+
+
+def _likeliest(log_probabilities_V: Tensor, top: int) -> list[tuple[int, float]]:
+    best = log_probabilities_V.topk(min(top, len(log_probabilities_V)))
+    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 def _not_finite(lm: FrozenLM, row: Request) -> NotFinite:

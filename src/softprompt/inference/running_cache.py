@@ -148,6 +148,12 @@ class RunningCache(Cache):
         else:
             self.window.start += int(self.live_mask().any(0).int().argmax()) - self.blank
 
+    def clear(self) -> None:
+        """Give the buffers back; there may be no row."""
+        self.layers, self.rows = [], 0
+        self.window.start = self.window.end = 0
+        self.mask = torch.zeros(0, 0, dtype=torch.bool, device=self.mask.device)
+
     def length(self, row: int) -> int:
         """Positions that a row holds."""
         return int(self.mask[row, self.window.start : self.window.end].sum())

@@ -81,6 +81,70 @@ def score(
     return [results[i] for i in range(len(rows))]
 
 
+@dataclass(frozen=True)
+class RatedToken:
+    """A token of a text, its log-probability, and the likeliest tokens in its place; None where nothing predicts it."""
+
+    token_id: int
+    log_probability: float | None
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+@torch.inference_mode()
+def rate_continuation(
+    lm: FrozenLM, prompt: CompiledPrompt, given: str | Example, continuation: str, top: int = 0
+) -> list[RatedToken]:
+    """Every token of a continuation, laid out and scored as by `score`, with the `top` likeliest in its place."""
+    row, scored, *_ = _laid_out(lm, prompt, given, continuation, "never")
+    return _rated_places(lm, row, scored, top)
+
+
+@torch.inference_mode()
+def rate_text(
+    lm: FrozenLM, prompt: CompiledPrompt, given: str | Example | Sequence[int], top: int = 0
+) -> list[RatedToken]:
+    """Every token of an input itself, as evaluation harnesses ask for them; see `rate_continuation`."""
+    marks = prompt.marks(lm, given) if isinstance(given, str | Example) else list(given)
+    demand_room(lm, len(marks), "The text")
+    places = [place for place, mark in enumerate(marks) if mark >= 0]
+    # A deep prompt has no output of its own, which would predict the first token behind it.
+    first = prompt.length + 1 if prompt.kind == "deep" else 1
+    scored = [place for place in places if place >= first]
+    unscored = [RatedToken(marks[place], None) for place in places if place < first]
+    if not scored:
+        return unscored
+    return unscored + _rated_places(lm, prompt.row(marks, need=scored[0] - 1), scored, top)
+
+
+def continuation_ids(lm: FrozenLM, prompt: CompiledPrompt, given: str | Example, text: str) -> list[int]:
+    """The tokens of a continuation as training and `score` lay it out behind this input."""
+    row, scored, *_ = _laid_out(lm, prompt, given, text, "never")
+    return [row.marks[place] for place in scored]
+
+
+def _rated_places(lm: FrozenLM, row: Row, scored: Sequence[int], top: int) -> list[RatedToken]:
+    done = prefill(lm, [row])
+    hidden_ND = done.hidden_BTD[0, [place - 1 - row.state.length for place in scored]]
+    size = max(1, BLOCK_LOGITS // lm.vocab_size)
+    rated: list[RatedToken] = []
+    for start in range(0, len(scored), size):  # all logits at once would be too much memory
+        log_probabilities_nV = lm.logits(hidden_ND[start : start + size]).float().log_softmax(-1)
+        best = log_probabilities_nV.topk(max(1, min(top, lm.vocab_size)))
+        ids = [row.marks[place] for place in scored[start : start + size]]
+        values_n = log_probabilities_nV.gather(1, torch.tensor(ids, device=lm.device)[:, None])[:, 0]
+        for token, value, tokens, values in zip(
+            ids, values_n.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
+        ):
+            if not math.isfinite(value):
+                raise NotFinite(
+                    f"The log-probabilities of the text are not finite: its prompt overflows {lm.name}, or a weight of "
+                    "the base is NaN. Load the base with dtype float32, or use another prompt."
+                )
+            likeliest = tuple(zip(tokens, values, strict=True))[:top]
+            rated.append(RatedToken(token, value, likeliest))
+    return rated
+
+
 def _laid_out(
     lm: FrozenLM, prompt: CompiledPrompt, given: str | Example, continuation: str | None, end: End
 ) -> tuple[Row, list[int], str | None, int]:

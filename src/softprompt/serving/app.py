@@ -1,103 +1,104 @@
-"""The server's routes: OpenAI's completions and chat over an engine, thin. Errors are OpenAI's too, whatever happens."""
+"""The server's routes: OpenAI's completions, chats and responses over an engine. Errors are OpenAI's too, always."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
-from softprompt.data.example import Example, Message
-from softprompt.errors import DataError, OutOfMemory, SoftPromptError
-from softprompt.inference.compiled import CompiledPrompt
-from softprompt.inference.prefill import prefill
+from softprompt.data.example import Example
+from softprompt.errors import SoftPromptError
+from softprompt.inference.score import RatedToken, rate_continuation, rate_text
 from softprompt.serving import wire
-from softprompt.serving.catalogue import BASE, Catalogue, Served
-from softprompt.serving.engine import (
-    Answer,
-    Finished,
-    LocalEngine,
-    Overloaded,
-    Piece,
-    ShuttingDown,
-    Work,
-    now,
+from softprompt.serving.answers import Answers, Choices, ResponseShape, by_text, offsets, token_text
+from softprompt.serving.catalogue import BASE, LOOK_EVERY_SECONDS, Catalogue, Served
+from softprompt.serving.engine import Answer, Compiled, LocalEngine, Work
+from softprompt.serving.inputs import (
+    Input,
+    chat_input,
+    completion_input,
+    demand_in_vocabulary,
+    messages,
+    steering,
 )
 from softprompt.serving.keys import Caller, Keys
+from softprompt.serving.limits import BodyLimit, Lease, Rows
 from softprompt.serving.metrics import Metrics
+from softprompt.serving.refusals import Refused, as_refusal, failed, shown_name, too_many
+from softprompt.serving.steering import Grammars
 
 PAGE = Path(__file__).parent / "playground.html"
-MAX_BODY_BYTES = 4_000_000
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+DEFAULT_NEW_TOKENS = 16  # OpenAI's, of completions
+AT_ONCE = 64  # rows of one request that wait or run at once; the others of it follow
 
-
-class Refused(Exception):
-    """An answer that is an error: status, OpenAI's type, and what to say."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        kind: str = "invalid_request_error",
-        code: str | None = None,
-        param: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.code, self.param = status, kind, code, param
+log = logging.getLogger(__name__)
 
 
 def build_app(
     engine: LocalEngine, catalogue: Catalogue, keys: Keys | None = None, *, strict: bool = False
 ) -> FastAPI:
     """The application over a started engine. `strict` refuses unknown fields instead of naming them in a header."""
-    app = FastAPI(title="softprompt", version=version("softprompt"), docs_url=None, redoc_url=None)
     keys = keys or Keys()
+    lm = engine.lm
     metrics = Metrics(engine.health)
-    rows_of: dict[str, int] = {}
+    rows = Rows()
+    grammars = Grammars()
     state = {"ready": True}
-    app.state.ready = state
 
-    @app.middleware("http")
-    async def guarded(request: Request, call_next: Callable[[Request], Any]) -> Response:
-        length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-            return _error(
-                Refused(
-                    413, f"The body is larger than {MAX_BODY_BYTES:,} bytes. Send less.", code="too_large"
-                )
-            )
-        response: Response = await call_next(request)
-        return response
+    @asynccontextmanager
+    async def looking(app: FastAPI) -> AsyncIterator[None]:
+        """Look at the library and the keys every so often, beside the answers."""
+        task = asyncio.create_task(_every(LOOK_EVERY_SECONDS, catalogue.refresh, keys.refresh))
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    app = FastAPI(
+        title="softprompt", version=version("softprompt"), docs_url=None, redoc_url=None, lifespan=looking
+    )
+    app.state.ready = state
+    app.add_middleware(BodyLimit)
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
         metrics.rejected(error.code or str(error.status))
-        return _error(error)
+        return error.response
+
+    @app.exception_handler(SoftPromptError)
+    async def unfit(request: Request, error: SoftPromptError) -> Response:
+        return await refused(request, as_refusal(error, lm.name))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return _error(Refused(400, f"{where or 'body'}: {first['msg']}", param=where or None))
+        what = str(first["msg"]).removeprefix("Value error, ")
+        return await refused(request, Refused(400, f"{where or 'body'}: {what}.", param=where or None))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return _error(Refused(error.status_code, str(error.detail), code=str(error.status_code)))
+        response = await refused(
+            request, Refused(error.status_code, str(error.detail), code=str(error.status_code))
+        )
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
-        return _error(
-            Refused(500, "The server failed to answer. Its log says more.", "server_error", "internal_error")
-        )
+        return failed().response
 
     def caller_of(request: Request) -> Caller:
         caller = keys.caller(request.headers.get("authorization"))
@@ -121,19 +122,28 @@ def build_app(
         return served
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", **engine.health()}
+    async def health() -> Response:
+        """Whether answers can be given at all, and what runs and waits."""
+        now = engine.health()
+        return JSONResponse(
+            {"status": "ok" if now["alive"] else "failed", **now}, 200 if now["alive"] else 503
+        )
 
     @app.get("/ready")
     async def ready() -> Response:
-        return JSONResponse({"ready": state["ready"]}, 200 if state["ready"] else 503)
+        """Whether new requests are taken: not while the server ends."""
+        is_ready = state["ready"] and engine.is_alive
+        return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
     @app.get("/version")
     async def versions() -> dict[str, str]:
         return {"softprompt": version("softprompt")}
 
     @app.get("/metrics")
-    async def measured() -> Response:
+    async def measured(request: Request) -> Response:
+        """Prometheus' text format. It names every model, so that with keys it needs one with admin: true."""
+        if keys.are_wanted:
+            admin_of(request)
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/", response_class=HTMLResponse)
@@ -161,105 +171,191 @@ def build_app(
     async def completions(body: wire.CompletionBody, request: Request) -> Response:
         caller = caller_of(request)
         served = served_by(body.model, caller)
-        _demand_supported(body, strict)
-        if body.suffix or (body.best_of or body.n) > body.n:
+        _demand_known(body, strict)
+        if body.suffix or (body.best_of or body.samples) > body.samples:
             raise Refused(
                 400, "suffix and best_of are not supported.", param="suffix" if body.suffix else "best_of"
             )
-        inputs = [_completion_input(engine, served, given, body) for given in body.prompts]
+        inputs = [completion_input(lm, served, given, body) for given in body.prompts]
         if body.echo:
-            return await _echoed(engine, served, body, inputs)
-        settings = body.decode_settings(body.max_tokens or 1, body.logprobs is not None)
-        answers = _Answers("text_completion", "cmpl", body, served)
-        works = [Work(served.digest, given, settings, caller.name) for given in inputs]
-        return await respond(answers, works, caller, request)
+            return await echoed(body, served, inputs, caller)
+        if body.max_tokens == 0:
+            raise Refused(400, "max_tokens: wanted at least 1, or echo.", param="max_tokens")
+        top = body.logprobs
+        return await respond(
+            Choices(lm, body, served, len(inputs)),
+            works(
+                body,
+                served,
+                inputs,
+                caller,
+                body.max_tokens or DEFAULT_NEW_TOKENS,
+                top,
+            ),
+            body,
+            caller,
+            request,
+        )
 
     @app.post("/v1/chat/completions")
     async def chat(body: wire.ChatBody, request: Request) -> Response:
         caller = caller_of(request)
         served = served_by(body.model, caller)
-        _demand_supported(body, strict)
-        if body.tools or (body.response_format or {}).get("type", "text") != "text":
-            name = "tools" if body.tools else "response_format"
-            raise Refused(400, f"{name} is not supported by this server.", param=name)
-        given = _chat_input(engine, served, body)
-        settings = body.decode_settings(body.max_completion_tokens or body.max_tokens, body.logprobs)
-        answers = _Answers("chat.completion", "chatcmpl", body, served)
-        return await respond(answers, [Work(served.digest, given, settings, caller.name)], caller, request)
+        _demand_known(body, strict)
+        if body.tools:
+            raise Refused(400, "tools is not supported by this server.", param="tools")
+        given = chat_input(lm, served, messages(body.messages), body.fields, "messages")
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        longest = body.max_completion_tokens or body.max_tokens
+        asked = works(body, served, [given], caller, longest, top)
+        return await respond(Choices(lm, body, served, 1), asked, body, caller, request)
 
-    async def respond(answers: _Answers, works: Sequence[Work], caller: Caller, request: Request) -> Response:
-        rows = sum(work.settings.n for work in works)
-        running = rows_of.get(caller.name, 0)
-        if running + rows > caller.rows:
-            raise _too_many(
-                f"{caller.name} has {running} rows running and asks for {rows}, of at most {caller.rows}."
+    @app.post("/v1/responses")
+    async def responses(body: wire.ResponsesBody, request: Request) -> Response:
+        caller = caller_of(request)
+        served = served_by(body.model, caller)
+        _demand_known(body, strict)
+        if body.previous_response_id or body.store:
+            name = "previous_response_id" if body.previous_response_id else "store"
+            raise Refused(
+                400,
+                f"{name}: this server stores no responses. Send the whole input, and store=false.",
+                param=name,
             )
-        headers = {"x-softprompt-digest": answers.served.digest or BASE}
-        if answers.body.ignored:
-            headers["x-softprompt-ignored"] = ", ".join(answers.body.ignored)
-        rows_of[caller.name] = running + rows
-        timed = metrics.request(answers.served.name)
+        if body.tools:
+            raise Refused(400, "tools is not supported by this server.", param="tools")
+        if body.samples > 1:
+            raise Refused(400, "n: a response is one answer.", param="n")
+        given: Input
+        if isinstance(body.input, str) and served.digest is None and not lm.tokenizer.chat_template:
+            given = f"{body.instructions}\n\n{body.input}" if body.instructions else body.input
+        else:
+            given = chat_input(lm, served, messages(body.turns, "input"), body.fields, "input")
+        asked = works(body, served, [given], caller, body.max_output_tokens, None)
+        return await respond(ResponseShape(lm, body, served), asked, body, caller, request)
 
-        async def events() -> AsyncIterator[tuple[int, Answer]]:
-            try:
-                async for place, answer in _merged([engine.submit(work) for work in works]):
-                    timed(answer)
-                    yield place * works[0].settings.n + answer.sample, answer
-            finally:
-                rows_of[caller.name] -= rows
-
-        if answers.body.stream:
-            # The first answer is waited for, so that what is refused is an error and not a broken stream.
-            stream = events()
-            try:
-                first = await anext(stream)
-            except (SoftPromptError, KeyError) as error:
-                raise _as_refusal(error) from error
-            return StreamingResponse(
-                answers.streamed(first, stream, engine), media_type="text/event-stream", headers=headers
+    def works(
+        body: wire.Decoding,
+        served: Served,
+        inputs: Sequence[Input],
+        caller: Caller,
+        longest: int | None,
+        top: int | None,
+    ) -> list[Work]:
+        """What the engine is asked for, an entry for each input (and sample, where samples are all the same)."""
+        demand_in_vocabulary(body, lm.vocab_size)
+        settings = body.decode_settings(longest, top is not None)
+        each = body.samples // settings.n
+        return [
+            Work(
+                served.digest,
+                given,
+                settings,
+                caller.name,
+                top or 0,
+                steering(body, given, grammars),
             )
-        gathering = asyncio.ensure_future(answers.gathered(events(), engine))
-        leaving = asyncio.ensure_future(_gone(request))
-        done, _ = await asyncio.wait({gathering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        leaving.cancel()
-        if gathering not in done:
-            gathering.cancel()
-            raise Refused(499, "The client has gone.", code="client_gone")
+            for given in inputs
+            for _ in range(each)
+        ]
+
+    async def respond(
+        answers: Answers, asked: Sequence[Work], body: wire.Decoding, caller: Caller, request: Request
+    ) -> Response:
+        samples = asked[0].settings.n
+        if samples > caller.rows:
+            raise Refused(
+                400, f"n: found {samples}, and {caller.name} may run {caller.rows} rows.", param="n"
+            )
+        at_once = max(1, min(AT_ONCE, caller.rows) // samples)
+        taken = min(len(asked), at_once) * samples
+        if rows.of(caller.name) + taken > caller.rows:
+            raise too_many(
+                f"{caller.name} has {rows.of(caller.name)} rows running and asks for {taken}, of at most {caller.rows}."
+            )
+        lease: Lease | None = rows.take(caller.name, taken)
+        events = _numbered(engine, asked, samples, at_once, metrics.request(body.model))
+        headers = _headers(body, asked[0].digest)
         try:
-            return JSONResponse(gathering.result(), headers=headers)
-        except (SoftPromptError, KeyError) as error:
-            raise _as_refusal(error) from error
+            if not body.stream:
+                whole = await _while_connected(request, answers.gathered(events))
+                return JSONResponse(whole, headers=headers)
+            # The first answer is waited for, so that what is refused is an error and not a broken stream.
+            first = await _while_connected(request, anext(events))
+            streaming = _Stream(answers.streamed(first, events), [events.aclose, _ending(lease)], headers)
+            lease = None  # the stream ends it
+            return streaming
+        finally:
+            if lease is not None:
+                await events.aclose()
+                lease.end()
+
+    async def echoed(
+        body: wire.CompletionBody, served: Served, inputs: Sequence[Input], caller: Caller
+    ) -> Response:
+        """The input's own tokens with their log-probabilities, as evaluation harnesses ask for them; the one token that
+        OpenAI's answer would end with is left out."""
+        if body.stream or (body.max_tokens or 0) > 1 or body.samples > 1:
+            raise Refused(400, "echo works with max_tokens of at most 1, without stream and n.", param="echo")
+        answers = Choices(lm, body, served, len(inputs))
+        choices, read = [], 0
+        for index, given in enumerate(inputs):
+            rated = await engine.call(_rater(engine, served, given, max(1, body.logprobs or 0)))
+            tokens = [token_text(lm, token.token_id) for token in rated]
+            read += len(tokens)
+            logprobs = {
+                "tokens": tokens,
+                "token_logprobs": [token.log_probability for token in rated],
+                "top_logprobs": [
+                    None if token.log_probability is None else by_text(lm, token.likeliest) for token in rated
+                ],
+                "text_offset": offsets(tokens),
+            }
+            choices.append(
+                {
+                    "index": index,
+                    "text": "".join(tokens),
+                    "logprobs": logprobs if body.logprobs is not None else None,
+                    "finish_reason": "length",
+                }
+            )
+        usage = wire.usage(read, served.virtual_tokens, 0)
+        return JSONResponse(
+            {**answers.head(answers.shape), "choices": choices, "usage": usage},
+            headers=_headers(body, served.digest),
+        )
 
     @app.post("/v1/softprompt/score")
     async def score(body: wire.ScoreBody, request: Request) -> dict[str, Any]:
         caller = caller_of(request)
-        scored = []
-        for name in body.models:
-            served = served_by(name, caller)
-            try:
-                found = await engine.call(_scorer(engine, served, body))
-            except SoftPromptError as error:
-                raise _as_refusal(error) from error
-            scored.append({"model": name, "continuations": found})
-        return {"object": "softprompt.score", "data": scored}
+        chosen = [served_by(name, caller) for name in body.models]
+        _demand_known(body, strict)
+        data = []
+        for served in chosen:
+            continuations = []
+            for text in body.continuations:  # one at a time, so that others' steps come between
+                rated = await engine.call(_scorer(engine, served, body.input, text, body.top))
+                continuations.append(_scored(engine, text, rated))
+            data.append({"model": served.name, "continuations": continuations})
+        return {"object": "softprompt.score", "data": data}
 
     @app.post("/tokenize")
     async def tokenize(body: wire.TokenizeBody, request: Request) -> dict[str, Any]:
         served = served_by(body.model, caller_of(request))
-        ids = engine.lm.tokenizer(body.prompt, verbose=False)["input_ids"]
+        ids = (await asyncio.to_thread(lm.tokenizer, body.prompt, verbose=False))["input_ids"]
         return {
             "tokens": ids,
             "count": len(ids),
             "virtual_tokens": served.virtual_tokens,
-            "max_model_len": engine.lm.max_positions,
+            "max_model_len": lm.max_positions,
         }
 
     @app.post("/detokenize")
     async def detokenize(body: wire.DetokenizeBody, request: Request) -> dict[str, Any]:
         served_by(body.model, caller_of(request))
-        if any(not 0 <= token < engine.lm.vocab_size for token in body.tokens):
-            raise Refused(400, f"tokens: wanted ids from 0 to {engine.lm.vocab_size - 1}.", param="tokens")
-        return {"prompt": engine.lm.tokenizer.decode(body.tokens)}
+        if any(not 0 <= token < lm.vocab_size for token in body.tokens):
+            raise Refused(400, f"tokens: wanted ids from 0 to {lm.vocab_size - 1}.", param="tokens")
+        return {"prompt": await asyncio.to_thread(lm.tokenizer.decode, body.tokens)}
 
     def admin_of(request: Request) -> None:
         if not caller_of(request).admin:
@@ -268,10 +364,7 @@ def build_app(
     @app.post("/admin/prompts")
     async def load(body: wire.LoadBody, request: Request) -> dict[str, Any]:
         admin_of(request)
-        try:
-            return _model(catalogue.add(body.path, body.name))
-        except SoftPromptError as error:
-            raise _as_refusal(error) from error
+        return _model(await asyncio.to_thread(catalogue.add, body.path, body.name))
 
     @app.delete("/admin/prompts/{name}")
     async def unload(name: str, request: Request) -> dict[str, Any]:
@@ -283,106 +376,126 @@ def build_app(
     return app
 
 
-class _Answers:
-    """Answers of the engine in OpenAI's shapes, whole or as a stream."""
+class _Stream(StreamingResponse):
+    """Server-sent events whose source is closed when the answer ends, or the client has gone."""
 
     def __init__(
-        self, shape: str, prefix: str, body: wire.CompletionBody | wire.ChatBody, served: Served
+        self,
+        events: AsyncIterator[bytes],
+        closing: Sequence[Callable[[], Coroutine[Any, Any, Any]]],
+        headers: dict[str, str],
     ) -> None:
-        self.shape, self.body, self.served = shape, body, served
-        self.id, self.created = f"{prefix}-{secrets.token_hex(12)}", now()
-        self.chat = shape == "chat.completion"
+        super().__init__(
+            events, media_type="text/event-stream", headers={**headers, "cache-control": "no-store"}
+        )
+        self._events, self._closing = events, closing
 
-    async def gathered(
-        self, events: AsyncIterator[tuple[int, Answer]], engine: LocalEngine
-    ) -> dict[str, Any]:
-        """One object when everything has come."""
-        done: dict[int, Finished] = {}
-        async for index, answer in events:
-            if isinstance(answer, Finished):
-                done[index] = answer
-        choices = []
-        for index, answer in sorted(done.items()):
-            logprobs = await self._logprobs(answer, engine)
-            words = (
-                {"message": {"role": "assistant", "content": answer.text}}
-                if self.chat
-                else {"text": answer.text}
-            )
-            choices.append({"index": index, **words, "logprobs": logprobs, "finish_reason": _reason(answer)})
-        return {**self._head(self.shape), "choices": choices, "usage": self._usage(list(done.values()))}
-
-    async def streamed(
-        self, first: tuple[int, Answer], events: AsyncIterator[tuple[int, Answer]], engine: LocalEngine
-    ) -> AsyncIterator[bytes]:
-        """Server-sent events, a piece of text each; then the usage where it was asked for, and [DONE]."""
-        shape = "chat.completion.chunk" if self.chat else self.shape
-        done: list[Finished] = []
-        started: set[int] = set()
-
-        async def all_events() -> AsyncIterator[tuple[int, Answer]]:
-            yield first
-            async for event in events:
-                yield event
-
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async for index, answer in all_events():
-                if self.chat and index not in started:
-                    yield self._event(shape, index, {"delta": {"role": "assistant", "content": ""}})
-                started.add(index)
-                if isinstance(answer, Piece):
-                    words: dict[str, Any] = (
-                        {"delta": {"content": answer.text}} if self.chat else {"text": answer.text}
-                    )
-                    yield self._event(shape, index, words)
-                else:
-                    done.append(answer)
-                    words = {"delta": {}} if self.chat else {"text": ""}
-                    logprobs = await self._logprobs(answer, engine)
-                    yield self._event(shape, index, words, _reason(answer), logprobs)
-        except SoftPromptError as error:
-            refusal = _as_refusal(error)
-            yield _sse(wire.error_body(str(refusal), refusal.kind, refusal.code))
-            return
-        options = self.body.stream_options
-        if options is not None and options.include_usage:
-            yield _sse({**self._head(shape), "choices": [], "usage": self._usage(done)})
-        yield b"data: [DONE]\n\n"
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()  # type: ignore[attr-defined]
+            for close in self._closing:
+                await close()
 
-    def _head(self, shape: str) -> dict[str, Any]:
-        return {"id": self.id, "object": shape, "created": self.created, "model": self.served.name}
 
-    def _event(
-        self, shape: str, index: int, words: dict[str, Any], reason: str | None = None, logprobs: Any = None
-    ) -> bytes:
-        choice = {"index": index, **words, "logprobs": logprobs, "finish_reason": reason}
-        return _sse({**self._head(shape), "choices": [choice]})
+def _ending(lease: Lease | None) -> Callable[[], Coroutine[Any, Any, Any]]:
+    async def end() -> None:
+        if lease is not None:
+            lease.end()
 
-    def _usage(self, done: Sequence[Finished]) -> dict[str, Any]:
-        inputs = (
-            {answer.sample: answer for answer in done} if len(done) <= self.body.n else dict(enumerate(done))
-        )
-        read = [answer for answer in done if answer.sample == 0] or list(inputs.values())
-        return wire.usage(
-            sum(answer.input_tokens for answer in read),
-            sum(answer.virtual_tokens for answer in read),
-            sum(len(answer.token_ids) for answer in done),
-        )
+    return end
 
-    async def _logprobs(self, answer: Finished, engine: LocalEngine) -> dict[str, Any] | None:
-        if not answer.log_probabilities:
-            return None
-        tokens = [engine.lm.tokenizer.decode([token]) for token in answer.token_ids]
-        values = list(answer.log_probabilities)
-        if self.chat:
-            content = [
-                {"token": token, "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
-                for token, value in zip(tokens, values, strict=True)
-            ]
-            return {"content": content, "refusal": None}
-        top = [{token: value} for token, value in zip(tokens, values, strict=True)]
-        offsets = [sum(map(len, tokens[:n])) for n in range(len(tokens))]
-        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+
+async def _numbered(
+    engine: LocalEngine,
+    asked: Sequence[Work],
+    samples: int,
+    at_once: int,
+    timed: Callable[[Answer], None],
+) -> AsyncGenerator[tuple[int, Answer], None]:
+    """Answers of several works as they come, with the number of their choice; at most `at_once` works wait or run.
+
+    Closing it, and an error of any work, cancels all of them."""
+    waiting = list(enumerate(asked))[::-1]
+    streams: dict[int, AsyncIterator[Answer]] = {}
+    pending: dict[asyncio.Future[Answer | None], int] = {}
+
+    def follow(number: int) -> None:
+        pending[asyncio.ensure_future(_next(streams[number]))] = number
+
+    try:
+        while waiting or pending:
+            while waiting and len(pending) < at_once:
+                number, work = waiting.pop()
+                streams[number] = engine.submit(work)
+                follow(number)
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                number = pending.pop(future)
+                answer = future.result()
+                if answer is None:
+                    del streams[number]
+                    continue
+                follow(number)
+                timed(answer)
+                yield number * samples + answer.sample, answer
+    finally:
+        for future in pending:
+            future.cancel()
+        # A generator cannot be closed while it still runs.
+        await asyncio.gather(*pending, return_exceptions=True)
+        for stream in streams.values():
+            await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def _next(stream: AsyncIterator[Answer]) -> Answer | None:
+    return await anext(stream, None)
+
+
+async def _while_connected(request: Request, answer: Any) -> Any:
+    """The answer, unless the client hangs up before: then it is cancelled. Raises Refused for that."""
+    answering, leaving = asyncio.ensure_future(_awaited(answer)), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            return answering.result()
+        raise Refused(499, "The client has gone.", code="client_gone")
+    finally:
+        for task in (answering, leaving):
+            task.cancel()
+            with suppress(BaseException):
+                await task
+
+
+async def _awaited(answer: Any) -> Any:
+    return await answer
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has hung up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _every(seconds: float, *looks: Callable[[], object]) -> None:
+    """Look again and again, in a thread: a slow disk must not keep answers waiting."""
+    while True:
+        await asyncio.sleep(seconds)
+        for look in looks:
+            try:
+                await asyncio.to_thread(look)
+            except Exception:
+                log.exception("The library or the keys could not be looked at.")
+
+
+def _headers(body: wire.Body, digest: str | None) -> dict[str, str]:
+    headers = {"x-softprompt-digest": digest or BASE}
+    if body.ignored:  # a client's own words: quoted, so that they cannot be another header
+        headers["x-softprompt-ignored"] = ", ".join(quote(name, errors="replace") for name in body.ignored)[
+            :1000
+        ]
+    return headers
 
 
 def _model(served: Served) -> dict[str, Any]:
@@ -391,7 +504,7 @@ def _model(served: Served) -> dict[str, Any]:
         "object": "model",
         "created": served.created,
         "owned_by": "softprompt",
-        "root": served.root,
+        "root": shown_name(served.root),
         "parent": None if served.digest is None else BASE,
         "softprompt": {
             "digest": served.digest,
@@ -403,265 +516,36 @@ def _model(served: Served) -> dict[str, Any]:
     }
 
 
-def _demand_supported(body: wire.Decoding, strict: bool) -> None:
-    name = body.refused()
-    if name is not None:
-        raise Refused(400, f"{name} is not supported by this server.", param=name)
+def _demand_known(body: wire.Body, strict: bool) -> None:
     if strict and body.ignored:
         raise Refused(400, f"Unknown fields: {', '.join(body.ignored)}.", param=body.ignored[0])
 
 
-def _completion_input(
-    engine: LocalEngine, served: Served, given: str | list[int], body: wire.CompletionBody
-) -> str | Example | list[int]:
-    fields = body.softprompt.fields if body.softprompt else None
-    if fields is not None:
-        return _of_fields(served, fields)
-    if isinstance(given, str):
-        if len(served.template.inputs) > 1:
-            raise _needs_fields(served)
-        return given
-    if any(not 0 <= token < engine.lm.vocab_size for token in given):
-        raise Refused(400, f"prompt: wanted ids from 0 to {engine.lm.vocab_size - 1}.", param="prompt")
-    if served.digest is not None:
-        raise Refused(
-            400,
-            f"{served.name} lays its input out as text, so token ids cannot be put in. Send text, or ask `base`.",
-            param="prompt",
-        )
-    if not given:
-        raise Refused(400, "prompt: an empty list of ids gives nothing to continue.", param="prompt")
-    return given
-
-
-def _chat_input(engine: LocalEngine, served: Served, body: wire.ChatBody) -> str | Example | list[int]:
-    """A chat as the prompt's layout wants it: its own chat, or the last thing the user said."""
-    fields = body.softprompt.fields if body.softprompt else None
-    if fields is not None:
-        return _of_fields(served, fields)
-    try:
-        turns = tuple(
-            Message("system" if message.role == "developer" else message.role, message.text)
-            for message in body.messages
-        )
-    except ValueError as error:
-        raise Refused(400, f"messages: {error}.", param="messages") from None
-    if served.template.chat:
-        return Example({}, turns)
-    if served.digest is None:
-        if not engine.lm.tokenizer.chat_template:
-            raise Refused(400, f"{served.name} has no chat template. Use /v1/completions.", param="messages")
-        ids = engine.lm.tokenizer.apply_chat_template(
-            [{"role": turn.role, "content": turn.content} for turn in turns],
-            add_generation_prompt=True,
-            return_dict=True,
-        )["input_ids"]
-        return [int(token) for token in ids]
-    if len(served.template.inputs) != 1:
-        raise _needs_fields(served)
-    said = [turn.content for turn in turns if turn.role == "user"]
-    if not said:
-        raise Refused(
-            400, "messages: there is no user turn, which this prompt's input is taken from.", param="messages"
-        )
-    return said[-1]
-
-
-def _of_fields(served: Served, fields: dict[str, str]) -> Example:
-    missing = [name for name in served.template.inputs if name not in fields]
-    if missing:
-        raise Refused(400, f"softprompt.fields: {', '.join(missing)} is missing.", param="softprompt.fields")
-    return Example(fields)
-
-
-def _needs_fields(served: Served) -> Refused:
-    names = ", ".join(served.template.inputs)
-    return Refused(
-        400,
-        f"{served.name} has several inputs ({names}). Send them as softprompt: {{fields: {{...}}}}.",
-        param="softprompt.fields",
-    )
-
-
-async def _echoed(
-    engine: LocalEngine,
-    served: Served,
-    body: wire.CompletionBody,
-    inputs: Sequence[str | Example | list[int]],
-) -> Response:
-    """The input's own tokens with their log-probabilities, as evaluation harnesses ask for them; nothing is generated
-    but the one token that OpenAI's answer would end with."""
-    if body.stream or (body.max_tokens or 0) > 1 or body.n > 1:
-        raise Refused(400, "echo works with max_tokens of at most 1, without stream and n.", param="echo")
-    top = body.logprobs or 0
-    choices, read = [], 0
-    for index, given in enumerate(inputs):
-        try:
-            rated = await engine.call(_rater(engine, served, given, top))
-        except SoftPromptError as error:
-            raise _as_refusal(error) from error
-        tokens = [engine.lm.tokenizer.decode([token]) for token in rated["ids"]]
-        read += len(tokens)
-        offsets = [sum(map(len, tokens[:n])) for n in range(len(tokens))]
-        logprobs = {
-            "tokens": tokens,
-            "token_logprobs": rated["values"],
-            "top_logprobs": [None if best is None else {**best} for best in rated["top"]],
-            "text_offset": offsets,
-        }
-        text = "".join(tokens)
-        choices.append(
-            {
-                "index": index,
-                "text": text,
-                "logprobs": logprobs if body.logprobs is not None else None,
-                "finish_reason": "length",
-            }
-        )
-    answers = _Answers("text_completion", "cmpl", body, served)
-    return JSONResponse(
-        {
-            **answers._head("text_completion"),
-            "choices": choices,
-            "usage": wire.usage(read, served.virtual_tokens, 0),
-        },
-        headers={"x-softprompt-digest": served.digest or BASE},
-    )
-
-
-Compiled = Callable[[str | None], CompiledPrompt]
+def _rater(
+    engine: LocalEngine, served: Served, given: Input, top: int
+) -> Callable[[Compiled], list[RatedToken]]:
+    return lambda compiled: rate_text(engine.lm, compiled(served.digest), given, top)
 
 
 def _scorer(
-    engine: LocalEngine, served: Served, body: wire.ScoreBody
-) -> Callable[[Compiled], list[dict[str, Any]]]:
-    return lambda compiled: _scored(engine, compiled(served.digest), body)
+    engine: LocalEngine, served: Served, given: str | Example, text: str, top: int
+) -> Callable[[Compiled], list[RatedToken]]:
+    return lambda compiled: rate_continuation(engine.lm, compiled(served.digest), given, text, top)
 
 
-def _rater(
-    engine: LocalEngine, served: Served, given: str | Example | list[int], top: int
-) -> Callable[[Compiled], dict[str, Any]]:
-    return lambda compiled: _rated(engine, compiled(served.digest), given, top)
-
-
-@torch.inference_mode()
-def _rated(
-    engine: LocalEngine, prompt: CompiledPrompt, given: str | Example | list[int], top: int
-) -> dict[str, Any]:
-    """Ids of the input's tokens, the log-probability of each (None where nothing predicts it), and the likeliest ones."""
-    lm = engine.lm
-    marks = list(given) if isinstance(given, list) else prompt.marks(lm, given)
-    places = [place for place, mark in enumerate(marks) if mark >= 0]
-    first = next((place for place in places if place > 0), len(marks) - 1)
-    row = prompt.row(marks, need=first - 1)
-    done = prefill(lm, [row])
-    hidden_TD = done.hidden_BTD[0, : row.rest]
-    values: list[float | None] = []
-    likeliest: list[dict[str, float] | None] = []
-    for place in places:
-        if place == 0:
-            values.append(None)
-            likeliest.append(None)
-            continue
-        log_probabilities_V = lm.logits(hidden_TD[place - 1 - row.state.length]).float().log_softmax(-1)
-        values.append(float(log_probabilities_V[marks[place]]))
-        best = log_probabilities_V.topk(max(1, top))
-        likeliest.append(
+def _scored(engine: LocalEngine, text: str, rated: Sequence[RatedToken]) -> dict[str, Any]:
+    return {
+        "text": text,
+        "logprob": sum(token.log_probability or 0.0 for token in rated),
+        "tokens": [
             {
-                lm.tokenizer.decode([int(token)]): float(value)
-                for value, token in zip(best.values, best.indices, strict=True)
+                "token": token_text(engine.lm, token.token_id),
+                "logprob": token.log_probability,
+                "top": [
+                    {"token": token_text(engine.lm, other), "logprob": value}
+                    for other, value in token.likeliest
+                ],
             }
-        )
-    return {"ids": [marks[place] for place in places], "values": values, "top": likeliest}
-
-
-@torch.inference_mode()
-def _scored(engine: LocalEngine, prompt: CompiledPrompt, body: wire.ScoreBody) -> list[dict[str, Any]]:
-    """Log-probability of every token of each continuation behind the input."""
-    lm = engine.lm
-    marks = prompt.marks(lm, body.input)
-    found = []
-    for text in body.continuations:
-        ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if not ids:
-            raise DataError("continuations: one of them has no token. Give some text.")
-        row = prompt.row([*marks, *ids], need=len(marks) - 1)
-        done = prefill(lm, [row])
-        tokens = []
-        for n, token in enumerate(ids):
-            place = len(marks) + n - 1 - row.state.length
-            log_probabilities_V = lm.logits(done.hidden_BTD[0, place]).float().log_softmax(-1)
-            best = log_probabilities_V.topk(max(1, body.top))
-            tokens.append(
-                {
-                    "token": lm.tokenizer.decode([token]),
-                    "logprob": float(log_probabilities_V[token]),
-                    "top": [
-                        {"token": lm.tokenizer.decode([int(i)]), "logprob": float(v)}
-                        for v, i in zip(best.values, best.indices, strict=True)
-                    ][: body.top],
-                }
-            )
-        found.append({"text": text, "logprob": sum(one["logprob"] for one in tokens), "tokens": tokens})
-    return found
-
-
-async def _merged(streams: Sequence[AsyncIterator[Answer]]) -> AsyncIterator[tuple[int, Answer]]:
-    """Answers of several works as they come, with the work's number. Leaving early cancels all of them."""
-    pending = {asyncio.ensure_future(_next(stream)): place for place, stream in enumerate(streams)}
-    try:
-        while pending:
-            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for future in done:
-                place = pending.pop(future)
-                answer = future.result()
-                if answer is None:
-                    continue
-                pending[asyncio.ensure_future(_next(streams[place]))] = place
-                yield place, answer
-    finally:
-        for future in pending:
-            future.cancel()
-        for stream in streams:
-            await stream.aclose()  # type: ignore[attr-defined]
-
-
-async def _next(stream: AsyncIterator[Answer]) -> Answer | None:
-    return await anext(stream, None)
-
-
-async def _gone(request: Request) -> None:
-    """Returns when the client has hung up."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.2)
-
-
-def _reason(answer: Finished) -> str:
-    return "length" if answer.reason == "length" else "stop"
-
-
-def _sse(record: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(record, ensure_ascii=False)}\n\n".encode()
-
-
-def _too_many(message: str) -> Refused:
-    return Refused(429, f"{message} Try again in a moment.", "rate_limit_error", "rate_limit_exceeded")
-
-
-def _as_refusal(error: BaseException) -> Refused:
-    if isinstance(error, Overloaded):
-        return _too_many(str(error))
-    if isinstance(error, ShuttingDown):
-        return Refused(503, str(error), "server_error", "shutting_down")
-    if isinstance(error, KeyError):  # the prompt was removed between its name and its turn
-        return Refused(404, "The model was removed a moment ago.", code="model_not_found", param="model")
-    if isinstance(error, OutOfMemory):
-        return Refused(400, str(error), code="context_length_exceeded")
-    return Refused(400, str(error))
-
-
-def _error(error: Refused) -> Response:
-    headers = {"retry-after": "1", "retry-after-ms": "500"} if error.status in (429, 503) else {}
-    return JSONResponse(
-        wire.error_body(str(error), error.kind, error.code, error.param), error.status, headers=headers
-    )
+            for token in rated
+        ],
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from softprompt.data.template import Template
@@ -12,7 +12,7 @@ from softprompt.errors import PromptError, SoftPromptError
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.serving.engine import LocalEngine
 from softprompt.store.artifact import load_prompt
-from softprompt.store.library import Library, digest_of
+from softprompt.store.library import NAME, RESERVED, Library, digest_of
 
 LOOK_EVERY_SECONDS = 2.0
 BASE = "base"
@@ -39,65 +39,76 @@ class Catalogue:
         self._lock = threading.Lock()
         self._given: dict[str, Served] = {}
         self._from_library: dict[str, Served] = {}
-        self._stamp: tuple[int, int] | None = None
-        self._looked = 0.0
+        self._stamp: tuple[int, int, int] | None = None
+        self._refreshing = threading.Lock()
         self.problems: dict[str, str] = {}
         self.started = int(time.time())
         self.refresh()
 
     def add(self, folder: str | Path, name: str | None = None) -> Served:
-        """Serve the prompt of a folder under its folder's name, or `name`."""
-        prompt = load_prompt(folder)
+        """Serve the prompt of a folder under its folder's name, or `name`, in place of what the name meant before."""
         name = name or Path(folder).resolve().name
-        if name == BASE or "@" in name:
+        if not NAME.fullmatch(name) or name in RESERVED:
             raise PromptError(
-                f"{folder}: would be served as {name}, which means something else here. Rename the folder."
+                f"{name}: wanted a name of letters, digits, '.', '_' and '-', and not `base`. Rename the folder."
             )
+        prompt = load_prompt(folder)
         served = self._load(name, prompt, digest_of(prompt))
         with self._lock:
+            former = self._given.get(name)
             self._given[name] = served
+        self._unload(former)
         return served
 
     def remove(self, name: str) -> bool:
         """Serve a prompt that was added no longer."""
         with self._lock:
             served = self._given.pop(name, None)
-        if served is not None and served.digest is not None and not self._named(served.digest):
-            self.engine.unload(served.digest)
+        self._unload(served)
         return served is not None
 
-    def refresh(self, *, now: bool = False) -> None:
-        """Read the library again where its index has changed; looked at every two seconds at most."""
-        if self.library is None or (not now and time.monotonic() - self._looked < LOOK_EVERY_SECONDS):
+    def refresh(self) -> None:
+        """Read the library again where its index has changed. Call it every LOOK_EVERY_SECONDS, beside the answers.
+
+        A prompt that cannot be served is left out and named in `problems`; an index that cannot be read leaves
+        everything as it was."""
+        if self.library is None:
             return
-        self._looked = time.monotonic()
-        stamp = self.library.stamp()
-        if stamp == self._stamp:
-            return
-        names: dict[str, Served] = {}
-        known = {served.digest: served for served in self._from_library.values()}
-        problems: dict[str, str] = {}
-        for entry in self.library.entries():
+        with self._refreshing:
+            stamp = self.library.stamp()
+            if stamp == self._stamp:
+                return
             try:
-                served = known.get(entry.digest) or self._load(entry.full_name, entry.load(), entry.digest)
-            except SoftPromptError as error:  # one prompt of another base must not stop the others
-                problems[entry.full_name] = str(error)
-                continue
-            names[entry.full_name] = _renamed(served, entry.full_name)
-            if entry.is_current:
-                names[entry.name] = _renamed(served, entry.name)
-        with self._lock:
-            self._from_library, self._stamp, self.problems = names, stamp, problems
+                entries = self.library.entries()
+            except SoftPromptError as error:
+                self.problems = {**self.problems, "index": str(error)}
+                return
+            former = {served.digest: served for served in self._from_library.values()}
+            names: dict[str, Served] = {}
+            problems: dict[str, str] = {}
+            for entry in entries:
+                try:
+                    served = former.get(entry.digest) or self._load(
+                        entry.full_name, entry.load(), entry.digest
+                    )
+                except SoftPromptError as error:  # one prompt of another base must not stop the others
+                    problems[entry.full_name] = str(error)
+                    continue
+                names[entry.full_name] = replace(served, name=entry.full_name)
+                if entry.is_current:
+                    names[entry.name] = replace(served, name=entry.name)
+            with self._lock:
+                self._from_library, self._stamp, self.problems = names, stamp, problems
+        for served in former.values():
+            self._unload(served)
 
     def models(self) -> list[Served]:
         """All that is served, the base first."""
-        self.refresh()
         with self._lock:
             return [self._base(), *({**self._from_library, **self._given}).values()]
 
     def find(self, name: str) -> Served | None:
         """What a name means now; None where there is nothing of that name."""
-        self.refresh()
         if name == BASE:
             return self._base()
         with self._lock:
@@ -111,14 +122,11 @@ class Catalogue:
         template = Template.parse(prompt.template or "{text}", target=prompt.target, length=prompt.length)
         return Served(name, digest, template, prompt.kind, prompt.length, self.started, self.engine.lm.name)
 
-    def _named(self, digest: str) -> bool:
+    def _unload(self, former: Served | None) -> None:
+        """Hold a prompt no longer, unless another name still means it."""
+        if former is None or former.digest is None:
+            return
         with self._lock:
-            return any(
-                served.digest == digest for served in (*self._given.values(), *self._from_library.values())
-            )
-
-
-def _renamed(served: Served, name: str) -> Served:
-    return Served(
-        name, served.digest, served.template, served.kind, served.virtual_tokens, served.created, served.root
-    )
+            served = [*self._given.values(), *self._from_library.values()]
+        if all(each.digest != former.digest for each in served):
+            self.engine.unload(former.digest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import hmac
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from softprompt.errors import RecipeError
+
+log = logging.getLogger(__name__)
 
 
 class _Key(BaseModel):
@@ -50,8 +53,28 @@ def sha256_of(key: str) -> str:
 class Keys:
     """The keys of a file. Without a file anyone may use everything but the administration."""
 
-    def __init__(self, keys: Sequence[_Key] = ()) -> None:
+    def __init__(self, keys: Sequence[_Key] = (), path: Path | None = None) -> None:
         self._keys = list(keys)
+        self._path = path
+        self._stamp = _stamp(path)
+
+    @property
+    def are_wanted(self) -> bool:
+        """Whether a request needs a key."""
+        return bool(self._keys)
+
+    def refresh(self) -> None:
+        """Read the file again where it has changed: a key that was taken out is refused from then on.
+
+        A file that cannot be read leaves the keys as they are, and is said in the log."""
+        if self._path is None or _stamp(self._path) == self._stamp:
+            return
+        stamp = _stamp(self._path)
+        try:
+            self._keys = Keys.load(self._path)._keys
+        except RecipeError as error:
+            log.error("The keys stay as they were: %s", error)
+        self._stamp = stamp
 
     @classmethod
     def load(cls, path: str | Path | None) -> Keys:
@@ -73,7 +96,7 @@ class Keys:
             raise RecipeError(
                 f"{path}: holds no key, so nobody could ask anything. Add one, or leave --keys out."
             )
-        return cls(keys)
+        return cls(keys, Path(path))
 
     def caller(self, authorization: str | None) -> Caller | None:
         """Who a header stands for; None where the key is missing or wrong."""
@@ -81,8 +104,16 @@ class Keys:
             return ANYONE
         scheme, _, key = (authorization or "").partition(" ")
         digest = sha256_of(key.strip())
-        found = None
-        for known in self._keys:  # all are compared, so that time tells nothing
-            if hmac.compare_digest(known.sha256, digest) and scheme.lower() == "bearer":
-                found = Caller(known.name, tuple(known.models), known.rows, known.admin)
-        return found
+        caller = None
+        for key_entry in self._keys:  # all are compared, so that time tells nothing
+            if hmac.compare_digest(key_entry.sha256, digest) and scheme.lower() == "bearer":
+                caller = Caller(key_entry.name, tuple(key_entry.models), key_entry.rows, key_entry.admin)
+        return caller
+
+
+def _stamp(path: Path | None) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat() if path is not None else None
+    except OSError:
+        return None
+    return status and (status.st_mtime_ns, status.st_size, status.st_ino)

@@ -47,8 +47,9 @@ class Metrics:
                 first = False
             if isinstance(answer, Finished):
                 self.whole.labels(model).observe(time.perf_counter() - began)
-                self.read.labels(model).inc(answer.input_tokens)
-                self.virtual.labels(model).inc(answer.virtual_tokens)
+                if answer.sample == 0:  # samples of one text share its reading
+                    self.read.labels(model).inc(answer.input_tokens)
+                    self.virtual.labels(model).inc(answer.virtual_tokens)
                 self.generated.labels(model).inc(len(answer.token_ids))
 
         return answered

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.hardware import free_memory_bytes
 from softprompt.errors import SaveError
 from softprompt.serving.app import build_app
 from softprompt.serving.catalogue import Catalogue
@@ -15,6 +18,29 @@ from softprompt.serving.engine import LocalEngine
 from softprompt.serving.keys import Keys
 from softprompt.serving.settings import ServeSettings
 from softprompt.store.library import Library
+
+
+class _Uvicorn(uvicorn.Server):
+    """Goes on listening while it ends, so that probes and new requests are answered with 503, not with silence."""
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain = drain
+        self._is_draining = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: end in order. Second one: at once."""
+        if self._is_draining:
+            self.force_exit = self.should_exit = True
+            return
+        self._is_draining = True
+        threading.Thread(target=self._end, name="softprompt-drain", daemon=True).start()
+
+    def _end(self) -> None:
+        try:
+            self._drain()
+        finally:
+            self.should_exit = True
 
 
 class Server:
@@ -30,9 +56,9 @@ class Server:
             host=settings.host,
             port=settings.port,
             log_level="warning",
-            timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
+            timeout_graceful_shutdown=5,  # the answers have ended by then, and only have to be sent
         )
-        self.uvicorn = uvicorn.Server(config)
+        self.uvicorn = _Uvicorn(config, self.drain)
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM; running answers are finished first. Raises SaveError where the port is taken."""
@@ -46,13 +72,22 @@ class Server:
             ) from error
         finally:
             self.app.state.ready["ready"] = False
-            self.engine.stop(self.settings.grace_seconds)
+            self.engine.stop(0)
+
+    def drain(self) -> None:
+        """Take nothing new, finish what runs within the grace, then cut it with an error."""
+        self.app.state.ready["ready"] = False
+        self.engine.stop(self.settings.grace_seconds)
 
 
 def make_server(lm: FrozenLM, settings: ServeSettings, prompts: Sequence[Path] = ()) -> Server:
     """Load everything that is served. Raises the errors of softprompt.errors before anything listens."""
     keys = Keys.load(settings.keys)
-    memory = None if settings.memory_gigabytes is None else round(settings.memory_gigabytes * 10**9)
+    memory = (
+        free_memory_bytes(lm.device) // 2
+        if settings.memory_gigabytes is None
+        else round(settings.memory_gigabytes * 10**9)
+    )
     engine = LocalEngine(
         lm, max_rows=settings.max_rows, max_waiting=settings.max_waiting, memory_bytes=memory
     )

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from softprompt.inference.sampling import DecodeSettings
+from softprompt.inference.settings import DecodeSettings
 
 MAX_LOG_PROBABILITIES = 20
+MAX_INPUTS = 2_048  # texts in one request
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Label = Annotated[str, Field(min_length=1, max_length=1_000)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Body(BaseModel):
@@ -34,23 +41,26 @@ class SoftPromptOptions(BaseModel):
 
 
 class Decoding(Body):
-    """How to decode: shared by completions and chat."""
+    """How to decode: shared by completions, chat and responses. `choice` and `regex` are ours, and vLLM's."""
 
     model: str
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, le=1_000_000)
+    top_k: int | None = Field(default=None, ge=-1, le=1_000_000)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
-    n: int = Field(default=1, ge=1, le=16)
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
+    n: int | None = Field(default=None, ge=1, le=16)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Bias] | None = Field(default=None, max_length=1_024)
+    response_format: dict[str, Any] | None = None
+    choice: list[Label] | None = Field(default=None, min_length=1, max_length=256)
+    regex: str | None = Field(default=None, min_length=1, max_length=5_000)
     user: str | None = None
     softprompt: SoftPromptOptions | None = None
 
@@ -59,51 +69,65 @@ class Decoding(Body):
     def _bounded(cls, stop: str | list[str] | None) -> str | list[str] | None:
         texts = [stop] if isinstance(stop, str) else stop or []
         if len(texts) > 16 or any(not text or len(text) > 500 for text in texts):
-            raise ValueError("stop: wanted at most 16 texts of 1 to 500 characters.")
+            raise ValueError("wanted at most 16 texts of 1 to 500 characters")
         return stop
 
-    def refused(self) -> str | None:
-        """The name of a field that changes the answer and is not supported, or None."""
-        for name in ("presence_penalty", "frequency_penalty"):
-            if getattr(self, name):
-                return name
-        return "logit_bias" if self.logit_bias else None
+    @property
+    def fields(self) -> dict[str, str] | None:
+        """The texts of a template's fields, by name."""
+        return self.softprompt.fields if self.softprompt else None
+
+    @property
+    def samples(self) -> int:
+        """Answers to each input."""
+        return self.n or 1
 
     def decode_settings(self, max_new_tokens: int | None, log_probabilities: bool) -> DecodeSettings:
-        """The same as settings of inference; OpenAI's default temperature is 1."""
+        """The same as settings of inference. OpenAI's default temperature is 1, and without a seed every answer differs."""
         temperature = 1.0 if self.temperature is None else self.temperature
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         given: dict[str, Any] = {
             "top_p": self.top_p,
-            "top_k": self.top_k,
+            "top_k": None if self.top_k == -1 else self.top_k,  # vLLM's word for all
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
-            "seed": self.seed,
         }
         return DecodeSettings(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             stop=tuple(stop),
-            n=self.n,
+            n=self.samples if temperature > 0 else 1,  # greedy answers are all the same
+            seed=secrets.randbits(62) if self.seed is None else self.seed,
             ignore_end=self.ignore_eos,
             log_probabilities=log_probabilities,
+            logit_bias={int(token): value for token, value in (self.logit_bias or {}).items()},
             **{name: value for name, value in given.items() if value is not None},
         )
 
 
 class CompletionBody(Decoding):
     prompt: str | list[str] | list[int] | list[list[int]] = ""
-    max_tokens: int | None = Field(default=16, ge=0, le=1_000_000)
+    max_tokens: int | None = Field(default=None, ge=0, le=1_000_000)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOG_PROBABILITIES)
-    echo: bool = False
+    echo: bool | None = False
     suffix: str | None = None
     best_of: int | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _some(cls, prompt: Any) -> Any:
+        if not isinstance(prompt, str) and not prompt:
+            raise ValueError("wanted a text, a list of texts, or token ids; found an empty list")
+        single = isinstance(prompt, str) or isinstance(prompt[0], int)
+        if not single and len(prompt) > MAX_INPUTS:
+            raise ValueError(f"wanted at most {MAX_INPUTS} texts")
+        return prompt
 
     @property
     def prompts(self) -> list[str | list[int]]:
         """One entry for each text, or list of ids, that is to be continued."""
         given: Any = self.prompt
-        single = isinstance(given, str) or (given and isinstance(given[0], int))
+        single = isinstance(given, str) or isinstance(given[0], int)
         return [given] if single else list(given)
 
 
@@ -116,21 +140,64 @@ class ChatMessage(BaseModel):
     def text(self) -> str:
         """The words of a turn; ValueError for parts that are not text."""
         if isinstance(self.content, list):
-            if any(part.get("type") not in ("text", "input_text") for part in self.content):
+            if any(part.get("type") not in ("text", "input_text", "output_text") for part in self.content):
                 raise ValueError("only text parts are supported in a message")
             return "".join(str(part.get("text", "")) for part in self.content)
         return self.content or ""
+
+    @property
+    def more(self) -> dict[str, Any]:
+        """What a turn has beside its words: calls of functions, a name."""
+        left_out = ("type", "id", "status", "refusal", "annotations", "phase")
+        return {
+            name: value
+            for name, value in (self.model_extra or {}).items()
+            if value is not None and name not in left_out
+        }
 
 
 class ChatBody(Decoding):
     messages: list[ChatMessage] = Field(min_length=1, max_length=1_000)
     max_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
-    logprobs: bool = False
+    logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOG_PROBABILITIES)
-    response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
+
+
+class ResponsesBody(Decoding):
+    """OpenAI's responses, of which nothing is stored."""
+
+    input: str | list[ChatMessage] = Field(max_length=1_000_000)
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
+    previous_response_id: str | None = None
+    store: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    text: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
+    parallel_tool_calls: bool | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+
+    @property
+    def turns(self) -> list[ChatMessage]:
+        """Instructions and input as one chat."""
+        given = [ChatMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        return [
+            *([ChatMessage(role="system", content=self.instructions)] if self.instructions else []),
+            *given,
+        ]
+
+    def model_post_init(self, context: Any) -> None:
+        """`text.format` is what response_format is elsewhere."""
+        form = (self.text or {}).get("format")
+        if isinstance(form, dict):
+            nested = (
+                form if form.get("type") != "json_schema" else {"type": "json_schema", "json_schema": form}
+            )
+            self.response_format = nested
 
 
 class ScoreBody(Body):
@@ -157,8 +224,27 @@ class LoadBody(Body):
     path: str
 
 
+def json_schema(response_format: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The schema that an answer has to follow, if any. Raises ValueError for a form that is not known."""
+    form = dict(response_format or {"type": "text"})
+    match form.get("type"):
+        case "text":
+            return None
+        case "json_object":
+            return {"type": "object"}
+        case "json_schema":
+            schema = (
+                (form.get("json_schema") or {}).get("schema")
+                if isinstance(form.get("json_schema"), dict)
+                else None
+            )
+            if isinstance(schema, dict):
+                return schema
+    raise ValueError("response_format: wanted the type text, json_object, or json_schema with a schema")
+
+
 def usage(input_tokens: int, virtual_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """OpenAI's count of tokens; virtual ones are told apart."""
+    """OpenAI's count of tokens; virtual ones are counted apart."""
     return {
         "prompt_tokens": input_tokens,
         "completion_tokens": new_tokens,

@@ -105,13 +105,14 @@ class Library:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
 
-    def stamp(self) -> tuple[int, int] | None:
+    def stamp(self) -> tuple[int, int, int] | None:
         """Changes whenever the index does; None while there is none."""
         try:
             status = (self.path / INDEX).stat()
         except OSError:
             return None
-        return status.st_mtime_ns, status.st_size
+        # Two switches within a clock tick leave time and size as they were, but not the file: it is replaced by rename.
+        return status.st_mtime_ns, status.st_size, status.st_ino
 
     def entries(self, pattern: str = "*") -> list[Entry]:
         """Every version of every name that fits the pattern, by name and version."""

@@ -1,0 +1,283 @@
+"""Answers of the engine in OpenAI's shapes, whole or as server-sent events: completions, chats and responses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.errors import SoftPromptError
+from softprompt.serving import wire
+from softprompt.serving.catalogue import Served
+from softprompt.serving.engine import Answer, Finished, Piece
+from softprompt.serving.refusals import as_refusal
+
+Events: TypeAlias = AsyncIterator[tuple[int, Answer]]
+
+log = logging.getLogger(__name__)
+
+
+class Answers(Protocol):
+    """One shape of answers. Events carry the number of the choice that they belong to."""
+
+    async def gathered(self, events: Events) -> dict[str, Any]:
+        """One object when everything has come."""
+
+    def streamed(self, first: tuple[int, Answer], events: Events) -> AsyncIterator[bytes]:
+        """Server-sent events; an error after the first one is an event too."""
+
+
+class Choices:
+    """Completions and chats: a choice for each text and sample."""
+
+    def __init__(
+        self, lm: FrozenLM, body: wire.CompletionBody | wire.ChatBody, served: Served, texts: int
+    ) -> None:
+        self.lm, self.body, self.served, self.texts = lm, body, served, texts
+        self.is_chat = isinstance(body, wire.ChatBody)
+        self.shape = "chat.completion" if self.is_chat else "text_completion"
+        self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+
+    async def gathered(self, events: Events) -> dict[str, Any]:
+        """One object when everything has come."""
+        done: dict[int, Finished] = {}
+        async for index, answer in events:
+            if isinstance(answer, Finished):
+                done[index] = answer
+        choices = []
+        for index, answer in sorted(done.items()):
+            words: dict[str, Any] = (
+                {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+                if self.is_chat
+                else {"text": answer.text}
+            )
+            choices.append(
+                {"index": index, **words, "logprobs": self._logprobs(answer), "finish_reason": reason(answer)}
+            )
+        return {**self.head(self.shape), "choices": choices, "usage": self._usage(done)}
+
+    async def streamed(self, first: tuple[int, Answer], events: Events) -> AsyncIterator[bytes]:
+        """A piece of text each; then the usage where it was asked for, and [DONE]."""
+        shape = "chat.completion.chunk" if self.is_chat else self.shape
+        done: dict[int, Finished] = {}
+        started: set[int] = set()
+        try:
+            async for index, answer in _after(first, events):
+                if self.is_chat and index not in started:
+                    yield self._event(shape, index, {"delta": {"role": "assistant", "content": ""}})
+                started.add(index)
+                if isinstance(answer, Piece):
+                    words: dict[str, Any] = (
+                        {"delta": {"content": answer.text}} if self.is_chat else {"text": answer.text}
+                    )
+                    yield self._event(shape, index, words)
+                else:
+                    done[index] = answer
+                    words = {"delta": {}} if self.is_chat else {"text": ""}
+                    yield self._event(shape, index, words, reason(answer), self._logprobs(answer))
+        except Exception as error:  # the status has been sent; an error can only be an event
+            yield sse(_told(error, self.lm))
+            return
+        options = self.body.stream_options
+        if options is not None and options.include_usage:
+            yield sse({**self.head(shape), "choices": [], "usage": self._usage(done)})
+        yield b"data: [DONE]\n\n"
+
+    def head(self, shape: str) -> dict[str, Any]:
+        """What every object of this answer begins with."""
+        return {"id": self.id, "object": shape, "created": self.created, "model": self.served.name}
+
+    def _event(
+        self, shape: str, index: int, words: dict[str, Any], reason: str | None = None, logprobs: Any = None
+    ) -> bytes:
+        choice = {"index": index, **words, "logprobs": logprobs, "finish_reason": reason}
+        return sse({**self.head(shape), "choices": [choice]})
+
+    def _usage(self, done: dict[int, Finished]) -> dict[str, Any]:
+        # Samples of one text have consecutive numbers, and their text was read once.
+        read = [done[index] for index in sorted(done) if index % self.body.samples == 0]
+        return wire.usage(
+            sum(answer.input_tokens for answer in read),
+            sum(answer.virtual_tokens for answer in read),
+            sum(len(answer.token_ids) for answer in done.values()),
+        )
+
+    def _logprobs(self, answer: Finished) -> dict[str, Any] | None:
+        if not answer.log_probabilities:
+            return None
+        if self.is_chat:
+            return {"content": chat_logprobs(self.lm, answer), "refusal": None}
+        tokens = [token_text(self.lm, token) for token in answer.token_ids]
+        likeliest = [list(best) for best in answer.likeliest] or [[] for _ in tokens]
+        return {
+            "tokens": tokens,
+            "token_logprobs": list(answer.log_probabilities),
+            "top_logprobs": [
+                by_text(self.lm, [*best, (token, value)])
+                for best, token, value in zip(
+                    likeliest, answer.token_ids, answer.log_probabilities, strict=True
+                )
+            ],
+            "text_offset": offsets(tokens),
+        }
+
+
+class ResponseShape:
+    """OpenAI's responses: one message, and events of many kinds while it comes."""
+
+    def __init__(self, lm: FrozenLM, body: wire.ResponsesBody, served: Served) -> None:
+        self.lm, self.body, self.served = lm, body, served
+        self.id, self.message_id = f"resp_{secrets.token_hex(16)}", f"msg_{secrets.token_hex(16)}"
+        self.created = int(time.time())
+
+    async def gathered(self, events: Events) -> dict[str, Any]:
+        """One object when everything has come."""
+        async for _, answer in events:
+            if isinstance(answer, Finished):
+                return self._response(answer)
+        raise AssertionError("an answer has an end")
+
+    async def streamed(self, first: tuple[int, Answer], events: Events) -> AsyncIterator[bytes]:
+        """The events that the openai client builds its response from, in their order."""
+        number = -1
+
+        def event(kind: str, **record: Any) -> bytes:
+            nonlocal number
+            number += 1
+            return sse({"type": kind, "sequence_number": number, **record}, kind)
+
+        where = {"item_id": self.message_id, "output_index": 0, "content_index": 0}
+        yield event("response.created", response=self._response(None))
+        yield event("response.in_progress", response=self._response(None))
+        yield event(
+            "response.output_item.added", output_index=0, item={**self._message("in_progress"), "content": []}
+        )
+        yield event("response.content_part.added", **where, part=_part("", []))
+        try:
+            async for _, answer in _after(first, events):
+                if isinstance(answer, Piece):
+                    yield event("response.output_text.delta", **where, delta=answer.text, logprobs=[])
+                    continue
+                response = self._response(answer)
+                (message,) = response["output"]
+                (part,) = message["content"]
+                yield event("response.output_text.done", **where, text=answer.text, logprobs=part["logprobs"])
+                yield event("response.content_part.done", **where, part=part)
+                yield event("response.output_item.done", output_index=0, item=message)
+                yield event(f"response.{response['status']}", response=response)
+        except Exception as error:  # the status has been sent; an error can only be an event
+            told = _told(error, self.lm)["error"]
+            yield event("error", code=told["code"], message=told["message"], param=told["param"])
+
+    def _message(self, status: str) -> dict[str, Any]:
+        return {"id": self.message_id, "type": "message", "role": "assistant", "status": status}
+
+    def _response(self, answer: Finished | None) -> dict[str, Any]:
+        body = self.body
+        is_cut = answer is not None and answer.reason == "length"
+        status = "in_progress" if answer is None else "incomplete" if is_cut else "completed"
+        output, counted = [], None
+        if answer is not None:
+            part = _part(answer.text, chat_logprobs(self.lm, answer))
+            output = [{**self._message("incomplete" if is_cut else "completed"), "content": [part]}]
+            counted = {
+                "input_tokens": answer.input_tokens,
+                "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                "output_tokens": len(answer.token_ids),
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": answer.input_tokens + len(answer.token_ids),
+                "softprompt_virtual_tokens": answer.virtual_tokens,
+            }
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": self.served.name,
+            "output": output,
+            "parallel_tool_calls": False,
+            "previous_response_id": None,
+            "store": False,
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "text": body.text or {"format": {"type": "text"}},
+            "tool_choice": "auto",
+            "tools": [],
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "truncation": "disabled",
+            "usage": counted,
+        }
+
+
+def _part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+
+
+def _told(error: Exception, lm: FrozenLM) -> dict[str, Any]:
+    if not isinstance(error, SoftPromptError):
+        log.error("An answer failed while it was streamed.", exc_info=error)
+    return as_refusal(error, lm.name).body
+
+
+async def _after(first: tuple[int, Answer], events: Events) -> Events:
+    yield first
+    async for event in events:
+        yield event
+
+
+def chat_logprobs(lm: FrozenLM, answer: Finished) -> list[dict[str, Any]]:
+    """Each token with its log-probability and the likeliest ones in its place, as chats and responses show them."""
+    if not answer.log_probabilities:
+        return []
+    likeliest: Sequence[Sequence[tuple[int, float]]] = answer.likeliest or [()] * len(answer.token_ids)
+    return [
+        {**_rated(lm, token, value), "top_logprobs": [_rated(lm, other, rate) for other, rate in best]}
+        for token, value, best in zip(answer.token_ids, answer.log_probabilities, likeliest, strict=True)
+    ]
+
+
+def _rated(lm: FrozenLM, token: int, value: float) -> dict[str, Any]:
+    text = token_text(lm, token)
+    return {"token": text, "logprob": value, "bytes": list(text.encode())}
+
+
+def token_text(lm: FrozenLM, token: int) -> str:
+    """A token by itself."""
+    return str(lm.tokenizer.decode([token]))
+
+
+def by_text(lm: FrozenLM, likeliest: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """Log-probabilities by the tokens' texts; of two tokens with one text the likelier."""
+    table: dict[str, float] = {}
+    for token, value in sorted(likeliest, key=lambda pair: -pair[1]):
+        table.setdefault(token_text(lm, token), value)
+    return table
+
+
+def offsets(tokens: Sequence[str]) -> list[int]:
+    """Where each token begins in the text of all."""
+    starts, at = [], 0
+    for token in tokens:
+        starts.append(at)
+        at += len(token)
+    return starts
+
+
+def reason(answer: Finished) -> str:
+    """OpenAI's word for how an answer ended."""
+    return "length" if answer.reason == "length" else "stop"
+
+
+def sse(record: dict[str, Any], event: str | None = None) -> bytes:
+    """One server-sent event."""
+    named = f"event: {event}\n" if event else ""
+    return f"{named}data: {json.dumps(record, ensure_ascii=False)}\n\n".encode(errors="replace")

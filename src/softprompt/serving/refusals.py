@@ -1,0 +1,78 @@
+"""Answers that are errors, in OpenAI's shape."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Any
+
+from fastapi.responses import JSONResponse, Response
+
+from softprompt.errors import MissingExtra, OutOfMemory, SoftPromptError
+from softprompt.serving import wire
+from softprompt.serving.engine import EngineFailed, Overloaded, PromptGone, ShuttingDown
+
+
+class Refused(Exception):
+    """An answer that is an error: status, OpenAI's type, and what to say."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.code, self.param = status, kind, code, param
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON of it."""
+        return wire.error_body(str(self), self.kind, self.code, self.param)
+
+    @property
+    def response(self) -> Response:
+        """The HTTP answer; the openai client obeys its headers when it tries again by itself."""
+        headers = {"retry-after": "1", "retry-after-ms": "500"} if self.status in (429, 503) else {}
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return JSONResponse(self.body, self.status, headers=headers)
+
+
+def too_many(message: str) -> Refused:
+    """429: more than there is room for now."""
+    return Refused(429, f"{message} Try again in a moment.", "rate_limit_error", "rate_limit_exceeded")
+
+
+def failed() -> Refused:
+    """500: a fault of ours, of which the answer tells nothing."""
+    return Refused(500, "The server failed to answer. Its log says more.", "server_error", "internal_error")
+
+
+def as_refusal(error: BaseException, base: str) -> Refused:
+    """What an error means for a client. `base` is the base's name, of which a folder's path is not told."""
+    if isinstance(error, Refused):
+        return error
+    if not isinstance(error, SoftPromptError):
+        return failed()
+    message = str(error).replace(base, shown_name(base))
+    match error:
+        case Overloaded():
+            return too_many(message.removesuffix(" Try again in a moment."))
+        case ShuttingDown():
+            return Refused(503, message, "server_error", "shutting_down")
+        case EngineFailed():
+            return Refused(500, message, "server_error", "engine_failed")
+        case PromptGone():
+            return Refused(404, message, code="model_not_found", param="model")
+        case OutOfMemory():
+            return Refused(400, message, code="context_length_exceeded")
+        case MissingExtra():
+            return Refused(400, message, code="not_supported")
+    return Refused(400, message)
+
+
+def shown_name(base: str) -> str:
+    """A base's name, or the last part of its folder's path."""
+    return PurePath(base).name if PurePath(base).is_absolute() else base

@@ -1,0 +1,385 @@
+"""The engine under faults: whatever breaks, every request gets its own answer or an error, and the others go on."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.kv import EMPTY
+from softprompt.errors import DataError, NotFinite, OutOfMemory
+from softprompt.inference import lanes as lanes_module
+from softprompt.inference.compiled import CompiledPrompt, compile_prompt
+from softprompt.inference.generate import generate
+from softprompt.inference.lanes import Lanes
+from softprompt.inference.prefill import Row, read_on
+from softprompt.inference.running_batch import Running, position_bytes, request
+from softprompt.inference.settings import DecodeSettings
+from softprompt.prompt.soft_prompt import SoftPrompt
+from softprompt.serving import engine as engine_module
+from softprompt.serving.engine import (
+    EngineFailed,
+    Finished,
+    LocalEngine,
+    Piece,
+    PromptGone,
+    ShuttingDown,
+    Work,
+)
+from tiny_models import tiny_model, tiny_tokenizer
+
+TEXTS = ["The quick brown fox", "Tweet: my order never came", "I want you", "a"]
+LONG = "I want you to act as a logistician. Tweet: thank you for the quick help. Complaint? no complaint. "
+
+
+@pytest.fixture(scope="module")
+def lm() -> FrozenLM:
+    return FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), "tiny")
+
+
+def prompt_of(lm: FrozenLM, seed: int, template: str = "{soft:4}{text}") -> SoftPrompt:
+    drawn = torch.Generator().manual_seed(seed)
+    return SoftPrompt(torch.randn(4, lm.width, generator=drawn), lm.fingerprint, template, name=str(seed))
+
+
+def greedy(tokens: int = 8, *, ignore_end: bool = True) -> DecodeSettings:
+    return DecodeSettings(max_new_tokens=tokens, ignore_end=ignore_end)
+
+
+def alone(lm: FrozenLM, text: str, settings: DecodeSettings, prompt: SoftPrompt | None = None) -> str:
+    return generate(lm, [text], prompt, settings)[0].text
+
+
+async def whole(engine: LocalEngine, work: Work) -> str:
+    answers = [answer async for answer in engine.submit(work)]
+    last = answers[-1]
+    assert isinstance(last, Finished)
+    assert "".join(
+        piece.text for piece in answers if isinstance(piece, Piece) and piece.sample == last.sample
+    )
+    return last.text
+
+
+def together(engine: LocalEngine, works: Sequence[Work]) -> list[Any]:
+    async def go() -> list[Any]:
+        return await asyncio.gather(*(whole(engine, work) for work in works), return_exceptions=True)
+
+    return asyncio.run(go())
+
+
+def test_a_prompt_that_is_not_finite_fails_its_request_and_no_other(
+    lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = prompt_of(lm, 1)
+
+    def compiled(lm: FrozenLM, prompt: SoftPrompt | None) -> CompiledPrompt:
+        done = compile_prompt(lm, prompt)
+        if prompt is not broken:
+            return done
+        return replace(done, state=EMPTY, vectors_PD=torch.full((4, lm.width), float("nan")))
+
+    monkeypatch.setattr(engine_module, "compile_prompt", compiled)
+    with LocalEngine(lm) as engine:
+        engine.load(broken, "broken")
+        found = together(engine, [Work(None, TEXTS[0], greedy()), Work("broken", "a", greedy())] * 3)
+        assert [type(result) for result in found[1::2]] == [NotFinite] * 3
+        assert found[::2] == [alone(lm, TEXTS[0], greedy())] * 3
+        assert engine.health()["running"] == 0
+
+
+def test_a_text_that_cannot_be_read_fails_alone_among_those_it_joins_with(
+    lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The passes that read several texts fail as a whole; the ones not at fault are read again without it."""
+    embed = FrozenLM.embed
+
+    def demanding(self: FrozenLM, ids: torch.Tensor) -> torch.Tensor:
+        if bool((ids == 319).any()):
+            raise DataError("319 has no row")
+        return embed(self, ids)
+
+    monkeypatch.setattr(FrozenLM, "embed", demanding)
+    with LocalEngine(lm) as engine:
+        works = [Work(None, text, greedy(ignore_end=False)) for text in TEXTS]
+        found = together(engine, [*works, Work(None, [5, 319, 6], greedy())])
+    assert isinstance(found[-1], DataError)
+    assert found[:-1] == [alone(lm, text, greedy(ignore_end=False)) for text in TEXTS]
+
+
+def test_a_step_that_breaks_fails_what_runs_and_the_engine_goes_on(
+    lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance, breaks = Running.advance, [False, False, True]
+
+    def breaking(self: Running) -> Any:
+        if breaks and breaks.pop(0):
+            raise RuntimeError("no memory")
+        return advance(self)
+
+    monkeypatch.setattr(Running, "advance", breaking)
+    with LocalEngine(lm) as engine:
+        found = together(engine, [Work(None, text, greedy(20)) for text in TEXTS[:3]])
+        assert [type(result) for result in found] == [EngineFailed] * 3
+        assert together(engine, [Work(None, TEXTS[0], greedy())]) == [alone(lm, TEXTS[0], greedy())]
+        assert engine.health()["alive"] == 1
+
+
+def test_an_engine_that_fails_tells_everybody_and_says_so(
+    lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self: LocalEngine) -> None:
+        raise RuntimeError("a fault of ours")
+
+    with LocalEngine(lm) as engine:
+        monkeypatch.setattr(LocalEngine, "_admit", failing)
+        found = together(engine, [Work(None, text, greedy()) for text in TEXTS])
+        assert {type(result) for result in found} == {EngineFailed}
+        assert engine.health()["alive"] == 0
+        with pytest.raises(EngineFailed):
+            asyncio.run(engine.call(lambda compiled: 1))
+
+
+def test_more_samples_than_rows_are_drawn_as_alone(lm: FrozenLM) -> None:
+    drawn = DecodeSettings(max_new_tokens=8, temperature=1, seed=3, n=5, ignore_end=True)
+
+    async def go(engine: LocalEngine) -> list[str]:
+        texts = {}
+        async for answer in engine.submit(Work(None, LONG, drawn)):
+            if isinstance(answer, Finished):
+                texts[answer.sample] = answer.text
+        return [texts[sample] for sample in sorted(texts)]
+
+    with LocalEngine(lm, max_rows=2, read_beside=8) as engine:
+        assert asyncio.run(go(engine)) == [one.text for one in generate(lm, [LONG], None, drawn)]
+
+
+def test_an_owner_of_one_request_does_not_wait_for_another_owners_many(lm: FrozenLM) -> None:
+    order: list[str] = []
+
+    async def go(engine: LocalEngine) -> None:
+        async def one(owner: str) -> None:
+            await whole(engine, Work(None, "a", greedy(6), owner))
+            order.append(owner)
+
+        many = [asyncio.ensure_future(one("many")) for _ in range(20)]
+        await asyncio.sleep(0)
+        await asyncio.gather(one("few"), *many)
+
+    with LocalEngine(lm, max_rows=2) as engine:
+        asyncio.run(go(engine))
+    assert order.index("few") <= 4
+
+
+def test_memory_bounds_the_rows_and_one_that_can_never_fit_is_refused(lm: FrozenLM) -> None:
+    limit = 150 * position_bytes(lm)
+    with LocalEngine(lm, memory_bytes=limit) as engine:
+        most = 0
+
+        async def go() -> list[Any]:
+            nonlocal most
+            works = [
+                Work(None, "a", greedy(20)),
+                Work(None, LONG, greedy(60)),
+                *[Work(None, text, greedy(20)) for text in TEXTS],
+            ]
+            tasks = [asyncio.ensure_future(whole(engine, work)) for work in works]
+            while not all(task.done() for task in tasks):
+                most = max(most, engine.health()["kv_bytes"])
+                await asyncio.sleep(0.001)
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+        found = asyncio.run(go())
+    assert isinstance(found[1], OutOfMemory)
+    assert [found[0], *found[2:]] == [alone(lm, text, greedy(20)) for text in ["a", *TEXTS]]
+    assert 0 < most <= limit
+
+
+def test_a_large_row_is_passed_by_small_ones_only_so_often(
+    lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "MAX_PASSED", 4)
+    order: list[str] = []
+
+    async def go(engine: LocalEngine) -> None:
+        async def one(name: str, text: str, tokens: int) -> None:
+            assert await whole(engine, Work(None, text, greedy(tokens))) == alone(lm, text, greedy(tokens))
+            order.append(name)
+
+        small = [asyncio.ensure_future(one("small", "a", 12 + n % 5)) for n in range(4)]
+        await asyncio.sleep(0)
+        large = asyncio.ensure_future(one("large", LONG, 20))
+        await asyncio.sleep(0)
+        await asyncio.gather(large, *small, *(one("small", "a", 12 + n % 5) for n in range(30)))
+
+    columns = 2 * (len(tiny_tokenizer()(LONG)["input_ids"]) + 20)
+    with LocalEngine(lm, memory_bytes=(columns + 40) * position_bytes(lm), max_rows=6) as engine:
+        asyncio.run(go(engine))
+    assert order.index("large") < 30
+
+
+def test_requests_that_were_given_up_while_waiting_free_their_places(lm: FrozenLM) -> None:
+    async def go(engine: LocalEngine) -> None:
+        running = asyncio.ensure_future(whole(engine, Work(None, "a", greedy(100))))
+        await asyncio.sleep(0.05)
+        given_up = [asyncio.ensure_future(whole(engine, Work(None, "a", greedy()))) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        for task in given_up:
+            task.cancel()
+        await asyncio.gather(*given_up, return_exceptions=True)
+        assert await whole(engine, Work(None, TEXTS[0], greedy())) == alone(lm, TEXTS[0], greedy())
+        await running
+
+    with LocalEngine(lm, max_rows=1, max_waiting=3) as engine:
+        asyncio.run(go(engine))
+
+
+def test_a_request_keeps_its_prompt_though_that_is_removed_while_it_waits(lm: FrozenLM) -> None:
+    prompt = prompt_of(lm, 1)
+
+    async def go(engine: LocalEngine) -> None:
+        running = asyncio.ensure_future(whole(engine, Work(None, "a", greedy(60))))
+        await asyncio.sleep(0.02)
+        waiting = asyncio.ensure_future(whole(engine, Work("d", TEXTS[0], greedy())))
+        await asyncio.sleep(0.02)
+        engine.unload("d")
+        assert await waiting == alone(lm, TEXTS[0], greedy(), prompt)
+        await running
+        with pytest.raises(PromptGone):
+            await whole(engine, Work("d", TEXTS[0], greedy()))
+
+    with LocalEngine(lm, max_rows=1) as engine:
+        engine.load(prompt, "d")
+        asyncio.run(go(engine))
+
+
+def test_an_end_within_the_grace_finishes_and_after_it_cuts(lm: FrozenLM) -> None:
+    async def go(grace: float) -> Any:
+        engine = LocalEngine(lm)
+        engine.start()
+        task = asyncio.ensure_future(whole(engine, Work(None, "a", greedy(100))))
+        await asyncio.sleep(0.03)
+        await asyncio.to_thread(engine.stop, grace)
+        with pytest.raises(ShuttingDown):
+            await whole(engine, Work(None, "a", greedy()))
+        return (await asyncio.gather(task, return_exceptions=True))[0]
+
+    assert asyncio.run(go(30.0)) == alone(lm, "a", greedy(100))
+    assert isinstance(asyncio.run(go(0.0)), ShuttingDown)
+    LocalEngine(lm).stop()  # one that never began
+
+
+def test_a_long_text_is_read_between_the_steps_of_others_and_changes_nothing(
+    lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    advance = Lanes.advance
+
+    def stepping(self: Lanes) -> Any:
+        events.append("step")
+        return advance(self)
+
+    def reading(lm: FrozenLM, row: Row, positions: int) -> Row:
+        events.append("part")
+        return read_on(lm, row, positions)
+
+    monkeypatch.setattr(Lanes, "advance", stepping)
+    monkeypatch.setattr(engine_module, "read_on", reading)
+    prompt = prompt_of(lm, 2)
+
+    async def go(engine: LocalEngine) -> list[str]:
+        first = asyncio.ensure_future(whole(engine, Work(None, "a", greedy(60))))
+        while "step" not in events:
+            await asyncio.sleep(0.001)
+        rest = [whole(engine, Work("d", text, greedy())) for text in (LONG, TEXTS[0])]
+        return await asyncio.gather(first, *rest)
+
+    with LocalEngine(lm, read_beside=8) as engine:
+        engine.load(prompt, "d")
+        found = asyncio.run(go(engine))
+    wanted = [alone(lm, LONG, greedy(), prompt), alone(lm, TEXTS[0], greedy(), prompt)]
+    assert found == [alone(lm, "a", greedy(60)), *wanted]
+    parts = [place for place, event in enumerate(events) if event == "part"]
+    assert len(parts) >= 4
+    assert all("step" in events[a:b] for a, b in itertools.pairwise(parts))
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "BLOOM (ALiBi)", "Gemma 2 (sliding window)"])
+def test_rows_of_unlike_length_run_in_lanes_each_as_alone(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes_module, "LANE_COST_CPU", 60)
+    lm = FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer())
+    compiled = [compile_prompt(lm, prompt) for prompt in (None, prompt_of(lm, 1), prompt_of(lm, 2))]
+    rng, most, everyone = random.Random(0), 0, []
+    running = Lanes(lm, max_rows=7)
+    waiting = [
+        request(lm, rng.choice(compiled), rng.choice([*TEXTS, LONG]), greedy(rng.randint(1, 25)))
+        for _ in range(40)
+    ]
+    everyone = list(waiting)
+    while waiting or len(running):
+        joining = [
+            waiting.pop()
+            for _ in range(min(len(waiting), running.max_rows - len(running), rng.randint(0, 3)))
+        ]
+        assert running.fits(joining)
+        running.join(joining)
+        if len(running) and rng.random() < 0.1:
+            gone = rng.choice(running.requests)
+            running.cancel(gone)
+            everyone.remove(gone)
+        running.advance()
+        most = max(most, len(running._lanes))
+    assert most > 1
+    assert running.bytes == 0
+    for row in everyone:
+        solo = Running(lm, max_rows=1)
+        again = request(
+            lm,
+            compiled[0],
+            row.row.marks,
+            row.settings,
+            row=Row(row.row.state, row.row.marks, row.row.vectors_PD),
+        )
+        solo.admit([again])
+        while len(solo):
+            solo.step()
+        assert again.token_ids == row.token_ids
+
+
+def test_buffers_shrink_when_a_long_row_has_left(lm: FrozenLM) -> None:
+    running = Running(lm, max_rows=8)
+    base = compile_prompt(lm, None)
+    short = [request(lm, base, "a", greedy(12)) for _ in range(2)]
+    long = [request(lm, base, LONG, greedy(3)) for _ in range(6)]
+    running.admit([*short, *long])
+    before = running.bytes
+    while any(row.finish_reason is None for row in long):
+        running.step()
+    assert running.bytes * 4 < before
+    while len(running):
+        running.step()
+    assert {row.text for row in short} == {alone(lm, "a", greedy(12))}
+
+
+@pytest.mark.parametrize("positions", [1, 3, 1000])
+def test_a_text_read_in_parts_is_the_text(lm: FrozenLM, positions: int) -> None:
+    prompt = compile_prompt(lm, prompt_of(lm, 1, "{text}{soft:4}!"))
+    row = prompt.row(prompt.marks(lm, LONG))
+    while row.rest > 1:
+        before = row.rest
+        row = read_on(lm, row, positions)
+        assert before > row.rest >= 1
+    read = request(lm, prompt, row.marks, greedy(), row=row)
+    solo = Running(lm, max_rows=1)
+    solo.admit([read])
+    while len(solo):
+        solo.step()
+    assert read.text == generate(lm, [LONG], prompt, greedy())[0].text
