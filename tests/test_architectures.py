@@ -18,8 +18,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from layouts import encode
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import collate, encode
+from softprompt.data.batch import collate
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import BaseError, PromptError
@@ -198,7 +199,7 @@ def the_loss_is_token_made(one: Subject) -> float:
         return worst
     if state[0].shape != state[1].shape:
         return worst
-    base_only = [encode(layout, Example({"text": text}), one.lm.tokenizer, base_only=True) for text in texts]
+    base_only = [encode(layout, Example({"text": text}), one.lm.tokenizer, slots=False) for text in texts]
     keys_LPHK, values_LPHK = (tensor.clone().requires_grad_() for tensor in state)
     batch = collate([row for row in base_only if row is not None])
     loss_N = one.lm.token_nll(batch, (keys_LPHK, values_LPHK))

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from softprompt.data.batch import Encoded, TooLong, Unlabelled, collate, encode, encode_all, epoch_order
+from layouts import encode, encode_all
+from softprompt.data.batch import Encoded, TooLong, Unlabelled, collate, epoch_order, to_answer, to_judge
 from softprompt.data.encoded import EncodedRows
 from softprompt.data.example import Example, Message
 from softprompt.data.source import load_splits
 from softprompt.data.template import Template
-from softprompt.data.tokenizer import habits
+from softprompt.data.tokenizer import special_tokens_of
 from softprompt.errors import DataError
 from tiny_models import tiny_tokenizer
 
@@ -120,7 +121,7 @@ def test_a_tokenizer_that_closes_its_texts_closes_them_here_too(tok: Any) -> Non
     run = tok("The fox")["input_ids"], tok(" The fox")["input_ids"]
     one = done(template, Example({"text": "The fox"}), closing)
     assert real(one) == [2, *run[0], *run[1], 1]
-    assert 1 not in real(done(template, Example({"text": "The fox"}), closing, generation=True))
+    assert 1 not in real(done(template, Example({"text": "The fox"}), closing, view=to_answer))
 
 
 TEXTS = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="<"), max_size=40)
@@ -136,7 +137,7 @@ def test_generation_reads_exactly_what_training_read(tok_bos: Any, a: str, b: st
     template = Template.parse(source, target="b", length=None if "soft" in source else 2)
     row = Example({"a": a, "b": b})
     learned = done(template, row, tok_bos)
-    asked = done(template, Example({"a": a}), tok_bos, generation=True)
+    asked = done(template, Example({"a": a}), tok_bos, view=to_answer)
     first = learned.trained.index(True)
     assert asked.ids == learned.ids[:first]
     assert asked.soft == learned.soft[:first]
@@ -159,15 +160,13 @@ def test_an_answer_does_not_begin_with_the_line_break_before_it(tok: Any, source
 
 
 def test_plain_text_keeps_its_trailing_space_for_generation(tok: Any) -> None:
-    one = done(
-        Template.parse("{soft:2}{text}"), Example({"text": "as a logistician. "}), tok, generation=True
-    )
+    one = done(Template.parse("{soft:2}{text}"), Example({"text": "as a logistician. "}), tok, view=to_answer)
     assert real(one) == tok("as a logistician. ")["input_ids"]
     assert one.trained_tokens == 0
 
 
 def test_the_base_alone_reads_the_same_tokens_without_the_slots(tok: Any) -> None:
-    with_slots, without = done(TWEET, ROW, tok), done(TWEET, ROW, tok, base_only=True)
+    with_slots, without = done(TWEET, ROW, tok), done(TWEET, ROW, tok, slots=False)
     assert without.ids == real(with_slots)
     assert set(without.soft) == {-1}
     assert trained(without) == trained(with_slots)
@@ -176,12 +175,12 @@ def test_the_base_alone_reads_the_same_tokens_without_the_slots(tok: Any) -> Non
 def test_score_first_off_scores_the_same_tokens_with_a_prompt_and_without(tok: Any, tok_bos: Any) -> None:
     template, row = Template.parse("{soft:4}{text}"), Example({"text": "The quick fox."})
     for tokenizer in (tok, tok_bos):
-        tuned = done(template, row, tokenizer, score_first=False)
-        base = done(template, row, tokenizer, base_only=True)
+        tuned = done(template, row, tokenizer, view=to_judge)
+        base = done(template, row, tokenizer, slots=False)
         assert trained(tuned) == trained(base)
         assert tuned.text_bytes == base.text_bytes
     assert trained(done(template, row, tok)) == tok("The quick fox.")["input_ids"]
-    assert done(template, row, tok, base_only=True).text_bytes == len("The quick fox.") - len(
+    assert done(template, row, tok, slots=False).text_bytes == len("The quick fox.") - len(
         tok.decode(tok("The quick fox.")["input_ids"][:1])
     )
 
@@ -194,7 +193,7 @@ def test_nothing_predicts_the_very_first_position_so_it_is_not_trained(tok: Any)
 
 
 def test_a_run_in_the_middle_gets_no_space_of_the_tokenizers_own(llama_like: Any) -> None:
-    assert habits(llama_like).leading_space
+    assert special_tokens_of(llama_like).leading_space
     one = done(Template.parse("{text}{soft:1}{label}", target="label"), ROW, llama_like, end="never")
     assert llama_like.decode(real(one), skip_special_tokens=True) == "my order never camecomplaint"
     whole = done(TWEET, ROW, llama_like, end="never")
@@ -336,7 +335,7 @@ def test_a_chats_generation_reads_what_training_read() -> None:
     for template in (CHATML, PLAIN):
         tokenizer = chatty(template)
         learned = done(SOFT_CHAT, CHAT, tokenizer)
-        asked = done(SOFT_CHAT, CHAT, tokenizer, generation=True)
+        asked = done(SOFT_CHAT, CHAT, tokenizer, view=to_answer)
         assert asked.ids == learned.ids[: len(asked)]
         assert learned.trained[len(asked) :] == [True] * (len(learned) - len(asked))
         messages = [{"role": m.role, "content": m.content} for m in (CHAT.messages or ())[:-1]]
@@ -455,7 +454,7 @@ def test_real_rows_on_real_tokenizers_read_alike_in_training_and_generation(
         template = Template.parse(source, target=target)
         for example in splits.train:
             learned = done(template, example, tokenizer)
-            asked = done(template, example, tokenizer, generation=True)
+            asked = done(template, example, tokenizer, view=to_answer)
             assert asked.ids == learned.ids[: len(asked)]
             assert learned.trained == [False] * len(asked) + [True] * (len(learned) - len(asked))
             assert learned.ids[-1] == tokenizer.eos_token_id

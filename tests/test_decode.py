@@ -225,13 +225,13 @@ def test_biased_rows_and_rows_without_bad_words_are_continued_as_transformers_do
             {"logit_bias": bias, "bad_words": [word, "e"]},
         )
     ]
-    habit = compile_prompt(lm, None).habit
+    special = compile_prompt(lm, None).special
     for text, how, one in zip(TEXTS, hows, generate(lm, TEXTS, None, hows), strict=True):
         options: dict[str, object] = {"repetition_penalty": penalty}
         if how.logit_bias:
             options["sequence_bias"] = [[[token], amount] for token, amount in how.logit_bias.items()]
         if how.bad_words:
-            bad = bad_sequences(how.bad_words, lm.tokenizer, habit, [])
+            bad = bad_sequences(how.bad_words, lm.tokenizer, special, [])
             options["bad_words_ids"] = [list(sequence) for sequence in bad]
         assert list(one.token_ids) == theirs(lm, ids_of(lm, text), **options)
     (changed,) = generate(lm, TEXTS[:1], None, hows[0])

@@ -10,11 +10,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from layouts import encode, preview
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import encode
 from softprompt.data.ending import End, ending_of
 from softprompt.data.example import Example, Message, Splits
-from softprompt.data.preview import preview
 from softprompt.data.template import Template
 from softprompt.evaluation.evaluate import judge_rows
 from softprompt.evaluation.metric import metrics_named

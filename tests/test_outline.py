@@ -13,11 +13,11 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
+from layouts import preview
 from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.outline import Outline
 from softprompt.cli.app import main
-from softprompt.data.preview import preview
 from softprompt.errors import BaseError
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.task import read_splits, settle_template, task_of

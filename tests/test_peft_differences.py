@@ -16,8 +16,9 @@ import torch
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 
+from layouts import encode
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import collate, encode
+from softprompt.data.batch import collate
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import WrongBase

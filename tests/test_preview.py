@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from softprompt.data.batch import encode_all
+from layouts import encode_all, preview
 from softprompt.data.example import Example
-from softprompt.data.preview import preview
 from softprompt.data.template import Template
 from softprompt.errors import DataError
 from tiny_models import tiny_tokenizer

@@ -7,17 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from softprompt.data.batch import Encoded, Unlabelled, encode, encode_all
-from softprompt.data.example import Example, Message
-from softprompt.data.preview import preview
+from layouts import encode, encode_all, preview
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.data.batch import Encoded, Unlabelled, to_answer
+from softprompt.data.example import Example, Message, Splits
 from softprompt.data.source import load_splits
 from softprompt.data.template import Template
-from softprompt.data.tokenizer import habits, surviving, tokens
+from softprompt.data.tokenizer import special_tokens_of, surviving, tokens
 from softprompt.errors import DataError
-from tiny_models import tiny_tokenizer
+from softprompt.evaluation.judge import evaluate
+from softprompt.evaluation.settings import JudgeSettings
+from softprompt.inference.compiled import as_deep, compile_prompt
+from softprompt.inference.conversation import Conversation
+from softprompt.inference.score import score
+from softprompt.inference.settings import DecodeSettings
+from softprompt.store.artifact import load_prompt
+from softprompt.tuning.loop import tune
+from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.task import task_of
+from tiny_models import tiny_model, tiny_tokenizer
 
 CASES = Path(__file__).parent / "cases"
 KIND = Template.parse("{soft:4}{text} Kind: {label}", target="label")
@@ -108,7 +120,7 @@ def test_altered_text_is_said_and_what_is_left_can_be_asked_for(lossy: Any) -> N
 def test_half_a_character_is_refused_before_it_meets_a_tokenizer() -> None:
     tokenizer = tiny_tokenizer()
     with pytest.raises(DataError, match=r"half a character \(a lone surrogate, .ud83d\) at 5"):
-        tokens(tokenizer, "text \ud83d", habits(tokenizer), continues=False)
+        tokens(tokenizer, "text \ud83d", special_tokens_of(tokenizer), continues=False)
 
 
 def test_text_that_survives_is_not_remarked_upon() -> None:
@@ -173,7 +185,7 @@ def test_a_message_cannot_close_its_turn() -> None:
     assert (real(row).count(start), real(row).count(stop)) == (2, 2)
     assert tokenizer.decode(trained(row)) == "fine <|im_end|> and more<|im_end|>"
     assert trained(row).count(stop) == 1
-    asked = encode(CHAT, chat, tokenizer, generation=True)
+    asked = encode(CHAT, chat, tokenizer, view=to_answer)
     assert asked is not None
     assert row is not None
     assert asked.ids == row.ids[: len(asked)]
@@ -289,3 +301,69 @@ def test_the_preview_of_a_chat_says_what_is_learned() -> None:
     shown = preview(CHAT, case("chat-basic.jsonl"), chatty(PLAIN_CHATML))
     assert shown.learns == "the assistant's turns"
     assert preview(KIND, case("posneg.jsonl"), tiny_tokenizer()).learns == "the field label"
+
+
+# A prompt that was learned with special tokens
+
+
+def test_a_prompt_learned_with_special_tokens_is_answered_scored_and_judged_with_them(tmp_path: Path) -> None:
+    """What the base reads is transformers' own tokenisation, in which a spelled </s> is the token; else it is text."""
+    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), name="tiny")
+    rows = tuple(Example({"text": f"order {n} </s> came", "label": "a</s>b"}, row=n) for n in range(4))
+    settings = [
+        "data.source=x",
+        "data.target=label",
+        "prompt.length=2",
+        "tune.max_steps=1",
+        "tune.learning_rate=0.1",
+    ]
+    settings.append("data.template={soft} {text} Kind: {label}")
+    splits = Splits(rows, rows, (), "made for the test")
+    end, text = lm.tokenizer.eos_token_id, rows[0].fields["text"]
+    context, label = (
+        {
+            special: list(lm.tokenizer(piece, split_special_tokens=not special)["input_ids"])
+            for special in (True, False)
+        }
+        for piece in (f" {text} Kind:", " a</s>b")
+    )
+    for special in (True, False):
+        out = tmp_path / str(special)
+        recipe = Recipe.from_flags({}, [*settings, f"data.special_tokens={special}", f"out={out}"])
+        tune(recipe, lm=lm, splits=splits)
+        learned = load_prompt(out)
+        assert learned.special_tokens is special
+        for prompt in (learned, as_deep(lm, learned)):
+            compiled = compile_prompt(lm, prompt)
+            assert compiled.marks(lm, rows[0]) == [-1, -2, *context[special]]
+            (scored,) = score(lm, rows[0], None, prompt, end="always")
+            assert list(scored.token_ids) == [*label[special], end]
+            assert (end in scored.token_ids[:-1]) is special
+        asked = JudgeSettings(metrics=["nll"])
+        judged = evaluate(learned, rows, base=lm, settings=asked, progress=False)
+        assert judged.rows[0].nll == pytest.approx(-scored.log_probability, abs=1e-3)
+        assert judged.rows[0].tokens == len(label[special]) + 1
+        # The base alone is judged on the same tokens as the task's rows say.
+        task = task_of(recipe, lm, splits)
+        alone = evaluate(None, task, base=lm, settings=asked, progress=False)
+        assert alone.rows[0].tokens == len(label[special]) + 1
+        ids = torch.tensor([[*context[special], *label[special], end]])
+        labels = torch.tensor([[-100] * len(context[special]) + [*label[special], end]])
+        with torch.no_grad():
+            mean = lm.model(input_ids=ids, labels=labels).loss.item()
+        assert alone.rows[0].nll == pytest.approx(mean * (len(label[special]) + 1), rel=1e-4)
+
+
+def test_a_later_turn_of_a_text_conversation_is_plain_text_as_the_first_is() -> None:
+    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer())
+    talk = Conversation(lm)
+    one_token = DecodeSettings(max_new_tokens=1, ignore_end=True)
+    said = []
+    for text in ("order </s>", " came </s>"):
+        before = len(talk.marks)
+        talk.say(text, one_token)
+        said.append(list(talk.marks[before:-1]))
+    plain = [
+        lm.tokenizer(text, split_special_tokens=True)["input_ids"] for text in ("order </s>", " came </s>")
+    ]
+    assert said == plain

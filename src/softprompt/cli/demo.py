@@ -167,17 +167,15 @@ def second_task(console: Screen, lm: FrozenLM, recipe: Recipe) -> dict[str, Any]
 
 
 def preview(console: Screen, lm: FrozenLM, recipe: Recipe, rows: int) -> None:
-    from softprompt.data.preview import preview as look
-    from softprompt.tuning.task import read_splits, settle_template
+    from softprompt.tuning.task import task_of
 
-    show_preview(
-        console, look(settle_template(recipe, lm), read_splits(recipe).train, lm.tokenizer, show=rows)
-    )
+    task = task_of(recipe, lm)
+    show_preview(console, task.preview(task.splits.train, show=rows))
 
 
 def held_out(lm: FrozenLM, prompt: Prompt) -> tuple[float, float, int]:
     """Loss of the base alone and with the prompt, on the same tokens of the test rows, which chose nothing."""
-    from softprompt.data.batch import encode_all
+    from softprompt.data.batch import Layout, encode_all, to_judge
     from softprompt.data.source import load_splits
     from softprompt.data.template import Template
     from softprompt.loss.fast import FastLoss
@@ -186,8 +184,8 @@ def held_out(lm: FrozenLM, prompt: Prompt) -> tuple[float, float, int]:
     test = load_splits("builtin:roles", column="prompt").test
     template = Template.parse(prompt.template)
     base, tuned = (
-        encode_all(template, test, lm.tokenizer, base_only=base_only, score_first=False).encoded
-        for base_only in (True, False)
+        encode_all(Layout.of(template, lm.tokenizer, slots=slots), test, to_judge).encoded
+        for slots in (False, True)
     )
     loss = FastLoss(lm)
     return mean_nll(loss, base), mean_nll(loss, tuned, prompt.plain), len(test)

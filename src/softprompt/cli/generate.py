@@ -119,7 +119,8 @@ def answers(
     columns = [compile_prompt(lm, prompt) for prompt in prompts]
     if with_base:
         layout = columns[0].template if columns else None
-        columns.insert(0, compile_prompt(lm, None, template=layout))
+        special_tokens = bool(columns) and columns[0].special_tokens
+        columns.insert(0, compile_prompt(lm, None, template=layout, special_tokens=special_tokens))
     rows = generate(
         lm,
         [text for text in inputs for _ in columns],

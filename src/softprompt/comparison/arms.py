@@ -84,7 +84,11 @@ class Ready:
 def base(given: Assignment) -> Ready:
     """Nothing is learned: the template without its slots."""
     lm = given.lm
-    return Ready(lm, compile_prompt(lm, None, template=given.task.template), restore=lambda: lm)
+    return Ready(
+        lm,
+        compile_prompt(lm, None, template=given.task.template, special_tokens=given.task.special_tokens),
+        restore=lambda: lm,
+    )
 
 
 def wording(given: Assignment) -> Ready:
@@ -97,7 +101,7 @@ def wording(given: Assignment) -> Ready:
     settings = JudgeSettings(batch_rows=given.job.settings.batch_rows)
     losses: dict[str, float] = {}
     for template in candidate_wordings(task.template, given.job.settings.wordings):
-        alone = compile_prompt(lm, None, template=template)
+        alone = compile_prompt(lm, None, template=template, special_tokens=task.special_tokens)
         judged = judge_rows(
             predictor(lm, alone, template, metrics, settings, end=task.end), rows, metrics, template
         )
@@ -105,7 +109,12 @@ def wording(given: Assignment) -> Ready:
     best = min(losses, key=lambda source: losses[source])
     return Ready(
         lm,
-        compile_prompt(lm, None, template=Template.parse(best, target=task.template.target)),
+        compile_prompt(
+            lm,
+            None,
+            template=Template.parse(best, target=task.template.target),
+            special_tokens=task.special_tokens,
+        ),
         restore=lambda: lm,
         about={"template": best, "losses": losses, "rows": len(rows)},
     )
@@ -169,7 +178,7 @@ def lora(given: Assignment) -> Ready:
     adapted = weights.served(lm.model, lm)
     return Ready(
         adapted,
-        compile_prompt(adapted, None, template=given.task.template),
+        compile_prompt(adapted, None, template=given.task.template, special_tokens=given.task.special_tokens),
         trained_parameters=sum(weight.numel() for weight in trained),
         stored_bytes=size,
         steps=plan.steps,
@@ -203,7 +212,7 @@ def full(given: Assignment) -> Ready:
     served = weights.served(model, given.lm)
     return Ready(
         served,
-        compile_prompt(served, None, template=given.task.template),
+        compile_prompt(served, None, template=given.task.template, special_tokens=given.task.special_tokens),
         trained_parameters=sum(weight.numel() for weight in trained),
         stored_bytes=sum(weight.numel() * weight.element_size() for weight in model.parameters()),
         steps=plan.steps,
@@ -267,7 +276,13 @@ def _text(given: Assignment, text: str, **about: Any) -> Ready:
     lm = given.lm
     return Ready(
         lm,
-        text_prompt(lm, given.task.template, text, name=given.job.arm),
+        text_prompt(
+            lm,
+            given.task.template,
+            text,
+            name=given.job.arm,
+            special_tokens=given.task.special_tokens,
+        ),
         in_front=text,
         stored_bytes=len(text.encode()),
         restore=lambda: lm,

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from softprompt.comparison.records import (
     Point,
 )
 from softprompt.comparison.settings import CompareSettings, Job
-from softprompt.data.batch import encode
+from softprompt.data.batch import to_judge
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import SoftPromptError
@@ -91,13 +92,13 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> ArmResult:
         out=job.folder,
         about={"arm": job.arm, "seed": job.seed, "digest": job.digest},
         on_progress=lambda done, rows: tell("judging", done, rows),
-        as_learned=as_learned(lm),
+        as_learned=as_learned(lm, special_tokens=task.special_tokens),
     )
     judging = clock.read()
     peak_judging = hardware.peak_memory_bytes(lm.device)
 
     tell("measuring", 0, 1)
-    alone = compile_prompt(lm, None, template=layout)
+    alone = compile_prompt(lm, None, template=layout, special_tokens=task.special_tokens)
     unchanged, digests, after = _base_after(ready, before, general, general_before.value)
     result = ArmResult(
         arm=job.arm,
@@ -149,11 +150,11 @@ def judged_rows(task: Task, lm: FrozenLM, settings: CompareSettings) -> tuple[li
 
     A row that does not fit the base together with the virtual tokens raises TooLong here, before anything is learned."""
     rows, split = judged_examples(task.splits, settings.split, learned_from=False)
+    # Whatever data.max_length cuts for learning, rows are judged whole.
+    layout = replace(task.layout(slots=True), max_length=None)
 
     def positions(example: Example) -> int:
-        encoded = encode(task.template, example, lm.tokenizer, score_first=False, end=task.end)
-        assert encoded is not None  # no limit was given, so nothing was dropped
-        return len(encoded)
+        return len(to_judge(layout, example))
 
     fit, _ = fitting(task, lm, rows[: settings.judge_rows], positions)
     return list(fit), split

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,8 +19,15 @@ from softprompt.data.ending import End as End
 from softprompt.data.ending import appends_end
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Messages, Soft, Template, Text, did_you_mean
-from softprompt.data.tokenizer import Habits as Habits
-from softprompt.data.tokenizer import Spans, first_token_bytes, habits, read_back, special_spans, tokens
+from softprompt.data.tokenizer import (
+    Spans,
+    first_token_bytes,
+    read_back,
+    special_spans,
+    special_tokens_of,
+    tokens,
+)
+from softprompt.data.tokenizer import SpecialTokens as SpecialTokens
 from softprompt.data.tokenizer import Tokenizer as Tokenizer
 from softprompt.errors import DataError
 
@@ -73,130 +80,141 @@ class Batch:
         )
 
 
-def encode(
-    template: Template,
-    example: Example,
-    tokenizer: Tokenizer,
-    *,
-    max_length: int | None = None,
-    on_overflow: Overflow = "error",
-    end: End = "auto",
-    generation: bool = False,
-    base_only: bool = False,
-    score_first: bool = True,
-    habit: Habits | None = None,
-    special_tokens: bool = False,
-    seen: dict[str, str] | None = None,
-) -> Encoded | None:
-    """Lay out one row as the template says.
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a template become token ids and labels on a tokenizer. Make one with `Layout.of`.
 
     The text between two slots is tokenised as one string, with two cuts that make training read exactly what
     generation will: the target is tokenised by itself, and white space just before it goes with it. The tokenizer's
     own start tokens (BOS) stand before the first text, so after a slot in front, and are never trained; neither is
-    the very first position, which nothing predicts.
+    position 0, which nothing predicts.
 
     `end` appends a trained EOS: auto does so after a target or an open chat turn, and after plain text only where
-    the tokenizer does so by itself. `generation` stops where the answer starts. `base_only` leaves the slots out
-    and changes nothing else: what the base alone reads. `score_first=False` leaves the first token unscored, so that
-    a row has the same scored tokens with a prompt before it and without.
+    the tokenizer does so by itself. Without `slots` they are left out and nothing else changes: what the base alone
+    reads. What a row spells like a special token is plain text, unless `special_tokens`; what the template writes is
+    special.
 
-    `max_length` bounds all positions, virtual ones included. Longer rows raise TooLong, return None (drop), or are
-    shortened (truncate): the longest field loses its end, never the target or fixed text; of a chat the oldest turns
-    after the system's go. Text of no target that was shortened gets no end token.
-
-    What a row spells like a special token is plain text, unless `special_tokens`; what the template writes is special.
-    Trained text is compared with what its tokens say (`seen` keeps short texts from one row to the next).
-
-    Raises TooLong, Unlabelled when no token of the row would be trained or the tokenizer keeps nothing of what would
-    be, DataError for a missing field.
+    `max_length` bounds all positions, virtual ones included. Longer rows raise TooLong (error, drop) or are shortened
+    (truncate): the longest field loses its end, never the target or fixed text; of a chat the oldest turns after the
+    system's go. Text of no target that was shortened gets no end token.
     """
-    layout = _Layout(
-        template,
-        tokenizer,
-        habit or habits(tokenizer),
-        end,
-        generation,
-        special_tokens,
-        {} if seen is None else seen,
-    )
-    found = layout.lay(example)
-    if max_length is not None and len(found) > max_length:
-        if on_overflow == "drop":
-            return None
-        if on_overflow == "error":
+
+    template: Template
+    tokenizer: Tokenizer
+    special: SpecialTokens
+    end: End = "auto"
+    special_tokens: bool = False
+    slots: bool = True
+    max_length: int | None = None
+    on_overflow: Overflow = "error"
+    seen: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """What the tokens of short trained texts say, by text: the same labels come in row after row."""
+
+    @classmethod
+    def of(
+        cls,
+        template: Template,
+        tokenizer: Tokenizer,
+        *,
+        end: End = "auto",
+        special_tokens: bool = False,
+        slots: bool = True,
+        max_length: int | None = None,
+        on_overflow: Overflow = "error",
+    ) -> Layout:
+        """A layout on `tokenizer`, which is asked for its special tokens."""
+        special = special_tokens_of(tokenizer)
+        return cls(template, tokenizer, special, end, special_tokens, slots, max_length, on_overflow)
+
+
+def to_learn(layout: Layout, example: Example) -> Encoded:
+    """Lay out one row to learn from: its target, or all of its text, is trained.
+
+    Trained text is compared with what its tokens say. Raises TooLong, DataError for a missing field, and Unlabelled
+    when no token of the row would be trained or the tokenizer keeps nothing of what would be.
+    """
+    encoded = _fitted(layout, example, answering=False)
+    return _untrained_at(encoded, 0, layout, example)
+
+
+def to_judge(layout: Layout, example: Example) -> Encoded:
+    """Lay out one row to measure its loss: as `to_learn`, but the first token is not scored either.
+
+    With a slot in front it could be, without the slot it is position 0, so that only this way the scored tokens are
+    the same with a prompt and without. Raises as `to_learn` does.
+    """
+    encoded = _fitted(layout, example, answering=False)
+    first = next(position for position, row in enumerate(encoded.soft) if row < 0)
+    return _untrained_at(encoded, first, layout, example)
+
+
+def to_answer(layout: Layout, example: Example) -> Encoded:
+    """Lay out one row up to where its answer starts: what generation reads. No token is trained.
+
+    Raises TooLong, and DataError for a missing field or a row that gives generation nothing to start from.
+    """
+    return _fitted(layout, example, answering=True)
+
+
+View: TypeAlias = Callable[[Layout, Example], Encoded]
+"""What a row is laid out for: `to_learn`, `to_judge` or `to_answer`."""
+
+
+def _fitted(layout: Layout, example: Example, *, answering: bool) -> Encoded:
+    """The row within `max_length`, its slots left out where the layout has none."""
+    template, limit = layout.template, layout.max_length
+    encoded = _laid(layout, example, answering=answering)
+    if limit is not None and len(encoded) > limit:
+        if layout.on_overflow != "truncate":
             raise _too_long(
-                example, template, len(found), max_length, "Set data.on_overflow to truncate or drop"
+                example, template, len(encoded), limit, "Set data.on_overflow to truncate or drop"
             )
-        found = _shortened(layout, example, len(found), max_length)
+        encoded = _shortened(layout, example, len(encoded), limit, answering=answering)
     learned = template.fields if template.target is None else (template.target,)
-    if not generation and not template.chat and not any(example.fields[name].strip() for name in learned):
+    if not answering and not template.chat and not any(example.fields[name].strip() for name in learned):
         raise _unlabelled(template, example)
-    if base_only:
-        found = _without_slots(found)
-    if not len(found):
+    if not layout.slots:
+        encoded = _without_slots(encoded)
+    if not len(encoded):
         raise DataError(
             f"{example.where} is empty, and there is nothing to start generation from. Give some text."
         )
-    return _first_unscored(found, layout, example, only_head=score_first) if not generation else found
+    return encoded
 
 
-def encode_all(
-    template: Template,
-    examples: Iterable[Example],
-    tokenizer: Tokenizer,
-    *,
-    max_length: int | None = None,
-    on_overflow: Overflow = "error",
-    end: End = "auto",
-    generation: bool = False,
-    base_only: bool = False,
-    score_first: bool = True,
-    special_tokens: bool = False,
-) -> EncodedSet:
-    """Every row by `encode`, with counts of what was shortened or left out.
+def encode_all(layout: Layout, examples: Iterable[Example], view: View = to_learn) -> EncodedSet:
+    """Lay out every row, with counts of what was shortened or left out.
 
-    Raises DataError as `encode` does, and when no row is left.
+    Raises DataError as `view` does, and when no row is left.
     """
-    habit = habits(tokenizer)
-    encoded = EncodedRows()
+    rows = EncodedRows()
     cut: list[int] = []
-    altered: list[Encoded] = []  # the first of them, to show it
+    altered: list[Encoded] = []  # only the first of them, to show it
     altered_rows = 0
-    seen: dict[str, str] = {}
     dropped = 0
     for example in examples:
-        one = encode(
-            template,
-            example,
-            tokenizer,
-            max_length=max_length,
-            on_overflow=on_overflow,
-            end=end,
-            generation=generation,
-            base_only=base_only,
-            score_first=score_first,
-            habit=habit,
-            special_tokens=special_tokens,
-            seen=seen,
-        )
-        if one is None:
+        try:
+            encoded = view(layout, example)
+        except TooLong:
+            if layout.on_overflow != "drop":
+                raise
             dropped += 1
             continue
-        encoded.append(one)
-        cut += [one.cut] if one.cut else []
-        if one.altered is not None:
+        rows.append(encoded)
+        cut += [encoded.cut] if encoded.cut else []
+        if encoded.altered is not None:
             altered_rows += 1
-            altered = altered or [one]
-    if not encoded:
+            altered = altered or [encoded]
+    if not rows:
         raise DataError(
-            f"No row is left: all {dropped} are longer than {max_length} positions and data.on_overflow is drop. "
+            f"No row is left: all {dropped} are longer than {layout.max_length} positions and data.on_overflow is drop. "
             "Raise data.max_length, or set data.on_overflow to truncate."
             if dropped
             else "There is no row to encode. Give at least one."
         )
-    remarks = [*altered_remark(altered, altered_rows), *typed_start_remark(template, habit)]
+    remarks = [*altered_remark(altered, altered_rows), *typed_start_remark(layout.template, layout.special)]
     return EncodedSet(
-        encoded,
+        rows,
         truncated=len(cut),
         cut_tokens=sum(cut),
         dropped=dropped,
@@ -216,17 +234,17 @@ def altered_remark(altered: Sequence[Encoded], rows: int) -> list[str]:
     ]
 
 
-def typed_start_remark(template: Template, habit: Habits) -> list[str]:
+def typed_start_remark(template: Template, special: SpecialTokens) -> list[str]:
     """A sentence on a start token that the template spells out."""
     first = next((piece for piece in template.pieces if not isinstance(piece, Soft)), None)
-    if not habit.before or not isinstance(first, Text):
+    if not special.before or not isinstance(first, Text):
         return []
-    spans = special_spans(first.text, habit)
+    spans = special_spans(first.text, special)
     if not spans or spans[0][0] != 0:
         return []
     return [
         f"The template starts with {first.text[: spans[0][1]]!r}; where that is the tokenizer's own start token, it "
-        "stands once."
+        "is written once."
     ]
 
 
@@ -234,31 +252,31 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def collate(encoded: Sequence[Encoded], pad_id: int = 0) -> Batch:
+def collate(rows: Sequence[Encoded], pad_id: int = 0) -> Batch:
     """Rows to one batch, right-padded to its longest. `pad_id` fills ids only; soft is -1 and trained False there."""
-    longest = max(len(one) for one in encoded)
-    ids_BS = torch.full((len(encoded), longest), pad_id, dtype=torch.int64)
-    soft_BS = torch.full((len(encoded), longest), -1, dtype=torch.int64)
-    trained_BS = torch.zeros((len(encoded), longest), dtype=torch.bool)
-    for b, one in enumerate(encoded):
-        ids_BS[b, : len(one)] = torch.tensor(one.ids, dtype=torch.int64)
-        soft_BS[b, : len(one)] = torch.tensor(one.soft, dtype=torch.int64)
-        trained_BS[b, : len(one)] = torch.tensor(one.trained, dtype=torch.bool)
-    lengths_B = torch.tensor([len(one) for one in encoded], dtype=torch.int64)
+    longest = max(len(row) for row in rows)
+    ids_BS = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    soft_BS = torch.full((len(rows), longest), -1, dtype=torch.int64)
+    trained_BS = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for b, row in enumerate(rows):
+        ids_BS[b, : len(row)] = torch.tensor(row.ids, dtype=torch.int64)
+        soft_BS[b, : len(row)] = torch.tensor(row.soft, dtype=torch.int64)
+        trained_BS[b, : len(row)] = torch.tensor(row.trained, dtype=torch.bool)
+    lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.int64)
     return Batch(
         ids_BS,
         soft_BS,
         trained_BS,
         lengths_B,
-        tuple(one.row for one in encoded),
-        sum(one.text_bytes for one in encoded),
+        tuple(row.row for row in rows),
+        sum(row.text_bytes for row in rows),
     )
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
     """Indices in batches for one epoch, each index once; the same seed and epoch give the same order.
 
-    Rows of alike length (within about a tenth) come together, so little is spent on padding; the order of the
+    Rows of similar length (within about a tenth) come together, so little is spent on padding; the order of the
     batches, and which of them is the smaller one, are drawn.
     """
     rng = random.Random(f"{seed}/{epoch}")
@@ -288,141 +306,135 @@ class _Run:
     words: str | None = None  # what the trained text says, where marks that close it are part of it
 
 
-@dataclass(frozen=True)
-class _Layout:
-    template: Template
-    tokenizer: Tokenizer
-    habit: Habits
-    end: End
-    generation: bool
-    special_tokens: bool
-    seen: dict[str, str]
-
-    def lay(self, example: Example, *, shortened: bool = False) -> Encoded:
-        runs, wants_end = self._runs(example)
-        found = Encoded([], [], [], example.row, 0)
-        rows, has_text = 0, False
-        before: tuple[int, ...] | None = None if self.template.chat else self.habit.before
-        for run in runs:
-            if run.soft:
-                found.ids += [0] * run.soft
-                found.soft += range(rows, rows + run.soft)
-                found.trained += [False] * run.soft
-                rows += run.soft
-                continue
-            if before is not None:
-                _append(found, before, trained=False)
-                run = self._without_typed(run, before)
-                found.special, before = len(before), None
-            data = () if self.special_tokens else run.data
-            ids = (
-                run.ids
-                if run.ids is not None
-                else tokens(self.tokenizer, run.text, self.habit, continues=has_text, data=data)
-            )
-            _append(found, ids, trained=run.trained)
-            if run.trained:
-                words = run.text if run.words is None else run.words
-                found.text_bytes += len(words.encode())
-                if run.ids is None and not self.generation:
-                    self._compare(found, run, list(ids), example)
-            has_text = has_text or bool(run.text)
-        if wants_end and not (shortened and self.template.target is None):
-            self._append_end(found)
-        return found
-
-    def _without_typed(self, run: _Run, before: tuple[int, ...]) -> _Run:
-        """The first run without a start token that the template spells out, which stands there already."""
-        marks = special_spans(run.text, self.habit)
-        if not marks or marks[0][0] != 0 or any(first < marks[0][1] for first, _ in run.data):
-            return run
-        typed = run.text[: marks[0][1]]
-        if tokens(self.tokenizer, typed, self.habit, continues=False) != list(before):
-            return run
-        data = tuple((first - len(typed), last - len(typed)) for first, last in run.data)
-        return replace(run, text=run.text[len(typed) :], data=data)
-
-    def _compare(self, found: Encoded, run: _Run, ids: list[int], example: Example) -> None:
-        """Keep what the tokens of a trained run say where that is not its text. Raises Unlabelled where it is nothing."""
-        text = run.text
-        left = self.seen.get(text)
-        if left is None:
-            left = read_back(self.tokenizer, text, ids)
-            if len(text) <= _REMEMBERED_LENGTH and len(self.seen) < _REMEMBERED_TEXTS:
-                self.seen[text] = left
-        if left == text:
-            return
-        for first, last in reversed(special_spans(text, self.habit)):
-            if self.special_tokens or not any(start < last and first < stop for start, stop in run.data):
-                text = text[:first] + text[last:]  # a special token is no part of what is read back
-        if left.strip() == text.strip():
-            return
-        if not left.strip() and not self._inside(run).strip() == "":
-            raise Unlabelled(
-                f"{example.where} has no token to learn: the base's tokenizer has none for {_shown(text.strip())} and "
-                "drops it. Write it with other characters, or leave the row out."
-            )
-        found.altered = found.altered or (text, left)
-
-    def _inside(self, run: _Run) -> str:
-        """What a row says in a run."""
-        return "".join(run.text[first:last] for first, last in run.data) if run.data else run.text
-
-    def _append_end(self, found: Encoded) -> None:
-        eos = self.tokenizer.eos_token_id
-        if eos is not None:
-            _append(found, [int(eos)], trained=True)
-            found.end = 1
-        elif self.end == "always":
-            raise DataError(
-                "data.end is always, but the base's tokenizer has no end token. Set it to auto or never."
-            )
-
-    def _runs(self, example: Example) -> tuple[list[_Run], bool]:
-        """The row as runs, neighbours of one kind joined; and whether an end token is wanted."""
-        target = self.template.target
-        runs: list[_Run] = []
-        trained = target is None and not self.generation
-        is_open = True
-        for piece in self.template.pieces:
-            match piece:
-                case Soft(length):
-                    runs.append(_Run(soft=length))
-                case Text(text):
-                    _join(runs, text, trained)
-                case Field(name) if name == target:
-                    space = _take_space(runs)
-                    if self.generation:
-                        _join(runs, "", False)
-                        break
-                    trained = True
-                    text = space + _field(example, name)
-                    runs.append(_Run(text, True, data=((len(space), len(text)),)))
-                case Field(name):
-                    _join(runs, _field(example, name), trained, data=True)
-                case Messages():
-                    found = chat.turns(
-                        example,
-                        self.tokenizer,
-                        generation=self.generation,
-                        habit=None if self.special_tokens else self.habit,
-                    )
-                    runs += [
-                        _Run(
-                            turn.text, turn.said_by_assistant, ids=turn.ids, data=turn.data, words=turn.words
-                        )
-                        for turn in found
-                    ]
-                    is_open = found[-1].open
-        wants_end = appends_end(self.template, self.tokenizer, self.habit, self.end, is_open=is_open)
-        return runs, wants_end and not self.generation
+def _laid(layout: Layout, example: Example, *, answering: bool, shortened: bool = False) -> Encoded:
+    """The row with its slots, however long it is."""
+    runs, wants_end = _runs(layout, example, answering=answering)
+    encoded = Encoded([], [], [], example.row, 0)
+    virtual, has_text = 0, False
+    before: tuple[int, ...] | None = None if layout.template.chat else layout.special.before
+    for run in runs:
+        if run.soft:
+            encoded.ids += [0] * run.soft
+            encoded.soft += range(virtual, virtual + run.soft)
+            encoded.trained += [False] * run.soft
+            virtual += run.soft
+            continue
+        if before is not None:
+            _append(encoded, before, trained=False)
+            run = _without_typed(layout, run, before)
+            encoded.special, before = len(before), None
+        data = () if layout.special_tokens else run.data
+        ids = (
+            run.ids
+            if run.ids is not None
+            else tokens(layout.tokenizer, run.text, layout.special, continues=has_text, data=data)
+        )
+        _append(encoded, ids, trained=run.trained)
+        if run.trained:
+            words = run.text if run.words is None else run.words
+            encoded.text_bytes += len(words.encode())
+            if run.ids is None and not answering:
+                _compare(layout, encoded, run, list(ids), example)
+        has_text = has_text or bool(run.text)
+    if wants_end and not (shortened and layout.template.target is None):
+        _append_end(layout, encoded)
+    return encoded
 
 
-def _append(found: Encoded, ids: Iterable[int], *, trained: bool) -> None:
+def _without_typed(layout: Layout, run: _Run, before: tuple[int, ...]) -> _Run:
+    """The first run without a start token that the template spells out, since it is there already."""
+    marks = special_spans(run.text, layout.special)
+    if not marks or marks[0][0] != 0 or any(first < marks[0][1] for first, _ in run.data):
+        return run
+    typed = run.text[: marks[0][1]]
+    if tokens(layout.tokenizer, typed, layout.special, continues=False) != list(before):
+        return run
+    data = tuple((first - len(typed), last - len(typed)) for first, last in run.data)
+    return replace(run, text=run.text[len(typed) :], data=data)
+
+
+def _compare(layout: Layout, encoded: Encoded, run: _Run, ids: list[int], example: Example) -> None:
+    """Keep what the tokens of a trained run say where that is not its text. Raises Unlabelled where it is nothing."""
+    text, known = run.text, layout.seen
+    left = known.get(text)
+    if left is None:
+        left = read_back(layout.tokenizer, text, ids)
+        if len(text) <= _REMEMBERED_LENGTH and len(known) < _REMEMBERED_TEXTS:
+            known[text] = left
+    if left == text:
+        return
+    for first, last in reversed(special_spans(text, layout.special)):
+        if layout.special_tokens or not any(start < last and first < stop for start, stop in run.data):
+            text = text[:first] + text[last:]  # reading back leaves special tokens out
+    if left.strip() == text.strip():
+        return
+    if not left.strip() and _row_text(run).strip():
+        raise Unlabelled(
+            f"{example.where} has no token to learn: the base's tokenizer has none for {_shown(text.strip())} and "
+            "drops it. Write it with other characters, or leave the row out."
+        )
+    encoded.altered = encoded.altered or (text, left)
+
+
+def _row_text(run: _Run) -> str:
+    """The part of a run's text that comes from the row."""
+    return "".join(run.text[first:last] for first, last in run.data) if run.data else run.text
+
+
+def _append_end(layout: Layout, encoded: Encoded) -> None:
+    eos = layout.tokenizer.eos_token_id
+    if eos is not None:
+        _append(encoded, [int(eos)], trained=True)
+        encoded.end = 1
+    elif layout.end == "always":
+        raise DataError(
+            "data.end is always, but the base's tokenizer has no end token. Set it to auto or never."
+        )
+
+
+def _runs(layout: Layout, example: Example, *, answering: bool) -> tuple[list[_Run], bool]:
+    """The row as runs, neighbours of one kind joined; and whether an end token is wanted."""
+    target = layout.template.target
+    runs: list[_Run] = []
+    trained = target is None and not answering
+    is_open = True
+    for piece in layout.template.pieces:
+        match piece:
+            case Soft(length):
+                runs.append(_Run(soft=length))
+            case Text(text):
+                _join(runs, text, trained)
+            case Field(name) if name == target:
+                space = _take_space(runs)
+                if answering:
+                    _join(runs, "", False)
+                    break
+                trained = True
+                text = space + _field(example, name)
+                runs.append(_Run(text, True, data=((len(space), len(text)),)))
+            case Field(name):
+                _join(runs, _field(example, name), trained, data=True)
+            case Messages():
+                turns = chat.turns(
+                    example,
+                    layout.tokenizer,
+                    generation=answering,
+                    special=None if layout.special_tokens else layout.special,
+                )
+                runs += [
+                    _Run(turn.text, turn.said_by_assistant, ids=turn.ids, data=turn.data, words=turn.words)
+                    for turn in turns
+                ]
+                is_open = turns[-1].open
+    wants_end = appends_end(layout.template, layout.tokenizer, layout.special, layout.end, is_open=is_open)
+    return runs, wants_end and not answering
+
+
+def _append(encoded: Encoded, ids: Iterable[int], *, trained: bool) -> None:
     ids = list(ids)
-    found.ids += ids
-    found.soft += [-1] * len(ids)
-    found.trained += [trained] * len(ids)
+    encoded.ids += ids
+    encoded.soft += [-1] * len(ids)
+    encoded.trained += [trained] * len(ids)
 
 
 def _join(runs: list[_Run], text: str, trained: bool, *, data: bool = False) -> None:
@@ -459,72 +471,81 @@ def _field(example: Example, name: str) -> str:
         ) from None
 
 
-def _without_slots(found: Encoded) -> Encoded:
-    keep = [s < 0 for s in found.soft]
+def _without_slots(encoded: Encoded) -> Encoded:
+    kept = [position for position, row in enumerate(encoded.soft) if row < 0]
     return replace(
-        found,
-        ids=[one for one, kept in zip(found.ids, keep, strict=True) if kept],
-        soft=[one for one, kept in zip(found.soft, keep, strict=True) if kept],
-        trained=[one for one, kept in zip(found.trained, keep, strict=True) if kept],
+        encoded,
+        ids=[encoded.ids[position] for position in kept],
+        soft=[-1] * len(kept),
+        trained=[encoded.trained[position] for position in kept],
     )
 
 
-def _first_unscored(found: Encoded, layout: _Layout, example: Example, *, only_head: bool) -> Encoded:
-    """Unmark position 0, which nothing predicts; and the first token wherever it stands unless `only_head`."""
-    at = 0 if only_head else next(i for i, row in enumerate(found.soft) if row < 0)
-    if not found.trained[at]:
-        return found
-    text = next(run.text for run in layout._runs(example)[0] if not run.soft and run.text)
-    trained = list(found.trained)
-    trained[at] = False
-    lost = first_token_bytes(layout.tokenizer, text, layout.habit, continues=False)
-    if not any(trained[: len(trained) - found.end]):
+def _untrained_at(encoded: Encoded, position: int, layout: Layout, example: Example) -> Encoded:
+    """The row without a label at `position`, its first token, and without that token's bytes.
+
+    Raises Unlabelled when that was the only token to learn."""
+    if not encoded.trained[position]:
+        return encoded
+    runs, _ = _runs(layout, example, answering=False)
+    text = next(run.text for run in runs if not run.soft and run.text)
+    trained = list(encoded.trained)
+    trained[position] = False
+    lost = first_token_bytes(layout.tokenizer, text, layout.special, continues=False)
+    if not any(trained[: len(trained) - encoded.end]):
         raise Unlabelled(
             f"{example.where}: its only trained token stands first, where nothing predicts it. "
             "Give longer text, or put something before it in data.template."
         )
-    return replace(found, trained=trained, text_bytes=max(0, found.text_bytes - lost))
+    return replace(encoded, trained=trained, text_bytes=max(0, encoded.text_bytes - lost))
 
 
-def _shortened(layout: _Layout, example: Example, length: int, limit: int) -> Encoded:
+def _shortened(layout: Layout, example: Example, length: int, limit: int, *, answering: bool) -> Encoded:
     """The row with as much of its longest field, then of the next, as fits into `limit` positions."""
     if layout.template.chat:
-        return _fewer_turns(layout, example, length, limit)
+        return _fewer_turns(layout, example, length, limit, answering=answering)
     fields = dict(example.fields)
-    for name in sorted(layout.template.inputs, key=lambda one: -len(fields.get(one, ""))):
+    for name in sorted(layout.template.inputs, key=lambda name: -len(fields.get(name, ""))):
         text = fields[name]
 
         def laid(keep: int, name: str = name, text: str = text) -> Encoded:
             fields[name] = text[:keep].rstrip()
-            return layout.lay(replace(example, fields=fields), shortened=True)
+            return _laid(layout, replace(example, fields=fields), answering=answering, shortened=True)
 
+        # How many tokens a cut text has is only known by tokenising it. Where one character is too much, this field
+        # stays at that one character and the next longest is cut too.
         fits, over = 1, 2
         if len(laid(fits)) > limit:
             continue
+        # Doubling from below costs as much as the part that is kept, however long the whole text is.
         while over < len(text) and len(laid(over)) <= limit:
             fits, over = over, over * 2
+        # Bisection: `fits` characters fit, `over` do not.
         over = min(over, len(text))
         while over - fits > 1:
             middle = (fits + over) // 2
             fits, over = (middle, over) if len(laid(middle)) <= limit else (fits, middle)
-        found = laid(fits)
-        return replace(found, cut=length - len(found))
+        encoded = laid(fits)
+        return replace(encoded, cut=length - len(encoded))
     raise _too_long(
         example, layout.template, length, limit, "Fixed text and target alone are too long: shorten them"
     )
 
 
-def _fewer_turns(layout: _Layout, example: Example, length: int, limit: int) -> Encoded:
+def _fewer_turns(layout: Layout, example: Example, length: int, limit: int, *, answering: bool) -> Encoded:
+    """The chat without its oldest turns: the system's turn stays, and what follows it starts with the user's."""
     messages = example.messages or ()
     system = messages[:1] if messages and messages[0].role == "system" else ()
     rest = messages[len(system) :]
     for start in range(1, len(rest)):
         left = rest[start:]
-        if left[0].role != "user" or (not layout.generation and all(one.role != "assistant" for one in left)):
+        teaches = answering or any(message.role == "assistant" for message in left)
+        if left[0].role != "user" or not teaches:
             continue
-        found = layout.lay(replace(example, messages=(*system, *left)), shortened=True)
-        if len(found) <= limit:
-            return replace(found, cut=length - len(found))
+        shorter = replace(example, messages=(*system, *left))
+        encoded = _laid(layout, shorter, answering=answering, shortened=True)
+        if len(encoded) <= limit:
+            return replace(encoded, cut=length - len(encoded))
     raise _too_long(
         example, layout.template, length, limit, "Its last exchange alone is too long: leave the row out"
     )

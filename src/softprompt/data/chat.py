@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from softprompt.data.example import Example, Message
-from softprompt.data.tokenizer import Habits, Spans, Tokenizer, special_spans
+from softprompt.data.tokenizer import Spans, SpecialTokens, Tokenizer, special_spans
 from softprompt.errors import DataError
 
 
@@ -30,7 +30,7 @@ class Turn:
 
 
 def turns(
-    example: Example, tokenizer: Tokenizer, *, generation: bool = False, habit: Habits | None = None
+    example: Example, tokenizer: Tokenizer, *, generation: bool = False, special: SpecialTokens | None = None
 ) -> list[Turn]:
     """The chat in stretches, in order, up to the end of the assistant's last words.
 
@@ -40,7 +40,7 @@ def turns(
     The closing mark that the template writes after the assistant's words belongs to them; blanks behind it do not.
 
     With `generation` a last turn of the assistant is left out and the rendering ends where the answer starts. Calls of
-    functions, and the row's tools, are written by the chat template. With `habit` special tokens that a message spells
+    functions, and the row's tools, are written by the chat template. With `special` special tokens that a message spells
     are plain text.
 
     Raises DataError without messages, without a chat template, and where the assistant's words cannot be found.
@@ -69,11 +69,11 @@ def turns(
         messages = messages[: 1 + max(i for i, message in enumerate(messages) if _teaches(message))]
     try:
         cut = _by_rendering(messages, tokenizer, example, generation)
-        return _with_data(cut, messages, example, habit)
+        return _with_data(cut, messages, example, special)
     except _Rewritten as rewritten:
         if generation:
             cut = [Turn(_render(messages, tokenizer, example, prompt=True), False)]
-            return _with_data(cut, messages, example, habit)
+            return _with_data(cut, messages, example, special)
         if "{% generation" not in str(tokenizer.chat_template).replace("{%-", "{%"):
             raise DataError(str(rewritten)) from None
         return _by_marks(messages, tokenizer, example)
@@ -104,13 +104,13 @@ def _refuse_unwritten(messages: Sequence[Message], tokenizer: Tokenizer, example
 
 
 def _with_data(
-    cut: list[Turn], messages: Sequence[Message], example: Example, habit: Habits | None
+    cut: list[Turn], messages: Sequence[Message], example: Example, special: SpecialTokens | None
 ) -> list[Turn]:
     """The stretches with the places of what the messages say, if any of it spells a special token."""
     spelled = [message.content for message in messages]
     spelled += [text for message in messages for _, text in message.more]
-    if habit is None or not any(
-        special_spans(text, habit) for text in [*spelled, example.fields.get("tools", "")]
+    if special is None or not any(
+        special_spans(text, special) for text in [*spelled, example.fields.get("tools", "")]
     ):
         return cut
     whole = "".join(turn.text for turn in cut)
@@ -118,8 +118,8 @@ def _with_data(
     for message in messages:
         content = message.content.strip()
         first = whole.find(content, at)
-        if any(special_spans(text, habit) for text in (content, *(text for _, text in message.more))) and (
-            first < 0 or not special_spans(content, habit)
+        if any(special_spans(text, special) for text in (content, *(text for _, text in message.more))) and (
+            first < 0 or not special_spans(content, special)
         ):
             raise DataError(
                 f"{example.where}: a turn ({message.role}) spells a special token, and the base's chat template rewrites "
@@ -128,7 +128,7 @@ def _with_data(
         if first >= 0:
             at = first + len(content)
             spans.append((first, at))
-    if special_spans(example.fields.get("tools", ""), habit):
+    if special_spans(example.fields.get("tools", ""), special):
         raise DataError(
             f"{example.where}: its tools spell a special token. Leave the row out, or set data.special_tokens."
         )

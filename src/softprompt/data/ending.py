@@ -9,7 +9,7 @@ from typing import Literal
 from softprompt.data import chat
 from softprompt.data.example import Example, Message
 from softprompt.data.template import Field, Template, Text
-from softprompt.data.tokenizer import Habits, Tokenizer, habits
+from softprompt.data.tokenizer import SpecialTokens, Tokenizer, special_tokens_of
 from softprompt.errors import DataError
 
 End = Literal["auto", "always", "never"]
@@ -40,7 +40,7 @@ def ending_of(
     """The ending that rows of `template` are trained with; `also` are end tokens that the base names itself."""
     text, is_open = _closing_chat(template, tokenizer) if template.chat else (_fixed_text(template), True)
     appends = tokenizer.eos_token_id is not None and appends_end(
-        template, tokenizer, habits(tokenizer), end, is_open=is_open
+        template, tokenizer, special_tokens_of(tokenizer), end, is_open=is_open
     )
     ids = {int(one) for one in also}
     if tokenizer.eos_token_id is not None:
@@ -55,7 +55,9 @@ def ending_of(
     return Ending(frozenset(ids), text, (text,) if decides else (), learned)
 
 
-def appends_end(template: Template, tokenizer: Tokenizer, habit: Habits, end: End, *, is_open: bool) -> bool:
+def appends_end(
+    template: Template, tokenizer: Tokenizer, special: SpecialTokens, end: End, *, is_open: bool
+) -> bool:
     """Whether a row's last token is an end token, where the tokenizer has one.
 
     `is_open` tells that the chat template writes no closing mark after the assistant's words. auto: after a target, an
@@ -64,7 +66,7 @@ def appends_end(template: Template, tokenizer: Tokenizer, habit: Habits, end: En
         return end == "always"
     if template.chat:
         return is_open
-    return template.target is not None or tokenizer.eos_token_id in habit.after
+    return template.target is not None or tokenizer.eos_token_id in special.after
 
 
 def remark(template: Template, ending: Ending) -> str | None:

@@ -9,19 +9,18 @@ from typing import Literal
 
 from softprompt.data.batch import (
     Encoded,
-    End,
-    Overflow,
+    Layout,
     TooLong,
     Unlabelled,
     altered_remark,
-    encode,
+    to_learn,
     typed_start_remark,
 )
 from softprompt.data.encoded import EncodedRows
 from softprompt.data.ending import ending_of, remark
 from softprompt.data.example import Example
 from softprompt.data.template import Template
-from softprompt.data.tokenizer import Habits, Tokenizer, habits, special_spans
+from softprompt.data.tokenizer import Tokenizer, special_spans
 from softprompt.errors import DataError
 
 Kind = Literal["soft", "context", "trained", "special"]
@@ -77,77 +76,57 @@ class Preview:
     remarks: tuple[str, ...] = ()
 
 
-def preview(
-    template: Template,
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
-    *,
-    show: int = 3,
-    max_length: int | None = None,
-    on_overflow: Overflow = "error",
-    end: End = "auto",
-    special_tokens: bool = False,
-) -> Preview:
-    """Encode every row as a run would and tell what came of it; the first `show` good rows token by token.
+def preview(layout: Layout, examples: Sequence[Example], *, show: int = 3) -> Preview:
+    """Lay out every row as a run would and count; the first `show` good rows are shown token by token.
 
-    Rows that a run would refuse are counted instead. Raises DataError only where no row could be encoded at all,
+    Rows that a run would refuse are counted instead. Raises DataError only where no row could be laid out at all,
     such as for a field that does not exist.
     """
-    habit = habits(tokenizer)
-    encoded = EncodedRows()
-    seen: dict[str, str] = {}
+    template, tokenizer = layout.template, layout.tokenizer
+    rows = EncodedRows()
     dropped = 0
     too_long: list[str] = []
     unlabelled: list[str] = []
     for example in examples:
         try:
-            one = encode(
-                template,
-                example,
-                tokenizer,
-                max_length=max_length,
-                on_overflow=on_overflow,
-                end=end,
-                habit=habit,
-                special_tokens=special_tokens,
-                seen=seen,
-            )
+            rows.append(to_learn(layout, example))
         except TooLong as error:
-            too_long.append(str(error))
-            continue
+            if layout.on_overflow == "drop":
+                dropped += 1
+            else:
+                too_long.append(str(error))
         except Unlabelled as error:
             unlabelled.append(str(error))
-            continue
-        if one is None:
-            dropped += 1
-        else:
-            encoded.append(one)
     if not examples:
         raise DataError("There is no row to show. Give at least one.")
-    soft = sum(row >= 0 for one in encoded for row in one.soft)
-    cut = [one.cut for one in encoded if one.cut]
-    altered = [one for one in encoded if one.altered]
+    virtual = sum(prompt_row >= 0 for row in rows for prompt_row in row.soft)
+    cut = [row.cut for row in rows if row.cut]
+    altered = [row for row in rows if row.altered]
     return Preview(
         template=str(template),
         target=template.target,
         learns=_learns(template),
-        shown=tuple(ShownRow(one.row, tuple(_tokens(one, tokenizer)), one.cut) for one in encoded[:show]),
+        shown=tuple(ShownRow(row.row, tuple(_tokens(row, tokenizer)), row.cut) for row in rows[:show]),
         examples=len(examples),
-        tokens=sum(encoded.lengths) - soft,
-        trained_tokens=sum(one.trained_tokens for one in encoded),
-        soft_positions=soft,
+        tokens=sum(rows.lengths) - virtual,
+        trained_tokens=sum(row.trained_tokens for row in rows),
+        soft_positions=virtual,
         truncated=len(cut),
         cut_tokens=sum(cut),
         dropped=dropped,
         too_long=len(too_long),
         unlabelled=len(unlabelled),
-        lengths=_quantiles(encoded.lengths),
+        lengths=_quantiles(rows.lengths),
         problems=tuple(chain(too_long[:1], unlabelled[:1])),
         remarks=(
             *altered_remark(altered, len(altered)),
-            *_spelled_remark(examples, habit, special_tokens),
-            *typed_start_remark(template, habit),
-            *(text for text in [remark(template, ending_of(template, tokenizer, end))] if text is not None),
+            *_spelled_remark(layout, examples),
+            *typed_start_remark(template, layout.special),
+            *(
+                text
+                for text in [remark(template, ending_of(template, tokenizer, layout.end))]
+                if text is not None
+            ),
         ),
     )
 
@@ -158,13 +137,13 @@ def _learns(template: Template) -> str:
     return "the assistant's turns" if template.chat else "all text"
 
 
-def _spelled_remark(examples: Sequence[Example], habit: Habits, special_tokens: bool) -> list[str]:
+def _spelled_remark(layout: Layout, examples: Sequence[Example]) -> list[str]:
     """A sentence on rows that spell special tokens."""
     spelling = [
         example.row
         for example in examples
         if any(
-            special_spans(text, habit)
+            special_spans(text, layout.special)
             for text in (*example.fields.values(), *(message.content for message in example.messages or ()))
         )
     ]
@@ -172,7 +151,7 @@ def _spelled_remark(examples: Sequence[Example], habit: Habits, special_tokens: 
         return []
     read = (
         "special tokens, as data.special_tokens says"
-        if special_tokens
+        if layout.special_tokens
         else "plain text (data.special_tokens)"
     )
     return [
@@ -180,10 +159,10 @@ def _spelled_remark(examples: Sequence[Example], habit: Habits, special_tokens: 
     ]
 
 
-def _tokens(one: Encoded, tokenizer: Tokenizer) -> Iterable[Token]:
-    start = 0  # of the text that stands together, that is, behind the last slot
-    special_left = one.special
-    for s, (token, row, trained) in enumerate(zip(one.ids, one.soft, one.trained, strict=True)):
+def _tokens(encoded: Encoded, tokenizer: Tokenizer) -> Iterable[Token]:
+    start = 0  # of the text that is decoded together: it begins behind the last slot
+    special_left = encoded.special
+    for s, (token, row, trained) in enumerate(zip(encoded.ids, encoded.soft, encoded.trained, strict=True)):
         if row >= 0:
             start = s + 1
             yield Token(str(row), "soft", None)
@@ -192,7 +171,7 @@ def _tokens(one: Encoded, tokenizer: Tokenizer) -> Iterable[Token]:
         if special_left:
             kind, special_left = "special", special_left - 1
         first = max(start, s - _WINDOW)
-        yield Token(_written(one.ids[first:s], token, tokenizer), kind, token)
+        yield Token(_written(encoded.ids[first:s], token, tokenizer), kind, token)
 
 
 def _written(before: list[int], token: int, tokenizer: Tokenizer) -> str:

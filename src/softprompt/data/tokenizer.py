@@ -28,38 +28,40 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Habits:
+class SpecialTokens:
     """What a tokenizer adds to a text of its own accord.
 
     `before` and `after` are the special tokens it puts around a text (BOS; EOS). `leading_space` tells that it reads
     a text's start as if a space stood there (SentencePiece's dummy prefix), which is wrong in the middle of a line.
-    `specials` are the spellings that it reads as special tokens wherever they stand.
+    `spellings` are the texts that it reads as special tokens wherever they stand.
     """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
     leading_space: bool
-    specials: tuple[str, ...] = ()
+    spellings: tuple[str, ...] = ()
 
 
 Spans = Sequence[tuple[int, int]]
 """Stretches of a text, each from a first character up to one that is no part of it."""
 
 
-def habits(tokenizer: Tokenizer) -> Habits:
+def special_tokens_of(tokenizer: Tokenizer) -> SpecialTokens:
     """Find out by tokenising three short texts."""
     bare, wrapped = _ids(tokenizer, "a"), _ids(tokenizer, "a", special=True)
     start = _find(bare, wrapped)
     before, after = (wrapped[:start], wrapped[start + len(bare) :]) if start is not None else ([], [])
-    return Habits(
+    return SpecialTokens(
         tuple(before),
         tuple(after),
         leading_space=_behind(tokenizer, "\n", "a") not in (None, bare),
-        specials=_specials(tokenizer),
+        spellings=_spellings(tokenizer),
     )
 
 
-def tokens(tokenizer: Tokenizer, text: str, habit: Habits, *, continues: bool, data: Spans = ()) -> list[int]:
+def tokens(
+    tokenizer: Tokenizer, text: str, special: SpecialTokens, *, continues: bool, data: Spans = ()
+) -> list[int]:
     """Ids of `text`, nothing put around it; with `continues` as they are when other text stands before it.
 
     `data` are the stretches that come from a row: what looks like a special token there is plain text."""
@@ -67,37 +69,41 @@ def tokens(tokenizer: Tokenizer, text: str, habit: Habits, *, continues: bool, d
         return []
     if not text.isascii():
         refuse_broken(text, "the text")
-    marks = special_spans(text, habit)
+    marks = special_spans(text, special)
     written = [mark for mark in marks if not _overlaps(mark, data)]
     if len(written) == len(marks):
-        return _continued(tokenizer, text, habit, continues=continues, plain=False)
+        return _continued(tokenizer, text, special, continues=continues, plain=False)
     # Some data spells a special token. The text is cut at those that the template writes; all else is plain.
     ids: list[int] = []
     start = 0
     for first, last in [*written, (len(text), len(text))]:
         behind = continues or start > 0
         if start < first:
-            ids += _continued(tokenizer, text[start:first], habit, continues=behind, plain=True)
+            ids += _continued(tokenizer, text[start:first], special, continues=behind, plain=True)
         if first < last:
             ids += _ids(tokenizer, text[first:last])
         start = last
     return ids
 
 
-def special_spans(text: str, habit: Habits) -> list[tuple[int, int]]:
+def special_spans(text: str, special: SpecialTokens) -> list[tuple[int, int]]:
     """Where `text` spells special tokens."""
-    if not habit.specials:
+    if not special.spellings:
         return []
-    return [match.span() for match in _spelled(habit.specials).finditer(text)]
+    return [match.span() for match in _spelled(special.spellings).finditer(text)]
 
 
-def surviving(tokenizer: Tokenizer, text: str, habit: Habits | None = None) -> str:
+def surviving(
+    tokenizer: Tokenizer, text: str, special: SpecialTokens | None = None, *, special_tokens: bool = False
+) -> str:
     """What is left of a text of data after tokens and back: the most that a base can be taught to say of it.
 
     Some tokenizers have no token for a character, lower its case or change its width. Blanks at the start are kept,
-    as some tokenizers show them only behind other text."""
-    habit = habit or habits(tokenizer)
-    return read_back(tokenizer, text, tokens(tokenizer, text, habit, continues=True, data=[(0, len(text))]))
+    as some tokenizers show them only behind other text. With `special_tokens` the special tokens that it spells are
+    read as such, and so left out of what is read back."""
+    special = special or special_tokens_of(tokenizer)
+    data = () if special_tokens else [(0, len(text))]
+    return read_back(tokenizer, text, tokens(tokenizer, text, special, continues=True, data=data))
 
 
 def read_back(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> str:
@@ -107,8 +113,10 @@ def read_back(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> str:
     return text[:blanks] + back.lstrip(" ") if blanks or back[:1] == " " else back
 
 
-def _continued(tokenizer: Tokenizer, text: str, habit: Habits, *, continues: bool, plain: bool) -> list[int]:
-    if continues and habit.leading_space:
+def _continued(
+    tokenizer: Tokenizer, text: str, special: SpecialTokens, *, continues: bool, plain: bool
+) -> list[int]:
+    if continues and special.leading_space:
         for anchor in ("\n", "=", "a"):  # none of them joins with every text, so try a few
             ids = _behind(tokenizer, anchor, text, plain=plain)
             if ids is not None:
@@ -120,20 +128,20 @@ def _overlaps(mark: tuple[int, int], spans: Spans) -> bool:
     return any(first < mark[1] and mark[0] < last for first, last in spans)
 
 
-def _specials(tokenizer: Tokenizer) -> tuple[str, ...]:
+def _spellings(tokenizer: Tokenizer) -> tuple[str, ...]:
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
     texts = [str(token) for token in added.values() if getattr(token, "special", False)]
     return tuple(dict.fromkeys([*texts, *map(str, getattr(tokenizer, "all_special_tokens", ()))]))
 
 
 @lru_cache(maxsize=8)
-def _spelled(specials: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(text) for text in sorted(specials, key=len, reverse=True) if text))
+def _spelled(spellings: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(text) for text in sorted(spellings, key=len, reverse=True) if text))
 
 
-def first_token_bytes(tokenizer: Tokenizer, text: str, habit: Habits, *, continues: bool) -> int:
+def first_token_bytes(tokenizer: Tokenizer, text: str, special: SpecialTokens, *, continues: bool) -> int:
     """UTF-8 bytes of `text` that its first token stands for."""
-    ids = tokens(tokenizer, text, habit, continues=continues)
+    ids = tokens(tokenizer, text, special, continues=continues)
     whole = len(text.encode())
     if len(ids) < 2:
         return whole

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import TooLong
+from softprompt.data.batch import TooLong, to_learn
 from softprompt.data.example import Example, Splits
 from softprompt.data.source import OWN
 from softprompt.data.template import Template
@@ -34,6 +34,7 @@ Rows: TypeAlias = Task | Splits | str | Path | Iterable[Any]
 """What can be judged on: a task, splits, a source (file, folder, id), or rows in memory."""
 
 IN_MEMORY = "rows in memory"
+DEMANDED = ("max_length", "on_overflow", "end", "special_tokens")  # of any row that a prompt reads
 SPLITS = ("test", "validation", "train")  # the most independent one first
 
 
@@ -73,7 +74,7 @@ def evaluate(
     examples, split = judged_examples(task.splits, settings.split)
     examples = examples[: settings.judge_rows]
     layout = task.template
-    compiled = compiled_for(lm, learned, text, layout)
+    compiled = compiled_for(lm, learned, text, layout, special_tokens=task.special_tokens)
     examples, left_out = fitting(task, lm, examples, lambda example: _positions(task, lm, compiled, example))
     known = chain(task.splits.train, examples)
     names = list(dict.fromkeys([*(settings.metrics or default_metrics(layout, known)), *extra_metrics]))
@@ -89,7 +90,9 @@ def evaluate(
         "target": layout.target,
         "data": {"source": task.splits.source, "revision": task.splits.revision, "split": split},
         "answers": asked.answers,
-        "settings": asked.model_dump(exclude={"batch_rows"}) | {"end": task.end},
+        "settings": asked.model_dump(exclude={"batch_rows"})
+        | {"end": task.end}
+        | ({"special_tokens": True} if task.special_tokens else {}),
         "left_out": left_out,
         "metrics": names,
     }
@@ -102,7 +105,7 @@ def evaluate(
             out=None if out is None else folder_named(out),
             about=about,
             on_progress=advance,
-            as_learned=as_learned(lm),
+            as_learned=as_learned(lm, special_tokens=task.special_tokens),
         )
 
 
@@ -123,7 +126,10 @@ def _settled_task(
     recipe = recipe_for(prompt, {**given, **named}, None if isinstance(base, FrozenLM) else base)
     lm = base if isinstance(base, FrozenLM) else load_base(recipe)
     if isinstance(data, Task):
-        return data if prompt is None else replace(data, template=_laid_out(prompt, given, data)), lm
+        if prompt is None:
+            return data, lm
+        special_tokens = data.special_tokens or prompt.special_tokens
+        return replace(data, template=_laid_out(prompt, given, data), special_tokens=special_tokens), lm
     splits = data if isinstance(data, Splits) else read_splits(recipe, data if in_memory else None)
     if split is not None and not in_memory and not getattr(splits, split, ()):
         # A split that nothing was held out as: the source's own of that name.
@@ -162,7 +168,7 @@ def recipe_for(prompt: Prompt | None, given: Mapping[str, Any], base: str | Path
         if name in Data.model_fields
     }
     if "source" in given:  # other rows: only what the prompt demands of any row
-        data = {name: data[name] for name in ("max_length", "on_overflow", "end") if name in data}
+        data = {name: data[name] for name in DEMANDED if name in data}
     elif not data.get("source"):
         raise RecipeError(f"{prompt.name} does not say what data it was learned on. Name some with --data.")
     elif data.get("validation") is None and metrics.get("judged_on") == "training":
@@ -241,14 +247,16 @@ def fitting(
 def _positions(task: Task, lm: FrozenLM, prompt: CompiledPrompt, example: Example) -> int:
     """How long a row is in all: the prompt, its input and its wanted answer."""
     row = prompt.example(example)
-    return len(prompt.laid_out(prompt.encoded(lm, prompt.template, row, generation=False, end=task.end)))
+    return len(prompt.laid_out(to_learn(prompt.layout(lm, end=task.end), row)))
 
 
-def compiled_for(lm: FrozenLM, prompt: Prompt | None, text: str | None, layout: Template) -> CompiledPrompt:
+def compiled_for(
+    lm: FrozenLM, prompt: Prompt | None, text: str | None, layout: Template, *, special_tokens: bool = False
+) -> CompiledPrompt:
     """What is judged, in the one form that generation and scoring know."""
     if text is not None:
-        return text_prompt(lm, layout, text)
-    return compile_prompt(lm, prompt, template=layout)
+        return text_prompt(lm, layout, text, special_tokens=special_tokens)
+    return compile_prompt(lm, prompt, template=layout, special_tokens=special_tokens)
 
 
 def described(lm: FrozenLM) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from functools import cache
 from itertools import chain
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Encoded, End, encode
+from softprompt.data.batch import Encoded, End, to_judge
 from softprompt.data.ending import ending_of
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Soft, Template, Text
-from softprompt.data.tokenizer import habits, surviving
+from softprompt.data.tokenizer import special_tokens_of, surviving
 from softprompt.errors import RecipeError
 from softprompt.evaluation.evaluate import Answer, Predict, wanted_text, written_out
 from softprompt.evaluation.metric import Metric
@@ -75,7 +75,7 @@ def predictor(
         )
     labels, batch_rows = settings.labels, settings.batch_rows
     bias = _bias(lm, prompt, layout, labels, end, batch_rows) if labels and settings.calibrate else {}
-    learned_form = as_learned(lm)
+    learned_form = as_learned(lm, special_tokens=prompt.special_tokens)
 
     def predict(examples: Sequence[Example]) -> list[Answer]:
         answers = [Answer() for _ in examples]
@@ -104,17 +104,19 @@ def predictor(
     return predict
 
 
-def as_learned(lm: FrozenLM) -> Callable[[str], str]:
+def as_learned(lm: FrozenLM, *, special_tokens: bool = False) -> Callable[[str], str]:
     """The form of a text that the base can be taught to say: what is left of it after tokens and back.
 
     A tokenizer may lower its case, change its width or drop characters; no answer could ever equal the original."""
-    habit = habits(lm.tokenizer)
-    return cache(lambda text: surviving(lm.tokenizer, text, habit))
+    special = special_tokens_of(lm.tokenizer)
+    return cache(lambda text: surviving(lm.tokenizer, text, special, special_tokens=special_tokens))
 
 
-def text_prompt(lm: FrozenLM, layout: Template, text: str, name: str = "text") -> CompiledPrompt:
+def text_prompt(
+    lm: FrozenLM, layout: Template, text: str, name: str = "text", *, special_tokens: bool = False
+) -> CompiledPrompt:
     """A text in front of the task's template, its soft slots left out."""
-    return compile_prompt(lm, with_text(layout, text), name=name)
+    return compile_prompt(lm, with_text(layout, text), name=name, special_tokens=special_tokens)
 
 
 def with_text(layout: Template, text: str) -> Template:
@@ -162,18 +164,14 @@ def _scored(
         lm,
         [replace(one, fields={"all": written_out(layout, one)}) for one in examples],
         None,
-        compile_prompt(lm, front, name=prompt.name),
+        compile_prompt(lm, front, name=prompt.name, special_tokens=prompt.special_tokens),
         end="always" if alone[0].end else "never",
         batch_rows=batch_rows,
     )
 
 
 def _alone(lm: FrozenLM, layout: Template, example: Example, prompt: CompiledPrompt, end: End) -> Encoded:
-    found = encode(
-        layout, example, lm.tokenizer, base_only=True, score_first=False, end=end, habit=prompt.habit
-    )
-    assert found is not None  # no limit was given, so nothing was dropped
-    return found
+    return to_judge(replace(prompt.layout(lm, layout, end=end), slots=False), example)
 
 
 def _label_scores(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from softprompt.data.tokenizer import Habits, Tokenizer, tokens
+from softprompt.data.tokenizer import SpecialTokens, Tokenizer, tokens
 from softprompt.errors import DataError
 
 
 def bad_sequences(
-    words: Sequence[str], tokenizer: Tokenizer, habit: Habits, end_ids: Collection[int]
+    words: Sequence[str], tokenizer: Tokenizer, special: SpecialTokens, end_ids: Collection[int]
 ) -> tuple[tuple[int, ...], ...]:
     """Each word as tokens, as it is and with a space in front of it: most tokenizers write the two differently.
 
@@ -17,7 +17,7 @@ def bad_sequences(
     sequences: dict[tuple[int, ...], None] = {}
     for word in words:
         for text in (word, " " + word.lstrip()):
-            sequence = tuple(tokens(tokenizer, text, habit, continues=True))
+            sequence = tuple(tokens(tokenizer, text, special, continues=True))
             if not sequence:
                 raise DataError(f"bad_words: the base's tokenizer has no token for {word!r}. Leave it out.")
             if len(sequence) == 1 and sequence[0] in end_ids:

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State, row_state
-from softprompt.data.batch import Encoded, End, encode
+from softprompt.data.batch import Encoded, End, Layout, to_answer
 from softprompt.data.ending import NO_ENDING, Ending, ending_of
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Messages, Soft, Template, Text
-from softprompt.data.tokenizer import Habits, habits, tokens
+from softprompt.data.tokenizer import SpecialTokens, special_tokens_of, tokens
 from softprompt.errors import DataError, PromptError, RecipeError
 from softprompt.inference.prefill import Row, prefill
 from softprompt.inference.verify import demand_exact
@@ -42,16 +42,18 @@ class TextPrompt:
 class CompiledPrompt:
     """A prompt after the frozen model has read it. Make one with `compile_prompt`; it belongs to that base.
 
-    `state` holds the keys and values, `ending` how answers end under this layout; `name` is None for the base alone. `kind` is none, text, soft or deep.
+    `state` holds the keys and values, `ending` how answers end under this layout; `name` is None for the base alone.
+    `kind` is none, text, soft or deep. With `special_tokens`, special tokens that an input spells are read as such.
     """
 
     state: State
     name: str | None
     kind: str
-    habit: Habits
+    special: SpecialTokens
     template: Template
     vectors_PD: Tensor | None = None
     ending: Ending = NO_ENDING
+    special_tokens: bool = False
 
     @property
     def length(self) -> int:
@@ -75,7 +77,7 @@ class CompiledPrompt:
 
     def marks(self, lm: FrozenLM, given: str | Example) -> list[int]:
         """The whole sequence of a row, up to where its continuation starts: token ids, and -1 - i for vector i."""
-        return self.laid_out(self.encoded(lm, self.template, self.example(given), generation=True))
+        return self.laid_out(to_answer(self.layout(lm), self.example(given)))
 
     def example(self, given: str | Example) -> Example:
         """The row that `given` stands for. Plain text fills the template's only input, and the other way round."""
@@ -85,21 +87,16 @@ class CompiledPrompt:
             return replace(given, fields={"text": next(iter(given.fields.values()))})
         return given
 
-    def encoded(
-        self, lm: FrozenLM, template: Template, example: Example, *, generation: bool, end: End = "never"
-    ) -> Encoded:
-        """`example` in `template` as this kind of prompt wants it, slots kept only for vectors to stand in."""
-        found = encode(
-            template,
-            example,
+    def layout(self, lm: FrozenLM, template: Template | None = None, *, end: End = "never") -> Layout:
+        """How rows are laid out under this prompt: slots are kept only where vectors fill them."""
+        return Layout(
+            template or self.template,
             lm.tokenizer,
-            generation=generation,
+            self.special,
             end=end,
-            base_only=self.kind != "soft",
-            habit=self.habit,
+            special_tokens=self.special_tokens,
+            slots=self.kind == "soft",
         )
-        assert found is not None  # no limit was given, so nothing was dropped
-        return found
 
     def laid_out(self, encoded: Encoded) -> list[int]:
         """The marks of an encoded row (data.batch.Encoded): a deep prompt's virtual tokens stand before it."""
@@ -131,13 +128,20 @@ Promptable: TypeAlias = SoftPrompt | DeepPrompt | CompiledPrompt | TextPrompt | 
 
 @torch.no_grad()
 def compile_prompt(
-    lm: FrozenLM, prompt: Promptable, *, template: Template | str | None = None, name: str | None = None
+    lm: FrozenLM,
+    prompt: Promptable,
+    *,
+    template: Template | str | None = None,
+    name: str | None = None,
+    special_tokens: bool | None = None,
 ) -> CompiledPrompt:
     """Read a prompt once.
 
     A learned prompt is laid out by its own template (`template` replaces it). A TextPrompt stands in front of every
     input, verbatim; a Template without slots puts text around it. None is the base alone, which sees the input, or the
-    input in `template` with its soft slots left out. A compiled prompt is given back.
+    input in `template` with its soft slots left out. A compiled prompt is given back. `special_tokens` reads special
+    tokens that an input spells as such; without it, a learned prompt reads inputs as it was trained, and else they are
+    plain text.
 
     Raises WrongBase for a prompt that was learned on another base, PromptError for a str that is no prompt's folder,
     PromptError or DataError where the prompt cannot be laid out.
@@ -152,7 +156,7 @@ def compile_prompt(
         return prompt if name is None else replace(prompt, name=name)
     if isinstance(prompt, str | Path):
         prompt = _from_folder(prompt)
-    habit = habits(lm.tokenizer)
+    special = special_tokens_of(lm.tokenizer)
     if isinstance(prompt, TextPrompt):
         name = name or prompt.name
         prompt = Template((Text(prompt.text), Field("text")) if prompt.text else (Field("text"),))
@@ -161,7 +165,15 @@ def compile_prompt(
     if prompt is None or isinstance(prompt, Template):
         layout = Template.parse(template or "{text}") if not isinstance(template, Template) else template
         kind = "none" if name is None else "text"
-        compiled = CompiledPrompt(EMPTY, name, kind, habit, layout, ending=_ending(lm, layout))
+        compiled = CompiledPrompt(
+            EMPTY,
+            name,
+            kind,
+            special,
+            layout,
+            ending=_ending(lm, layout),
+            special_tokens=bool(special_tokens),
+        )
         return replace(compiled, state=_read(lm, _head(lm, compiled)))
     if not isinstance(prompt, SoftPrompt | DeepPrompt):
         raise PromptError(
@@ -170,15 +182,20 @@ def compile_prompt(
     prompt.base.demand(lm.fingerprint, prompt.name)
     layout = _layout(prompt, template)
     ending = _ending(lm, layout)
+    special_tokens = prompt.special_tokens if special_tokens is None else special_tokens
     if isinstance(prompt, DeepPrompt):
         keys, values = (
             tuple(tensor.to(lm.device, lm.dtype).transpose(1, 2).contiguous())
             for tensor in (prompt.keys_LPHK, prompt.values_LPHK)
         )
         own = State(keys, values, tuple(range(-1, -1 - prompt.length, -1)))
-        return CompiledPrompt(own, name or prompt.name, "deep", habit, layout, ending=ending)
+        return CompiledPrompt(
+            own, name or prompt.name, "deep", special, layout, ending=ending, special_tokens=special_tokens
+        )
     vectors_PD = prompt.embeddings_PD.to(lm.device, lm.dtype)
-    compiled = CompiledPrompt(EMPTY, name or prompt.name, "soft", habit, layout, vectors_PD, ending)
+    compiled = CompiledPrompt(
+        EMPTY, name or prompt.name, "soft", special, layout, vectors_PD, ending, special_tokens
+    )
     return replace(compiled, state=_read(lm, _head(lm, compiled), vectors_PD))
 
 
@@ -219,7 +236,7 @@ def text_state(lm: FrozenLM, text: str, length: int) -> tuple[Tensor, Tensor]:
     """Keys and values [L, P, H, K] of a real text: the best start known for a deep prompt (P is `length`).
 
     Its first `length` tokens are read; a shorter text is repeated until it is long enough."""
-    ids = _ids(lm, text, habits(lm.tokenizer))
+    ids = _ids(lm, text, special_tokens_of(lm.tokenizer))
     if not ids:
         raise PromptError("The starting text has no tokens. Give some text.")
     state = _read(lm, [ids[place % len(ids)] for place in range(length)])
@@ -252,7 +269,7 @@ def as_deep(lm: FrozenLM, prompt: SoftPrompt | DeepPrompt) -> DeepPrompt:
             "compile to differs from row to row. Export the vectors themselves (embeddings)."
         )
     length = max(place for place, mark in enumerate(compiled.state.marks) if mark < 0) + 1
-    if length > prompt.length and compiled.habit.before:
+    if length > prompt.length and compiled.special.before:
         raise PromptError(
             f'{prompt.name}: in its template "{compiled.template}" text stands before the slot, and this base puts a '
             "start token before it, which readers of keys and values would put in again. Export the vectors themselves."
@@ -276,12 +293,9 @@ def _head(lm: FrozenLM, compiled: CompiledPrompt) -> list[int]:
     if first == 0 or (isinstance(pieces[first], Messages) and not isinstance(pieces[first - 1], Soft)):
         return []
     # What two rows share whose own texts share nothing.
-    layout = Template((*pieces[:first], Field("own")))
-    one, other = (
-        compiled.laid_out(compiled.encoded(lm, layout, Example({"own": own}), generation=True))
-        for own in "a0"
-    )
-    return one[: State((), (), tuple(other)).shared(one)]
+    layout = compiled.layout(lm, Template((*pieces[:first], Field("own"))))
+    marks, others = (compiled.laid_out(to_answer(layout, Example({"own": own}))) for own in "a0")
+    return marks[: State((), (), tuple(others)).shared(marks)]
 
 
 def _read(lm: FrozenLM, marks: Sequence[int], vectors_PD: Tensor | None = None) -> State:
@@ -291,8 +305,8 @@ def _read(lm: FrozenLM, marks: Sequence[int], vectors_PD: Tensor | None = None) 
     return row_state(done.cache, 0, *done.span(0), marks)
 
 
-def _ids(lm: FrozenLM, text: str, habit: Habits) -> list[int]:
-    return [*habit.before, *tokens(lm.tokenizer, text, habit, continues=False)]
+def _ids(lm: FrozenLM, text: str, special: SpecialTokens) -> list[int]:
+    return [*special.before, *tokens(lm.tokenizer, text, special, continues=False)]
 
 
 def _stacked(layers: Sequence[Tensor], what: str) -> Tensor:

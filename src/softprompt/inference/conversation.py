@@ -52,7 +52,11 @@ class Conversation:
         elif not self.marks:
             marks = self.prompt.marks(self.lm, text)
         else:
-            marks = [*self.marks, *tokens(self.lm.tokenizer, text, self.prompt.habit, continues=True)]
+            data = () if self.prompt.special_tokens else [(0, len(text))]
+            marks = [
+                *self.marks,
+                *tokens(self.lm.tokenizer, text, self.prompt.special, continues=True, data=data),
+            ]
         known = (
             self.state if self.state.shared(marks) >= self.prompt.state.shared(marks) else self.prompt.state
         )

@@ -140,7 +140,7 @@ def request(
         demand_room(lm, len(row.marks) + 1, "The text with one new token")
         limit = min(limit, most - len(row.marks))
     ending = NO_ENDING if settings.ignore_end else prompt.ending
-    bad = bad_sequences(settings.bad_words, lm.tokenizer, prompt.habit, end_ids(lm))
+    bad = bad_sequences(settings.bad_words, lm.tokenizer, prompt.special, end_ids(lm))
     return Request(
         row,
         settings,

@@ -13,7 +13,7 @@ from torch import Tensor
 from softprompt.base.context_length import demand_room
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.nll import BLOCK_LOGITS
-from softprompt.data.batch import End
+from softprompt.data.batch import End, to_learn
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Template
 from softprompt.errors import NotFinite
@@ -155,7 +155,7 @@ def _laid_out(
             target = "continuation"
             template = Template((*template.pieces, Field(target)), target)
         example = replace(example, fields={**example.fields, target: continuation})
-    encoded = prompt.encoded(lm, template, example, generation=False, end=end)
+    encoded = to_learn(prompt.layout(lm, template, end=end), example)
     marks = prompt.laid_out(encoded)
     demand_room(lm, len(marks), example.where)
     shift = len(marks) - len(encoded)

@@ -119,6 +119,13 @@ class _Learned:
     __hash__ = None  # type: ignore[assignment]
 
     @property
+    def special_tokens(self) -> bool:
+        """Whether special tokens that an input spells are read as such, as in training (data.special_tokens)."""
+        recipe = self.notes.get("recipe")
+        data = recipe.get("data") if isinstance(recipe, Mapping) else None
+        return isinstance(data, Mapping) and data.get("special_tokens") is True
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """What is learned, by name."""
         raise NotImplementedError

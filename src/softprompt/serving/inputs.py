@@ -6,10 +6,9 @@ import json
 from collections.abc import Callable, Sequence
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import encode
+from softprompt.data.batch import Layout, to_answer
 from softprompt.data.example import Example, Message
 from softprompt.data.template import Template
-from softprompt.data.tokenizer import habits
 from softprompt.inference.compiled import CompiledPrompt
 from softprompt.inference.running_batch import Steering
 from softprompt.serving import wire
@@ -57,16 +56,8 @@ def chat_input(
     if served.digest is None:
         if not lm.tokenizer.chat_template:
             raise Refused(400, f"{served.name} has no chat template. Use /v1/completions.", param=where)
-        encoded = encode(
-            Template.parse("{messages}"),
-            chat,
-            lm.tokenizer,
-            end="never",
-            generation=True,
-            base_only=True,
-            habit=habits(lm.tokenizer),
-        )
-        assert encoded is not None  # no limit was given, so nothing was dropped
+        layout = Layout.of(Template.parse("{messages}"), lm.tokenizer, end="never")
+        encoded = to_answer(layout, chat)
         return [int(token) for token in encoded.ids]
     if len(served.template.inputs) != 1:
         raise _needs_fields(served)

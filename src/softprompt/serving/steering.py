@@ -111,7 +111,7 @@ def choice_of(
         ids: list[int] = []
         if isinstance(given, str | Example) and not prompt.template.chat:
             ids = continuation_ids(lm, prompt, given, label)
-        ids = ids or tokens(lm.tokenizer, label, prompt.habit, continues=True)
+        ids = ids or tokens(lm.tokenizer, label, prompt.special, continues=True)
         if not ids:
             raise DataError(f"choice: the label {label!r} has no token. Give some text.")
         sequences.append(ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.outline import Outline
-from softprompt.data.tokenizer import habits
+from softprompt.data.tokenizer import special_tokens_of
 from softprompt.errors import RecipeError
 from softprompt.prompt.soft_prompt import Prompt, SoftPrompt
 from softprompt.store.artifact import load_prompt
@@ -41,7 +41,7 @@ def read_prompts(recipe: Recipe, lm: FrozenLM | Outline) -> list[Prompt]:
 
 def start_ids(lm: FrozenLM | Outline, text: str) -> list[int]:
     """The text as the base wants any text to begin: behind a start token (BOS) where its tokenizer puts one."""
-    return [*habits(lm.tokenizer).before, *text_ids(lm, text)]
+    return [*special_tokens_of(lm.tokenizer).before, *text_ids(lm, text)]
 
 
 def text_ids(lm: FrozenLM | Outline, text: str) -> list[int]:

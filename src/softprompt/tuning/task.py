@@ -11,7 +11,7 @@ from typing import Any, Literal
 from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.outline import Outline
-from softprompt.data.batch import EncodedSet, End, Overflow, encode_all
+from softprompt.data.batch import EncodedSet, End, Layout, Overflow, encode_all, to_judge, to_learn
 from softprompt.data.example import Example, Splits
 from softprompt.data.preview import Preview, preview
 from softprompt.data.source import load_splits
@@ -40,36 +40,26 @@ class Task:
 
     def to_learn(self, examples: Sequence[Example], *, slots: bool = True) -> EncodedSet:
         """Rows to learn from; without `slots` as a base without a prompt reads them (LoRA, full fine-tuning)."""
-        return self._encoded(examples, slots=slots and self.kind == "soft", score_first=True)
+        return encode_all(self.layout(slots=slots and self.kind == "soft"), examples, to_learn)
 
     def to_judge(self, examples: Sequence[Example], *, prompt: bool) -> EncodedSet:
         """Rows to measure the loss on: the same tokens are scored with a prompt and without."""
-        return self._encoded(examples, slots=prompt and self.kind == "soft", score_first=False)
+        return encode_all(self.layout(slots=prompt and self.kind == "soft"), examples, to_judge)
 
     def preview(self, examples: Sequence[Example], *, show: int = 3) -> Preview:
         """What learning would make of these rows: counts over all, the first `show` token by token."""
-        return preview(
-            self.template,
-            examples,
-            self.tokenizer,
-            show=show,
-            max_length=self.max_positions,
-            on_overflow=self.on_overflow,
-            end=self.end,
-            special_tokens=self.special_tokens,
-        )
+        return preview(self.layout(slots=True), examples, show=show)
 
-    def _encoded(self, examples: Sequence[Example], *, slots: bool, score_first: bool) -> EncodedSet:
-        return encode_all(
+    def layout(self, *, slots: bool) -> Layout:
+        """How a row of this task becomes token ids, with the template's slots or without."""
+        return Layout.of(
             self.template,
-            examples,
             self.tokenizer,
-            max_length=self.max_positions,
-            on_overflow=self.on_overflow,
             end=self.end,
             special_tokens=self.special_tokens,
-            base_only=not slots,
-            score_first=score_first,
+            slots=slots,
+            max_length=self.max_positions,
+            on_overflow=self.on_overflow,
         )
 
 

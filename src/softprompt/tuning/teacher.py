@@ -17,7 +17,7 @@ from torch import Tensor
 from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State, row_state
-from softprompt.data.batch import Encoded, encode
+from softprompt.data.batch import Encoded, End, Layout, to_answer, to_learn
 from softprompt.data.example import Example, Message
 from softprompt.data.template import Messages, Soft, Template, Text
 from softprompt.errors import DataError
@@ -74,22 +74,13 @@ class Teacher:
 
     def gold(self, question: Example) -> Answer:
         """The row's own right answer, as the template's target writes it, with an end token."""
-        found = encode(self.layout, question, self.lm.tokenizer, base_only=True, habit=self.compiled.habit)
-        assert found is not None  # no limit was given
-        ids = tuple(token for token, trained in zip(found.ids, found.trained, strict=True) if trained)
+        encoded = to_learn(self._layout(end="auto"), question)
+        ids = tuple(token for token, trained in zip(encoded.ids, encoded.trained, strict=True) if trained)
         return Answer(ids, question.fields[str(self.layout.target)])
 
     def student_row(self, question: Example, answer: Sequence[int], row: int) -> Encoded:
         """The row that a student learns from: the question, and the answer's tokens to predict."""
-        laid_out = encode(
-            self.layout,
-            question,
-            self.lm.tokenizer,
-            generation=True,
-            base_only=True,
-            habit=self.compiled.habit,
-        )
-        assert laid_out is not None  # no limit was given
+        laid_out = to_answer(self._layout(), question)
         read = len(laid_out)
         return Encoded(
             [*laid_out.ids, *answer],
@@ -99,6 +90,9 @@ class Teacher:
             0,
             special=laid_out.special,
         )
+
+    def _layout(self, end: End = "never") -> Layout:
+        return replace(self.compiled.layout(self.lm, self.layout, end=end), slots=False)
 
     @torch.inference_mode()
     def targets(self, pairs: Sequence[tuple[Example, Sequence[int]]], k: int | None) -> list[SoftTargets]:
