@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from softprompt.store.atomic import replace_file
 
 MAX_ENTRIES = 1000  # of one table; the oldest go first
@@ -23,8 +25,8 @@ DIGESTS = "digests.json"
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for softprompt: $XDG_CACHE_HOME/softprompt, or ~/.cache/softprompt."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softprompt"
+    """The user's cache folder for softprompt, where this system keeps such: ~/.cache/softprompt on Linux."""
+    return platformdirs.user_cache_path("softprompt", appauthor=False)
 
 
 def read_table(name: str) -> Mapping[str, Any]:
