@@ -11,6 +11,7 @@ import torch
 from softprompt.errors import PromptError
 from softprompt.prompt.soft_prompt import DeepPrompt, Fingerprint, SoftPrompt
 from softprompt.store.artifact import load_prompt
+from softprompt.store.library import digest_of
 
 BASE = Fingerprint("tiny/base", width=4, layers=2)
 
@@ -36,8 +37,11 @@ def test_prompts_are_equal_by_what_decides_their_answers() -> None:
         {"base": dataclasses.replace(BASE, sha256="f0")},
         {"template": "{soft:2} {text}"},
         {"target": "label"},
+        {"notes": {"recipe": {"data": {"special_tokens": True}}}},
     ):
-        assert soft() != dataclasses.replace(soft(), **change)
+        changed = dataclasses.replace(soft(), **change)
+        assert soft() != changed
+        assert digest_of(soft()) != digest_of(changed)
     assert deep() != dataclasses.replace(deep(), values_LPHK=deep().keys_LPHK)
 
 

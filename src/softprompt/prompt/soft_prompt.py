@@ -104,8 +104,8 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 class _Learned:
     """What soft and deep prompts share: they compare by content, print short, and know their way to a folder.
 
-    Two prompts are equal if they have the same tensors, base, template and target, that is, if they answer alike on
-    the same base. Name and notes do not count. A prompt's tensors can be changed in place, so it has no hash: use
+    Two prompts are equal if they have the same tensors, base, template and target and read special tokens alike, that
+    is, if they answer alike on the same base. Name and other notes do not count. A prompt's tensors can be changed in place, so it has no hash: use
     `id(prompt)` or the name as a key.
     """
 
@@ -142,6 +142,7 @@ class _Learned:
         return (
             self.kind == other.kind
             and (self.base, self.template, self.target) == (other.base, other.template, other.target)
+            and self.special_tokens == other.special_tokens
             and all(torch.equal(mine[name].cpu(), theirs[name].cpu()) for name in mine)
         )
 

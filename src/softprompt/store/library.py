@@ -39,9 +39,9 @@ RESERVED = frozenset({"base"})
 
 def digest_of(prompt: Prompt) -> str:
     """What tells a prompt from any other: its numbers, template, target and base."""
-    digest = hashlib.sha256(
-        json.dumps([prompt.kind, prompt.template, prompt.target, prompt.base.sha256], sort_keys=True).encode()
-    )
+    about = [prompt.kind, prompt.template, prompt.target, prompt.base.sha256]
+    about += ["special_tokens"] if prompt.special_tokens else []
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for tensor in prompt.plain:
         digest.update(str(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
