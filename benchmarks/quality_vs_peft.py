@@ -34,7 +34,7 @@ from softprompt.data.batch import Encoded, collate, epoch_order
 from softprompt.data.example import Example, Splits
 from softprompt.data.source import load_splits
 from softprompt.loss.gradient import Gradients
-from softprompt.tuning.events import Event, Stepped, Validated
+from softprompt.progress.events import Event, Stepped, Validated
 from softprompt.tuning.loop import tune
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe

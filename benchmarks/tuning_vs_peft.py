@@ -144,7 +144,7 @@ def recipe_for(options: argparse.Namespace, folder: str, out: str) -> Any:
 
 def run_softprompt(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     from softprompt.data.example import Example, Splits
-    from softprompt.tuning.events import Event, Stepped, Validated
+    from softprompt.progress.events import Event, Stepped, Validated
     from softprompt.tuning.loop import tune
 
     rows = tuple(

@@ -19,9 +19,9 @@ from kill_nine import needs_fork, runs_killed_and_undisturbed
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
 from softprompt.errors import RecipeError, SaveError
+from softprompt.progress.events import Event, Note, Stepped
 from softprompt.store import artifact
 from softprompt.store.artifact import load_prompt
-from softprompt.tuning.events import Event, Note, Stepped
 from softprompt.tuning.loop import tune
 from softprompt.tuning.result import TuneResult
 from test_learn import SPLITS, breaking_at, lm_of, recipe, vectors

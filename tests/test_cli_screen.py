@@ -17,11 +17,11 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
 from softprompt.cli.screen import fact
 from softprompt.progress.console import Screen, table, visible
+from softprompt.progress.events import Event, Started, Stepped, Validated
 from softprompt.progress.runs import ShowProgress, ShowTable
 from softprompt.progress.shown import shown, shown_runs
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.store.artifact import save_prompt
-from softprompt.tuning.events import Event, Started, Stepped, Validated
 
 HOSTILE = "x\x1b]0;owned\x07\x1b[2J[/red][bold]\u202e:smile:"
 """A title escape, a screen that is wiped, markup that rich refuses, a turned direction, an emoji's code."""

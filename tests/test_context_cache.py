@@ -13,7 +13,7 @@ from softprompt.data.batch import Encoded, collate
 from softprompt.data.example import Example, Splits
 from softprompt.loss.context_cache import context_bytes, contexts_of
 from softprompt.loss.fast import FastLoss
-from softprompt.tuning.events import Note
+from softprompt.progress.events import Note
 from softprompt.tuning.loop import tune
 from softprompt.tuning.recipe import Recipe
 from tiny_models import tiny_model, tiny_tokenizer

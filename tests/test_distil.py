@@ -17,10 +17,10 @@ from softprompt.errors import BaseError, DataError, RecipeError
 from softprompt.inference.settings import DecodeSettings
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.soft_targets import SoftTargets
+from softprompt.progress.events import Event, Stepped
 from softprompt.store.artifact import load_prompt
 from softprompt.tuning.distil import DistilLoss, distil, few_shot_text
 from softprompt.tuning.distil_settings import DistilSettings
-from softprompt.tuning.events import Event, Stepped
 from softprompt.tuning.questions import first_question, parts_of
 from softprompt.tuning.teacher import teacher_of
 from tiny_models import tiny_model, tiny_tokenizer

@@ -20,8 +20,8 @@ from softprompt.inference.sampling import DecodeSettings
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.gradient import Gradients, Loss
 from softprompt.loss.mean import mean_nll
+from softprompt.progress.events import BatchHalved, Event, Note, Stepped, Stopped, Validated
 from softprompt.store.artifact import load_prompt
-from softprompt.tuning.events import BatchHalved, Event, Note, Stepped, Stopped, Validated
 from softprompt.tuning.learner import Learner
 from softprompt.tuning.loop import tune
 from softprompt.tuning.rate import measured_rate

@@ -294,7 +294,7 @@ def test_another_table_of_settings_is_filled_and_explained_by_its_own_names(tmp_
 
 
 def test_reading_a_recipe_loads_no_torch() -> None:
-    code = "import sys, softprompt, softprompt.tuning.recipe, softprompt.tuning.events; sys.exit('torch' in sys.modules)"
+    code = "import sys, softprompt, softprompt.tuning.recipe, softprompt.progress.events; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -11,7 +11,7 @@ import torch
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.inference.generate import generate
-from softprompt.tuning.events import Event, Stepped
+from softprompt.progress.events import Event, Stepped
 from softprompt.tuning.loop import tune
 from softprompt.tuning.recipe import Recipe
 

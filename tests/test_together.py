@@ -17,9 +17,9 @@ from softprompt.cli.app import main
 from softprompt.errors import NotFinite, RecipeError
 from softprompt.loss.fast import FastLoss
 from softprompt.progress.console import Screen
+from softprompt.progress.events import BatchHalved, Event, Note, Saved, Stepped
 from softprompt.progress.runs import ShowTable
 from softprompt.store.artifact import load_prompt
-from softprompt.tuning.events import BatchHalved, Event, Note, Saved, Stepped
 from softprompt.tuning.loop import tune
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.result import TuneResult

@@ -7,16 +7,16 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from softprompt.cli import asked
 from softprompt.cli.flags import takes
 from softprompt.cli.screen import emit, fact, heading, line, screen, table
 from softprompt.comparison.records import Comparison
-from softprompt.comparison.settings import CompareSettings, Job
+from softprompt.comparison.settings import CompareSettings
 from softprompt.errors import RecipeError
 from softprompt.evaluation.evaluate import demand, read_gates
 from softprompt.evaluation.metric import Estimate
+from softprompt.progress.bar import ShowJobs
 from softprompt.progress.console import Screen
 from softprompt.report.figures import difference, estimate, size
 from softprompt.report.verdict import verdict
@@ -54,13 +54,18 @@ def command(
     from softprompt.report.render import FILES, write_reports
     from softprompt.store.ownership import check_replaceable
 
+<<<<<<< Updated upstream
     out = check_replaceable(recipe.out, FILES, kind="report")  # before hours are spent
     with _Shown(console, settings) as shown:
+=======
+    with ShowJobs(console, settings.job_names) as bar:
+>>>>>>> Stashed changes
         comparison = compare(
             recipe,
             settings,
             own_process=not in_process,
-            tell=shown,
+            tell=lambda job, what, done, of: bar(job.folder.name, what, done, of),
+            progress=False,
             command=f"softprompt {shlex.join(sys.argv[1:])}" if sys.argv[1:] else "",
         )
     written = write_reports([out], out)
@@ -100,39 +105,3 @@ def show(console: Screen, comparison: Comparison) -> None:
     console.print()
     line(console, verdict(comparison))
     console.print()
-
-
-class _Shown:
-    """The comparison's progress: a live line for the arm at work, plain lines elsewhere."""
-
-    def __init__(self, console: Screen, settings: CompareSettings) -> None:
-        self.console = console
-        self.bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_watched,
-        )
-        self.task = self.bar.add_task("starting", total=None)
-        self.runs = [f"{arm}-{seed}" for arm in settings.arms for seed in settings.seeds_of(arm)]
-        self.last = ""
-
-    def __enter__(self) -> _Shown:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, job: Job, what: str, done: int, of: int) -> None:
-        name = job.folder.name
-        place = self.runs.index(name) + 1
-        self.bar.update(
-            self.task, description=f"{place}/{len(self.runs)} {name}: {what}", completed=done, total=of
-        )
-        if not self.console.is_watched and (now := f"{name}: {what}") != self.last:
-            self.last = now
-            line(self.console, f"{place}/{len(self.runs)}  {now}")

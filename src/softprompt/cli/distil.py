@@ -36,7 +36,7 @@ def command(
 
     console = screen(as_json=as_json)
     with ShowProgress(console) as progress:
-        result = distil(settings, on_event=progress, resume=resume)
+        result = distil(settings, on_event=progress, progress=False, resume=resume)
     show_result(console, result)
     if as_json:
         emit(result.to_record())

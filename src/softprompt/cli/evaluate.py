@@ -65,7 +65,7 @@ def command(
         reading=rows.data,
         extra_metrics=[metric.name for metric, _ in gates],
         out=out,
-        progress=not console.quiet,
+        progress=False if console.quiet else None,
     )
     about = evaluation.about
     show(console, evaluation, f"{evaluation.name} on {about['data']['source']}, {about['data']['split']}")

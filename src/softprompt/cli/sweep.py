@@ -85,6 +85,7 @@ def command(
                 abreast=abreast,
                 on_event=lambda trial, event: table.event(_line(trial), event, trial),
                 on_stretch=stretch,
+                progress=False,
                 resume=resume,
             )
     except KeyboardInterrupt:

@@ -10,8 +10,8 @@ import typer
 from softprompt.cli import asked
 from softprompt.cli.screen import emit, fact, figure, heading, line, screen
 from softprompt.cli.tune import RESUME, describe_losses
+from softprompt.progress.events import Event, Note, Saved, Validated
 from softprompt.progress.runs import ShowTable
-from softprompt.tuning.events import Event, Note, Saved, Validated
 from softprompt.tuning.recipe import Recipe
 
 EXAMPLE = "softprompt together first.yaml second.yaml --set tune.epochs=3"
@@ -61,7 +61,9 @@ def command(
 
     try:
         with table.live:
-            tuned = (tune_tasks if sharing else tune_together)(recipes, on_event=tell, resume=resume)
+            tuned = (tune_tasks if sharing else tune_together)(
+                recipes, on_event=tell, progress=False, resume=resume
+            )
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             line(console, RESUME)

@@ -62,7 +62,7 @@ def learn(console: Screen, recipe: Recipe, lm: FrozenLM | None = None, *, resume
 
     with ShowProgress(console) as progress:
         try:
-            return tune(recipe, lm=lm, on_event=progress, resume=resume)
+            return tune(recipe, lm=lm, on_event=progress, progress=False, resume=resume)
         except KeyboardInterrupt:
             line(console, RESUME)
             if progress.saved is not None:

@@ -21,9 +21,9 @@ from softprompt.evaluation.metric import METRICS
 from softprompt.evaluation.predictor import predictor, text_prompt, without_slots
 from softprompt.evaluation.settings import JudgeSettings
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt
+from softprompt.progress.events import Event, Started, Stepped, Validated
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.store.artifact import prompt_bytes
-from softprompt.tuning.events import Event, Started, Stepped, Validated
 from softprompt.tuning.loop import tune
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
@@ -303,7 +303,7 @@ def _tuned(given: Assignment, kind: str, recipe: Recipe) -> Ready:
     recipe = Recipe(**tree)
 
     def learn(steps: Recipe, tell: Callable[[Event], None]) -> TuneResult:
-        return tune(steps, lm=given.lm, splits=given.task.splits, on_event=tell)
+        return tune(steps, lm=given.lm, splits=given.task.splits, on_event=tell, progress=False)
 
     recipe = _within_seconds(given, lambda _, probe, tell: learn(probe, tell), recipe)
     told = _Told(given.tell)

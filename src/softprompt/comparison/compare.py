@@ -17,7 +17,7 @@ from softprompt.comparison.arm import ARMS
 from softprompt.comparison.health import health
 from softprompt.comparison.records import ArmResult, BaseFacts, Comparison, DataFacts
 from softprompt.comparison.run_arm import RESULT, judged_rows, run_job
-from softprompt.comparison.settings import CompareSettings, Job
+from softprompt.comparison.settings import CompareSettings, Job, job_name
 from softprompt.comparison.summary import summarise
 from softprompt.errors import DataError, MissingExtra, SoftPromptError
 from softprompt.evaluation.evaluate import default_metrics
@@ -25,6 +25,7 @@ from softprompt.evaluation.judge import described
 from softprompt.evaluation.metric import metrics_named
 from softprompt.evaluation.record import write_json
 from softprompt.evaluation.rows import ROWS, read_rows
+from softprompt.progress.shown import shown_jobs
 from softprompt.store.atomic import replace_file
 from softprompt.store.ownership import claim, folder_named, remove_ours, writing
 from softprompt.tuning.recipe import Recipe
@@ -45,19 +46,29 @@ def compare(
     *,
     own_process: bool = True,
     tell: Tell = lambda job, what, done, of: None,
+    progress: bool | None = None,
     command: str = "",
 ) -> Comparison:
     """Run what is not done yet, and leave `out`/comparison.json (the recipe's folder without `out`).
 
     Arms of an earlier run with the same settings are reused, so a comparison that was killed continues with the arm
     that was running, and arms or seeds can be added later. An arm that fails is recorded with its reason, and is
-    tried again next time; SoftPromptError is raised where none succeeds.
+    tried again next time; SoftPromptError is raised where none succeeds. Progress is shown in terminals and notebooks,
+    unless `progress` is False.
     """
     settings = (settings or CompareSettings()).settled_text()
     out = folder_named(recipe.out if out is None else out)
     _need_extras(settings)
-    with writing(out, (RECORD,), "a comparison", kind="comparison"):
-        return _compare(recipe, settings, out, own_process, tell, command)
+    with (
+        writing(out, (RECORD,), "a comparison", kind="comparison"),
+        shown_jobs(settings.job_names, progress=progress) as show,
+    ):
+
+        def told(job: Job, what: str, done: int, of: int) -> None:
+            show(job.folder.name, what, done, of)
+            tell(job, what, done, of)
+
+        return _compare(recipe, settings, out, own_process, told, command)
 
 
 def _compare(
@@ -78,7 +89,7 @@ def _compare(
     failed: dict[str, str] = {}
     for arm in settings.arms:
         for seed in settings.seeds_of(arm):
-            job = Job(recipe, settings, arm, seed, out / "arms" / f"{arm}-{seed}")
+            job = Job(recipe, settings, arm, seed, out / "arms" / job_name(arm, seed))
             result = _done(job, splits.revision, base_digest)
             if result is None:
                 _prepare(job)
@@ -93,7 +104,7 @@ def _compare(
         reasons = " ".join(f"{arm}: {reason}" for arm, reason in failed.items())
         raise SoftPromptError(f"No arm came to an end. {reasons}")
     rows = {
-        arm: [read_rows(out / "arms" / f"{arm}-{seed}" / ROWS) for seed in settings.seeds_of(arm)]
+        arm: [read_rows(out / "arms" / job_name(arm, seed) / ROWS) for seed in settings.seeds_of(arm)]
         for arm in results
     }
     for judged_arm in rows.values():

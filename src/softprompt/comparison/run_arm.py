@@ -43,7 +43,7 @@ from softprompt.evaluation.record import write_json
 from softprompt.evaluation.rows import ROWS, SUMMARY
 from softprompt.inference.compiled import compile_prompt
 from softprompt.inference.generate import DecodeSettings, generate
-from softprompt.tuning.events import Event, Stepped
+from softprompt.progress.events import Event, Stepped
 from softprompt.tuning.settle import load_base
 from softprompt.tuning.task import Task, task_of
 

@@ -94,6 +94,11 @@ class CompareSettings(JudgeSettings):
         """The seeds that an arm is run with."""
         return range(self.seeds if ARMS[arm].seeded else 1)
 
+    @property
+    def job_names(self) -> list[str]:
+        """Every arm with every seed, in the order in which they run."""
+        return [job_name(arm, seed) for arm in self.arms for seed in self.seeds_of(arm)]
+
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
         """Settings from a record, of version 0.1 too; what this version does not know is left out.
@@ -104,6 +109,11 @@ class CompareSettings(JudgeSettings):
             return cls(**{name: value for name, value in values.items() if name in cls.model_fields})
         except SoftPromptError as error:
             raise DataError(f"The recorded settings cannot be read: {error}") from None
+
+
+def job_name(arm: str, seed: int) -> str:
+    """An arm with one seed, as its folder is called."""
+    return f"{arm}-{seed}"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import Batch, collate, epoch_order
 from softprompt.errors import MissingExtra, NotFinite
 from softprompt.loss.mean import mean_nll
+from softprompt.progress.events import Event, Stepped, Validated
 from softprompt.prompt.soft_prompt import Plain
-from softprompt.tuning.events import Event, Stepped, Validated
 from softprompt.tuning.optim import OPTIMIZERS, rate_factor
 from softprompt.tuning.plan import Plan
 

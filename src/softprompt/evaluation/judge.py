@@ -19,9 +19,9 @@ from softprompt.errors import DataError, RecipeError
 from softprompt.evaluation.evaluate import Evaluation, default_metrics, judge_rows
 from softprompt.evaluation.metric import metrics_named
 from softprompt.evaluation.predictor import as_learned, predictor, settled, text_prompt
-from softprompt.evaluation.progress import Advance, progress_bar
 from softprompt.evaluation.settings import JudgedData, JudgeSettings
 from softprompt.inference.compiled import CompiledPrompt, TextPrompt, compile_prompt
+from softprompt.progress.bar import Advance, progress_bar
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.settings.base_settings import BaseSettings
 from softprompt.store.artifact import load_prompt
@@ -50,14 +50,15 @@ def evaluate(
     reading: JudgedData | None = None,
     extra_metrics: Sequence[str] = (),
     out: str | Path | None = None,
-    progress: bool | Advance = True,
+    progress: bool | Advance | None = None,
 ) -> Evaluation:
     """Judge a learned prompt (or its folder), an engineered text (TextPrompt), or the base alone (None).
 
     A prompt brings its base, template, target, length, row limit and ending; without `data` it is judged on the held-out
     rows of what it was learned on. `reading` is a recipe's data section: what is set there wins over the prompt's own,
     and `template`, `target` and `column` are short for it. `extra_metrics` are measured beside those of `settings`.
-    With `out`, rows are kept there, and the same call continues after an interruption.
+    With `out`, rows are kept there, and the same call continues after an interruption. Progress is shown in terminals and
+    notebooks, unless `progress` is False; a function is called instead with the rows judged so far, and all.
 
     Raises RecipeError, DataError, PromptError, BaseError; NotFinite where numbers overflow the base.
     """

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from softprompt.progress.console import Screen, figure, table, visible
-from softprompt.tuning.events import BatchHalved, Event, Note, Saved, Started, Stepped, Stopped, Validated
+from softprompt.progress.events import BatchHalved, Event, Note, Saved, Started, Stepped, Stopped, Validated
 
 PLAIN_EVERY_SECONDS = 5.0
 

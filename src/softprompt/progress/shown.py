@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
+from softprompt.progress.bar import ShowJobs, is_wanted
 from softprompt.progress.console import Screen
+from softprompt.progress.events import Event
 from softprompt.progress.runs import ShowProgress, ShowTable
-from softprompt.tuning.events import Event
 
 OnEvent = Callable[[Event], None]
 OnRunEvent = Callable[[str, Event], None]
-
-
-def wanted(progress: bool | None, console: Screen) -> bool:
-    """Whether to show anything: as asked, and without a wish where someone watches."""
-    return console.is_watched if progress is None else progress
+OnJob = Callable[[str, str, int, int], None]
+"""Called with a job's name, what it is doing, and how much of how much."""
 
 
 @contextlib.contextmanager
@@ -29,7 +27,7 @@ def shown(
     """
     console = console or Screen(stderr=True)
     own = on_event or (lambda event: None)
-    if not wanted(progress, console):
+    if not is_wanted(progress, console):
         yield own
         return
     with ShowProgress(console) as show:
@@ -52,7 +50,7 @@ def shown_runs(
     """The same for runs side by side, such as a sweep's: a line for each name, events by the name of their run."""
     console = console or Screen(stderr=True)
     own = on_event or (lambda name, event: None)
-    if not wanted(progress, console):
+    if not is_wanted(progress, console):
         yield own
         return
     table = ShowTable(console, "run", names)
@@ -63,4 +61,26 @@ def shown_runs(
         own(name, event)
 
     with table.live:
+        yield both
+
+
+@contextlib.contextmanager
+def shown_jobs(
+    names: Sequence[str],
+    on_job: OnJob = lambda name, what, done, of: None,
+    progress: bool | None = None,
+    *,
+    console: Screen | None = None,
+) -> Iterator[OnJob]:
+    """The same for jobs one after another, such as a comparison's arms."""
+    console = console or Screen(stderr=True)
+    if not is_wanted(progress, console):
+        yield on_job
+        return
+    with ShowJobs(console, names) as show:
+
+        def both(name: str, what: str, done: int, of: int) -> None:
+            show(name, what, done, of)
+            on_job(name, what, done, of)
+
         yield both

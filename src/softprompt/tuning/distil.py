@@ -35,11 +35,12 @@ from softprompt.inference.prefill import Row, prefill
 from softprompt.inference.sampling import DecodeSettings
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.soft_targets import SoftTargets, soft_cross_entropy
+from softprompt.progress.events import Event, Note
+from softprompt.progress.shown import shown
 from softprompt.prompt.reparam import Form
 from softprompt.prompt.soft_prompt import Plain, Prompt
 from softprompt.tuning.compaction import compact
 from softprompt.tuning.distil_settings import DistilSettings
-from softprompt.tuning.events import Event, Note
 from softprompt.tuning.loop import tune
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.questions import write_questions
@@ -130,12 +131,21 @@ def distil(
     *,
     lm: FrozenLM | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
+    progress: bool | None = None,
     resume: bool = False,
 ) -> DistilResult:
     """Distil the long text that `settings` names into a short prompt, saved in `settings.out`.
 
-    Killed at any moment, it continues with `resume` from its last checkpoint to the same result. Raises the errors of
+    Killed at any moment, it continues with `resume` from its last checkpoint to the same result. Progress is shown in
+    terminals and notebooks, unless `progress` is False. Raises the errors of
     softprompt.errors; DataError for an empty context, a context that fits into the prompt, or no questions."""
+    with shown(on_event, progress) as show:
+        return _distil(settings, lm, show, resume)
+
+
+def _distil(
+    settings: DistilSettings, lm: FrozenLM | None, on_event: Callable[[Event], None], resume: bool
+) -> DistilResult:
     began = time.perf_counter()
     lm = lm or FrozenLM.load(
         settings.base,
@@ -172,7 +182,7 @@ def distil(
     if settings.distil.init != "vocabulary":
         form = FixedFirst(_context_start(settings, teacher, lessons))
     started = time.perf_counter()
-    result = tune(plan.recipe, plan=plan, form=form, on_event=on_event, resume=resume)
+    result = tune(plan.recipe, plan=plan, form=form, on_event=on_event, progress=False, resume=resume)
     test = splits.test or splits.validation
     agreement, agreement_base = _agreements(teacher, result.prompt, test[:JUDGED_QUESTIONS])
     gold = _gold(teacher, result.prompt, test) if settings.data.target is not None else (math.nan,) * 3

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Splits
 from softprompt.loss.gradient import Loss
+from softprompt.progress.events import Event
+from softprompt.progress.shown import shown
 from softprompt.prompt.reparam import Form
-from softprompt.tuning.events import Event
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.result import TuneResult
@@ -25,6 +26,7 @@ def tune(
     plan: Plan | None = None,
     form: Form | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
+    progress: bool | None = None,
     resume: bool = False,
 ) -> TuneResult:
     """Learn a prompt as `recipe` says and save the best validated one in `recipe.out`.
@@ -33,26 +35,27 @@ def tune(
     the recipe settles, `form` for the start that it names. Held-out loss is measured before the first step too, so the result is never worse there than its start. On Ctrl-C, a loss that is
     not finite or any other failure, the best prompt so far is saved before the exception goes on. With `resume`, a
     run that was killed continues from its last checkpoint, with the same result as if it had not been killed. Raises
-    the errors of softprompt.errors.
+    the errors of softprompt.errors. Progress is shown in terminals and notebooks, unless `progress` is False.
     """
-    run = Run(plan or make_plan(recipe, lm=lm, splits=splits, loss=loss), on_event, form)
-    learner, loss_and_gradient = run.learner, run.gradients
-    try:
-        run.begin(run.newest_checkpoint() if resume else None)
-        for rows in run.batches():
-            (nll,) = loss_and_gradient([learner.form], [rows])  # in pieces that fit into memory
-            if not learner.step(nll):  # clipped and scheduled
-                raise run.not_finite(rows, nll)
-            run.record_step(rows, nll)
-            if run.validation_is_due:
-                run.validate()
-            run.checkpoint()
-        return run.save(run.ending)
-    except BaseException as error:
-        if (
-            learner.steps_done
-        ):  # else there is nothing worth keeping, and a former prompt in that folder stays
-            run.save("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-        raise
-    finally:
-        run.close()
+    with shown(on_event, progress) as tell:
+        run = Run(plan or make_plan(recipe, lm=lm, splits=splits, loss=loss), tell, form)
+        learner, loss_and_gradient = run.learner, run.gradients
+        try:
+            run.begin(run.newest_checkpoint() if resume else None)
+            for rows in run.batches():
+                (nll,) = loss_and_gradient([learner.form], [rows])  # in pieces that fit into memory
+                if not learner.step(nll):  # clipped and scheduled
+                    raise run.not_finite(rows, nll)
+                run.record_step(rows, nll)
+                if run.validation_is_due:
+                    run.validate()
+                run.checkpoint()
+            return run.save(run.ending)
+        except BaseException as error:
+            if (
+                learner.steps_done
+            ):  # else there is nothing worth keeping, and a former prompt in that folder stays
+                run.save("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            raise
+        finally:
+            run.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from softprompt.errors import SaveError
+from softprompt.progress.events import Event, Started
 from softprompt.store.atomic import replace_file, sweep_drafts
 from softprompt.store.lock import FolderLock
 from softprompt.store.ownership import (
@@ -23,7 +24,6 @@ from softprompt.store.ownership import (
     make_folder,
     run_of,
 )
-from softprompt.tuning.events import Event, Started
 from softprompt.tuning.recipe import Recipe
 
 METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"

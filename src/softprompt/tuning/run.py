@@ -13,11 +13,11 @@ from softprompt.data.batch import Encoded, epoch_order
 from softprompt.errors import NotFinite
 from softprompt.loss.gradient import Gradients
 from softprompt.loss.mean import mean_nll
+from softprompt.progress.events import BatchHalved, Event, Saved, Started, Stepped, Stopped, Validated
 from softprompt.prompt.reparam import Form
 from softprompt.prompt.soft_prompt import Plain, Prompt, prompt_of
 from softprompt.store.artifact import prompt_bytes, save_prompt
 from softprompt.tuning.checkpoint import Checkpoints, demand_same, identity
-from softprompt.tuning.events import BatchHalved, Event, Saved, Started, Stepped, Stopped, Validated
 from softprompt.tuning.find_rate import find_rate
 from softprompt.tuning.learner import Learner, is_finite
 from softprompt.tuning.plan import Plan

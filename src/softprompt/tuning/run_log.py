@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from softprompt.tuning.events import Event, Note
+from softprompt.progress.events import Event, Note
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.records import RunFolder
 from softprompt.tuning.trackers import TRACKERS, Tracker, figures

@@ -22,11 +22,17 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Splits
 from softprompt.errors import NotFinite, RecipeError, SaveError
 from softprompt.loss.gradient import Loss
+from softprompt.progress.events import Event
+from softprompt.progress.shown import shown_runs
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.settings.text import scalar
 from softprompt.store.artifact import load_prompt, save_prompt
+<<<<<<< Updated upstream
 from softprompt.store.ownership import PROMPT_FILES, claim, folder_named
 from softprompt.tuning.events import Event
+=======
+from softprompt.store.ownership import PROMPT_FILES, claim
+>>>>>>> Stashed changes
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.records import SCHEMA, number_or_none
 from softprompt.tuning.together import Together
@@ -141,12 +147,14 @@ def sweep(
     loss: Loss | None = None,
     on_event: Callable[[str, Event], None] = lambda trial, event: None,
     on_stretch: Callable[[Sequence[Trial]], None] = lambda trials: None,
+    progress: bool | None = None,
     resume: bool = False,
 ) -> SweepResult:
     """Learn `recipe` under every setting and seed, `abreast` prompts in a pass, and save the winner in `recipe.out`.
 
     Every trial has a folder of its own under `trials/`; `sweep.jsonl` holds a line for each trial and stretch. With
-    `resume`, a sweep that was killed goes on. Raises RecipeError for settings that do not fit, or NotFinite when every
+    `resume`, a sweep that was killed goes on. Progress is shown in terminals and notebooks, unless `progress` is False.
+    Raises RecipeError for settings that do not fit, or NotFinite when every
     setting broke."""
     out = folder_named(recipe.out)
     trials = [
@@ -166,40 +174,44 @@ def sweep(
     trials = [replace(trial, **done.get(trial.name, {})) for trial in trials]
     going = [n for n, trial in enumerate(trials) if trial.kept]
 
-    def tell(place: int, event: Event) -> None:
-        on_event(trials[going[place]].name, event)
+    with shown_runs([trial.name for trial in trials], on_event, progress) as show:
 
-    together = Together(
-        [recipes[n] for n in going], lm=lm, splits=splits, loss=loss, on_event=tell, resume=resume
-    )
-    try:
-        for share in shares[records.stretches_done :]:
-            left = [place for place in together.active if trials[going[place]].kept]
-            for first in range(0, len(left), abreast):
-                together.advance(share, left[first : first + abreast])
-            now = together.losses() if share < 1 else {}  # a stretch may end between two validations
-            for place, n in enumerate(going):
-                learner = together.runs[place].learner
-                trials[n] = replace(
-                    trials[n],
-                    step=learner.steps_done,
-                    nll_start=learner.nll_start,
-                    nll=math.nan
-                    if place in together.failed
-                    else min(learner.nll_best, now.get(place, math.inf)),
-                    best_step=learner.best_step,
+        def tell(place: int, event: Event) -> None:
+            show(trials[going[place]].name, event)
+
+        together = Together(
+            [recipes[n] for n in going], lm=lm, splits=splits, loss=loss, on_event=tell, resume=resume
+        )
+        try:
+            for share in shares[records.stretches_done :]:
+                left = [place for place in together.active if trials[going[place]].kept]
+                for first in range(0, len(left), abreast):
+                    together.advance(share, left[first : first + abreast])
+                now = together.losses() if share < 1 else {}  # a stretch may end between two validations
+                for place, n in enumerate(going):
+                    learner = together.runs[place].learner
+                    trials[n] = replace(
+                        trials[n],
+                        step=learner.steps_done,
+                        nll_start=learner.nll_start,
+                        nll=math.nan
+                        if place in together.failed
+                        else min(learner.nll_best, now.get(place, math.inf)),
+                        best_step=learner.best_step,
+                    )
+                kept = (
+                    _better_half(trials) if share < 1 else {trial.setting for trial in trials if trial.kept}
                 )
-            kept = _better_half(trials) if share < 1 else {trial.setting for trial in trials if trial.kept}
-            trials = [replace(trial, kept=trial.kept and trial.setting in kept) for trial in trials]
-            together.checkpoint()
-            records.stretch(share, trials)
-            for place, n in enumerate(going):
-                if not trials[n].kept and place in together.active:
-                    together.drop(place)
-            on_stretch(trials)
-        saved = together.save()
-    finally:
-        together.close()
+                trials = [replace(trial, kept=trial.kept and trial.setting in kept) for trial in trials]
+                together.checkpoint()
+                records.stretch(share, trials)
+                for place, n in enumerate(going):
+                    if not trials[n].kept and place in together.active:
+                        together.drop(place)
+                on_stretch(trials)
+            saved = together.save()
+        finally:
+            together.close()
     winner = min((trial.setting for trial in trials if trial.kept), key=lambda one: _rank(trials, one))
     mine = [trial for trial in trials if trial.setting == winner]
     if not any(math.isfinite(trial.nll) for trial in mine):

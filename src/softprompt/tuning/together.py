@@ -6,6 +6,7 @@ would have become alone (up to the rounding of sums in other batches). Those of 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -20,9 +21,10 @@ from softprompt.data.batch import Encoded
 from softprompt.data.example import Splits
 from softprompt.errors import NotFinite, RecipeError, SoftPromptError
 from softprompt.loss.gradient import Gradients, Loss
+from softprompt.progress.events import BatchHalved, Event
+from softprompt.progress.shown import shown_runs
 from softprompt.prompt.reparam import Form, SharedTimesLowRank
 from softprompt.tuning.checkpoint import Checkpoints, demand_same
-from softprompt.tuning.events import BatchHalved, Event
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.result import TuneResult
@@ -247,13 +249,15 @@ def tune_together(
     splits: Splits | None = None,
     loss: Loss | None = None,
     on_event: Callable[[int, Event], None] = lambda run, event: None,
+    progress: bool | None = None,
     resume: bool = False,
 ) -> list[TuneResult]:
     """Learn a prompt for each recipe, all in the same passes over one base. Like `tune` for each of them.
 
-    Deep prompts share the base and the loop, but take a pass each. Raises the first error of any run after the others
-    have ended and were saved."""
-    return _to_the_end(Together(recipes, lm=lm, splits=splits, loss=loss, on_event=on_event, resume=resume))
+    Deep prompts share the base and the loop, but take a pass each. Progress is shown in terminals and notebooks, unless
+    `progress` is False. Raises the first error of any run after the others have ended and were saved."""
+    with _shown(recipes, on_event, progress) as show:
+        return _to_the_end(Together(recipes, lm=lm, splits=splits, loss=loss, on_event=show, resume=resume))
 
 
 def tune_tasks(
@@ -261,6 +265,7 @@ def tune_tasks(
     *,
     lm: FrozenLM | None = None,
     on_event: Callable[[int, Event], None] = lambda run, event: None,
+    progress: bool | None = None,
     resume: bool = False,
 ) -> list[TuneResult]:
     """Learn one prompt a task, each a part that all tasks share times a low-rank part of its own (Wang et al. 2023).
@@ -291,16 +296,27 @@ def tune_tasks(
                 "share a part. Set it for all of them, or learn this one by itself."
             )
     order = _as_they_were(recipes) if resume else list(range(len(recipes)))
-    found = _to_the_end(
-        Together(
-            [recipes[number] for number in order],
-            lm=lm,
-            on_event=lambda place, event: on_event(order[place], event),
-            resume=resume,
-            forms=shared,
+    with _shown(recipes, on_event, progress) as show:
+        found = _to_the_end(
+            Together(
+                [recipes[number] for number in order],
+                lm=lm,
+                on_event=lambda place, event: show(order[place], event),
+                resume=resume,
+                forms=shared,
+            )
         )
-    )
     return [found[order.index(number)] for number in range(len(recipes))]
+
+
+@contextlib.contextmanager
+def _shown(
+    recipes: Sequence[Recipe], on_event: Callable[[int, Event], None], progress: bool | None
+) -> Iterator[Callable[[int, Event], None]]:
+    """`on_event` that also shows each event, in the line of its recipe's folder."""
+    names = [recipe.out for recipe in recipes]
+    with shown_runs(names, lambda name, event: on_event(names.index(name), event), progress) as show:
+        yield lambda number, event: show(names[number], event)
 
 
 def _as_they_were(recipes: Sequence[Recipe]) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from softprompt.errors import MissingExtra
-from softprompt.tuning.events import Event, Stepped, Validated
+from softprompt.progress.events import Event, Stepped, Validated
 from softprompt.tuning.recipe import Recipe
 
 
