@@ -244,13 +244,12 @@ def build_app(
     ) -> list[Work]:
         """What the engine is asked for, an entry for each input (and sample, where samples are all the same)."""
         demand_in_vocabulary(body, lm.vocab_size)
-        settings = body.decode_settings(longest, top is not None)
-        each = body.samples // settings.n
+        each = body.samples // body.decode_settings(longest, False).n
         return [
             Work(
                 served.digest,
                 given,
-                settings,
+                body.decode_settings(longest, top is not None),  # a seed of its own, where none was given
                 caller.name,
                 top or 0,
                 steering(body, given, grammars),

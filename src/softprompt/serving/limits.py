@@ -27,7 +27,7 @@ class BodyLimit:
         if not declared.isdigit() or int(declared) > self.most:
             await refusal.response(scope, receive, send)
             return
-        read, has_begun = 0, False
+        read = 0
 
         async def counted() -> Message:
             nonlocal read
@@ -38,16 +38,18 @@ class BodyLimit:
             return message
 
         async def watched(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
+            if read <= self.most:
+                await send(message)
 
         try:
-            await self.app(scope, counted, watched)
+            await self.app(
+                scope, counted, watched
+            )  # what reads the body may take the error for one of its form
         except Refused as error:
-            if has_begun:
+            if error is not refusal:
                 raise
-            await error.response(scope, receive, send)
+        if read > self.most:
+            await refusal.response(scope, receive, send)
 
 
 class Rows:

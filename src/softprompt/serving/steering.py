@@ -165,7 +165,11 @@ class Grammars:
         from llguidance import LLMatcher
 
         try:
-            return self._valid(str(LLMatcher.grammar_from_json_schema(json.dumps(dict(schema)))))
+            # A small model may write blanks for ever where any number of them is allowed.
+            compact = {"whitespace_flexible": False}
+            return self._valid(
+                str(LLMatcher.grammar_from_json_schema(json.dumps(dict(schema)), defaults=compact))
+            )
         except ValueError as error:
             raise RecipeError(f"response_format: {_first_line(error)}.") from error
 
