@@ -54,12 +54,8 @@ def command(
     from softprompt.report.render import FILES, write_reports
     from softprompt.store.ownership import check_replaceable
 
-<<<<<<< Updated upstream
     out = check_replaceable(recipe.out, FILES, kind="report")  # before hours are spent
-    with _Shown(console, settings) as shown:
-=======
     with ShowJobs(console, settings.job_names) as bar:
->>>>>>> Stashed changes
         comparison = compare(
             recipe,
             settings,

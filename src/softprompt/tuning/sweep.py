@@ -27,12 +27,7 @@ from softprompt.progress.shown import shown_runs
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.settings.text import scalar
 from softprompt.store.artifact import load_prompt, save_prompt
-<<<<<<< Updated upstream
 from softprompt.store.ownership import PROMPT_FILES, claim, folder_named
-from softprompt.tuning.events import Event
-=======
-from softprompt.store.ownership import PROMPT_FILES, claim
->>>>>>> Stashed changes
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.records import SCHEMA, number_or_none
 from softprompt.tuning.together import Together
