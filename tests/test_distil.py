@@ -17,7 +17,7 @@ from softprompt.errors import BaseError, DataError, RecipeError
 from softprompt.inference.settings import DecodeSettings
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.soft_targets import SoftTargets
-from softprompt.progress.events import Event, Stepped
+from softprompt.progress.events import Event, Note, Stepped
 from softprompt.store.artifact import load_prompt
 from softprompt.tuning.distil import DistilLoss, distil, few_shot_text
 from softprompt.tuning.distil_settings import DistilSettings
@@ -133,16 +133,25 @@ def test_what_cannot_be_distilled_is_refused_in_one_line(tmp_path: Path) -> None
     exact = settings(tmp_path, exact=True)
     with pytest.raises(BaseError, match="no rotary positions"):
         distil(exact, lm=lm_of("GPT-2"))
-    (tmp_path / "context.txt").write_text(CONTEXT * 10, encoding="utf-8")
-    with pytest.raises(DataError, match=r"reads 128"):
-        distil(settings_with(tmp_path), lm=lm_of())
     assert not (tmp_path / "out" / "softprompt.json").exists()
 
 
-def settings_with(folder: Path) -> DistilSettings:
-    made = settings(folder)
-    (folder / "context.txt").write_text(CONTEXT * 10, encoding="utf-8")
-    return made
+def test_a_document_longer_than_the_base_reads_is_cut_into_parts(tmp_path: Path) -> None:
+    """128 positions: three parts, each with a teacher of its own and its share of the short prompt."""
+    given = settings(tmp_path)
+    paragraphs = [f"{CONTEXT[:80]} {number}" for number in ("one", "two", "three", "four")]
+    (tmp_path / "context.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    notes: list[str] = []
+    result = distil(
+        given,
+        lm=lm_of(),
+        on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+    )
+    assert any("cut into" in note for note in notes)
+    assert result.context_positions > 128 - 6
+    assert result.prompt.length == 8
+    assert result.kl < result.kl_start
+    assert result.kl < result.kl_base
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,15 @@ def compact(
     return Compacted(plain, torch.stack(places).cpu(), rotary is not None)
 
 
+def moved(lm: FrozenLM, plain: Plain, positions: int) -> Plain:
+    """Keys and values [L, P, H, K] so many positions further on, where the base rotates its keys; else as they are."""
+    rotary = rotary_of(lm)
+    keys_LPHK, values_LPHK = plain
+    if rotary is None or positions == 0:
+        return plain
+    return rotary.turned(keys_LPHK, positions), values_LPHK
+
+
 @dataclass(frozen=True)
 class _Reading:
     """What one layer saw of one text behind the context: its queries [H, G, S, K] in groups of heads that share a

@@ -39,18 +39,21 @@ from softprompt.progress.events import Event, Note
 from softprompt.progress.shown import shown
 from softprompt.prompt.reparam import Form
 from softprompt.prompt.soft_prompt import Plain, Prompt
-from softprompt.tuning.compaction import compact
+from softprompt.tuning.compaction import compact, moved
 from softprompt.tuning.distil_settings import DistilSettings
 from softprompt.tuning.loop import tune
 from softprompt.tuning.plan import Plan
-from softprompt.tuning.questions import write_questions
+from softprompt.tuning.questions import parts_of, write_questions
 from softprompt.tuning.recipe import Data, PromptSettings, Recipe
 from softprompt.tuning.settle import fast_loss, settled_batch_size, settled_rate
 from softprompt.tuning.task import Task
-from softprompt.tuning.teacher import Answer, Teacher, teacher_of
+from softprompt.tuning.teacher import Answer, Teacher, Teachers, teacher_of
 
 JUDGED_QUESTIONS = 64  # held-out questions that are answered for the agreement
 COMPACTION_ROWS = 48  # questions and answers whose queries say which keys matter
+QUESTION_SHARE = (
+    8  # of the base's positions, that much is left for a question where a document is cut into parts
+)
 OWN_HELD_OUT = 0.2  # of questions that the base wrote
 
 
@@ -159,11 +162,22 @@ def _distil(
             f"{lm.name}: has no rotary positions, so a shortened context cannot keep its distances exactly. "
             "Leave --exact out, or choose another base."
         )
-    layout, splits = _questions(settings, lm, on_event)
+    document = _document(settings)
+    texts = [document] if settings.context.shots is not None else _parts(settings, lm, document)
+    layout, splits = _questions(settings, lm, texts, on_event)
     if settings.context.shots is not None and isinstance(layout.pieces[-1], Field):
         # Examples are parted by a blank line, so an answer ends there: the prompt learns to stop as the block does.
         layout = Template((*layout.pieces, Text("\n\n")), layout.target)
-    teacher = teacher_of(lm, _context(settings, layout, splits), layout)
+    if settings.context.shots is not None:
+        texts = [few_shot_text(splits.train, layout, settings.context.shots, settings.tune.seed)]
+    teacher = Teachers(tuple(teacher_of(lm, _in_front(text, layout), layout) for text in texts))
+    if len(texts) > 1:
+        on_event(
+            Note(
+                f"The document is longer than {lm.name} reads at once: it is cut into {len(texts)} parts, and a question is "
+                "answered by one of them."
+            )
+        )
     if settings.distil.virtual_tokens >= teacher.context_positions:
         raise DataError(
             f"The context has {teacher.context_positions} positions, which fit into {settings.distil.virtual_tokens} virtual "
@@ -226,19 +240,12 @@ class FixedFirst(Form):
 
 
 def _questions(
-    settings: DistilSettings, lm: FrozenLM, on_event: Callable[[Event], None]
+    settings: DistilSettings, lm: FrozenLM, texts: Sequence[str], on_event: Callable[[Event], None]
 ) -> tuple[Template, Splits]:
     """The template around a question, and the questions in parts: to learn from, to choose by, to judge on."""
     data = settings.data
     if data.source is None:
-        written = write_questions(lm, _document(settings), data.written, seed=data.seed)
-        on_event(
-            Note(
-                f"{lm.name} wrote {len(written.questions)} questions; {written.empty} empty and {written.repeated} repeated "
-                "ones were left out."
-            )
-        )
-        questions = written.questions
+        questions = _written_questions(settings, lm, texts, on_event)
         held = max(1, round(OWN_HELD_OUT * len(questions)))
         if len(questions) < 4:
             raise DataError(
@@ -273,6 +280,26 @@ def _questions(
     if data.target is None:
         return Template((Field(question), Text("\n"))), splits
     return Template.parse(f"{{{question}}}\n{data.target}: {{{data.target}}}", target=data.target), splits
+
+
+def _written_questions(
+    settings: DistilSettings, lm: FrozenLM, texts: Sequence[str], on_event: Callable[[Event], None]
+) -> tuple[Example, ...]:
+    """Questions by the base about every part, numbered so that each falls to the teacher of its part."""
+    data, questions = settings.data, list[Example]()
+    empty = repeated = 0
+    for place, text in enumerate(texts):
+        written = write_questions(lm, text, math.ceil(data.written / len(texts)), seed=data.seed)
+        empty, repeated = empty + written.empty, repeated + written.repeated
+        questions += [
+            replace(question, row=len(texts) * n + place) for n, question in enumerate(written.questions)
+        ]
+    on_event(
+        Note(
+            f"{lm.name} wrote {len(questions)} questions; {empty} empty and {repeated} repeated ones were left out."
+        )
+    )
+    return tuple(sorted(questions, key=lambda question: question.row))
 
 
 def _as_chats(splits: Splits) -> Splits:
@@ -311,12 +338,31 @@ def _document(settings: DistilSettings) -> str:
         raise DataError(f"{given}: cannot be read as UTF-8 text ({error}). Save it as UTF-8.") from error
 
 
-def _context(settings: DistilSettings, layout: Template, splits: Splits) -> str:
-    """The context as text, as it stands in front of a question."""
-    if settings.context.shots is not None:
-        return few_shot_text(splits.train, layout, settings.context.shots, settings.tune.seed)
-    text = _document(settings)
-    return text if layout.chat or text.endswith("\n") else f"{text}\n\n"
+def _parts(settings: DistilSettings, lm: FrozenLM, document: str) -> list[str]:
+    """The document whole, or in parts of which each leaves room in the base for a question and its answer."""
+    most = longest_text(lm)
+    if most is None or settings.context.document is None:
+        return [document]
+    room = most - settings.distil.answer_tokens - most // QUESTION_SHARE
+    if room < 1 or len(_ids(lm, document)) <= room:
+        return [document]
+    characters = len(document)
+    while characters > 1:  # parts of whole paragraphs, smaller until the longest fits
+        parts = parts_of(document, characters)
+        if max(len(_ids(lm, part)) for part in parts) <= room:
+            return parts
+        characters = characters * 3 // 4
+    return [document]
+
+
+def _ids(lm: FrozenLM, text: str) -> list[int]:
+    ids: list[int] = lm.tokenizer(text, verbose=False)["input_ids"]
+    return ids
+
+
+def _in_front(text: str, layout: Template) -> str:
+    """The context as it stands in front of a question: a turn of its own in a chat, else parted by a blank line."""
+    return text if layout.chat or text.endswith("\n") or not text.strip() else f"{text}\n\n"
 
 
 def few_shot_text(train: Sequence[Example], layout: Template, count: int, seed: int) -> str:
@@ -345,7 +391,7 @@ def _written_out(layout: Template, example: Example) -> str:
 
 
 def _lessons(
-    teacher: Teacher, questions: Sequence[Example], settings: DistilSettings, *, likeliest: bool = False
+    teacher: Teachers, questions: Sequence[Example], settings: DistilSettings, *, likeliest: bool = False
 ) -> list[Lesson]:
     """The teacher's answers to every question; `likeliest` ones alone are what a student is judged by.
 
@@ -353,7 +399,7 @@ def _lessons(
     distil = settings.distil
     k = distil.teacher_top_k or None
     if distil.gold:
-        answers = [[teacher.gold(question)] for question in questions]
+        answers = [[teacher.of(question).gold(question)] for question in questions]
     else:
         drawn = not likeliest and distil.temperature > 0
         decode = DecodeSettings(
@@ -382,7 +428,7 @@ def _lessons(
 
 def _plan(
     settings: DistilSettings,
-    teacher: Teacher,
+    teacher: Teachers,
     splits: Splits,
     lessons: Sequence[Lesson],
     judged: Sequence[Lesson],
@@ -390,7 +436,10 @@ def _plan(
     """A plan whose rows are questions with the teacher's answers, and whose loss is the divergence from the teacher."""
     lm, tune = teacher.lm, settings.tune
     everything = [*lessons, *judged]
-    rows = [teacher.student_row(lesson.question, lesson.answer.ids, n) for n, lesson in enumerate(everything)]
+    rows = [
+        teacher.of(lesson.question).student_row(lesson.question, lesson.answer.ids, n)
+        for n, lesson in enumerate(everything)
+    ]
     train, held_out = rows[: len(lessons)], rows[len(lessons) :]
     kind, length = settings.distil.kind, settings.distil.virtual_tokens
     template = Template((Soft(length), *teacher.layout.pieces), teacher.layout.target)
@@ -427,7 +476,7 @@ def _plan(
         train=EncodedSet(EncodedRows(train)),
         held_out=held_out,
         held_out_base=[
-            teacher.student_row(one.question, one.answer.ids, len(lessons) + n)
+            teacher.of(one.question).student_row(one.question, one.answer.ids, len(lessons) + n)
             for n, one in enumerate(judged)
         ],
         judged_on="validation",
@@ -447,21 +496,36 @@ def _with_slot(row: Encoded, length: int) -> Encoded:
     )
 
 
-def _context_start(settings: DistilSettings, teacher: Teacher, lessons: Sequence[Lesson]) -> Plain:
+def _context_start(settings: DistilSettings, teacher: Teachers, lessons: Sequence[Lesson]) -> Plain:
     """Keys and values that a deep prompt starts from, out of the context's own."""
-    length, state = settings.distil.virtual_tokens, teacher.compiled.state
+    starts, offset = [], 0
+    for place, part in enumerate(teacher.parts):
+        # Every part gets its share of the positions; its keys are turned to where they stand among the others.
+        length = settings.distil.virtual_tokens * (place + 1) // len(teacher.parts) - offset
+        own = [lesson for lesson in lessons if teacher.of(lesson.question) is part]
+        starts.append(moved(teacher.lm, _part_start(settings, part, own, length), offset))
+        offset += length
+    return tuple(torch.cat(layers, 1) for layers in zip(*starts, strict=True))
+
+
+def _part_start(settings: DistilSettings, part: Teacher, lessons: Sequence[Lesson], length: int) -> Plain:
+    """Keys and values of `length` positions out of one part's own, as if they stood at the very front."""
+    state = part.compiled.state
     if settings.distil.init == "first":
-        layers = (state.first(length).keys, state.first(length).values)
-        return tuple(torch.stack([layer.transpose(0, 1) for layer in part]).float().cpu() for part in layers)
+        first = state.first(length)
+        return tuple(
+            torch.stack([layer.transpose(0, 1) for layer in layers]).float().cpu()
+            for layers in (first.keys, first.values)
+        )
     order = random.Random(f"compaction/{settings.tune.seed}").sample(range(len(lessons)), len(lessons))
     rows = []
     for n in order[:COMPACTION_ROWS]:
-        marks = teacher.compiled.marks(teacher.lm, teacher.example(lessons[n].question))
-        rows.append([*marks[teacher.context_positions :], *lessons[n].answer.ids])
-    return compact(teacher.lm, state, rows, length, ridge=settings.distil.ridge).plain
+        marks = part.compiled.marks(part.lm, part.example(lessons[n].question))
+        rows.append([*marks[part.context_positions :], *lessons[n].answer.ids])
+    return compact(part.lm, state, rows, length, ridge=settings.distil.ridge).plain
 
 
-def _agreements(teacher: Teacher, prompt: Prompt, questions: Sequence[Example]) -> tuple[float, float]:
+def _agreements(teacher: Teachers, prompt: Prompt, questions: Sequence[Example]) -> tuple[float, float]:
     """The share of questions that prompt and bare base answer as the teacher does, greedily, token for token."""
     decode = DecodeSettings(max_new_tokens=64)
     wanted = [own[0].ids for own in teacher.answers(questions, decode)]
@@ -473,22 +537,29 @@ def _agreements(teacher: Teacher, prompt: Prompt, questions: Sequence[Example]) 
     return shares[0], shares[1]
 
 
-def _gold(teacher: Teacher, prompt: Prompt, questions: Sequence[Example]) -> tuple[float, float, float]:
+def _gold(teacher: Teachers, prompt: Prompt, questions: Sequence[Example]) -> tuple[float, float, float]:
     """The share of right answers of the long context, of the prompt and of the bare base."""
     decode = DecodeSettings(max_new_tokens=32)
     target = str(teacher.layout.target)
     bare = compile_prompt(teacher.lm, None, template=teacher.layout)
-    right = []
-    for compiled in (teacher.compiled, compile_prompt(teacher.lm, prompt), bare):
-        found = generate(teacher.lm, questions, compiled, decode)
-        said = [answer.text.strip().split("\n")[0].strip() for answer in found]
-        right.append(
-            sum(a == b.fields[target].strip() for a, b in zip(said, questions, strict=True)) / len(questions)
+    written = [[own[0].text for own in teacher.answers(questions, decode)]]
+    for compiled in (compile_prompt(teacher.lm, prompt), bare):
+        written.append([answer.text for answer in generate(teacher.lm, questions, compiled, decode)])
+    right = [
+        sum(
+            _first_line(text) == question.fields[target].strip()
+            for text, question in zip(texts, questions, strict=True)
         )
-    return right[0], right[1], right[2]
+        for texts in written
+    ]
+    return right[0] / len(questions), right[1] / len(questions), right[2] / len(questions)
 
 
-def _milliseconds_saved(teacher: Teacher, prompt: Prompt) -> float:
+def _first_line(text: str) -> str:
+    return text.strip().split("\n")[0].strip()
+
+
+def _milliseconds_saved(teacher: Teachers, prompt: Prompt) -> float:
     """How much sooner a request that reads everything from the start can begin to answer: the median of three."""
     times: list[list[float]] = [[], []]
     for _ in range(3):

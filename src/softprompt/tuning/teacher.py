@@ -6,9 +6,7 @@ same text behind it.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -130,6 +128,56 @@ class Teacher:
         return [by_row[id(row)][start - row.state.length :] for row, start in zip(rows, starts, strict=True)]
 
 
+@dataclass(frozen=True)
+class Teachers:
+    """A long document's teachers, one a part of it: a question is answered by the part that its row number falls to."""
+
+    parts: tuple[Teacher, ...]
+
+    @property
+    def lm(self) -> FrozenLM:
+        """The base."""
+        return self.parts[0].lm
+
+    @property
+    def layout(self) -> Template:
+        """What stands around a question without the context."""
+        return self.parts[0].layout
+
+    @property
+    def context_positions(self) -> int:
+        """Positions of all parts together."""
+        return sum(part.context_positions for part in self.parts)
+
+    def of(self, question: Example) -> Teacher:
+        """The teacher of a question."""
+        return self.parts[question.row % len(self.parts)]
+
+    def answers(
+        self, questions: Sequence[Example], settings: DecodeSettings, *, batch_rows: int = 16
+    ) -> list[list[Answer]]:
+        """`settings.n` answers to each question."""
+        found: dict[int, list[Answer]] = {}
+        for part, numbers in self._shared(questions):
+            asked = [questions[n] for n in numbers]
+            found |= zip(numbers, part.answers(asked, settings, batch_rows=batch_rows), strict=True)
+        return [found[n] for n in range(len(questions))]
+
+    def targets(self, pairs: Sequence[tuple[Example, Sequence[int]]], k: int | None) -> list[SoftTargets]:
+        """For each question and answer, what its teacher finds likely at every token of the answer."""
+        found: dict[int, SoftTargets] = {}
+        for part, numbers in self._shared([question for question, _ in pairs]):
+            found |= zip(numbers, part.targets([pairs[n] for n in numbers], k), strict=True)
+        return [found[n] for n in range(len(pairs))]
+
+    def _shared(self, questions: Sequence[Example]) -> Iterator[tuple[Teacher, list[int]]]:
+        """Every teacher with the numbers of its questions."""
+        for place, part in enumerate(self.parts):
+            numbers = [n for n, question in enumerate(questions) if question.row % len(self.parts) == place]
+            if numbers:
+                yield part, numbers
+
+
 def teacher_of(lm: FrozenLM, context: str, layout: Template) -> Teacher:
     """Read `context` once, in front of `layout` (a template without slots).
 
@@ -149,11 +197,6 @@ def teacher_of(lm: FrozenLM, context: str, layout: Template) -> Teacher:
             f"The context has {compiled.length} positions, and {lm.name} reads {most}. Shorten it, or let it be cut into parts."
         )
     return Teacher(lm, context, layout, compiled)
-
-
-def identity_of(teacher: Teacher) -> str:
-    """Digest of all that a teacher's answers depend on besides the base and its settings."""
-    return hashlib.sha256(json.dumps([teacher.context, str(teacher.layout)]).encode()).hexdigest()
 
 
 @torch.no_grad()
