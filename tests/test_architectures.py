@@ -26,7 +26,7 @@ from softprompt.data.template import Template
 from softprompt.errors import BaseError, PromptError
 from softprompt.inference.compiled import TextPrompt, compile_prompt, text_state
 from softprompt.inference.generate import DecodeSettings
-from softprompt.inference.prefill import Row, prefill
+from softprompt.inference.prefill import PrefillRow, prefill
 from softprompt.inference.running_batch import Running, request
 from softprompt.inference.verify import PROVEN
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
@@ -55,7 +55,7 @@ class Subject:
         with torch.no_grad():
             return self.lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
-    def logits(self, rows: list[Row]) -> list[Tensor]:
+    def logits(self, rows: list[PrefillRow]) -> list[Tensor]:
         with torch.no_grad():
             done = prefill(self.lm, rows)
             return [self.lm.logits(done.hidden_BTD[b, row.rest - 1]) for b, row in enumerate(rows)]

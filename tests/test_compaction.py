@@ -11,7 +11,7 @@ from softprompt.base.kv import EMPTY, State, row_state
 from softprompt.base.nll import Head
 from softprompt.base.rotary import rotary_of, turned_state
 from softprompt.errors import PromptError
-from softprompt.inference.prefill import Row, prefill
+from softprompt.inference.prefill import PrefillRow, prefill
 from softprompt.loss.soft_targets import SoftTargets, soft_cross_entropy
 from softprompt.prompt.soft_prompt import Plain
 from softprompt.tuning.compaction import compact
@@ -27,13 +27,13 @@ def lm_of(architecture: str) -> FrozenLM:
 
 
 def read(lm: FrozenLM, ids: list[int]) -> State:
-    done = prefill(lm, [Row(EMPTY, tuple(ids))])
+    done = prefill(lm, [PrefillRow(EMPTY, tuple(ids))])
     return row_state(done.cache, 0, *done.span(0), ids)
 
 
 def log_probabilities(lm: FrozenLM, state: State, text: list[int]) -> Tensor:
     """Of the token after `text`, which follows what `state` holds."""
-    done = prefill(lm, [Row(state, (*state.marks, *text))])
+    done = prefill(lm, [PrefillRow(state, (*state.marks, *text))])
     return lm.logits(done.hidden_BTD[0, -1]).float().log_softmax(-1)
 
 

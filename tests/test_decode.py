@@ -28,7 +28,7 @@ from softprompt.errors import BaseError, DataError, OutOfMemory, PromptError, Re
 from softprompt.inference.bad_words import bad_sequences
 from softprompt.inference.compiled import CompiledPrompt, Promptable, TextPrompt, compile_prompt, text_state
 from softprompt.inference.conversation import Conversation
-from softprompt.inference.detokenize import Spoken
+from softprompt.inference.detokenize import TextStream
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.inference.prefill import prefill
 from softprompt.inference.running_batch import Running, position_bytes, request
@@ -342,13 +342,13 @@ def test_streamed_pieces_make_up_each_text(lm: FrozenLM) -> None:
 def test_text_is_told_when_its_characters_are_whole_and_no_stop_text_can_have_begun() -> None:
     tokenizer = tiny_tokenizer()
     told: list[str] = []
-    spoken = Spoken(tokenizer, [], ["END"], told.append)
+    stream = TextStream(tokenizer, [], ["END"], told.append)
     ids = list(tokenizer("é!E")["input_ids"])  # é is two bytes, two tokens here
     assert len(ids) == 4
-    assert [spoken.add(token) for token in ids] == [False] * 4
+    assert [stream.add(token) for token in ids] == [False] * 4
     assert told == ["é", "!"]  # the E may begin END
-    assert [spoken.add(token) for token in tokenizer("NDy")["input_ids"]] == [False, True, True]
-    assert spoken.finish() == "é!"
+    assert [stream.add(token) for token in tokenizer("NDy")["input_ids"]] == [False, True, True]
+    assert stream.finish() == "é!"
     assert "".join(told) == "é!"
 
 

@@ -19,7 +19,7 @@ from softprompt.inference import lanes as lanes_module
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.inference.generate import generate
 from softprompt.inference.lanes import Lanes
-from softprompt.inference.prefill import Row, read_on
+from softprompt.inference.prefill import PrefillRow, read_on
 from softprompt.inference.running_batch import Running, position_bytes, request
 from softprompt.inference.settings import DecodeSettings
 from softprompt.prompt.soft_prompt import SoftPrompt
@@ -285,7 +285,7 @@ def test_a_long_text_is_read_between_the_steps_of_others_and_changes_nothing(
         events.append("step")
         return advance(self)
 
-    def reading(lm: FrozenLM, row: Row, positions: int) -> Row:
+    def reading(lm: FrozenLM, row: PrefillRow, positions: int) -> PrefillRow:
         events.append("part")
         return read_on(lm, row, positions)
 
@@ -346,7 +346,7 @@ def test_rows_of_unlike_length_run_in_lanes_each_as_alone(
             compiled[0],
             row.row.marks,
             row.settings,
-            row=Row(row.row.state, row.row.marks, row.row.vectors_PD),
+            row=PrefillRow(row.row.state, row.row.marks, row.row.vectors_PD),
         )
         solo.admit([again])
         while len(solo):

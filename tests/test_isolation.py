@@ -18,7 +18,7 @@ from softprompt.base.kv import EMPTY, State
 from softprompt.errors import NotFinite
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt, text_state
 from softprompt.inference.generate import DecodeSettings, generate
-from softprompt.inference.prefill import PASS_COST_CPU, Row, like_lengths
+from softprompt.inference.prefill import PASS_COST_CPU, PrefillRow, like_lengths
 from softprompt.inference.running_batch import Request, Running, request
 from softprompt.inference.score import score
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
@@ -184,10 +184,10 @@ def test_a_temperature_near_0_takes_the_likeliest_token(temperature: float) -> N
         assert found.token_ids == wanted.token_ids
 
 
-def rows_of(rests: Sequence[int], known: Sequence[int] = ()) -> list[Row]:
+def rows_of(rests: Sequence[int], known: Sequence[int] = ()) -> list[PrefillRow]:
     known = known or [0] * len(rests)
     return [
-        Row(State((), (), tuple(range(length))), tuple(range(length + rest)))
+        PrefillRow(State((), (), tuple(range(length))), tuple(range(length + rest)))
         for rest, length in zip(rests, known, strict=True)
     ]
 

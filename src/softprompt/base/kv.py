@@ -71,15 +71,18 @@ def batch_cache(states: Sequence[State]) -> tuple[DynamicCache, int]:
     columns = max(state.length for state in states)
     if columns == 0:
         return DynamicCache(), 0
+    # A row of nothing known has no layers; its heads and widths are taken from a row that has them.
     deepest = max(states, key=lambda state: len(state.keys))
     layers: list[tuple[Tensor, Tensor]] = []
     for layer in range(len(deepest.keys)):
         both: list[Tensor] = []
         for which in ("keys", "values"):
             sample: Tensor = getattr(deepest, which)[layer]
+            # Rows of one prompt share its tensors: expand copies nothing, and the forward pass only appends.
             if all(state is states[0] for state in states):
                 both.append(sample.expand(len(states), *sample.shape))
                 continue
+            # Zeros on the left are masked; zeros and not noise, since a masked NaN would still spoil the sum.
             padded = sample.new_zeros(len(states), sample.shape[0], columns, sample.shape[2])
             for row, state in enumerate(states):
                 if state.length:

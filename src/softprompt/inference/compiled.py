@@ -24,7 +24,7 @@ from softprompt.data.example import Example
 from softprompt.data.template import Field, Messages, Soft, Template, Text
 from softprompt.data.tokenizer import SpecialTokens, special_tokens_of, tokens
 from softprompt.errors import DataError, PromptError, RecipeError
-from softprompt.inference.prefill import Row, prefill
+from softprompt.inference.prefill import PrefillRow, prefill
 from softprompt.inference.verify import demand_exact
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
 from softprompt.store.artifact import load_prompt
@@ -105,7 +105,7 @@ class CompiledPrompt:
             token if soft < 0 else -1 - soft for token, soft in zip(encoded.ids, encoded.soft, strict=True)
         ]
 
-    def row(self, marks: Sequence[int], need: int | None = None) -> Row:
+    def row(self, marks: Sequence[int], need: int | None = None) -> PrefillRow:
         """What is left to compute of a row when the hidden states from position `need` on (the last) are wanted."""
         if not marks:
             raise DataError(
@@ -118,7 +118,7 @@ class CompiledPrompt:
                 f"{self.name}: a deep prompt has no output of its own, so at least one token must follow it, "
                 "and that token cannot be scored. Give some text before what is wanted."
             )
-        return Row(self.state.first(used), tuple(marks), self.vectors_PD)
+        return PrefillRow(self.state.first(used), tuple(marks), self.vectors_PD)
 
 
 Promptable: TypeAlias = SoftPrompt | DeepPrompt | CompiledPrompt | TextPrompt | Template | str | Path | None
@@ -301,7 +301,7 @@ def _head(lm: FrozenLM, compiled: CompiledPrompt) -> list[int]:
 def _read(lm: FrozenLM, marks: Sequence[int], vectors_PD: Tensor | None = None) -> State:
     if not marks:
         return EMPTY
-    done = prefill(lm, [Row(EMPTY, tuple(marks), vectors_PD)])
+    done = prefill(lm, [PrefillRow(EMPTY, tuple(marks), vectors_PD)])
     return row_state(done.cache, 0, *done.span(0), marks)
 
 

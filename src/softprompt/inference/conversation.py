@@ -8,7 +8,7 @@ from softprompt.data.example import Example, Message
 from softprompt.data.tokenizer import tokens
 from softprompt.inference.compiled import Promptable, compile_prompt
 from softprompt.inference.generate import Generation, generation, run
-from softprompt.inference.prefill import Row
+from softprompt.inference.prefill import PrefillRow
 from softprompt.inference.running_batch import GREEDY, Running, request
 from softprompt.inference.settings import DecodeSettings
 
@@ -46,7 +46,7 @@ class Conversation:
             self.messages = [*said, Message("assistant", one.text)]
         return generation(self.prompt.name, text, one)
 
-    def _row(self, text: str, said: list[Message]) -> Row:
+    def _row(self, text: str, said: list[Message]) -> PrefillRow:
         if self.prompt.template.chat:
             marks = self.prompt.marks(self.lm, Example({}, tuple(said)))
         elif not self.marks:
@@ -60,6 +60,6 @@ class Conversation:
         known = (
             self.state if self.state.shared(marks) >= self.prompt.state.shared(marks) else self.prompt.state
         )
-        return Row(
+        return PrefillRow(
             known.first(min(known.shared(marks), len(marks) - 1)), tuple(marks), self.prompt.vectors_PD
         )

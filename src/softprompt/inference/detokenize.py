@@ -1,16 +1,19 @@
-"""What tokens say, as far as it is certain: characters of several tokens, and stop texts that may just have begun."""
+"""Detokenizing as tokens come: characters of several tokens, and stop texts that may just have begun, are held back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-CONTEXT_TOKENS = 6  # of the text before: enough for tokenizers that write a token by what stands before it
-UNFINISHED = "\ufffd"
+CONTEXT_TOKENS = 6  # of the text before: enough for tokenizers that write a token by what precedes it
+UNFINISHED = "\ufffd"  # what the bytes of a character decode to before its last one is there
 
 
-class Spoken:
-    """The text of one row as it grows. `add` a token, then `finish`. `ending` is taken off the end of the whole text."""
+class TextStream:
+    """The text of one row as it grows: `add` each token, then `finish`. `ending` is cut off the end of the whole text.
+
+    `on_text` is called with each piece of text that nothing to come can change or cut off.
+    """
 
     def __init__(
         self,
@@ -27,9 +30,9 @@ class Spoken:
         self.ending = ending
         self.ids = list(before[-CONTEXT_TOKENS:])
         self.text = ""
-        self._from = 0
-        self._read = len(self.ids)
-        self._told = 0
+        self._from = 0  # first token that is decoded again
+        self._decoded = len(self.ids)  # tokens whose text is in `text`, or was before it
+        self._sent = 0  # characters that `on_text` has had
         self._stopped = False
 
     def add(self, token: int) -> bool:
@@ -37,47 +40,51 @@ class Spoken:
         if self._stopped:
             return True
         self.ids.append(token)
-        self._follow(final=False)
-        self._tell(final=False)
+        self._extend(final=False)
+        self._send(final=False)
         return self._stopped
 
     def finish(self) -> str:
-        """All the text, and the last of it told."""
+        """Give all the text, and the rest of it to `on_text`."""
         if not self._stopped:
-            self._follow(final=True)
+            self._extend(final=True)
             if self.ending:
                 self.text = self.text.removesuffix(self.ending)
-        self._tell(final=True)
+        self._send(final=True)
         return self.text
 
-    def _follow(self, final: bool) -> None:
-        if self._read == len(self.ids):
+    def _extend(self, final: bool) -> None:
+        """Append the text of the new tokens, unless they end inside a character; cut it at the first stop text."""
+        if self._decoded == len(self.ids):
             return
-        known = self._decode(self.ids[self._from : self._read])
-        now = self._decode(self.ids[self._from :])
-        if len(now) <= len(known) or (now.endswith(UNFINISHED) and not final):
+        # The same tokens may decode differently without those before them, so both texts start at `_from`.
+        before = self._decode(self.ids[self._from : self._decoded])
+        after = self._decode(self.ids[self._from :])
+        if len(after) <= len(before) or (after.endswith(UNFINISHED) and not final):
             return
         searched = len(self.text)
-        self.text += now[len(known) :]
-        # Decoding goes on from the last whole piece: constant work a token, however long the text.
-        self._from, self._read = self._read, len(self.ids)
-        places = [
-            found for one in self.stop if (found := self.text.find(one, max(0, searched - len(one) + 1))) >= 0
+        self.text += after[len(before) :]
+        # Decoding continues from the last whole piece: constant work a token, however long the text.
+        self._from, self._decoded = self._decoded, len(self.ids)
+        starts = [
+            start
+            for stop in self.stop
+            if (start := self.text.find(stop, max(0, searched - len(stop) + 1))) >= 0
         ]
-        if places:
-            self.text = self.text[: min(places)]
+        if starts:
+            self.text = self.text[: min(starts)]
             self._stopped = True
 
-    def _tell(self, final: bool) -> None:
+    def _send(self, final: bool) -> None:
         if self.on_text is None:
             return
-        sure = len(self.text) if final or self._stopped else len(self.text) - self._begun()
-        if sure > self._told:
-            self.on_text(self.text[self._told : sure])
-            self._told = sure
+        certain = len(self.text) if final or self._stopped else len(self.text) - self._may_be_cut()
+        if certain > self._sent:
+            self.on_text(self.text[self._sent : certain])
+            self._sent = certain
 
-    def _begun(self) -> int:
-        """Characters at the end that may be the beginning of a stop text, or the ending."""
+    def _may_be_cut(self) -> int:
+        """Count the characters at the end that may be the beginning of a stop text, or the ending."""
         longest = [(text, len(text) - 1) for text in self.stop] + [(self.ending, len(self.ending))]
         return max(
             (

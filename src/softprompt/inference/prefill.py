@@ -1,4 +1,4 @@
-"""One forward pass over rows that differ in prompt and length, each going on from state that is known already."""
+"""One forward pass over rows that differ in prompt and length, each continued from the state that is known of it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from softprompt.errors import PromptError
 
 
 @dataclass(frozen=True)
-class Row:
-    """A sequence: the part whose state is known, and the marks of all of it."""
+class PrefillRow:
+    """A sequence to read: the key/value state of its first positions, and the marks of all of them.
+
+    A mark is a token id, or -1 - i for row i of `vectors_PD`."""
 
     state: State
     marks: tuple[int, ...]
@@ -40,7 +42,7 @@ class Prefilled:
     cache: Any
     columns: int
     hidden_BTD: Tensor
-    rows: tuple[Row, ...]
+    rows: tuple[PrefillRow, ...]
 
     def span(self, b: int) -> tuple[int, int]:
         """First column of row b, and the one after its last."""
@@ -52,21 +54,24 @@ class Prefilled:
 PASS_COST_CPU, PASS_COST_GPU = 40, 4096
 
 
-def like_lengths(lm: FrozenLM, rows: Sequence[Row], most_rows: int | None = None) -> list[list[Row]]:
-    """Rows in groups, each for one pass of at most `most_rows`, that together cost least.
+def like_lengths(
+    lm: FrozenLM, rows: Sequence[PrefillRow], most_rows: int | None = None
+) -> list[list[PrefillRow]]:
+    """Group rows into passes of at most `most_rows` rows that together cost least.
 
-    A pass computes as many positions for every row as its longest row has left, so that a long text beside short ones
+    A pass computes as many positions for every row as its longest row has left, so a long text beside short ones
     makes all of them long. The cut is found by a dynamic programme over the rows in the order of their lengths. Known
     state and rest, each as long as the group's longest, must fit the base: some architectures (MPT, GPT-Neo) have
     tables of that many columns, padding included."""
     pass_cost = PASS_COST_CPU if torch.device(lm.device).type == "cpu" else PASS_COST_GPU
     most_columns = longest_text(lm)
+    # Sorted: a pass is as long as its longest row, so that only neighbours in length need to share one.
     ordered = sorted(rows, key=lambda row: row.rest)
-    # best[end] is the least cost of the first `end` rows, and cut[end] where the last of their groups begins.
+    # best[end] is the least cost of the first `end` rows, and cut[end] the start of their last group.
     best, cut = [0] + [0] * len(ordered), [0] * (len(ordered) + 1)
     for end in range(1, len(ordered) + 1):
-        longest = ordered[end - 1].rest
-        known = 0
+        longest = ordered[end - 1].rest  # they are sorted, so a group's last row is its longest
+        known = 0  # most positions of known state in the group: sorting says nothing of them
         best[end] = -1
         for start in range(end - 1, -1, -1):
             known = max(known, ordered[start].state.length)
@@ -77,7 +82,8 @@ def like_lengths(lm: FrozenLM, rows: Sequence[Row], most_rows: int | None = None
             cost = best[start] + pass_cost + size * longest
             if best[end] < 0 or cost < best[end]:
                 best[end], cut[end] = cost, start
-    groups: list[list[Row]] = []
+    # Walk back from the end: each cut tells where the group before it ends.
+    groups: list[list[PrefillRow]] = []
     end = len(ordered)
     while end:
         groups.append(ordered[cut[end] : end])
@@ -86,19 +92,20 @@ def like_lengths(lm: FrozenLM, rows: Sequence[Row], most_rows: int | None = None
 
 
 @torch.inference_mode()
-def read_on(lm: FrozenLM, row: Row, positions: int) -> Row:
+def read_on(lm: FrozenLM, row: PrefillRow, positions: int) -> PrefillRow:
     """The same row with the next `positions` of its rest read: a long text in parts, so that others need not wait for
     all of it. At least the last position stays to be read, since its hidden state is wanted."""
     positions = min(positions, row.rest - 1)
     if positions < 1:
         return row
     marks = row.marks[: row.state.length + positions]
-    done = prefill(lm, [Row(row.state, marks, row.vectors_PD)])
-    return Row(row_state(done.cache, 0, *done.span(0), marks), row.marks, row.vectors_PD)
+    done = prefill(lm, [PrefillRow(row.state, marks, row.vectors_PD)])
+    return PrefillRow(row_state(done.cache, 0, *done.span(0), marks), row.marks, row.vectors_PD)
 
 
-def prefill(lm: FrozenLM, rows: Sequence[Row]) -> Prefilled:
+def prefill(lm: FrozenLM, rows: Sequence[PrefillRow]) -> Prefilled:
     """Compute the rest of every row in one pass: [left pad][known state][rest][right pad]."""
+    # Known state is right-aligned, so that the rests of all rows begin in the same column of the cache.
     cache, columns = batch_cache([row.state for row in rows])
     device = lm.device
     longest = max(row.rest for row in rows)
@@ -107,6 +114,7 @@ def prefill(lm: FrozenLM, rows: Sequence[Row]) -> Prefilled:
         [[max(mark, 0) for mark in rest] + [0] * (longest - len(rest)) for rest in rests], device=device
     )
     embeddings_BTD = lm.embed(ids_BT)
+    # Negative marks were embedded as token 0 to keep the shape; the prompt's own vectors replace them.
     for b, (row, rest) in enumerate(zip(rows, rests, strict=True)):
         soft = [(t, -1 - mark) for t, mark in enumerate(rest) if mark < 0]
         if soft:
@@ -118,9 +126,11 @@ def prefill(lm: FrozenLM, rows: Sequence[Row]) -> Prefilled:
             embeddings_BTD[b, list(places)] = row.vectors_PD[list(indices)].to(embeddings_BTD.dtype)
     known_B1 = torch.tensor([[row.state.length] for row in rows], device=device)
     rest_B1 = torch.tensor([[row.rest] for row in rows], device=device)
+    # Real columns of a row are its known state and its rest; everything outside of them is masked.
     column_S = torch.arange(columns + longest, device=device)
     mask_BS = ((column_S >= columns - known_B1) & (column_S < columns + rest_B1)).long()
-    # Padding repeats the last real position, so that no table of positions is ever read past its end.
+    # Positions count from each row's own start, not from the left padding. Padding on the right repeats the last real
+    # position, so that no table of positions is read past its end.
     positions_BT = known_B1 + torch.minimum(torch.arange(longest, device=device)[None], rest_B1 - 1)
     hidden_BTD = lm.hidden(embeddings_BTD, mask_BS, positions_BT, past=cache)
     return Prefilled(cache, columns, hidden_BTD, tuple(rows))

@@ -21,8 +21,8 @@ from softprompt.data.example import Example
 from softprompt.errors import DataError, NotFinite, OutOfMemory
 from softprompt.inference.bad_words import bad_sequences
 from softprompt.inference.compiled import CompiledPrompt, end_ids
-from softprompt.inference.detokenize import Spoken
-from softprompt.inference.prefill import Prefilled, Row, like_lengths, prefill
+from softprompt.inference.detokenize import TextStream
+from softprompt.inference.prefill import Prefilled, PrefillRow, like_lengths, prefill
 from softprompt.inference.running_cache import RunningCache, blank_columns, room
 from softprompt.inference.sampling import (
     biased,
@@ -63,7 +63,7 @@ class Request:
     failed.
     """
 
-    row: Row
+    row: PrefillRow
     settings: DecodeSettings
     limit: int
     sample: int = 0
@@ -108,7 +108,7 @@ def request(
     sample: int = 0,
     on_text: Callable[[str], None] | None = None,
     keep_state: bool = False,
-    row: Row | None = None,
+    row: PrefillRow | None = None,
     top: int = 0,
     steering: Steering | None = None,
 ) -> Request:
@@ -354,7 +354,7 @@ class Running:
         one = slot.request
         if token in one.ending.ids:
             return "stop"
-        if slot.spoken is not None and slot.spoken.add(token):
+        if slot.text is not None and slot.text.add(token):
             return "stop"
         if one.steering is not None and one.steering.is_complete(one.token_ids):
             return "stop"
@@ -363,10 +363,10 @@ class Running:
     def _retire(self, b: int, reason: FinishReason) -> Request:
         slot = self._slots[b]
         one = slot.request
-        if slot.spoken is None:
-            slot.spoken = self._spoken(one)
-            slot.spoken.ids += one.token_ids
-        one.text = slot.spoken.finish()
+        if slot.text is None:
+            slot.text = self._text_stream(one)
+            slot.text.ids += one.token_ids
+        one.text = slot.text.finish()
         one.finish_reason = reason
         if one.keep_state:
             one.state = self._cache.state(b, (*one.row.marks, *one.token_ids)[: self._cache.length(b)])
@@ -382,13 +382,13 @@ class Running:
         slot = _Slot(one)
         # Text is only followed as it comes where something waits for it.
         if one.settings.stop or one.ending.stop or one.on_text:
-            slot.spoken = self._spoken(one)
+            slot.text = self._text_stream(one)
         if one.settings.temperature > 0:
             slot.generator = row_generator(one.settings.seed, one.sample, one.row.marks)
         return slot
 
-    def _spoken(self, one: Request) -> Spoken:
-        return Spoken(
+    def _text_stream(self, one: Request) -> TextStream:
+        return TextStream(
             self.lm.tokenizer,
             one.known_ids,
             (*one.settings.stop, *one.ending.stop),
@@ -428,7 +428,7 @@ class _Slot:
     """A running row: its request, the text so far where someone follows it, and its random numbers."""
 
     request: Request
-    spoken: Spoken | None = None
+    text: TextStream | None = None
     generator: torch.Generator | None = None
 
 
@@ -490,7 +490,7 @@ def position_bytes(lm: FrozenLM) -> int:
     """Memory of one position's keys and values in all layers, measured once for a base."""
     if lm not in _POSITION_BYTES:
         with torch.inference_mode():
-            done = prefill(lm, [Row(EMPTY, (1 % lm.vocab_size,))])
+            done = prefill(lm, [PrefillRow(EMPTY, (1 % lm.vocab_size,))])
         _POSITION_BYTES[lm] = row_state(done.cache, 0, 0, 1, (1,)).bytes
     return _POSITION_BYTES[lm]
 

@@ -19,7 +19,7 @@ from softprompt.data.template import Field, Template
 from softprompt.errors import NotFinite
 from softprompt.inference.compiled import CompiledPrompt, Promptable
 from softprompt.inference.generate import compiled_each, listed, one_each
-from softprompt.inference.prefill import Row, like_lengths, prefill
+from softprompt.inference.prefill import PrefillRow, like_lengths, prefill
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,7 +122,7 @@ def continuation_ids(lm: FrozenLM, prompt: CompiledPrompt, given: str | Example,
     return [row.marks[place] for place in scored]
 
 
-def _rated_places(lm: FrozenLM, row: Row, scored: Sequence[int], top: int) -> list[RatedToken]:
+def _rated_places(lm: FrozenLM, row: PrefillRow, scored: Sequence[int], top: int) -> list[RatedToken]:
     done = prefill(lm, [row])
     hidden_ND = done.hidden_BTD[0, [place - 1 - row.state.length for place in scored]]
     size = max(1, BLOCK_LOGITS // lm.vocab_size)
@@ -147,7 +147,7 @@ def _rated_places(lm: FrozenLM, row: Row, scored: Sequence[int], top: int) -> li
 
 def _laid_out(
     lm: FrozenLM, prompt: CompiledPrompt, given: str | Example, continuation: str | None, end: End
-) -> tuple[Row, list[int], str | None, int]:
+) -> tuple[PrefillRow, list[int], str | None, int]:
     template, example = prompt.template, prompt.example(given)
     if continuation is not None:
         target = template.target
@@ -163,7 +163,7 @@ def _laid_out(
     return prompt.row(marks, need=scored[0] - 1), scored, prompt.name, encoded.text_bytes
 
 
-def _scored(lm: FrozenLM, rows: Sequence[tuple[Row, list[int], str | None, int]]) -> list[Scored]:
+def _scored(lm: FrozenLM, rows: Sequence[tuple[PrefillRow, list[int], str | None, int]]) -> list[Scored]:
     done = prefill(lm, [row for row, *_ in rows])
     # The state before a token predicts it.
     hidden = [
@@ -192,7 +192,7 @@ def _scored(lm: FrozenLM, rows: Sequence[tuple[Row, list[int], str | None, int]]
 
 
 def _demand_finite(
-    lm: FrozenLM, rows: Sequence[tuple[Row, list[int], str | None, int]], values: Sequence[float]
+    lm: FrozenLM, rows: Sequence[tuple[PrefillRow, list[int], str | None, int]], values: Sequence[float]
 ) -> None:
     start = 0
     for row, scored, name, _ in rows:

@@ -9,7 +9,7 @@ import torch
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State, row_state
 from softprompt.errors import BaseError
-from softprompt.inference.prefill import Row, prefill
+from softprompt.inference.prefill import PrefillRow, prefill
 
 PROVEN = frozenset(
     [
@@ -94,7 +94,7 @@ def demand_exact(lm: FrozenLM) -> None:
     for length, known in ((7, 4), (4, 1), (5, 0)):
         ids = [(place * 7 + length) % lm.vocab_size for place in range(1, length + 1)]
         wanted.append(lm.model(input_ids=torch.tensor([ids], device=lm.device)).logits[0, -1].float())
-        rows.append(Row(_read(lm, ids[:known]), tuple(ids)))
+        rows.append(PrefillRow(_read(lm, ids[:known]), tuple(ids)))
     done = prefill(lm, rows)
     for b, row in enumerate(rows):
         found_V = lm.logits(done.hidden_BTD[b, row.rest - 1]).float()
@@ -110,5 +110,5 @@ def demand_exact(lm: FrozenLM) -> None:
 def _read(lm: FrozenLM, ids: list[int]) -> State:
     if not ids:
         return EMPTY
-    done = prefill(lm, [Row(EMPTY, tuple(ids))])
+    done = prefill(lm, [PrefillRow(EMPTY, tuple(ids))])
     return row_state(done.cache, 0, *done.span(0), ids)

@@ -31,7 +31,7 @@ from softprompt.data.template import Field, Soft, Template, Text
 from softprompt.errors import BaseError, DataError
 from softprompt.inference.compiled import compile_prompt
 from softprompt.inference.generate import generate
-from softprompt.inference.prefill import Row, prefill
+from softprompt.inference.prefill import PrefillRow, prefill
 from softprompt.inference.sampling import DecodeSettings
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.soft_targets import SoftTargets, soft_cross_entropy
@@ -567,6 +567,6 @@ def _milliseconds_saved(teacher: Teachers, prompt: Prompt) -> float:
             marks = tuple(1 % teacher.lm.vocab_size for _ in range(length))
             started = time.perf_counter()
             with torch.inference_mode():
-                prefill(teacher.lm, [Row(EMPTY, marks)])
+                prefill(teacher.lm, [PrefillRow(EMPTY, marks)])
             times[place].append(1000 * (time.perf_counter() - started))
     return statistics.median(times[0]) - statistics.median(times[1])

@@ -21,7 +21,7 @@ from softprompt.data.template import Messages, Soft, Template, Text
 from softprompt.errors import DataError
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.inference.generate import generate
-from softprompt.inference.prefill import Row, like_lengths, prefill
+from softprompt.inference.prefill import PrefillRow, like_lengths, prefill
 from softprompt.inference.sampling import DecodeSettings
 from softprompt.loss.soft_targets import SoftTargets
 
@@ -118,7 +118,7 @@ class Teacher:
                 found[n] = SoftTargets.of(self.lm.logits(hidden_AD), k)
         return [found[n] for n in range(len(rows))]
 
-    def _hidden(self, rows: Sequence[Row], starts: Sequence[int]) -> list[Tensor]:
+    def _hidden(self, rows: Sequence[PrefillRow], starts: Sequence[int]) -> list[Tensor]:
         """The hidden states from position `start` of each row on: those that predict its answer."""
         by_row: dict[int, Tensor] = {}
         for group in like_lengths(self.lm, rows):
@@ -209,7 +209,7 @@ def _compiled_chat(lm: FrozenLM, context: str, layout: Template) -> CompiledProm
     shared = one[: State((), (), tuple(other)).shared(one)]
     if not shared:
         return blank
-    done = prefill(lm, [Row(EMPTY, tuple(shared))])
+    done = prefill(lm, [PrefillRow(EMPTY, tuple(shared))])
     return replace(blank, state=row_state(done.cache, 0, *done.span(0), shared))
 
 
