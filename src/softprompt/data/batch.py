@@ -38,12 +38,12 @@ Overflow = Literal["error", "truncate", "drop"]
 
 
 class TooLong(DataError):
-    """A row that has more positions than the limit, and cannot or shall not be shortened."""
+    """A row has more positions than the limit, and is not shortened."""
 
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """Rows ready to batch, and what was done to the others: rows shortened, tokens cut from them, rows left out.
+    """Encoded rows, and what was done to the others: rows shortened, tokens cut from them, rows left out.
 
     `altered` counts the rows whose trained text the tokenizer does not keep; `remarks` says so in sentences."""
 
@@ -61,7 +61,7 @@ class EncodedSet:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows side by side, filled up on the right: ids and soft int64 [B, S], trained bool [B, S], lengths [B]."""
+    """Rows in one rectangle, padded on the right: ids and soft int64 [B, S], trained bool [B, S], lengths [B]."""
 
     ids_BS: Tensor
     soft_BS: Tensor
@@ -224,7 +224,7 @@ def encode_all(layout: Layout, examples: Iterable[Example], view: View = to_lear
 
 
 def altered_remark(altered: Sequence[Encoded], rows: int) -> list[str]:
-    """A sentence on the `rows` whose trained text the tokenizer does not keep, with the first of them."""
+    """Say how many rows have trained text that the tokenizer does not keep, and show the first of them."""
     if not altered or altered[0].altered is None:
         return []
     text, left = (_shown(part) for part in altered[0].altered)
@@ -235,7 +235,7 @@ def altered_remark(altered: Sequence[Encoded], rows: int) -> list[str]:
 
 
 def typed_start_remark(template: Template, special: SpecialTokens) -> list[str]:
-    """A sentence on a start token that the template spells out."""
+    """Say what becomes of a start token that the template spells out."""
     first = next((piece for piece in template.pieces if not isinstance(piece, Soft)), None)
     if not special.before or not isinstance(first, Text):
         return []
@@ -296,14 +296,14 @@ def epoch_order(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: in
 
 @dataclass(frozen=True)
 class _Run:
-    """A stretch of one kind: a slot (`soft` rows), or text that is trained or only read."""
+    """A part of a row of one kind: a slot (`soft` virtual tokens), or text that is trained or only read."""
 
     text: str = ""
     trained: bool = False
     soft: int = 0
     ids: tuple[int, ...] | None = None
     data: Spans = ()
-    words: str | None = None  # what the trained text says, where marks that close it are part of it
+    words: str | None = None  # the trained text without the marks that close its turn, where it has such
 
 
 def _laid(layout: Layout, example: Example, *, answering: bool, shortened: bool = False) -> Encoded:
@@ -448,9 +448,9 @@ def _join(runs: list[_Run], text: str, trained: bool, *, data: bool = False) -> 
 
 
 def _take_space(runs: list[_Run]) -> str:
-    """Cut the blanks off the end of the last run and hand them over: tokenizers join them with the word that follows.
+    """Move the blanks at the end of the last run to the target: tokenizers merge them with the word that follows.
 
-    A line break stays; no tokenizer joins it with a word, and an answer that began with one would end before it began."""
+    A line break stays: no tokenizer merges it with a word, and generation that stops at line ends would stop at once."""
     if not runs or runs[-1].soft:
         return ""
     text = runs[-1].text

@@ -14,7 +14,7 @@ from softprompt.errors import DataError
 
 @dataclass(frozen=True)
 class Turn:
-    """A stretch of the rendered chat. `ids` is given where the tokenizer itself told the stretches apart.
+    """A part of the rendered chat, trained or only read. `ids` is given where the chat template marked the parts itself.
 
     `open` tells that the assistant's words end without a mark, so that an end token has to follow. `words` is what the
     assistant says of the text, the closing mark left out. `data` are the stretches of the text that come from the row,
@@ -32,11 +32,11 @@ class Turn:
 def turns(
     example: Example, tokenizer: Tokenizer, *, generation: bool = False, special: SpecialTokens | None = None
 ) -> list[Turn]:
-    """The chat in stretches, in order, up to the end of the assistant's last words.
+    """Cut the chat into trained and read parts, in order, up to the end of the assistant's last words.
 
     Each turn of the assistant starts where generation would start it: the chat before it is rendered with the
     generation prompt, the chat up to it without, and each rendering must begin with the one before. Where it does not
-    (templates that rewrite earlier turns), the template's own {% generation %} marks serve, if it has them.
+    (templates that rewrite earlier turns), the template's own {% generation %} marks are used, if it has them.
     The closing mark that the template writes after the assistant's words belongs to them; blanks behind it do not.
 
     With `generation` a last turn of the assistant is left out and the rendering ends where the answer starts. Calls of
@@ -106,7 +106,7 @@ def _refuse_unwritten(messages: Sequence[Message], tokenizer: Tokenizer, example
 def _with_data(
     cut: list[Turn], messages: Sequence[Message], example: Example, special: SpecialTokens | None
 ) -> list[Turn]:
-    """The stretches with the places of what the messages say, if any of it spells a special token."""
+    """Mark where the messages' own text is, if any of it spells a special token."""
     spelled = [message.content for message in messages]
     spelled += [text for message in messages for _, text in message.more]
     if special is None or not any(
@@ -173,9 +173,9 @@ def _by_rendering(
         if not message.learned:
             continue
         ends, marked = _end(upto, len(before), message.content)
-        said = whole[len(before) : ends]
-        words = _words(said, message, tokenizer)
-        cut += [Turn(whole[done : len(before)], False), Turn(said, True, open=not marked, words=words)]
+        answer = whole[len(before) : ends]
+        words = _words(answer, message, tokenizer)
+        cut += [Turn(whole[done : len(before)], False), Turn(answer, True, open=not marked, words=words)]
         done = ends
     if generation:
         cut.append(Turn(whole[done:], False))
@@ -183,38 +183,38 @@ def _by_rendering(
 
 
 def _end(upto: str, start: int, content: str) -> tuple[int, bool]:
-    """Where the assistant's words and their closing mark end in `upto`, and whether there is such a mark."""
-    said = content.strip()
-    at = upto.find(said, start)
-    mark = upto[at + len(said) :] if at >= 0 else ""
+    """Find where the assistant's words and their closing mark end in `upto`, and whether there is such a mark."""
+    words = content.strip()
+    at = upto.find(words, start)
+    mark = upto[at + len(words) :] if at >= 0 else ""
     if mark.strip():
         return len(upto.rstrip()), True
     return len(upto), bool(mark)
 
 
-def _words(said: str, message: Message, tokenizer: Tokenizer) -> str:
-    """What the assistant says of a stretch: all of it but the mark that closes it."""
+def _words(text: str, message: Message, tokenizer: Tokenizer) -> str:
+    """The assistant's words in a part of the chat: all of it but the mark that closes the turn."""
     content = message.content.strip()
-    at = said.find(content)
+    at = text.find(content)
     if at >= 0 and content and not message.more:
-        return said[: at + len(content)]
+        return text[: at + len(content)]
     closed = str(getattr(tokenizer, "eos_token", None) or "")
     marks = [*map(str, getattr(tokenizer, "all_special_tokens", ())), closed]
     for mark in marks:
-        said = said.removesuffix(mark) if mark else said
-    return said
+        text = text.removesuffix(mark) if mark else text
+    return text
 
 
 def _by_marks(messages: Sequence[Message], tokenizer: Tokenizer, example: Example) -> list[Turn]:
     try:
-        found = tokenizer.apply_chat_template(
+        rendered = tokenizer.apply_chat_template(
             _plain(messages),
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
             **_tools(example),
         )
-        ids, mask = [int(i) for i in found["input_ids"]], [bool(m) for m in found["assistant_masks"]]
+        ids, mask = [int(i) for i in rendered["input_ids"]], [bool(m) for m in rendered["assistant_masks"]]
     except Exception as error:  # jinja, the tokenizer and transformers raise many kinds here
         raise _refused(example, error) from error
     cut: list[Turn] = []

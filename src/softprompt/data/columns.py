@@ -106,7 +106,7 @@ class Columns:
             wanted.append(("references", self.references))
         for field, column in wanted:
             if _reach(raw, column) is _MISSING:
-                known = [str(one) for one in raw]
+                known = [str(key) for key in raw]
                 setting = {
                     self.column: "data.column",
                     self.messages: "data.messages",

@@ -13,8 +13,8 @@ class Encoded:
     """One row, position by position (S = virtual and text positions together).
 
     `ids` holds 0 at virtual positions; `soft` holds -1 at tokens, else the row of the prompt; `trained` marks the
-    tokens that are predicted and counted. `text_bytes` are the UTF-8 bytes that the trained tokens stand for
-    (an end token stands for none). `cut` counts the tokens that truncation took away. `special` counts the
+    tokens that are predicted and counted. `text_bytes` are the UTF-8 bytes that the trained tokens encode (an end
+    token encodes none). `cut` counts the tokens that truncation took away. `special` counts the
     tokenizer's own tokens at the start of the text (BOS), `end` those appended after it (EOS). `altered` is trained
     text that the tokenizer does not keep, and what is left of it.
     """
@@ -38,10 +38,10 @@ class Encoded:
 
 
 class EncodedRows(Sequence[Encoded]):
-    """Encoded rows behind the interface of a list that cannot be changed: each row is made when it is asked for.
+    """Encoded rows in flat arrays, read like a list: each Encoded is built when it is indexed.
 
-    Lists of Python numbers take some 50 bytes a position; these arrays take 9, so that a million short rows fit into
-    a few hundred megabytes. Two of the same rows are equal, and equal to a list of them.
+    Lists of Python numbers take some 50 bytes a position, these arrays 9, so that a million short rows fit into a few
+    hundred megabytes. Sets of the same rows are equal, also to a list of them.
     """
 
     def __init__(self, rows: Iterable[Encoded] = ()) -> None:
@@ -55,7 +55,7 @@ class EncodedRows(Sequence[Encoded]):
             self.append(row)
 
     def append(self, row: Encoded) -> None:
-        """Add a row while the set is being made."""
+        """Add a row."""
         if row.altered is not None:
             self._altered[len(self)] = row.altered
         self._ids.extend(row.ids)
@@ -81,9 +81,9 @@ class EncodedRows(Sequence[Encoded]):
     def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]  # negative ones from the end; IndexError beyond it
-        start, stop = self._starts[place], self._starts[place + 1]
-        row, text_bytes, cut, special, end = self._numbers[5 * place : 5 * place + 5]
+        number = range(len(self))[index]  # negative ones from the end; IndexError beyond it
+        start, stop = self._starts[number], self._starts[number + 1]
+        row, text_bytes, cut, special, end = self._numbers[5 * number : 5 * number + 5]
         return Encoded(
             self._ids[start:stop].tolist(),
             self._soft[start:stop].tolist(),
@@ -93,11 +93,11 @@ class EncodedRows(Sequence[Encoded]):
             cut,
             special,
             end,
-            self._altered.get(place),
+            self._altered.get(number),
         )
 
     def __iter__(self) -> Iterator[Encoded]:
-        return (self[place] for place in range(len(self)))
+        return (self[number] for number in range(len(self)))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, (EncodedRows, list, tuple)):

@@ -1,4 +1,4 @@
-"""Where an answer ends: one definition for training, for stopping generation and for judging what was said."""
+"""Where an answer ends: one definition for training, for stopping generation and for judging answers."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def ending_of(
     appends = tokenizer.eos_token_id is not None and appends_end(
         template, tokenizer, special_tokens_of(tokenizer), end, is_open=is_open
     )
-    ids = {int(one) for one in also}
+    ids = {int(token_id) for token_id in also}
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
     learned = appends or bool(text)
     token = _special_start(text.strip(), tokenizer)
     if token is not None:  # generation stops at that token, before its text is written
         return Ending(frozenset({*ids, token}), learned=learned)
-    # Without an end token behind it the text is all that ends an answer. With one, a short text may be left to stand
-    # inside answers ("3.14" under "{label}."), and is only taken off their end.
+    # Without an end token behind it the text alone ends an answer. With an end token, a short text may also occur
+    # inside answers ("3.14" under "{label}."), so it is only removed from their end.
     decides = bool(text) and (not appends or len(text.strip()) >= 2)
     return Ending(frozenset(ids), text, (text,) if decides else (), learned)
 

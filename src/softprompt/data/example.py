@@ -27,7 +27,7 @@ class Example:
     """One row: its named texts, its chat turns if it has any, and its place in the source.
 
     `row` counts from 0 and leaves out a header; -1 stands for text that came from no file. `references` are further
-    right answers beside the target, which is the one that is learned.
+    right answers beside the target, which is the answer that is learned.
     """
 
     fields: Mapping[str, str]

@@ -33,7 +33,7 @@ _UNPACKED_RATIO = 200  # text packs 3 to 20 times, repeated rows 100 times
 
 def data_suffix(path: Path) -> str | None:
     """The suffix that tells how `path` is read, a compression's left out; None for what is no data file."""
-    suffixes = [one.lower() for one in path.suffixes]
+    suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
@@ -147,13 +147,13 @@ def _parquet(path: Path) -> Iterator[Raw]:
 def _json(text: io.TextIOBase, path: Path) -> Iterator[Raw]:
     whole = text.read().lstrip("\ufeff")
     try:
-        found = _parsed(whole, str(path))
+        value = _parsed(whole, str(path))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object a line, under the name of .json
             yield from _jsonl(io.StringIO(whole), path)
             return
         raise _not_json(path, error, error.lineno) from None
-    yield from _rows_of(found, path)
+    yield from _rows_of(value, path)
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -192,45 +192,45 @@ def _jsonl(text: io.TextIOBase, path: Path) -> Iterator[Raw]:
         if not line.strip():
             continue
         try:
-            found = _parsed(line.rstrip("\r\n"), f"{path}, line {number}")
+            value = _parsed(line.rstrip("\r\n"), f"{path}, line {number}")
         except json.JSONDecodeError as error:
             if number == 1 and line.lstrip()[0] == "[":  # a list over several lines, under the name of .jsonl
                 yield from _json(io.StringIO(line + text.read()), path)
                 return
             raise _not_json(path, error, number) from None
-        if isinstance(found, list) and number == 1:
-            yield from _rows_of(found, path)
-        elif isinstance(found, dict):
-            yield found
+        if isinstance(value, list) and number == 1:
+            yield from _rows_of(value, path)
+        elif isinstance(value, dict):
+            yield value
         else:
             raise DataError(
-                f"{path}, line {number}: {_kind(found)} instead of an object. Write one object a line."
+                f"{path}, line {number}: {_kind(value)} instead of an object. Write one object a line."
             )
 
 
-def _rows_of(found: object, path: Path) -> Iterator[Raw]:
+def _rows_of(document: object, path: Path) -> Iterator[Raw]:
     """Rows of a parsed json file: a list, or an object that holds one list of objects under any name."""
-    if isinstance(found, dict):
-        lists = [value for value in found.values() if isinstance(value, list) and value]
+    if isinstance(document, dict):
+        lists = [value for value in document.values() if isinstance(value, list) and value]
         lists = [value for value in lists if isinstance(value[0], dict)] or lists
         if len(lists) != 1:
             raise DataError(
-                f"{path} holds an object with {len(lists)} lists of rows ({', '.join(map(repr, found)) or 'empty'}); "
+                f"{path} holds an object with {len(lists)} lists of rows ({', '.join(map(repr, document)) or 'empty'}); "
                 'wanted a list of objects, or {"data": [...]}. Save the rows as such a list, or as jsonl.'
             )
-        found = lists[0]
-    if not isinstance(found, list):
+        document = lists[0]
+    if not isinstance(document, list):
         raise DataError(
-            f"{path} holds {_kind(found)}; wanted a list of objects. Save the rows as such a list."
+            f"{path} holds {_kind(document)}; wanted a list of objects. Save the rows as such a list."
         )
-    for number, one in enumerate(found):
-        if isinstance(one, str):
-            yield {"text": one}
-        elif isinstance(one, dict):
-            yield one
+    for number, entry in enumerate(document):
+        if isinstance(entry, str):
+            yield {"text": entry}
+        elif isinstance(entry, dict):
+            yield entry
         else:
             raise DataError(
-                f"{path}, entry {number}: {_kind(one)} instead of an object. Make every row an object."
+                f"{path}, entry {number}: {_kind(entry)} instead of an object. Make every row an object."
             )
 
 

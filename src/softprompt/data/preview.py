@@ -186,5 +186,5 @@ def _quantiles(lengths: Iterable[int]) -> dict[str, int]:
     if not ordered:
         return {}
     last = len(ordered) - 1
-    places = {"shortest": 0.0, "median": 0.5, "p95": 0.95, "longest": 1.0}
-    return {name: ordered[round(last * share)] for name, share in places.items()}
+    shares = {"shortest": 0.0, "median": 0.5, "p95": 0.95, "longest": 1.0}
+    return {name: ordered[round(last * share)] for name, share in shares.items()}

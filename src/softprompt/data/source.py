@@ -233,8 +233,8 @@ class _Hub:
         ):  # leave images, sound and arrays where they are: decoding them is slow and of no use here
             plain = [
                 name
-                for name, one in features.items()
-                if not hasattr(one, "decode_example") or hasattr(one, "names")
+                for name, feature in features.items()
+                if not hasattr(feature, "decode_example") or hasattr(feature, "names")
             ]
             part = part.select_columns(plain)
         with quiet_datasets():
@@ -301,16 +301,16 @@ def _as_origin(wanted: str | Path, origin: _Origin, asked: _Asked) -> _Origin | 
         return None
     other = _origin(wanted, replace(asked, revision=None, config=None, streaming=False))
     both = (origin, other)
-    if all(isinstance(one, _Files) for one in both) and _same_file(*both):  # type: ignore[arg-type]
+    if all(isinstance(source, _Files) for source in both) and _same_file(*both):  # type: ignore[arg-type]
         raise DataError(
             f"{written} is the file that is learned from, so nothing would be held out. Give another file."
         )
     return other
 
 
-def _same_file(one: _Files, other: _Files) -> bool:
-    mine = {path.resolve() for path in one.by_split.get("train", ())}
-    return any(path.resolve() in mine for path in other.by_split.get("train", ()))
+def _same_file(first: _Files, second: _Files) -> bool:
+    mine = {path.resolve() for path in first.by_split.get("train", ())}
+    return any(path.resolve() in mine for path in second.by_split.get("train", ()))
 
 
 def _named(
@@ -328,7 +328,7 @@ def _named(
         own = other.splits()
         return columns.examples(other.rows(part if part in own else own[0]), other.name, limit, notes)
     name = (
-        next((one for one in _ALIASES[part] if one in origin.splits()), None)
+        next((alias for alias in _ALIASES[part] if alias in origin.splits()), None)
         if wanted is None or wanted == OWN
         else str(wanted)
     )
@@ -365,7 +365,7 @@ def _repeated(train: Iterable[Example], held: Iterable[Example], part: str) -> l
 
 
 def _split_name(wanted: str, origin: _Origin) -> str:
-    """The split as the source calls it, or a DataError that names those it has."""
+    """Find the source's own name of a split. Raises DataError, naming those it has."""
     known = origin.splits()
     alike = next((names for names in _ALIASES.values() if wanted in names), ())
     for name in (wanted, *alike):
@@ -391,7 +391,7 @@ def _builtin(name: str, notes: list[str]) -> _Origin:
     )
     if name not in known:
         raise DataError(
-            f"builtin:{name} is not bundled; these are: {', '.join(f'builtin:{one}' for one in known)}."
+            f"builtin:{name} is not bundled; these are: {', '.join(f'builtin:{stem}' for stem in known)}."
             f"{did_you_mean(name, known)}"
         )
     if (BUILTIN / f"{name}.csv").is_file():
@@ -412,10 +412,10 @@ def _folder(path: Path, written: str, asked: _Asked) -> _Origin:
     by_split = _split_files([path / asked.config] if asked.config else [path, path / "data"])
     if by_split:
         return asked.files(written, by_split)
-    files = sorted(one for one in path.iterdir() if one.is_file() and data_suffix(one))
+    files = sorted(file for file in path.iterdir() if file.is_file() and data_suffix(file))
     if len(files) == 1:
         return asked.files(written, {"train": (files[0],)})
-    seen = ", ".join(one.name for one in files[:6]) or "no data file"
+    seen = ", ".join(file.name for file in files[:6]) or "no data file"
     raise DataError(
         f"{written} is a folder with {seen}{', ...' if len(files) > 6 else ''}; wanted train.csv (or tsv, json, jsonl, "
         "parquet), and validation and test beside it. Name one of its files, or rename them."
@@ -425,14 +425,14 @@ def _folder(path: Path, written: str, asked: _Asked) -> _Origin:
 def _split_files(folders: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
     """Files called after splits (train.csv, train-00000-of-00002.parquet), in the first folder that has any."""
     for folder in folders:
-        found: dict[str, list[Path]] = {}
+        by_split: dict[str, list[Path]] = {}
         for path in sorted(folder.glob("*")):
             stem = re.sub(r"-\d+-of-\d+$", "", path.name.split(".")[0])
             split = next((name for name, aliases in _ALIASES.items() if stem in aliases), None)
             if split and path.is_file() and data_suffix(path):
-                found.setdefault(split, []).append(path)
-        if found:
-            return {name: tuple(paths) for name, paths in found.items()}
+                by_split.setdefault(split, []).append(path)
+        if by_split:
+            return {name: tuple(paths) for name, paths in by_split.items()}
     return {}
 
 
@@ -454,7 +454,9 @@ def _unavailable(name: str, config: str | None, error: Exception) -> str:
     if isinstance(error, ValueError) and ("Config name" in str(error) or "BuilderConfig" in str(error)):
         return f"{name}: data.config is {config or 'not set'}: {_lines(error, 3)}. Set data.config to one of these."
     switches = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    offline = "Offline" in str(error) or any(os.environ.get(one, "0") not in ("", "0") for one in switches)
+    offline = "Offline" in str(error) or any(
+        os.environ.get(switch, "0") not in ("", "0") for switch in switches
+    )
     if offline:
         return (
             f"{name} is no file or folder here, and as a data set of the hub it is not in the local cache while the "
@@ -468,12 +470,12 @@ def _unavailable(name: str, config: str | None, error: Exception) -> str:
 
 
 def _commit(parts: Mapping[str, Any]) -> str | None:
-    """The commit that `datasets` downloaded from, as the addresses of the files tell it."""
+    """Read the commit that `datasets` downloaded from out of the files' addresses."""
     for part in parts.values():
         for address in getattr(getattr(part, "info", None), "download_checksums", None) or {}:
-            found = re.search(r"@([0-9a-f]{40})/", str(address))
-            if found:
-                return found[1]
+            commit = re.search(r"@([0-9a-f]{40})/", str(address))
+            if commit:
+                return commit[1]
     return None
 
 
@@ -487,11 +489,11 @@ def _reads_as_path(written: str) -> bool:
 
 
 def _near(path: Path) -> str:
-    """A file beside `path` that was perhaps meant."""
+    """Suggest a file beside `path` with a similar name."""
     folder = path.expanduser().parent
     if not folder.is_dir():
         return ""
-    hint = did_you_mean(path.name, [one.name for one in islice(folder.iterdir(), 2000)])
+    hint = did_you_mean(path.name, [file.name for file in islice(folder.iterdir(), 2000)])
     return hint if hint else ""
 
 

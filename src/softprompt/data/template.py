@@ -124,8 +124,8 @@ class Template:
 
 
 def did_you_mean(name: str, known: tuple[str, ...] | list[str]) -> str:
-    """` Did you mean 'label'?` for the known name nearest to `name`, or nothing when none is near."""
-    by_lower = {one.lower(): one for one in known}
+    """Suggest the known name nearest to `name`, as ` Did you mean 'label'?`; "" when none is near."""
+    by_lower = {other.lower(): other for other in known}
     near = get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
     return f" Did you mean '{by_lower[near[0]]}'?" if near else ""
 
@@ -136,26 +136,26 @@ _Open = Text | Field | Messages | Soft | None  # None: a bare {soft}, its length
 def _pieces(source: str) -> list[_Open]:
     """Cut `source` into pieces, neighbouring text joined."""
     pieces: list[_Open] = []
-    for found in _TOKEN.findall(source):
-        if found in ("{", "}"):
+    for part in _TOKEN.findall(source):
+        if part in ("{", "}"):
             raise RecipeError(
-                f'The template "{source}" has a single {found!r}. Write {found * 2!r} for a literal brace, '
+                f'The template "{source}" has a single {part!r}. Write {part * 2!r} for a literal brace, '
                 "or {name} for a field."
             )
-        if found in ("{{", "}}") or found[0] != "{":
-            text = found[0] if found in ("{{", "}}") else found
+        if part in ("{{", "}}") or part[0] != "{":
+            text = part[0] if part in ("{{", "}}") else part
             last = pieces[-1] if pieces else None
             if isinstance(last, Text):
                 pieces[-1] = Text(last.text + text)
             else:
                 pieces.append(Text(text))
         else:
-            pieces.append(_slot(found[1:-1], source))
+            pieces.append(_slot(part[1:-1], source))
     return pieces
 
 
 def _slot(inside: str, source: str) -> _Open:
-    """What stands between one pair of braces."""
+    """Read what is between a pair of braces."""
     name, colon, length = inside.partition(":")
     if name == "soft":
         if not colon:
@@ -224,18 +224,18 @@ def _check(template: Template, source: str) -> None:
         return
     if target is None:
         return
-    places = [i for i, piece in enumerate(pieces) if piece == Field(target)]
-    if not places:
+    shown_at = [i for i, piece in enumerate(pieces) if piece == Field(target)]
+    if not shown_at:
         raise RecipeError(
             f'The target {target!r} is not in the template "{source}".'
             f"{did_you_mean(target, template.fields)} Put {{{target}}} where the answer stands."
         )
-    if len(places) > 1:
+    if len(shown_at) > 1:
         raise RecipeError(
-            f'The template "{source}" shows the target {target!r} {len(places)} times, so the answer would '
+            f'The template "{source}" shows the target {target!r} {len(shown_at)} times, so the answer would '
             "be read before it is asked for. Keep the last one."
         )
-    after = pieces[places[0] + 1 :]
+    after = pieces[shown_at[0] + 1 :]
     if not all(isinstance(piece, Text) for piece in after):
         raise RecipeError(
             f'In the template "{source}" a field or soft slot stands after the target {target!r}. '

@@ -1,4 +1,4 @@
-"""What is asked of a tokenizer, and text to token ids so that pieces laid side by side read as one text."""
+"""Text to token ids in pieces that together read as one text, and what a tokenizer does of itself around them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What a tokenizer adds to a text of its own accord.
+    """The special tokens of a tokenizer, and the space that it may add in front of a text.
 
-    `before` and `after` are the special tokens it puts around a text (BOS; EOS). `leading_space` tells that it reads
-    a text's start as if a space stood there (SentencePiece's dummy prefix), which is wrong in the middle of a line.
-    `spellings` are the texts that it reads as special tokens wherever they stand.
+    `before` and `after` are the special tokens it puts around a text (BOS; EOS). With `leading_space` it reads a text
+    as if a space came first (SentencePiece's dummy prefix), which is wrong in the middle of a line. `spellings` are
+    the texts that it reads as special tokens wherever they occur.
     """
 
     before: tuple[int, ...]
@@ -43,11 +43,11 @@ class SpecialTokens:
 
 
 Spans = Sequence[tuple[int, int]]
-"""Stretches of a text, each from a first character up to one that is no part of it."""
+"""Parts of a text, each from its first character up to the one behind its last."""
 
 
 def special_tokens_of(tokenizer: Tokenizer) -> SpecialTokens:
-    """Find out by tokenising three short texts."""
+    """Find out how a tokenizer treats a text by tokenising three short ones."""
     bare, wrapped = _ids(tokenizer, "a"), _ids(tokenizer, "a", special=True)
     start = _find(bare, wrapped)
     before, after = (wrapped[:start], wrapped[start + len(bare) :]) if start is not None else ([], [])
@@ -62,9 +62,9 @@ def special_tokens_of(tokenizer: Tokenizer) -> SpecialTokens:
 def tokens(
     tokenizer: Tokenizer, text: str, special: SpecialTokens, *, continues: bool, data: Spans = ()
 ) -> list[int]:
-    """Ids of `text`, nothing put around it; with `continues` as they are when other text stands before it.
+    """Tokenise `text` with nothing put around it; with `continues` as it is tokenised behind other text.
 
-    `data` are the stretches that come from a row: what looks like a special token there is plain text."""
+    `data` are the spans that come from a row: what looks like a special token there is plain text."""
     if not text:
         return []
     if not text.isascii():
@@ -87,7 +87,7 @@ def tokens(
 
 
 def special_spans(text: str, special: SpecialTokens) -> list[tuple[int, int]]:
-    """Where `text` spells special tokens."""
+    """Find the spans of `text` that spell special tokens."""
     if not special.spellings:
         return []
     return [match.span() for match in _spelled(special.spellings).finditer(text)]
@@ -117,7 +117,7 @@ def _continued(
     tokenizer: Tokenizer, text: str, special: SpecialTokens, *, continues: bool, plain: bool
 ) -> list[int]:
     if continues and special.leading_space:
-        for anchor in ("\n", "=", "a"):  # none of them joins with every text, so try a few
+        for anchor in ("\n", "=", "a"):  # each of them merges with some texts, so try a few
             ids = _behind(tokenizer, anchor, text, plain=plain)
             if ids is not None:
                 return ids
@@ -140,7 +140,7 @@ def _spelled(spellings: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def first_token_bytes(tokenizer: Tokenizer, text: str, special: SpecialTokens, *, continues: bool) -> int:
-    """UTF-8 bytes of `text` that its first token stands for."""
+    """Count the UTF-8 bytes of `text` that its first token encodes."""
     ids = tokens(tokenizer, text, special, continues=continues)
     whole = len(text.encode())
     if len(ids) < 2:
