@@ -14,11 +14,11 @@ from softprompt.comparison import weights
 from softprompt.comparison.arm import ARMS
 from softprompt.comparison.settings import Job
 from softprompt.data.example import Example
-from softprompt.data.template import Template
+from softprompt.data.template import Template, Text
 from softprompt.errors import DataError
 from softprompt.evaluation.evaluate import judge_rows, wanted_text, written_out
 from softprompt.evaluation.metric import METRICS
-from softprompt.evaluation.predictor import predictor, text_prompt, without_slots
+from softprompt.evaluation.predictor import predictor, without_slots
 from softprompt.evaluation.settings import JudgeSettings
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.progress.events import Event, Started, Stepped, Validated
@@ -130,9 +130,14 @@ def few_shot(given: Assignment) -> Ready:
     chosen = draw_examples(
         given.task.splits.train, given.task.template, given.job.settings.shots, given.job.seed
     )
+    rows = [example.row for example in chosen]
+    if given.task.chat is not None:  # examples are exchanges before the question, as a chat shows them
+        layout = given.task.behind("", chosen)
+        shown = "".join(piece.text for piece in layout.pieces[:1] if isinstance(piece, Text))
+        return _text(given, shown, layout, rows=rows)
     plain = without_slots(given.task.template)
-    text = "".join(written_out(plain, one) + _answer(plain, one) + "\n" for one in chosen)
-    return _text(given, text, rows=[one.row for one in chosen])
+    text = "".join(written_out(plain, example) + _answer(plain, example) + "\n" for example in chosen)
+    return _text(given, text, rows=rows)
 
 
 def soft(given: Assignment) -> Ready:
@@ -272,14 +277,13 @@ def draw_examples(train: Sequence[Example], layout: Template, count: int, seed: 
     return chosen
 
 
-def _text(given: Assignment, text: str, **about: Any) -> Ready:
+def _text(given: Assignment, text: str, layout: Template | None = None, **about: Any) -> Ready:
     lm = given.lm
     return Ready(
         lm,
-        text_prompt(
+        compile_prompt(
             lm,
-            given.task.template,
-            text,
+            layout or given.task.behind(text),
             name=given.job.arm,
             special_tokens=given.task.special_tokens,
         ),

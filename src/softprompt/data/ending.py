@@ -9,7 +9,7 @@ from typing import Literal
 from softprompt.data import chat
 from softprompt.data.example import Example, Message
 from softprompt.data.template import Field, Template, Text
-from softprompt.data.tokenizer import SpecialTokens, Tokenizer, special_tokens_of
+from softprompt.data.tokenizer import SpecialTokens, Tokenizer, special_spans, special_tokens_of
 from softprompt.errors import DataError
 
 End = Literal["auto", "always", "never"]
@@ -60,12 +60,16 @@ def appends_end(
 ) -> bool:
     """Whether a row's last token is an end token, where the tokenizer has one.
 
-    `is_open` tells that the chat template writes no closing mark after the assistant's words. auto: after a target, an
-    open turn, and after plain text only where the tokenizer does so by itself."""
+    `is_open` tells that the chat template writes no closing mark after the assistant's words. auto: after a target that
+    the template does not close with a special token, after an open turn, and after plain text only where the tokenizer
+    does so by itself."""
     if end != "auto":
         return end == "always"
     if template.chat:
         return is_open
+    closing = special_spans(_fixed_text(template).strip(), special)
+    if closing and closing[0][0] == 0:
+        return False
     return template.target is not None or tokenizer.eos_token_id in special.after
 
 

@@ -12,13 +12,14 @@ from typing import Any, TypeAlias
 from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import TooLong, to_learn
+from softprompt.data.default_template import CHAT
 from softprompt.data.example import Example, Splits
 from softprompt.data.source import OWN
 from softprompt.data.template import Template
 from softprompt.errors import DataError, RecipeError
 from softprompt.evaluation.evaluate import Evaluation, default_metrics, judge_rows
 from softprompt.evaluation.metric import metrics_named
-from softprompt.evaluation.predictor import as_learned, predictor, settled, text_prompt
+from softprompt.evaluation.predictor import as_learned, predictor, settled
 from softprompt.evaluation.settings import JudgedData, JudgeSettings
 from softprompt.inference.compiled import CompiledPrompt, TextPrompt, compile_prompt
 from softprompt.progress.bar import Advance, progress_bar
@@ -75,7 +76,7 @@ def evaluate(
     examples, split = judged_examples(task.splits, settings.split)
     examples = examples[: settings.judge_rows]
     layout = task.template
-    compiled = compiled_for(lm, learned, text, layout, special_tokens=task.special_tokens)
+    compiled = compiled_for(lm, learned, text, task)
     examples, left_out = fitting(task, lm, examples, lambda example: _positions(task, lm, compiled, example))
     known = chain(task.splits.train, examples)
     names = list(dict.fromkeys([*(settings.metrics or default_metrics(layout, known)), *extra_metrics]))
@@ -142,7 +143,8 @@ def _settled_task(
 
 def _laid_out(prompt: Prompt, given: Mapping[str, Any], task: Task) -> Template:
     """The template of a task under a prompt: the prompt's own, unless one is given."""
-    source = given.get("template") or prompt.template or str(task.template)
+    asked = given.get("template")
+    source = (str(task.template) if asked == CHAT else asked) or prompt.template or str(task.template)
     target = given.get("target") or prompt.target or task.template.target
     return Template.parse(source, target=target, length=prompt.length)
 
@@ -251,13 +253,11 @@ def _positions(task: Task, lm: FrozenLM, prompt: CompiledPrompt, example: Exampl
     return len(prompt.laid_out(to_learn(prompt.layout(lm, end=task.end), row)))
 
 
-def compiled_for(
-    lm: FrozenLM, prompt: Prompt | None, text: str | None, layout: Template, *, special_tokens: bool = False
-) -> CompiledPrompt:
+def compiled_for(lm: FrozenLM, prompt: Prompt | None, text: str | None, task: Task) -> CompiledPrompt:
     """What is judged, in the one form that generation and scoring know."""
     if text is not None:
-        return text_prompt(lm, layout, text, special_tokens=special_tokens)
-    return compile_prompt(lm, prompt, template=layout, special_tokens=special_tokens)
+        return compile_prompt(lm, task.behind(text), name="text", special_tokens=task.special_tokens)
+    return compile_prompt(lm, prompt, template=task.template, special_tokens=task.special_tokens)
 
 
 def described(lm: FrozenLM) -> dict[str, Any]:

@@ -54,8 +54,9 @@ class Data(Section):
     )
     template: str | None = setting(
         None,
-        "How a row becomes text, such as `{soft:20} {text}` or `Tweet: {text} Complaint? {label}`; without it, "
-        "the soft prompt stands right before the text.",
+        "How a row becomes text, such as `{soft:20} {text}` or `Tweet: {text} Complaint? {label}`. `chat`: the base's "
+        "chat template, other columns as its user and the target as its assistant; so by default with a target on a base "
+        "that has one. Else a line for each column. Without a target, the soft prompt stands right before the text.",
         flag="--template",
     )
     limit: Count | None = setting(None, "Learn from the first N rows alone.", flag="--limit")
@@ -253,8 +254,4 @@ class Recipe(BaseSettings):
             )
         if self.data.column is not None and self.data.messages is not None:
             raise ValueError("data.column and data.messages are both set. Keep the one that holds the text.")
-        if self.data.target is not None and self.data.template is None:
-            raise ValueError(
-                "data.target is set, but data.template is not. Write where the target stands in the text."
-            )
         return self

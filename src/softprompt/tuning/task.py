@@ -12,14 +12,15 @@ from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.outline import Outline
 from softprompt.data.batch import EncodedSet, End, Layout, Overflow, encode_all, to_judge, to_learn
-from softprompt.data.example import Example, Splits
+from softprompt.data.default_template import CHAT, ColumnChat, input_columns, lines_template
+from softprompt.data.example import Example, Shape, Splits
 from softprompt.data.preview import Preview, preview
 from softprompt.data.source import load_splits
-from softprompt.data.template import Template
+from softprompt.data.template import Soft, Template, Text
 from softprompt.data.tokenizer import Tokenizer
-from softprompt.errors import RecipeError
+from softprompt.errors import DataError, RecipeError
 from softprompt.tuning.init_from import natural_length
-from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.recipe import Data, Recipe
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class Task:
     end: End
     kind: Literal["soft", "deep"] = "soft"
     special_tokens: bool = False
+    chat: ColumnChat | None = None
+    """The exchange that rows make, where the base's chat template writes them (`data.template: chat`)."""
+
+    def behind(self, text: str, shots: Sequence[Example] = ()) -> Template:
+        """The layout for the base alone with `text` and solved rows in front of the input: in a chat as the beginning of
+        the user's turn and as exchanges before it, else as they are, a row a line."""
+        if self.chat is not None:
+            return self.chat.layout(self.tokenizer, front=text, shots=shots)
+        plain = tuple(piece for piece in self.template.pieces if not isinstance(piece, Soft))
+        return Template((Text(text), *plain), self.template.target)
 
     def to_learn(self, examples: Sequence[Example], *, slots: bool = True) -> EncodedSet:
         """Rows to learn from; without `slots` as a base without a prompt reads them (LoRA, full fine-tuning)."""
@@ -66,18 +77,18 @@ class Task:
 def task_of(recipe: Recipe, base: FrozenLM | Outline, splits: Splits | None = None) -> Task:
     """The task of a recipe on a base, with its weights or without. `splits` stand in for the recipe's data."""
     splits = splits or read_splits(recipe)
-    if splits.shape is not None and _unsaid(recipe):
-        splits = replace(splits, notes=tuple(dict.fromkeys((*splits.notes, splits.shape.note))))
+    layout = _layout(recipe, base, splits)
     bounds = [bound for bound in (recipe.data.max_length, longest_text(base)) if bound is not None]
     return Task(
-        template=settle_template(recipe, base, splits),
-        splits=splits,
+        template=_sized(recipe, base, layout),
+        splits=replace(splits, notes=tuple(dict.fromkeys((*splits.notes, *layout.notes)))),
         tokenizer=base.tokenizer,
         max_positions=min(bounds, default=None),
         on_overflow=recipe.data.on_overflow,
         end=recipe.data.end,
         kind=recipe.prompt.kind,
         special_tokens=recipe.data.special_tokens,
+        chat=layout.chat,
     )
 
 
@@ -105,23 +116,82 @@ def read_splits(recipe: Recipe, rows: Any = None) -> Splits:
 
 
 def settle_template(recipe: Recipe, lm: FrozenLM | Outline, splits: Splits | None = None) -> Template:
-    """The recipe's template with the length of every slot; without one, that of the rows' known form."""
-    data, prompt = recipe.data, recipe.prompt
-    source = data.template or ("{soft}{messages}" if data.messages else "{soft}{text}")
-    target = data.target
-    if splits is not None and splits.shape is not None and _unsaid(recipe):
-        source, target = splits.shape.template, splits.shape.target
+    """The recipe's template with the length of every slot; without one, that which suits its columns or its rows' form.
+
+    Without `splits` the recipe's data are read where the columns decide."""
+    if splits is None and recipe.data.target is not None and recipe.data.template in (None, CHAT):
+        splits = read_splits(recipe)
+    return _sized(recipe, lm, _layout(recipe, lm, splits))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A template as text, its slots not yet sized; and what to say of how it was chosen."""
+
+    source: str
+    target: str | None = None
+    chat: ColumnChat | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _layout(recipe: Recipe, base: FrozenLM | Outline, splits: Splits | None) -> _Layout:
+    """The template that the recipe names, or the one that suits the rows: of their known form, or of their columns."""
+    data = recipe.data
+    shape = splits.shape if splits is not None else None
+    if data.template not in (None, CHAT):
+        return _Layout(str(data.template), data.target)
+    if data.template is None and data.target is None:
+        if shape is not None:
+            return _Layout(shape.template, shape.target, notes=(shape.note,))
+        return _Layout("{soft}{messages}" if data.messages else "{soft}{text}")
+    target = data.target or (shape.target if shape is not None else None)
+    if target is None:  # the rows are chats themselves
+        return _Layout("{soft}{messages}")
+    if splits is None:
+        raise RecipeError("data.template is not set, and there are no rows to choose it by. Write one.")
+    inputs, left_out = _inputs(data, shape, splits, target)
+    of_columns = f"{_named(inputs)} {'is' if len(inputs) == 1 else 'are'} read and {target} is learned"
+    if left_out:
+        of_columns += f" ({_named(left_out)} left out)"
+    other = "Set data.template for another one."
+    if data.template == CHAT or base.tokenizer.chat_template:
+        chat = ColumnChat.of(inputs, target)
+        try:
+            source = "{soft}" + str(chat.layout(base.tokenizer))
+        except DataError as error:
+            if data.template == CHAT:
+                raise
+            other = f"{error} {other}"
+        else:
+            note = f"Rows are put into the base's chat template: {of_columns}, as its user and its assistant. {other}"
+            return _Layout(source, target, chat, () if data.template == CHAT else (note,))
+    source = lines_template(inputs, target)
+    return _Layout(source, target, notes=(f'Template by default "{source}": {of_columns}. {other}',))
+
+
+def _inputs(data: Data, shape: Shape | None, splits: Splits, target: str) -> tuple[list[str], list[str]]:
+    """The fields that are read, and the columns that are left out."""
+    if shape is not None and shape.target == target:
+        return list(Template.parse(shape.template, target=target, length=1).inputs), []
+    named = [name for name in data.fields if name != target]
+    if named:
+        return named, []
+    return input_columns(splits.train, target, data.column)
+
+
+def _named(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _sized(recipe: Recipe, lm: FrozenLM | Outline, layout: _Layout) -> Template:
+    """The template with the length of every slot."""
+    prompt = recipe.prompt
     length = prompt.length
-    if length is None and not re.search(r"\{soft:\d+\}", source):
+    if length is None and not re.search(r"\{soft:\d+\}", layout.source):
         length = natural_length(recipe, lm)
-    template = Template.parse(source, target=target, length=length)
-    if prompt.kind == "deep" and not re.match(r"\{soft:\d+\}(?!.*\{soft)", str(template)):
+    template = Template.parse(layout.source, target=layout.target, length=length)
+    if prompt.kind == "deep" and not re.match(r"\{soft:\d+\}(?!.*\{soft)", str(template), re.DOTALL):
         raise RecipeError(
             f'data.template: found "{template}", but a deep prompt stands before all text. Put its one slot in front.'
         )
     return template
-
-
-def _unsaid(recipe: Recipe) -> bool:
-    """Whether the recipe leaves it to the rows what is learned of them."""
-    return recipe.data.template is None and recipe.data.target is None
