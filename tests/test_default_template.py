@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.comparison.arms import Assignment, few_shot, prompt
 from softprompt.comparison.settings import CompareSettings, Job
-from softprompt.data.batch import encode
+from softprompt.data.batch import Layout, to_learn
 from softprompt.data.default_template import ColumnChat, input_columns
 from softprompt.data.example import Example, Splits
 from softprompt.errors import DataError
@@ -95,9 +95,8 @@ def test_smollm2_reads_columns_as_its_own_chat_template_writes_them(smollm2: Pat
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     layout = ColumnChat.of(["premise", "hypothesis"], "label").layout(tokenizer)
     example = Example({"premise": "It rains.", "hypothesis": "The {street} is wet.", "label": "entailment"})
-    row = encode(layout, example, tokenizer)
+    row = to_learn(Layout.of(layout, tokenizer), example)
     own = rendered(tokenizer, "Premise: It rains.\nHypothesis: The {street} is wet.", "entailment")
-    assert row is not None
     assert row.ids == own[: len(row.ids)]
     assert tokenizer.decode(own[len(row.ids) :]) == "\n"
     assert (
