@@ -33,6 +33,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_peft_differences.py": ("",),
     "test_recipe.py": ("test_any_text",),
     "test_serving_api.py": ("test_any_body_is_answered", "test_a_server_that_is_asked"),
+    "test_serving_page.py": ("",),
     "test_serving_soak.py": ("",),
     "test_sweep.py": ("test_a_killed_sweep",),
     "test_together.py": (

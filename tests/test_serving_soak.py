@@ -1,0 +1,143 @@
+"""Some 300 requests of every kind at once, while clients vanish, names are switched, keys taken out and the queue is full."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.inference.generate import generate
+from softprompt.inference.settings import DecodeSettings
+from softprompt.serving.catalogue import Catalogue
+from softprompt.serving.engine import LocalEngine
+from softprompt.serving.keys import Keys, sha256_of
+from softprompt.store.artifact import save_prompt
+from softprompt.store.library import Library
+from test_serving import Serving, prompt_of
+from tiny_models import tiny_model, tiny_tokenizer
+
+REQUESTS = 300
+TEXTS = ["a", "The quick brown fox", "Tweet: my order never came", "I want you to act as a logistician. " * 3]
+
+
+def test_every_request_gets_its_own_answer_or_an_error_and_memory_stays_flat(tmp_path: Path) -> None:
+    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), "tiny")
+    library = Library(tmp_path / "library")
+    versions = [prompt_of(lm, seed, "task") for seed in range(3)]
+    for prompt in versions:
+        save_prompt(prompt, tmp_path / "task")
+        library.publish(tmp_path / "task", "task")
+    names = [None, *versions]
+    keys_file = tmp_path / "keys.yaml"
+    entries = [{"name": name, "sha256": sha256_of(name), "rows": 64} for name in ("stays", "goes")]
+    keys_file.write_text(json.dumps(entries), encoding="utf-8")
+    keys = Keys.load(keys_file)
+    rng = random.Random(0)
+    solo: dict[tuple[Any, ...], list[str]] = {}
+
+    def answers_alone(version: int, text: str, settings: DecodeSettings) -> list[str]:
+        key = (version, text, settings)
+        if key not in solo:
+            solo[key] = [one.text for one in generate(lm, [text], names[version], settings)]
+        return solo[key]
+
+    counted = {"left": 0, "busy": 0, "refused": 0}
+    answered: list[tuple[int, str, DecodeSettings, list[str]]] = []
+
+    async def vanish(client: httpx.AsyncClient, body: dict[str, Any], headers: dict[str, str]) -> None:
+        async with client.stream("POST", "/v1/completions", json=body, headers=headers) as stream:
+            async for _ in stream.aiter_lines():
+                pass
+
+    async def ask(client: httpx.AsyncClient, number: int) -> None:
+        await asyncio.sleep(rng.random() * 3)
+        model = rng.choice(["base", "task", "task", "task@1", "task@2", "task@3"])
+        text, n = rng.choice(TEXTS), rng.choice([1, 1, 2])
+        warm = rng.random() < 0.5
+        settings = DecodeSettings(
+            max_new_tokens=rng.choice([1, 8, 30]),
+            temperature=1.0 if warm else 0.0,
+            seed=number % 5,
+            n=n if warm else 1,
+        )
+        body = {
+            "model": model,
+            "prompt": text,
+            "max_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "seed": settings.seed,
+            "n": settings.n,
+        }
+        headers = {"authorization": f"Bearer {rng.choice(['stays', 'stays', 'goes'])}"}
+        if rng.random() < 0.25:  # a client that vanishes, at any moment
+            long = {**body, "max_tokens": 100, "ignore_eos": True, "stream": True}
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(vanish(client, long, headers), rng.random() * 0.05)
+            counted["left"] += 1
+            return
+        if rng.random() < 0.5:
+            answer = await client.post("/v1/completions", json=body, headers=headers)
+            if answer.status_code == 200:
+                texts = [choice["text"] for choice in answer.json()["choices"]]
+        else:
+            async with client.stream(
+                "POST", "/v1/completions", json={**body, "stream": True}, headers=headers
+            ) as answer:
+                pieces: dict[int, str] = dict.fromkeys(range(settings.n), "")
+                lines = [line async for line in answer.aiter_lines() if line]
+            if answer.status_code == 200:
+                assert lines[-1] == "data: [DONE]"
+                for line in lines[:-1]:
+                    for choice in json.loads(line[6:])["choices"]:
+                        pieces[choice["index"]] += choice["text"]
+                texts = [pieces[index] for index in sorted(pieces)]
+        if answer.status_code == 429:
+            counted["busy"] += 1
+            return
+        if answer.status_code == 401:
+            assert headers["authorization"] == "Bearer goes"
+            counted["refused"] += 1
+            return
+        assert answer.status_code == 200, answer.status_code
+        digests = ["base", *(entry.digest for entry in library.entries())]
+        version = digests.index(answer.headers["x-softprompt-digest"])
+        assert model == "task" or version == ("base", "task@1", "task@2", "task@3").index(model)
+        answered.append((version, text, settings, texts))
+
+    async def change(catalogue: Catalogue) -> None:
+        for turn in range(12):
+            await asyncio.sleep(0.2)
+            library.switch(f"task@{1 + turn % 3}")
+            await asyncio.to_thread(catalogue.refresh)
+            if turn == 4:
+                keys_file.write_text(json.dumps(entries[:1]), encoding="utf-8")
+                keys.refresh()
+
+    async def everything(url: str, catalogue: Catalogue) -> None:
+        limits = httpx.Limits(max_connections=REQUESTS)
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+            await asyncio.gather(change(catalogue), *(ask(client, number) for number in range(REQUESTS)))
+
+    with LocalEngine(lm, max_rows=8, max_waiting=12, read_beside=16) as engine:
+        catalogue = Catalogue(engine, library)
+        server = Serving(engine, catalogue, keys)
+        asyncio.run(everything(server.url, catalogue))
+        for _ in range(500):
+            if not engine.health()["running"] and not engine.health()["waiting"]:
+                break
+            asyncio.run(asyncio.sleep(0.01))
+        assert engine.health() == {"alive": 1, "running": 0, "waiting": 0, "kv_bytes": 0}
+        assert not engine._load
+        assert (engine._reading, engine._waiting, engine._lanes.requests) == ([], [], [])
+        server.close()
+    assert sum(counted.values()) + len(answered) == REQUESTS
+    assert all(counted.values()), counted
+    assert len(answered) > REQUESTS / 5
+    for version, text, settings, texts in answered:
+        assert texts == answers_alone(version, text, settings), (version, text, settings)
