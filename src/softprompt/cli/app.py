@@ -206,9 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_streams()
     command = typer.main.get_command(app)
 
-    def run() -> None:
+    def run() -> Any:
         refuse_broken_arguments(arguments)
-        command.main(arguments, prog_name="softprompt", standalone_mode=False)
+        return command.main(arguments, prog_name="softprompt", standalone_mode=False)
 
     return exit_code(run, traceback=lambda: SHOWS["traceback"])
 
