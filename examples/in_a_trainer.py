@@ -44,7 +44,9 @@ def row(text: str, label: str) -> dict[str, list[int]]:
     return {"input_ids": read + learned, "labels": [-100] * len(read) + learned}
 
 
-rows = [row(each.fields["text"], each.fields["label"]) for each in load_splits("builtin:messages", limit=64).train]
+rows = [
+    row(each.fields["text"], each.fields["label"]) for each in load_splits("builtin:messages", limit=64).train
+]
 model = WithSoftPrompt()
 trainer = transformers.Trainer(
     model,

@@ -23,7 +23,9 @@ optimiser = torch.optim.AdamW([vectors], lr=0.05, weight_decay=0.0)
 losses = []
 for step in range(24):
     batch = collate([encoded[(8 * step + row) % len(encoded)] for row in range(8)])
-    loss = lm.token_nll(batch, (vectors,)).mean()  # nats per trained token; the gradient reaches the vectors alone
+    loss = lm.token_nll(
+        batch, (vectors,)
+    ).mean()  # nats per trained token; the gradient reaches the vectors alone
     loss.backward()
     optimiser.step()
     optimiser.zero_grad()

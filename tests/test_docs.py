@@ -2,61 +2,75 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 import house_map
+import softprompt
 from conftest import SLOW
-from softprompt.cli.app import main
+from softprompt.cli.app import VERBS, main
 from softprompt.tuning.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r'^```(\w+)(?: title="([^"\n]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """Fenced blocks of exactly this language; those marked `sh hub` need the network and are not run."""
-    return re.findall(
-        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
+def blocks(page: Path) -> list[tuple[str, str, str]]:
+    """Fenced blocks as (language, title, text). Those marked `sh hub` need the network and are none of these."""
+    return FENCE.findall(page.read_text(encoding="utf-8"))
 
 
-def commands(page: Path) -> list[list[str]]:
-    """The `softprompt` commands of a page's sh blocks, continued lines joined."""
-    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+def commands(block: str) -> list[list[str]]:
+    """The `softprompt` commands of a sh block, continued lines joined."""
+    lines = block.replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("softprompt ")]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
-def test_the_commands_of_a_page_run_one_after_another(
+def runs(page: Path) -> bool:
+    """Whether a page has anything to run."""
+    return any(
+        language == "python" or (language == "sh" and commands(text)) for language, _, text in blocks(page)
+    )
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if runs(page)], ids=lambda page: page.name)
+def test_the_commands_and_the_python_of_a_page_run_in_its_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A block with a title is a file that the page tells its reader to save."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    for arguments in commands(page):
-        redirect = arguments.index(">") if ">" in arguments else None
-        assert main(arguments[:redirect]) == 0, (
-            f"softprompt {shlex.join(arguments)}\n{capsys.readouterr().err}"
-        )
-        if redirect is not None:
-            Path(arguments[redirect + 1]).write_text(capsys.readouterr().out, encoding="utf-8")
+    for language, title, text in blocks(page):
+        if title:
+            Path(title).write_text(text, encoding="utf-8")
+        elif language == "python":
+            exec(compile(text, str(page), "exec"), {})
+        elif language == "sh":
+            for arguments in commands(text):
+                run_command(arguments, capsys)
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name
-)
-def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for block in blocks(page, "python"):
-        exec(compile(block, str(page), "exec"), {})
+def run_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Run a command in this process; what it prints goes to a file after `>`."""
+    redirect = arguments.index(">") if ">" in arguments else None
+    assert main(arguments[:redirect]) == 0, f"softprompt {shlex.join(arguments)}\n{capsys.readouterr().err}"
+    if redirect is not None:
+        Path(arguments[redirect + 1]).write_text(capsys.readouterr().out, encoding="utf-8")
 
 
-def test_the_python_of_the_readme_is_under_ten_lines() -> None:
-    (block,) = blocks(ROOT / "README.md", "python")
-    assert len([line for line in block.splitlines() if line.strip()]) < 10
+def test_the_python_of_the_readme_has_at_most_ten_lines() -> None:
+    (block,) = [text for language, _, text in blocks(ROOT / "README.md") if language == "python"]
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
 
 
 def test_the_recipe_reference_is_current(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,10 +80,75 @@ def test_the_recipe_reference_is_current(capsys: pytest.CaptureFixture[str]) -> 
     )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
+    """Strict: a link to a page, a heading or a name that is not there stops the build."""
+    assert build_site(tmp_path, ROOT / "docs") == ""
+    broken = tmp_path / "broken"
+    shutil.copytree(ROOT / "docs", broken)
+    with (broken / "index.md").open("a", encoding="utf-8") as page:
+        page.write("\n[a page](nowhere.md), [a heading](start.md#nowhere)\n")
+    said = build_site(tmp_path, broken)
+    assert "nowhere.md" in said
+    assert "start.md#nowhere" in said
+
+
+def build_site(folder: Path, docs: Path) -> str:
+    """What the builder has to say against `docs`; nothing if all is well."""
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    config = config.replace("docs_dir: docs", f"docs_dir: {docs.name}").replace(
+        "paths: [src]", f"paths: ['{ROOT}/src']"
+    )
+    if not (folder / docs.name).exists():
+        shutil.copytree(docs, folder / docs.name)
+    (folder / "mkdocs.yml").write_text(config, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "zensical", "build", "--strict", "--clean"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
+    assert (done.returncode == 0) == ("No issues found" in said), said
+    return "" if done.returncode == 0 else said
+
+
+def test_every_page_is_in_the_sites_menu_once() -> None:
+    menu = re.findall(
+        r"^\s+- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(menu) == sorted(set(pages) - {"report/report.md"})
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
+def test_links_of_the_repositorys_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|mailto:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readmes_table_and_picture_are_of_the_committed_comparison() -> None:
+    drawn = runpy.run_path(str(ROOT / "benchmarks" / "before_and_after.py"))
+    arms = json.loads((ROOT / "benchmarks" / "before_and_after.json").read_text(encoding="utf-8"))["arms"]
+    assert drawn["table"](arms) in (ROOT / "README.md").read_text(encoding="utf-8")
+    picture = (ROOT / "docs" / "pictures" / "before-after.svg").read_text(encoding="utf-8")
+    assert drawn["picture"](arms) == picture
+    for picture_file in (ROOT / "docs" / "pictures").glob("*.svg"):
+        text = picture_file.read_text(encoding="utf-8")
+        ElementTree.fromstring(text)
+        assert not re.search(r"(?:href|src|url)\W+https?:", text), f"{picture_file.name} loads something"
+
+
+def test_every_command_is_in_the_list_of_commands() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    named = re.findall(r"`softprompt ([a-z-]+)`", page)
+    assert sorted(named) == sorted(VERBS)
+
+
+def test_every_public_name_is_in_the_api_reference() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = {line.rsplit(".", 1)[1] for line in page.splitlines() if line.startswith("::: ")}
+    assert named == set(softprompt.__all__) - {"__version__", "Prompt"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
@@ -77,7 +156,7 @@ def test_every_example_is_a_valid_recipe(path: Path) -> None:
     Recipe.load(path)
 
 
-def test_the_tutorials_recipe_is_the_tutorial_to_the_letter() -> None:
+def test_the_tutorials_recipe_is_the_tutorial_exactly() -> None:
     recipe = Recipe.load(ROOT / "examples" / "tutorial.yaml")
     assert recipe.base == "bigscience/bloomz-560m"
     assert (recipe.data.source, recipe.data.column, recipe.data.limit) == (
