@@ -53,7 +53,7 @@ def test_the_demo_ends_with_one_json_object_and_tells_people_the_rest(
         "fingerprint",
         "what the base answers by itself",
         "[20 virtual tokens: 0 to 19]",
-        "read only",
+        "context",
         "trained",
         "truncated 0 rows",
         "unlabelled 0 rows",

@@ -82,3 +82,14 @@ def test_a_field_that_no_row_has_is_still_an_error() -> None:
         preview(TEMPLATE, [Example({"txt": "a"})], tiny_tokenizer())
     with pytest.raises(DataError, match="no row"):
         preview(TEMPLATE, [], tiny_tokenizer())
+
+
+def test_a_notebook_shows_the_slot_what_is_trained_and_no_markup_of_the_data() -> None:
+    template = Template.parse("{text}{soft:3} {label}", target="label")
+    rows = [Example({"text": "The <b>fox</b>", "label": "fox"})]
+    shown = preview(template, rows, tiny_tokenizer())._repr_html_()
+    assert shown.count("[3 virtual tokens]") == 1
+    assert "&lt;b&gt;" in shown
+    assert "<b>" not in shown
+    trained = shown.split("<mark title='trained'")[1].split("</mark>")[0]
+    assert trained.split(">", 1)[1].strip().startswith("fox")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from softprompt.data.preview import Preview, ShownRow
 
 STYLES = {"soft": "bold cyan", "context": "dim", "trained": "green", "special": "magenta"}
-WORDS = {"soft": "soft", "context": "read only", "trained": "trained", "special": "start token"}
+WORDS = {"soft": "soft", "context": "context", "trained": "trained", "special": "start token"}
 
 
 EXAMPLE = "softprompt preview --data rows.csv --column text"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from typing import Literal
 
 from softprompt.data.batch import (
@@ -25,6 +26,7 @@ from softprompt.errors import DataError
 
 Kind = Literal["soft", "context", "trained", "special"]
 
+_COLOURS = {"soft": "#ffd8a8", "trained": "#d3f0d8", "special": "#e8dcf7"}
 _WINDOW = 8  # tokens before one that are decoded with it: spaces and letters can depend on them
 
 
@@ -74,6 +76,30 @@ class Preview:
     lengths: dict[str, int]
     problems: tuple[str, ...]
     remarks: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        """The shown rows for a notebook: soft, trained and start tokens marked, what is only read left plain."""
+        rows = "".join(
+            f"<tr><th>row {shown.row}</th><td style='text-align:left'>{_marked(shown)}</td></tr>"
+            for shown in self.shown
+        )
+        counts = (
+            f"{self.examples} rows learn {html.escape(self.learns)}: {self.tokens:,} tokens, {self.trained_tokens:,} of them "
+            f"trained; {self.truncated} rows cut, {self.dropped} dropped, {self.too_long} too long, {self.unlabelled} unlabelled"
+        )
+        return f"<table><caption>{html.escape(self.template)}</caption>{rows}<tr><th>all</th><td>{counts}</td></tr></table>"
+
+
+def _marked(shown: ShownRow) -> str:
+    """A row's text as HTML, each stretch of one kind in its colour; a slot as its number of virtual tokens."""
+    parts = []
+    for kind, tokens in groupby(shown.tokens, key=lambda token: token.kind):
+        texts = [token.text for token in tokens]
+        text = f"[{len(texts)} virtual tokens]" if kind == "soft" else html.escape("".join(texts))
+        parts.append(
+            text if kind == "context" else f"<mark title='{kind}' style='background:{_COLOURS[kind]}'>{text}</mark>"
+        )
+    return "".join(parts)
 
 
 def preview(layout: Layout, examples: Sequence[Example], *, show: int = 3) -> Preview:
