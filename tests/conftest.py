@@ -29,7 +29,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_cli_tune.py": ("test_ctrl_c_a_stopped_job", "test_the_tutorials_recipe_runs"),
     "test_compare.py": ("",),
     "test_docs.py": ("test_the_commands_and_the_python",),
-    "test_examples.py": ("",),
+    "test_example_programs.py": ("",),
     "test_notebooks.py": ("",),
     "test_lm_eval.py": ("",),
     "test_peft_differences.py": ("",),

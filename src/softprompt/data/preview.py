@@ -97,7 +97,9 @@ def _marked(shown: ShownRow) -> str:
         texts = [token.text for token in tokens]
         text = f"[{len(texts)} virtual tokens]" if kind == "soft" else html.escape("".join(texts))
         parts.append(
-            text if kind == "context" else f"<mark title='{kind}' style='background:{_COLOURS[kind]}'>{text}</mark>"
+            text
+            if kind == "context"
+            else f"<mark title='{kind}' style='background:{_COLOURS[kind]}'>{text}</mark>"
         )
     return "".join(parts)
 
