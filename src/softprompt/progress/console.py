@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -37,8 +38,9 @@ class Screen(Console):
 
     @property
     def is_watched(self) -> bool:
-        """Whether someone sees it as it comes: a terminal or a notebook."""
-        return self.is_terminal or self.is_jupyter
+        """Whether someone sees it as it comes: a terminal, or a notebook in which rich can draw."""
+        # without ipywidgets rich warns of it at every bar
+        return self.is_terminal or (self.is_jupyter and find_spec("ipywidgets") is not None)
 
 
 def table(
