@@ -1,6 +1,6 @@
 """A prompt as key/value state: soft, deep and text prompts become one thing, computed once.
 
-Everything of a prompt's layout that stands before a row's own text is read by the frozen model once and kept. A row
+Everything of a prompt's layout that precedes a row's own text is read by the frozen model once and kept. A row
 takes over as much of it as its own sequence shares, token for token and vector for vector, and only the rest is
 computed: so a compiled prompt gives what reading the whole sequence gives, wherever the tokenizer joins text.
 """
@@ -80,7 +80,7 @@ class CompiledPrompt:
         return self.laid_out(to_answer(self.layout(lm), self.example(given)))
 
     def example(self, given: str | Example) -> Example:
-        """The row that `given` stands for. Plain text fills the template's only input, and the other way round."""
+        """Make the row of `given`: a text fills the template's only input, and a row's only field may fill {text}."""
         if isinstance(given, str):
             return self.template.example(given)
         if self.template.inputs == ("text",) and "text" not in given.fields and len(given.fields) == 1:
@@ -137,7 +137,7 @@ def compile_prompt(
 ) -> CompiledPrompt:
     """Read a prompt once.
 
-    A learned prompt is laid out by its own template (`template` replaces it). A TextPrompt stands in front of every
+    A learned prompt is laid out by its own template (`template` replaces it). A TextPrompt comes before every
     input, verbatim; a Template without slots puts text around it. None is the base alone, which sees the input, or the
     input in `template` with its soft slots left out. A compiled prompt is given back. `special_tokens` reads special
     tokens that an input spells as such; without it, a learned prompt reads inputs as it was trained, and else they are
@@ -239,13 +239,13 @@ def text_state(lm: FrozenLM, text: str, length: int) -> tuple[Tensor, Tensor]:
     ids = _ids(lm, text, special_tokens_of(lm.tokenizer))
     if not ids:
         raise PromptError("The starting text has no tokens. Give some text.")
-    state = _read(lm, [ids[place % len(ids)] for place in range(length)])
+    state = _read(lm, [ids[position % len(ids)] for position in range(length)])
     return _stacked(state.keys, "keys").float(), _stacked(state.values, "values").float()
 
 
 @torch.no_grad()
 def vectors_state(lm: FrozenLM, vectors_PD: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [L, P, H, K] of a shallow prompt's vectors: a deep prompt that starts where it stands."""
+    """Compute keys and values [L, P, H, K] of a shallow prompt's vectors: a deep prompt that starts as good as it is."""
     marks = range(-1, -1 - len(vectors_PD), -1)
     state = _read(lm, list(marks), vectors_PD.to(lm.device, lm.dtype))
     return _stacked(state.keys, "keys").float(), _stacked(state.values, "values").float()
@@ -255,20 +255,20 @@ def vectors_state(lm: FrozenLM, vectors_PD: Tensor) -> tuple[Tensor, Tensor]:
 def as_deep(lm: FrozenLM, prompt: SoftPrompt | DeepPrompt) -> DeepPrompt:
     """The same prompt as keys and values for every layer, exact: what its vectors, and text before them, compile to.
 
-    Its template is the old one with what was compiled left out. Raises PromptError where text of the row stands
+    Its template is the old one with what was compiled left out. Raises PromptError where text of the row comes
     before a slot, or where layers differ in their heads.
     """
     if isinstance(prompt, DeepPrompt):
         return prompt
     compiled = compile_prompt(lm, prompt)
     pieces = compiled.template.pieces
-    last = max(place for place, piece in enumerate(pieces) if isinstance(piece, Soft))
+    last = max(at for at, piece in enumerate(pieces) if isinstance(piece, Soft))
     if any(isinstance(piece, Field | Messages) for piece in pieces[:last]):
         raise PromptError(
             f'{prompt.name}: in its template "{compiled.template}" a field stands before a slot, so what the vectors '
             "compile to differs from row to row. Export the vectors themselves (embeddings)."
         )
-    length = max(place for place, mark in enumerate(compiled.state.marks) if mark < 0) + 1
+    length = max(at for at, mark in enumerate(compiled.state.marks) if mark < 0) + 1
     if length > prompt.length and compiled.special.before:
         raise PromptError(
             f'{prompt.name}: in its template "{compiled.template}" text stands before the slot, and this base puts a '
@@ -287,7 +287,8 @@ def as_deep(lm: FrozenLM, prompt: SoftPrompt | DeepPrompt) -> DeepPrompt:
 
 
 def _head(lm: FrozenLM, compiled: CompiledPrompt) -> list[int]:
-    """Marks of what stands before a row's own text. The tokenizer may join its end with that text: rows see to that."""
+    """Find the marks that precede every row's own text. Where the tokenizer merges their end with a row's text, that row
+    shares fewer of them (`State.shared`)."""
     pieces = compiled.template.pieces
     first = next((i for i, piece in enumerate(pieces) if isinstance(piece, Field | Messages)), len(pieces))
     if first == 0 or (isinstance(pieces[first], Messages) and not isinstance(pieces[first - 1], Soft)):

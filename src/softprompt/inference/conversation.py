@@ -14,9 +14,9 @@ from softprompt.inference.settings import DecodeSettings
 
 
 class Conversation:
-    """Turns under one prompt. `say` one, get the answer, go on.
+    """Turns under one prompt. `say` something, get the answer, continue.
 
-    Under a chat template a turn is a message of the user, and the whole chat is laid out anew for each answer; else a
+    Under a chat template a turn is a message of the user, and the whole chat is laid out again for each answer; else a
     turn is text that goes on where the last answer ended. Either way the key/value state is kept as far as the
     sequence is the same, so the answers are those of recomputing everything.
     """
@@ -37,18 +37,18 @@ class Conversation:
         """Add a turn and generate the answer to it (the first of `settings.n`).
 
         Raises DataError where it does not fit the base's context; the conversation is then as it was."""
-        said = [*self.messages, Message("user", text)]
-        one = request(self.lm, self.prompt, "", settings, keep_state=True, row=self._row(text, said))
-        run(Running(self.lm, max_rows=1), [one])
-        assert one.state is not None
-        self.state, self.marks = one.state, (*one.row.marks, *one.token_ids)
+        messages = [*self.messages, Message("user", text)]
+        turn = request(self.lm, self.prompt, "", settings, keep_state=True, row=self._row(text, messages))
+        run(Running(self.lm, max_rows=1), [turn])
+        assert turn.state is not None
+        self.state, self.marks = turn.state, (*turn.row.marks, *turn.token_ids)
         if self.prompt.template.chat:
-            self.messages = [*said, Message("assistant", one.text)]
-        return generation(self.prompt.name, text, one)
+            self.messages = [*messages, Message("assistant", turn.text)]
+        return generation(self.prompt.name, text, turn)
 
-    def _row(self, text: str, said: list[Message]) -> PrefillRow:
+    def _row(self, text: str, messages: list[Message]) -> PrefillRow:
         if self.prompt.template.chat:
-            marks = self.prompt.marks(self.lm, Example({}, tuple(said)))
+            marks = self.prompt.marks(self.lm, Example({}, tuple(messages)))
         elif not self.marks:
             marks = self.prompt.marks(self.lm, text)
         else:

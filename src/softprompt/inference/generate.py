@@ -64,11 +64,11 @@ def generate(
     chosen = compiled_each(lm, prompts, len(inputs))
     how = one_each(settings, len(inputs), "settings")
     requests: list[list[Request]] = []
-    for place, (given, prompt, decode) in enumerate(zip(inputs, chosen, how, strict=True)):
+    for number, (given, prompt, decode) in enumerate(zip(inputs, chosen, how, strict=True)):
         if on_text is not None and decode.drawn > 1:
             raise DataError(f"Streaming takes one text an input; found n {decode.drawn}. Set n to 1.")
-        tell = None if on_text is None else _teller(on_text, place)
-        first = request(lm, prompt, given, decode, on_text=tell)
+        on_piece = None if on_text is None else _for_input(on_text, number)
+        first = request(lm, prompt, given, decode, on_text=on_piece)
         more = [
             request(lm, prompt, given, decode, sample=sample, row=first.row)
             for sample in range(1, decode.drawn)
@@ -76,7 +76,7 @@ def generate(
         requests.append([first, *more])
     run(
         Running(lm, max_rows=batch_rows, memory_bytes=memory_bytes),
-        [one for group in requests for one in group],
+        [request for group in requests for request in group],
     )
     return [
         generation
@@ -86,8 +86,8 @@ def generate(
 
 
 def run(running: Running, requests: Sequence[Request]) -> None:
-    """Take all requests through a running batch: long rows first, new ones as a quarter of the rows falls free."""
-    waiting = sorted(requests, key=lambda one: one.total)
+    """Run all requests through a running batch: long rows first, new ones once a quarter of the rows is free."""
+    waiting = sorted(requests, key=lambda request: request.total)
     while waiting or len(running):
         free = running.max_rows - len(running)
         if waiting and (len(running) == 0 or free * 4 >= running.max_rows):
@@ -101,30 +101,33 @@ def run(running: Running, requests: Sequence[Request]) -> None:
 def _best(given: str | Example, name: str | None, group: Sequence[Request]) -> list[Generation]:
     settings = group[0].settings
     if settings.drawn > settings.n:
-        group = sorted(group, key=lambda one: -sum(one.log_probabilities) / len(one.log_probabilities))[
-            : settings.n
-        ]
-    return [generation(name, given, one) for one in group]
+        group = sorted(group, key=_mean_nll)[: settings.n]
+    return [generation(name, given, request) for request in group]
 
 
-def generation(name: str | None, given: str | Example, one: Request) -> Generation:
-    """What came of a finished request."""
-    assert one.finish_reason is not None
-    rated = sum(one.log_probabilities) if one.settings.rated else None
+def _mean_nll(request: Request) -> float:
+    """Mean over tokens, not the sum: the likeliest text as a whole would be the shortest one."""
+    return -sum(request.log_probabilities) / len(request.log_probabilities)
+
+
+def generation(name: str | None, given: str | Example, request: Request) -> Generation:
+    """Make the result of a finished request."""
+    assert request.finish_reason is not None
+    rated = sum(request.log_probabilities) if request.settings.rated else None
     return Generation(
         name,
         _shown(given),
-        one.text,
-        len(one.token_ids),
-        one.finish_reason,
-        tuple(one.token_ids),
-        one.sample,
+        request.text,
+        len(request.token_ids),
+        request.finish_reason,
+        tuple(request.token_ids),
+        request.sample,
         rated,
     )
 
 
 def _shown(given: str | Example) -> str:
-    """An input as one text: its only field, its last message, or its fields by name."""
+    """Show an input as one text: its only field, its last message, or its fields by name."""
     if isinstance(given, str):
         return given
     if given.messages:
@@ -136,7 +139,7 @@ def _shown(given: str | Example) -> str:
 
 
 def listed(inputs: str | Example | Iterable[str | Example]) -> list[str | Example]:
-    """Inputs as a list; a single text or row is a list of one."""
+    """Give inputs as a list; a single text or row is a list of one."""
     return [inputs] if isinstance(inputs, str | Example) else list(inputs)
 
 
@@ -154,7 +157,7 @@ def compiled_each(
 
 
 def one_each(given: Any, count: int, what: str) -> list[Any]:
-    """A list of `count`: the given one, or one value over and over."""
+    """Give a list of `count` values: the list that was given, or the same value for all inputs."""
     if isinstance(given, list | tuple):
         if len(given) != count:
             raise DataError(
@@ -164,5 +167,5 @@ def one_each(given: Any, count: int, what: str) -> list[Any]:
     return [given] * count
 
 
-def _teller(on_text: Callable[[int, str], None], place: int) -> Callable[[str], None]:
-    return lambda piece: on_text(place, piece)
+def _for_input(on_text: Callable[[int, str], None], number: int) -> Callable[[str], None]:
+    return lambda piece: on_text(number, piece)

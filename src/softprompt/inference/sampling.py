@@ -26,8 +26,8 @@ def biased(logits_BV: Tensor, bias_B: Sequence[Mapping[int, float]]) -> Tensor:
     rows = [b for b, bias in enumerate(bias_B) for _ in bias]
     ids = [token for bias in bias_B for token in bias]
     amounts = [amount for bias in bias_B for amount in bias.values()]
-    places = torch.tensor([rows, ids], dtype=torch.int64, device=logits_BV.device)
-    return logits_BV.index_put(tuple(places), logits_BV.new_tensor(amounts), accumulate=True)
+    at = torch.tensor([rows, ids], dtype=torch.int64, device=logits_BV.device)
+    return logits_BV.index_put(tuple(at), logits_BV.new_tensor(amounts), accumulate=True)
 
 
 def without(logits_BV: Tensor, banned_B: Sequence[Sequence[int]]) -> Tensor:

@@ -24,9 +24,9 @@ from softprompt.inference.prefill import PrefillRow, like_lengths, prefill
 
 @dataclass(frozen=True, repr=False)
 class Scored:
-    """The log-probabilities (natural) of a text's tokens, and whether greedy decoding would have said them all.
+    """The log-probabilities (natural) of a text's tokens, and whether greedy decoding would give them all.
 
-    `text_bytes` are the UTF-8 bytes that the scored tokens stand for.
+    `text_bytes` are the UTF-8 bytes of the text that was scored.
     """
 
     prompt: str | None
@@ -60,22 +60,22 @@ def score(
     end: End = "never",
     batch_rows: int = 16,
 ) -> list[Scored]:
-    """Score each continuation of its input under its prompt, with the very layout that training uses.
+    """Score each continuation of its input under its prompt, in the layout that training uses.
 
-    `inputs` may be a single text or row; the result is always a list. Without a continuation the trained text of the row is scored: its target, or all of its text. `end` scores an end
-    token after it (data.batch.encode). The first position of a row, which nothing predicts, is not scored.
+    `inputs` may be a single text or row; the result is always a list. Without a continuation the trained text of the
+    row is scored: its target, or all of its text. `end` scores an end token after it (data.batch.Layout). The first
+    position of a row, which nothing predicts, is not scored.
     """
     inputs = listed(inputs)
     wanted = one_each(continuations, len(inputs), "continuations")
+    compiled = compiled_each(lm, prompts, len(inputs))
     rows = [
         _laid_out(lm, prompt, given, continuation, end)
-        for given, continuation, prompt in zip(
-            inputs, wanted, compiled_each(lm, prompts, len(inputs)), strict=True
-        )
+        for given, continuation, prompt in zip(inputs, wanted, compiled, strict=True)
     ]
     results: dict[int, Scored] = {}
-    number = {id(row): i for i, (row, *_) in enumerate(rows)}
-    for group in like_lengths(lm, [row for row, *_ in rows], batch_rows):
+    number = {id(scoring.row): i for i, scoring in enumerate(rows)}
+    for group in like_lengths(lm, [scoring.row for scoring in rows], batch_rows):
         numbers = [number[id(row)] for row in group]
         results.update(zip(numbers, _scored(lm, [rows[i] for i in numbers]), strict=True))
     return [results[i] for i in range(len(rows))]
@@ -83,7 +83,7 @@ def score(
 
 @dataclass(frozen=True)
 class RatedToken:
-    """A token of a text, its log-probability, and the likeliest tokens in its place; None where nothing predicts it."""
+    """A token of a text, its log-probability (None where nothing predicts it), and the likeliest tokens at its position."""
 
     token_id: int
     log_probability: float | None
@@ -94,43 +94,42 @@ class RatedToken:
 def rate_continuation(
     lm: FrozenLM, prompt: CompiledPrompt, given: str | Example, continuation: str, top: int = 0
 ) -> list[RatedToken]:
-    """Every token of a continuation, laid out and scored as by `score`, with the `top` likeliest in its place."""
-    row, scored, *_ = _laid_out(lm, prompt, given, continuation, "never")
-    return _rated_places(lm, row, scored, top)
+    """Rate every token of a continuation, laid out and scored as by `score`, with the `top` likeliest at its position."""
+    scoring = _laid_out(lm, prompt, given, continuation, "never")
+    return _rated_tokens(lm, scoring.row, scoring.positions, top)
 
 
 @torch.inference_mode()
 def rate_text(
     lm: FrozenLM, prompt: CompiledPrompt, given: str | Example | Sequence[int], top: int = 0
 ) -> list[RatedToken]:
-    """Every token of an input itself, as evaluation harnesses ask for them; see `rate_continuation`."""
+    """Rate every token of an input itself, as evaluation harnesses ask for them; see `rate_continuation`."""
     marks = prompt.marks(lm, given) if isinstance(given, str | Example) else list(given)
     demand_room(lm, len(marks), "The text")
-    places = [place for place, mark in enumerate(marks) if mark >= 0]
+    positions = [position for position, mark in enumerate(marks) if mark >= 0]
     # A deep prompt has no output of its own, which would predict the first token behind it.
     first = prompt.length + 1 if prompt.kind == "deep" else 1
-    scored = [place for place in places if place >= first]
-    unscored = [RatedToken(marks[place], None) for place in places if place < first]
+    scored = [position for position in positions if position >= first]
+    unscored = [RatedToken(marks[position], None) for position in positions if position < first]
     if not scored:
         return unscored
-    return unscored + _rated_places(lm, prompt.row(marks, need=scored[0] - 1), scored, top)
+    return unscored + _rated_tokens(lm, prompt.row(marks, need=scored[0] - 1), scored, top)
 
 
 def continuation_ids(lm: FrozenLM, prompt: CompiledPrompt, given: str | Example, text: str) -> list[int]:
-    """The tokens of a continuation as training and `score` lay it out behind this input."""
-    row, scored, *_ = _laid_out(lm, prompt, given, text, "never")
-    return [row.marks[place] for place in scored]
+    """Tokenise a continuation as training and `score` lay it out behind this input."""
+    return list(_laid_out(lm, prompt, given, text, "never").targets)
 
 
-def _rated_places(lm: FrozenLM, row: PrefillRow, scored: Sequence[int], top: int) -> list[RatedToken]:
+def _rated_tokens(lm: FrozenLM, row: PrefillRow, scored: Sequence[int], top: int) -> list[RatedToken]:
     done = prefill(lm, [row])
-    hidden_ND = done.hidden_BTD[0, [place - 1 - row.state.length for place in scored]]
+    hidden_ND = done.hidden_BTD[0, [position - 1 - row.state.length for position in scored]]
     size = max(1, BLOCK_LOGITS // lm.vocab_size)
     rated: list[RatedToken] = []
     for start in range(0, len(scored), size):  # all logits at once would be too much memory
         log_probabilities_nV = lm.logits(hidden_ND[start : start + size]).float().log_softmax(-1)
         best = log_probabilities_nV.topk(max(1, min(top, lm.vocab_size)))
-        ids = [row.marks[place] for place in scored[start : start + size]]
+        ids = [row.marks[position] for position in scored[start : start + size]]
         values_n = log_probabilities_nV.gather(1, torch.tensor(ids, device=lm.device)[:, None])[:, 0]
         for token, value, tokens, values in zip(
             ids, values_n.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
@@ -145,9 +144,29 @@ def _rated_places(lm: FrozenLM, row: PrefillRow, scored: Sequence[int], top: int
     return rated
 
 
+@dataclass(frozen=True)
+class _Scoring:
+    """A row to score: its sequence, the positions of the tokens that count, its prompt's name, and their text's bytes."""
+
+    row: PrefillRow
+    positions: tuple[int, ...]
+    prompt: str | None
+    text_bytes: int
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Ids of the tokens that count."""
+        return tuple(self.row.marks[position] for position in self.positions)
+
+    @property
+    def predicting(self) -> list[int]:
+        """Where in the computed hidden states each of them is predicted: one position before it."""
+        return [position - 1 - self.row.state.length for position in self.positions]
+
+
 def _laid_out(
     lm: FrozenLM, prompt: CompiledPrompt, given: str | Example, continuation: str | None, end: End
-) -> tuple[PrefillRow, list[int], str | None, int]:
+) -> _Scoring:
     template, example = prompt.template, prompt.example(given)
     if continuation is not None:
         target = template.target
@@ -158,56 +177,48 @@ def _laid_out(
     encoded = to_learn(prompt.layout(lm, template, end=end), example)
     marks = prompt.laid_out(encoded)
     demand_room(lm, len(marks), example.where)
-    shift = len(marks) - len(encoded)
-    scored = [place + shift for place, trained in enumerate(encoded.trained) if trained and place + shift > 0]
-    return prompt.row(marks, need=scored[0] - 1), scored, prompt.name, encoded.text_bytes
+    virtual = len(marks) - len(encoded)  # of a deep prompt, which the encoded row does not hold
+    trained = [virtual + at for at, learned in enumerate(encoded.trained) if learned and virtual + at > 0]
+    row = prompt.row(marks, need=trained[0] - 1)
+    return _Scoring(row, tuple(trained), prompt.name, encoded.text_bytes)
 
 
-def _scored(lm: FrozenLM, rows: Sequence[tuple[PrefillRow, list[int], str | None, int]]) -> list[Scored]:
-    done = prefill(lm, [row for row, *_ in rows])
-    # The state before a token predicts it.
-    hidden = [
-        done.hidden_BTD[b, [place - 1 - row.state.length for place in scored]]
-        for b, (row, scored, *_) in enumerate(rows)
-    ]
-    targets = [row.marks[place] for row, scored, *_ in rows for place in scored]
-    values_N, likeliest_N = _rated(lm, torch.cat(hidden), torch.tensor(targets, device=lm.device))
+def _scored(lm: FrozenLM, rows: Sequence[_Scoring]) -> list[Scored]:
+    done = prefill(lm, [scoring.row for scoring in rows])
+    hidden_ND = torch.cat([done.hidden_BTD[b, scoring.predicting] for b, scoring in enumerate(rows)])
+    targets = [token for scoring in rows for token in scoring.targets]
+    values_N, likeliest_N = _rated(lm, hidden_ND, torch.tensor(targets, device=lm.device))
     values, likeliest = values_N.tolist(), likeliest_N.tolist()
-    _demand_finite(lm, rows, values)
     results, start = [], 0
-    for _, scored, name, text_bytes in rows:
-        stop = start + len(scored)
+    for scoring in rows:
+        own = slice(start, start + len(scoring.positions))
+        _demand_finite(lm, scoring, values[own])
         results.append(
             Scored(
-                name,
-                sum(values[start:stop]),
-                tuple(targets[start:stop]),
-                tuple(values[start:stop]),
-                all(likeliest[start:stop]),
-                text_bytes,
+                scoring.prompt,
+                sum(values[own]),
+                scoring.targets,
+                tuple(values[own]),
+                all(likeliest[own]),
+                scoring.text_bytes,
             )
         )
-        start = stop
+        start = own.stop
     return results
 
 
-def _demand_finite(
-    lm: FrozenLM, rows: Sequence[tuple[PrefillRow, list[int], str | None, int]], values: Sequence[float]
-) -> None:
-    start = 0
-    for row, scored, name, _ in rows:
-        if any(math.isnan(value) for value in values[start : start + len(scored)]):
-            text = str(lm.tokenizer.decode([mark for mark in row.marks if mark >= 0]))
-            raise NotFinite(
-                f'{name or "The base"}: the log-probabilities of the row "{text[:60]}" are not finite: the prompt '
-                f"overflows {lm.name}, or a weight of the base is NaN. Load the base with dtype float32, or use another "
-                "prompt."
-            )
-        start += len(scored)
+def _demand_finite(lm: FrozenLM, scoring: _Scoring, values: Sequence[float]) -> None:
+    if any(math.isnan(value) for value in values):
+        text = str(lm.tokenizer.decode([mark for mark in scoring.row.marks if mark >= 0]))
+        raise NotFinite(
+            f'{scoring.prompt or "The base"}: the log-probabilities of the row "{text[:60]}" are not finite: the prompt '
+            f"overflows {lm.name}, or a weight of the base is NaN. Load the base with dtype float32, or use another "
+            "prompt."
+        )
 
 
 def _rated(lm: FrozenLM, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and whether it is the likeliest token, a block of logits at a time."""
+    """Compute the log-probability of each target, and whether it is the argmax, a block of logits at a time."""
     size = max(1, BLOCK_LOGITS // lm.vocab_size)
     values, likeliest = [], []
     for start in range(0, len(targets_N), size):

@@ -92,7 +92,7 @@ def demand_exact(lm: FrozenLM) -> None:
         return
     rows, wanted = [], []
     for length, known in ((7, 4), (4, 1), (5, 0)):
-        ids = [(place * 7 + length) % lm.vocab_size for place in range(1, length + 1)]
+        ids = [(position * 7 + length) % lm.vocab_size for position in range(1, length + 1)]
         wanted.append(lm.model(input_ids=torch.tensor([ids], device=lm.device)).logits[0, -1].float())
         rows.append(PrefillRow(_read(lm, ids[:known]), tuple(ids)))
     done = prefill(lm, rows)

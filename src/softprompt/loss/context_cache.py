@@ -93,12 +93,12 @@ class ContextCache:
 
 def contexts_of(rows: Iterable[Encoded]) -> set[Context]:
     """Collects what can be read once: the distinct texts before a first soft token that hold no trained token."""
-    found = set()
+    contexts = set()
     for row in rows:
         start = next((at for at, soft in enumerate(row.soft) if soft >= 0), 0)
         if start >= SHORTEST and not any(row.trained[:start]):
-            found.add(tuple(row.ids[:start]))
-    return found
+            contexts.add(tuple(row.ids[:start]))
+    return contexts
 
 
 def context_bytes(lm: FrozenLM, contexts: set[Context]) -> int:

@@ -116,14 +116,14 @@ def _shared(
 ) -> list[tuple[Plain, list[tuple[int, Encoded]]]]:
     """Which rows can go through the base together, and the prompt that they read: (prompt, [(owner, row)]).
 
-    Rows of alike length come side by side, so that batches hold little padding."""
+    Rows of similar length come together, so that batches hold little padding."""
     owned = [sorted(((r, row) for row in own), key=_length) for r, own in enumerate(rows)]
     vectors = [prompt[0] for prompt in prompts if len(prompt) == 1]
     if len(prompts) == 1 or len(vectors) < len(prompts):
-        # Keys and values stand before a whole batch, so deep prompts take a pass each.
+        # Keys and values come before a whole batch, so deep prompts take a pass each.
         return list(zip(prompts, owned, strict=True))
     # One long prompt, of which every row reads its owner's part.
-    starts = [sum(len(one) for one in vectors[:r]) for r in range(len(vectors))]
+    starts = [sum(len(vectors_PD) for vectors_PD in vectors[:r]) for r in range(len(vectors))]
     together = [(r, _shifted(row, starts[r])) for own in owned for r, row in own]
     return [((torch.cat(vectors),), sorted(together, key=_length))]
 
@@ -133,7 +133,7 @@ def _length(owned: tuple[int, Encoded]) -> int:
 
 
 def _shifted(row: Encoded, start: int) -> Encoded:
-    return replace(row, soft=[place if place < 0 else place + start for place in row.soft])
+    return replace(row, soft=[soft if soft < 0 else soft + start for soft in row.soft])
 
 
 def _leaf(prompt: Plain) -> Plain:

@@ -88,14 +88,14 @@ class ScreenedHead:
         for start in range(0, len(hidden_ND), size):
             block = slice(start, start + size)
             hidden_nD, targets_n = hidden_ND[block], targets_N[block]
-            found = None
+            screened = None
             if self.refused <= self.taken + 2:
-                found = self._screened(
+                screened = self._screened(
                     hidden_nD.float(), targets_n, wants_gradient, probabilities_nV[: len(hidden_nD)]
                 )
-                self.taken += found is not None
-                self.refused += found is None
-            nll_N[block], part_nD = found or _dense_block(hidden_nD, targets_n, head, wants_gradient)
+                self.taken += screened is not None
+                self.refused += screened is None
+            nll_N[block], part_nD = screened or _dense_block(hidden_nD, targets_n, head, wants_gradient)
             if gradient_ND is not None and part_nD is not None:
                 gradient_ND[block] = part_nD
         return nll_N, gradient_ND
