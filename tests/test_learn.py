@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.cli.tune import describe_losses
 from softprompt.data.batch import epoch_order
 from softprompt.data.example import Example, Splits
 from softprompt.errors import NotFinite, OutOfMemory
@@ -20,7 +22,9 @@ from softprompt.inference.sampling import DecodeSettings
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.gradient import Gradients, Loss
 from softprompt.loss.mean import mean_nll
+from softprompt.progress.console import Screen
 from softprompt.progress.events import BatchHalved, Event, Note, Stepped, Stopped, Validated
+from softprompt.progress.runs import ShowProgress
 from softprompt.store.artifact import load_prompt
 from softprompt.tuning.learner import Learner
 from softprompt.tuning.loop import tune
@@ -30,6 +34,7 @@ from softprompt.tuning.result import TuneResult
 from softprompt.tuning.run import Run
 from softprompt.tuning.settle import make_plan
 from softprompt.tuning.starts import start
+from softprompt.tuning.task import task_of
 from tiny_models import tiny_model, tiny_tokenizer
 
 WORDS = ["order", "never", "came", "thank", "you", "quick", "help", "lazy", "dog", "nobody"]
@@ -230,7 +235,7 @@ def test_a_step_that_is_not_finite_is_refused_with_its_rows_and_the_best_prompt_
 ) -> None:
     lm = lm_of()
     loss = breaking_at(lm, 6, lambda nll_N: nll_N * math.nan)
-    settings = recipe(tmp_path / "p")
+    settings = recipe(tmp_path / "p", "tune.valid_every_steps=3")
     plan = make_plan(settings, lm=lm, splits=SPLITS)
     second = epoch_order(plan.train.lengths, 4, seed=0, epoch=1)[2]
     with pytest.raises(NotFinite) as error:
@@ -308,9 +313,57 @@ def test_a_text_start_scores_at_step_0_as_the_text_itself_put_in_place(
     assert tuned.nll_before == pytest.approx(total / count, abs=1e-5)
 
 
+@pytest.mark.parametrize(("steps", "every"), [(60, 6), (23, 2), (7, 1)])
+def test_held_out_loss_is_measured_ten_times_a_run_and_at_its_end(
+    tmp_path: Path, steps: int, every: int
+) -> None:
+    seen: list[Event] = []
+    settings = recipe(tmp_path / "p", "tune.epochs=20", f"tune.max_steps={steps}")
+    tune(settings, lm=lm_of(), splits=SPLITS, on_event=seen.append)
+    measured = [event.step for event in seen if isinstance(event, Validated)]
+    assert measured == sorted({*range(0, steps, every), steps})
+
+
+def test_how_often_held_out_loss_is_measured_changes_no_step(tmp_path: Path) -> None:
+    runs: list[list[float]] = []
+    for number, overrides in enumerate((["tune.valid_every_steps=3"], [], ["tune.valid_every_steps=1"])):
+        seen: list[Event] = []
+        settings = recipe(tmp_path / f"{number}", "tune.max_steps=9", "tune.learning_rate=0.05", *overrides)
+        tune(settings, lm=lm_of(), splits=SPLITS, on_event=seen.append)
+        assert not any("learning rate lowered" in event.text for event in seen if isinstance(event, Note))
+        runs.append([event.nll for event in seen if isinstance(event, Stepped)])
+    assert len(runs[0]) == 9
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_no_prompt_is_called_the_best_where_nothing_was_held_out(tmp_path: Path) -> None:
+    for validation, said in ((SPLITS.validation, True), ((), False)):
+        written = io.StringIO()
+        show = ShowProgress(Screen(file=written, width=200))
+        splits = Splits(SPLITS.train, validation, (), "x")
+        with show:
+            settings = recipe(tmp_path / f"p{len(validation)}", "tune.learning_rate=0.05")
+            tuned = tune(settings, lm=lm_of(), splits=splits, on_event=show, progress=False)
+        assert tuned.nll_after < tuned.nll_before
+        assert ("best" in written.getvalue()) == said
+        assert ("best" in describe_losses(tuned)) == said
+
+
+def test_columns_that_are_not_read_are_named_with_the_flag_that_learns_them() -> None:
+    def notes(*columns: str, **data: Any) -> str:
+        splits = Splits((Example(dict.fromkeys(columns, "x")),))
+        return " ".join(task_of(Recipe(data={"source": "x", **data}), lm_of(), splits).splits.notes)
+
+    assert "label is not read. To learn label from it: --target label." in notes("text", "label", "idx")
+    assert "topic and label are not read" in notes("text", "topic", "label")
+    assert "not read" not in notes("text", "idx")
+    assert "not read" not in notes("text", "label", column="text")
+    assert "not read" not in notes("text", "label", target="label")
+
+
 def test_patience_ends_a_run_that_no_longer_gains(tmp_path: Path) -> None:
     seen: list[Event] = []
-    settings = recipe(tmp_path / "p", "tune.patience=2", "tune.epochs=20")
+    settings = recipe(tmp_path / "p", "tune.patience=2", "tune.epochs=20", "tune.valid_every_steps=3")
     tune(settings, lm=(lm := lm_of()), loss=uphill(lm), splits=SPLITS, on_event=seen.append)
     stopped = [event for event in seen if isinstance(event, Stopped)]
     assert [(event.reason, event.step) for event in stopped] == [("patience", 6)]

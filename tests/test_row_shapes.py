@@ -50,10 +50,11 @@ def test_alpacas_rows_learn_the_output_after_instruction_and_input() -> None:
     assert [one.fields["prompt"] for one in read] == ["Name a colour.", "Add the numbers.\n\n2 and 3"]
 
 
-def test_rows_of_a_text_column_learn_the_text_and_say_nothing() -> None:
+def test_rows_of_a_text_column_learn_the_text_and_name_what_is_not_read() -> None:
     texts, notes = learned([{"text": "One day a cat sat.", "prompt": "p", "completion": "c"}])
     assert texts == ["One day a cat sat."]
-    assert notes == []
+    (note,) = notes
+    assert "prompt and completion are not read" in note
 
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

@@ -66,7 +66,7 @@ def learn(console: Screen, recipe: Recipe, lm: FrozenLM | None = None, *, resume
         except KeyboardInterrupt:
             line(console, RESUME)
             if progress.saved is not None:
-                line(console, f"The best prompt so far is kept in {progress.saved}.")
+                line(console, f"The prompt so far is kept in {progress.saved}.")
             raise
 
 
@@ -82,7 +82,7 @@ def show_result(console: Screen, result: TuneResult) -> None:
         fact(
             console,
             result.selected_by.replace("_", " "),
-            f"{figure(result.score_before)} at the start, {figure(result.score_after)} at the best step",
+            f"{figure(result.score_before)} at the start, {figure(result.score_after)} {_kept_at(result)}",
         )
     pace = result.tokens / result.seconds if result.seconds else math.nan
     fact(console, "work", f"{result.tokens:,} tokens in {result.seconds:.0f} s ({pace:,.0f} tokens/s)")
@@ -98,9 +98,14 @@ def show_result(console: Screen, result: TuneResult) -> None:
 def describe_losses(result: TuneResult) -> str:
     """The loss that a run was judged by, before and after."""
     return (
-        f"{figure(result.nll_before)} at the start, {figure(result.nll_after)} at the best step "
+        f"{figure(result.nll_before)} at the start, {figure(result.nll_after)} {_kept_at(result)} "
         f"({result.best_step} of {result.steps})"
     )
+
+
+def _kept_at(result: TuneResult) -> str:
+    """Which step is kept; with nothing held out, none is known to be the best."""
+    return "at the best step" if result.judged_on == "validation" else "at the step that is kept"
 
 
 def show_plan(console: Screen, recipe: Recipe) -> dict[str, Any]:

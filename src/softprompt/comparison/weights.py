@@ -40,7 +40,6 @@ def learn_weights(
         settings = plan.recipe.changed(["tune.optimizer=adamw"]).tune
     lengths = [len(row) for row in rows]
     optimiser = OPTIMIZERS[settings.optimizer](weights, rate, settings.weight_decay)
-    valid_every = settings.valid_every_steps or plan.steps_per_epoch
     lowest, best_step = math.inf, 0
 
     def validate(step: int) -> None:
@@ -83,7 +82,7 @@ def learn_weights(
                     remaining_seconds=math.nan,
                 )
             )
-            if step == plan.steps or step % valid_every == 0:
+            if step == plan.steps or step % plan.valid_every_steps == 0:
                 validate(step)
     for weight, kept in zip(weights, torch.load(best, weights_only=True), strict=True):
         weight.data.copy_(kept)

@@ -31,7 +31,7 @@ def input_columns(
     chosen = [
         name
         for name in fields
-        if not _NUMBERING.fullmatch(name)
+        if not is_numbering(name)
         and all(name in example.fields for example in examples)
         and not _says_the_same(examples, name, target)
     ]
@@ -41,6 +41,11 @@ def input_columns(
             "Set data.template to name the columns that are read."
         )
     return chosen, [name for name in fields if name not in chosen]
+
+
+def is_numbering(column: str) -> bool:
+    """Whether a column numbers the rows or names them, by its own name: idx, id, user_id."""
+    return _NUMBERING.fullmatch(column) is not None
 
 
 def named_lines(inputs: Sequence[str]) -> str:

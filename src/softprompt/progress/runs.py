@@ -82,7 +82,7 @@ class ShowProgress:
             case Saved():
                 self.saved = event.path  # the command says so, and how to use it
             case Stopped():
-                self._line(_end(event))
+                self._line(_end(event, "best" if self.judged == "held-out" else self.judged))
             case Note():
                 self._line(event.text)
 
@@ -105,6 +105,7 @@ class ShowTable:
         self.best: dict[tuple[int, str], float] = {}
         self.gone: set[int] = set()
         self.rows_at_a_time = 0
+        self.held_out = True  # until a run says that it has no rows to judge by
         self.live = Live(self._drawn(), console=console, refresh_per_second=4, transient=True)
         if not console.is_watched:
             self.live.auto_refresh = False
@@ -114,6 +115,7 @@ class ShowTable:
         match event:
             case Started():
                 self.steps[line, run] = (0, event.steps)
+                self.held_out = self.held_out and event.validation_examples > 0
             case Stepped():
                 self.steps[line, run] = (event.step, event.steps)
             case Validated() if event.best:
@@ -155,7 +157,8 @@ class ShowTable:
                 "stopped early" if gone else "",
             )
             rows.append([Text(visible(word), "dim" if gone else "") for word in words])
-        return table((self.title, "step", "best held-out loss", ""), rows, width=self.console.width)
+        loss = "best held-out loss" if self.held_out else "training loss"
+        return table((self.title, "step", loss, ""), rows, width=self.console.width)
 
 
 def _fitting(pieces: Sequence[str], width: int) -> str:
@@ -190,15 +193,16 @@ def _step(event: Stepped) -> list[str]:
     ]
 
 
-def _end(event: Stopped) -> str:
+def _end(event: Stopped, judged: str) -> str:
+    """How a run ended; `judged` is what the loss of the prompt that is kept is: best, or training."""
     why = {
         "finished": "finished",
         "patience": "stopped: no better held-out loss for a while",
         "interrupted": "interrupted",
     }.get(event.reason, event.reason)
-    best = (
-        f"; best loss {event.best_nll:.4f} at step {event.best_step}"
+    kept = (
+        f"; {judged} loss {event.best_nll:.4f} at step {event.best_step}"
         if event.best_nll == event.best_nll
         else ""
     )
-    return f"{why} after {event.step} steps{best}"
+    return f"{why} after {event.step} steps{kept}"

@@ -18,7 +18,7 @@ from softprompt.loss.gradient import Loss
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.task import Task
 
-BATCH_SIZE = 8
+VALIDATIONS = 10  # a run, on the way; a prompt is best somewhere in the middle when rows are few
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Plan:
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.train.encoded) / self.batch_size)
+
+    @property
+    def valid_every_steps(self) -> int:
+        """Steps between two measurements of the held-out loss: without a setting, a tenth of all steps."""
+        return self.recipe.tune.valid_every_steps or max(1, self.steps // VALIDATIONS)
 
     @property
     def trained_tokens(self) -> int:

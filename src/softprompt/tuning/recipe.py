@@ -191,7 +191,8 @@ class TuneSettings(Section):
     )
     seed: Seed = setting(0, "Seed of the start and of the rows' order.", flag="--seed")
     valid_every_steps: Count | None = setting(
-        None, "How often the held-out loss is measured; without it, after every epoch."
+        None,
+        "Steps between two measurements of the held-out loss; without it, ten of them a run, and one at its end.",
     )
     select: Literal["nll", "token_accuracy", "exact_match"] = setting(
         "nll",

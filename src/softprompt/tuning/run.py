@@ -141,8 +141,9 @@ class Run:
     @property
     def validation_is_due(self) -> bool:
         """After the last step; and on the way, where there are rows to judge by."""
-        every = self.plan.recipe.tune.valid_every_steps or self.plan.steps_per_epoch
-        on_the_way = self.plan.judged_on == "validation" and self.steps_done % every == 0
+        on_the_way = (
+            self.plan.judged_on == "validation" and self.steps_done % self.plan.valid_every_steps == 0
+        )
         return on_the_way or self.at_its_end
 
     @property

@@ -12,7 +12,7 @@ from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.outline import Outline
 from softprompt.data.batch import EncodedSet, End, Layout, Overflow, encode_all, to_judge, to_learn
-from softprompt.data.default_template import CHAT, ColumnChat, input_columns, lines_template
+from softprompt.data.default_template import CHAT, ColumnChat, input_columns, is_numbering, lines_template
 from softprompt.data.example import Example, Shape, Splits
 from softprompt.data.preview import Preview, preview
 from softprompt.data.source import load_splits
@@ -143,7 +143,9 @@ def _layout(recipe: Recipe, base: FrozenLM | Outline, splits: Splits | None) -> 
     if data.template is None and data.target is None:
         if shape is not None:
             return _Layout(shape.template, shape.target, notes=(shape.note,))
-        return _Layout("{soft}{messages}" if data.messages else "{soft}{text}")
+        if data.messages:
+            return _Layout("{soft}{messages}")
+        return _Layout("{soft}{text}", notes=_unread(data, splits))
     target = data.target or (shape.target if shape is not None else None)
     if target is None:  # the rows are chats themselves
         return _Layout("{soft}{messages}")
@@ -167,6 +169,18 @@ def _layout(recipe: Recipe, base: FrozenLM | Outline, splits: Splits | None) -> 
             return _Layout(source, target, chat, () if data.template == CHAT else (note,))
     source = lines_template(inputs, target)
     return _Layout(source, target, notes=(f'Template by default "{source}": {of_columns}. {other}',))
+
+
+def _unread(data: Data, splits: Splits | None) -> tuple[str, ...]:
+    """A note on columns beside the text, where the recipe names none: one of them may be what is to be learned."""
+    fields = splits.train[0].fields if splits is not None else {}
+    others = [name for name in fields if name != "text" and not is_numbering(name)]
+    if "text" not in fields or not others or data.column is not None or data.fields:
+        return ()
+    verb, one = ("is", others[0]) if len(others) == 1 else ("are", "one of them")
+    return (
+        f"All of text is learned; {_named(others)} {verb} not read. To learn {one} from it: --target {others[0]}.",
+    )
 
 
 def _inputs(data: Data, shape: Shape | None, splits: Splits, target: str) -> tuple[list[str], list[str]]:
