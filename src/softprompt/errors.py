@@ -18,9 +18,23 @@ A message says what was found, what was wanted and what to do next.
 
 from __future__ import annotations
 
+import re
+
+MAX_WORD = 300  # characters; only a path or what a hostile file spells is longer
+MAX_MESSAGE = 8000  # a recipe may have a hundred mistakes, a line each
+
 
 class SoftPromptError(Exception):
+    """Shown in full up to `MAX_MESSAGE` characters: what a message quotes from a file may be of any length."""
+
     exit_code = 1
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        if len(message) <= MAX_WORD:
+            return message
+        message = re.sub(rf"\S{{{MAX_WORD + 1},}}", lambda word: word[0][: MAX_WORD - 3] + "...", message)
+        return message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 3] + "..."
 
 
 class RecipeError(SoftPromptError, ValueError):

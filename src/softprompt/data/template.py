@@ -42,6 +42,7 @@ class Soft:
 
 Piece = Text | Field | Messages | Soft
 
+MAX_QUOTED = 200  # characters of a template in a message
 _TOKEN = re.compile(r"\{\{|\}\}|\{[^{}]*\}|[{}]|[^{}]+")
 
 
@@ -133,13 +134,18 @@ def did_you_mean(name: str, known: tuple[str, ...] | list[str]) -> str:
 _Open = Text | Field | Messages | Soft | None  # None: a bare {soft}, its length not known yet
 
 
+def _short(text: str) -> str:
+    """A text as messages quote it."""
+    return text if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 3] + "..."
+
+
 def _pieces(source: str) -> list[_Open]:
     """Cut `source` into pieces, neighbouring text joined."""
     pieces: list[_Open] = []
     for part in _TOKEN.findall(source):
         if part in ("{", "}"):
             raise RecipeError(
-                f'The template "{source}" has a single {part!r}. Write {part * 2!r} for a literal brace, '
+                f'The template "{_short(source)}" has a single {part!r}. Write {part * 2!r} for a literal brace, '
                 "or {name} for a field."
             )
         if part in ("{{", "}}") or part[0] != "{":
@@ -162,13 +168,13 @@ def _slot(inside: str, source: str) -> _Open:
             return None
         if not re.fullmatch(r"[0-9]+", length) or int(length) < 1:
             raise RecipeError(
-                f'The template "{source}" has {{{inside}}}; a soft slot is {{soft:20}} with a whole number '
+                f'The template "{_short(source)}" has {{{inside}}}; a soft slot is {{soft:20}} with a whole number '
                 "of at least 1, or {soft} to take prompt.length."
             )
         return Soft(int(length))
     if not inside or inside != inside.strip() or colon or "\n" in inside:
         raise RecipeError(
-            f'The template "{source}" has {{{inside}}}, which names no field. Write {{name}} without spaces '
+            f'The template "{_short(source)}" has {{{inside}}}, which names no field. Write {{name}} without spaces '
             "or a format; data.fields can give a column another name."
         )
     return Messages() if name == "messages" else Field(name)
@@ -183,17 +189,17 @@ def _with_lengths(open_pieces: list[_Open], source: str, length: int | None) -> 
         return (*front, *(piece for piece in open_pieces if piece is not None))
     if bare and length is None:
         raise RecipeError(
-            f'The template "{source}" has a {{soft}} without a length. Set prompt.length, or write {{soft:20}}.'
+            f'The template "{_short(source)}" has a {{soft}} without a length. Set prompt.length, or write {{soft:20}}.'
         )
     if length is not None and not bare and numbered != length:
         raise RecipeError(
-            f'The template "{source}" has {numbered} virtual tokens, but prompt.length is {length}. '
+            f'The template "{_short(source)}" has {numbered} virtual tokens, but prompt.length is {length}. '
             "Make them equal, or write {soft} to take prompt.length."
         )
     left = (length or 0) - numbered
     if bare and left < bare:
         raise RecipeError(
-            f'The template "{source}" leaves {max(left, 0)} of prompt.length {length} for {bare} bare {{soft}}. '
+            f'The template "{_short(source)}" leaves {max(left, 0)} of prompt.length {length} for {bare} bare {{soft}}. '
             "Raise prompt.length or lower the numbered slots."
         )
     shares = iter([left // bare + (i < left % bare) for i in range(bare)] if bare else [])
@@ -205,17 +211,17 @@ def _check(template: Template, source: str) -> None:
     pieces, target = template.pieces, template.target
     if not any(isinstance(piece, (Field, Messages)) for piece in pieces):
         raise RecipeError(
-            f'The template "{source}" has no field, so every row would read the same. '
+            f'The template "{_short(source)}" has no field, so every row would read the same. '
             'Name one, for example "{soft:20} {text}".'
         )
     if isinstance(pieces[-1], Soft):
         raise RecipeError(
-            f'The template "{source}" ends with a soft slot: no text follows it, so it would learn nothing. '
+            f'The template "{_short(source)}" ends with a soft slot: no text follows it, so it would learn nothing. '
             "Move it before the text that it should bring about."
         )
     if template.chat:
         if sum(isinstance(piece, Messages) for piece in pieces) > 1 or not isinstance(pieces[-1], Messages):
-            raise RecipeError(f'The template "{source}" must have {{messages}} once and at its end.')
+            raise RecipeError(f'The template "{_short(source)}" must have {{messages}} once and at its end.')
         if target is not None:
             raise RecipeError(
                 f"The target is {target!r}, but {{messages}} learns the assistant's turns by itself. "
@@ -227,17 +233,17 @@ def _check(template: Template, source: str) -> None:
     shown_at = [i for i, piece in enumerate(pieces) if piece == Field(target)]
     if not shown_at:
         raise RecipeError(
-            f'The target {target!r} is not in the template "{source}".'
+            f'The target {target!r} is not in the template "{_short(source)}".'
             f"{did_you_mean(target, template.fields)} Put {{{target}}} where the answer stands."
         )
     if len(shown_at) > 1:
         raise RecipeError(
-            f'The template "{source}" shows the target {target!r} {len(shown_at)} times, so the answer would '
+            f'The template "{_short(source)}" shows the target {target!r} {len(shown_at)} times, so the answer would '
             "be read before it is asked for. Keep the last one."
         )
     after = pieces[shown_at[0] + 1 :]
     if not all(isinstance(piece, Text) for piece in after):
         raise RecipeError(
-            f'In the template "{source}" a field or soft slot stands after the target {target!r}. '
+            f'In the template "{_short(source)}" a field or soft slot stands after the target {target!r}. '
             "The target comes last; only fixed text may follow it."
         )
