@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
@@ -192,3 +193,24 @@ def test_the_list_of_slow_tests_names_tests_that_are_there() -> None:
         text = (ROOT / "tests" / file).read_text(encoding="utf-8")
         for beginning in beginnings:
             assert f"def {beginning}" in text, f"{file}: {beginning}"
+
+
+def test_every_letter_in_a_tensors_name_is_in_the_key_and_every_letter_of_the_key_is_used() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    key = page.partition("## Letters")[2].partition("\n## ")[0]
+    listed = {
+        letter
+        for row in re.findall(r"^\| ([A-Za-z](?:, [A-Za-z])*) \|", key, re.M)
+        for letter in row.split(", ")
+    }
+    listed |= set(re.findall(r"\b([a-z]) of [A-Z]\b", key))
+    used = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = (
+                getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None) or ""
+            )
+            shape = re.fullmatch(r"_?[a-z][a-z0-9_]*_([A-Za-z0-9]{1,5})", name)
+            if shape is not None and any(letter.isupper() for letter in shape[1]):
+                used |= {letter for letter in shape[1] if letter.isalpha()}
+    assert used == listed

@@ -93,7 +93,7 @@ def test_in_bfloat16_the_twin_is_as_near_to_float32_as_transformers_itself(
     architecture: str, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rates, "float32_is_faster", lambda than: wide)
-    monkeypatch.setattr(learning_body, "LARGE", 1)
+    monkeypatch.setattr(learning_body, "MIN_WEIGHTS", 1)
     whole = FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer(), architecture)
     true_N, true_slope = learned(whole, whole.body)
     half = FrozenLM.wrap(tiny_model(architecture).to(torch.bfloat16), tiny_tokenizer(), architecture)
@@ -109,7 +109,7 @@ def test_in_bfloat16_the_twin_is_as_near_to_float32_as_transformers_itself(
 def test_int8_products_leave_the_loss_and_the_direction_of_its_gradient(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learning_body, "LARGE", 1)
+    monkeypatch.setattr(learning_body, "MIN_WEIGHTS", 1)
     lm = FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer(), architecture)
     ours_N, our_slope = learned(lm, learning_body.learning_body(lm.body, "int8"))
     theirs_N, their_slope = learned(lm, lm.body)

@@ -27,7 +27,7 @@ from softprompt.loss.kernels.llama_layer import Layer, Norm
 from softprompt.loss.packed_body import PackedBody
 
 Products = Literal["float", "int8"]
-LARGE = 2**16  # weights of a linear layer; for smaller ones a call costs more than its product
+MIN_WEIGHTS = 2**16  # of a linear layer; for smaller ones a call costs more than its product
 
 
 def learning_body(body: nn.Module, products: Products = "float") -> Any:
@@ -109,7 +109,7 @@ def _window(body: Any, module: Any) -> int | None:
 def _exchanged(module: nn.Module, products: Products, on_cpu: bool) -> nn.Module | None:
     if isinstance(module, BloomGelu):
         return SmallGelu() if on_cpu else nn.GELU(approximate="tanh")  # the same function, fused
-    if type(module) is not nn.Linear or module.weight.numel() < LARGE:
+    if type(module) is not nn.Linear or module.weight.numel() < MIN_WEIGHTS:
         return None
     weight_OI = module.weight
     if products == "int8" and on_cpu and has_int8_products():

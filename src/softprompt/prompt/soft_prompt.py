@@ -60,26 +60,26 @@ class Fingerprint:
 
     @property
     def sampled_only(self) -> bool:
-        """Whether version 0.1 recorded it: a change of few weights, of the tokenizer or the config would pass."""
+        """Whether version 0.1 recorded it: a change of a few weights, of the tokenizer or of the config goes unnoticed."""
         return bool(self.sha256) and not self.weights_sha256
 
     def demand(self, loaded: Fingerprint, prompt: str) -> None:
         """Raise WrongBase, naming the part, unless `loaded` is the base that this fingerprint was taken from."""
         for what in ("width", "layers", "vocabulary", "kv_heads", "head_width"):
-            mine, found = getattr(self, what), getattr(loaded, what)
-            if mine and found and mine != found:
+            mine, theirs = getattr(self, what), getattr(loaded, what)
+            if mine and theirs and mine != theirs:
                 raise WrongBase(
                     f"{prompt}: learned on {self.name} ({what} {mine}), but the loaded base is {loaded.name} "
-                    f"({what} {found}). Load {self.name}, or tune again."
+                    f"({what} {theirs}). Load {self.name}, or tune again."
                 )
         advice = "Load the model that it was learned on, or tune again."
         weights = "weights_sha256" if self.weights_sha256 and loaded.weights_sha256 else "sha256"
         for digest, part in ((weights, "weights"), ("tokenizer_sha256", "tokenizer")):
-            mine, found = getattr(self, digest), getattr(loaded, digest)
-            if mine and found and mine != found:
+            mine, theirs = getattr(self, digest), getattr(loaded, digest)
+            if mine and theirs and mine != theirs:
                 raise WrongBase(
                     f"{prompt}: learned on {self.name} ({part} {mine[:12]}), but the loaded base {loaded.name} "
-                    f"has the same sizes and other {part} ({found[:12]}). {advice}"
+                    f"has the same sizes and other {part} ({theirs[:12]}). {advice}"
                 )
         # A setting that only one of the two has came with another version of transformers.
         was, now = (_flat(json.loads(config or "{}")) for config in (self.config, loaded.config))
@@ -257,14 +257,14 @@ class DeepPrompt(_Learned):
                 "Wanted the same shape [L, P, H, K]."
             )
         layers, _, heads, head_width = self.keys_LPHK.shape
-        for what, found, wanted in (
+        for what, own, wanted in (
             ("layers", layers, self.base.layers),
             ("key/value heads", heads, self.base.kv_heads),
             ("head width", head_width, self.base.head_width),
         ):
-            if wanted and found != wanted:
+            if wanted and own != wanted:
                 raise PromptError(
-                    f"{self.name}: {what} {found}, but its base {self.base.name} has {wanted}. "
+                    f"{self.name}: {what} {own}, but its base {self.base.name} has {wanted}. "
                     "They do not belong together."
                 )
 

@@ -25,15 +25,17 @@ from softprompt.base.hardware import has_int8_products, product_dtype
 from softprompt.base.nll import Head, _dense_block
 from softprompt.loss.kernels.workspace import scratch
 
-MATTERS = 2.0**-13  # of the probability at any token of the block
+MIN_PROBABILITY = (
+    2.0**-13
+)  # at one position of a block at least; a less likely token adds less than bfloat16 rounds
 BLOCK_VOCABULARY = 2048
 BLOCK_PROBABILITIES = 2**25  # bfloat16: 64 MB; 128 tokens of a vocabulary of 250,880
-AT_MOST = 1 / 4  # share of the vocabulary that may matter; above, the dense road is as fast
-TRUSTED = 0.1  # root mean square difference of int8 logits from the real ones, in nats
-SAMPLED_A_WIDTH = 16  # rows a dimension, for the covariance
-CODED_AT_ONCE = 2**17  # numbers: half a megabyte, which the cache of a core holds
-LARGE = 2**25  # weights; smaller heads cost little either way
-OFFSET = 30.0  # room above the target's logit: exp stays finite up to 118 nats above it
+MAX_CHOSEN_SHARE = 1 / 4  # of the vocabulary; above, the dense kernel is as fast
+MAX_LOGIT_ERROR = 0.1  # root mean square difference of int8 logits from the real ones, in nats
+ROWS_PER_DIMENSION = 16  # sampled to estimate the covariance
+NUMBERS_PER_CHUNK = 2**17  # half a megabyte of float32, which the cache of a core holds
+MIN_WEIGHTS = 2**25  # of a head; smaller ones cost little either way
+HEADROOM = 30.0  # nats above the target's logit: exp stays finite up to 118 of them
 
 
 class PackedHead:
@@ -51,7 +53,7 @@ class PackedHead:
             return
         weight_VD = self.head.weight_VD
         width = weight_VD.shape[1]
-        stride = max(1, len(weight_VD) // (SAMPLED_A_WIDTH * width))
+        stride = max(1, len(weight_VD) // (ROWS_PER_DIMENSION * width))
         means, sampled = [], 0
         self.covariance_DD = torch.zeros(width, width)
         for first in range(0, len(weight_VD), BLOCK_VOCABULARY):
@@ -107,7 +109,7 @@ class ScreenedHead:
         dtype = product_dtype(head.weight_VD.dtype, head.weight_VD.device)
         # Probabilities relative to the target's, so that their scale is known before any other logit is.
         target_nD = head.weight_VD[targets_n].float()
-        shift_n1 = (hidden_nD * target_nD).sum(1, keepdim=True).mul_(head.scale).add_(OFFSET)
+        shift_n1 = (hidden_nD * target_nD).sum(1, keepdim=True).mul_(head.scale).add_(HEADROOM)
         below_n1 = shift_n1.neg()
         # All logits with int8 products: their sums a block of the vocabulary, and each probability in bfloat16.
         codes_nD, step_n1 = quantised(hidden_nD * head.scale)
@@ -126,10 +128,10 @@ class ScreenedHead:
         matters_V = torch.empty(len(head.weight_VD), dtype=torch.bool)
         for block in self.packed.blocks:
             here = slice(block.first, block.first + BLOCK_VOCABULARY)
-            torch.ge((probabilities_nV[:, here] * share_n1).amax(0), MATTERS, out=matters_V[here])
+            torch.ge((probabilities_nV[:, here] * share_n1).amax(0), MIN_PROBABILITY, out=matters_V[here])
         matters_V[targets_n] = True
         chosen_M = matters_V.nonzero()[:, 0]
-        if len(chosen_M) > AT_MOST * len(head.weight_VD):
+        if len(chosen_M) > MAX_CHOSEN_SHARE * len(head.weight_VD):
             return None
         # Chosen entries: the real logits take the place of the int8 ones.
         hidden_cast_nD = hidden_nD.to(dtype)
@@ -158,7 +160,7 @@ class ScreenedHead:
                     pull_nD.addmm_(likely_nm, weight_mD)
                 else:
                     pull_nD.add_(likely_nm.to(dtype) @ weight_mD)
-        if not float(off) <= TRUSTED**2 * float(weighed):
+        if not float(off) <= MAX_LOGIT_ERROR**2 * float(weighed):
             return None
         total_n1 = exact_n1 + sums_nM.clamp_(min=0).sum(1, keepdim=True)
         nll_n = total_n1.div(target_likely_n1).log_()[
@@ -201,7 +203,7 @@ def quantised(rows_nD: Tensor) -> tuple[Tensor, Tensor]:
     count, width = rows_nD.shape
     codes_nD = torch.empty(count, width, dtype=torch.uint8)
     steps_n1 = torch.empty(count, 1)
-    size = max(1, CODED_AT_ONCE // width)
+    size = max(1, NUMBERS_PER_CHUNK // width)
     # Few rows at a time, in the same memory: five times as fast as over all rows, whose pages are all new.
     wide_mD, spare_mD = scratch("quantised", 2, min(size, count), width)
     for first in range(0, count, size):
@@ -232,7 +234,7 @@ def packed(head: Head) -> PackedHead | None:
     if (
         weight_VD.device.type != "cpu"
         or weight_VD.dtype != torch.bfloat16  # who asks for float32 gets its rounding
-        or weight_VD.numel() < LARGE
+        or weight_VD.numel() < MIN_WEIGHTS
         or head.bias_V is not None
         or head.softcap is not None
         or not has_int8_products()
