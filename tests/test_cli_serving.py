@@ -110,4 +110,4 @@ def test_a_server_on_the_command_line_answers_and_ends_in_order(lm: FrozenLM, tm
         assert [model["id"] for model in answer["data"]] == ["base"]
         server.send_signal(signal.SIGTERM)
         server.wait(60)
-    assert server.returncode in (0, 130, 143)
+    assert server.returncode == 0

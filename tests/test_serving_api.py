@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.data.example import Example
 from softprompt.inference.generate import generate
 from softprompt.inference.score import score
 from softprompt.inference.settings import DecodeSettings
@@ -311,6 +312,37 @@ def test_a_chat_with_the_base_is_laid_out_by_its_template(lm: FrozenLM) -> None:
         )
         assert response.output_text == wanted
         server.close()
+
+
+def test_columns_come_in_one_stream_each_as_alone_and_a_broken_one_breaks_no_other(
+    serving: Serving, lm: FrozenLM
+) -> None:
+    columns = [
+        {"model": "base", "prompt": TEXTS[0]},
+        {"model": "support", "prompt": "word " * 400},
+        {"model": "pair", "prompt": "a"},
+        {"model": "support", "prompt": TEXTS[1]},
+        {"model": "pair", "fields": {"a": "hello", "b": "you"}},
+    ]
+    answer = post(serving, "/v1/softprompt/compare", columns=columns, max_tokens=12)
+    assert answer.text.endswith("data: [DONE]\n\n")
+    texts, ends = dict.fromkeys(range(5), ""), {}
+    for line in answer.text.splitlines():
+        if line.startswith("data: {"):
+            event = json.loads(line[6:])
+            texts[event["column"]] += event.get("text", "")
+            if "text" not in event:
+                ends[event["column"]] = "error" in event
+    assert ends == {0: False, 1: True, 2: True, 3: False, 4: False}
+    pair = prompt_of(lm, 0, "pair", "{soft:4}{a} and {b}")
+    example = Example({"a": "hello", "b": "you"})
+    wanted = generate(lm, [example], pair, DecodeSettings(max_new_tokens=12))[0].text
+    assert [texts[0], texts[3], texts[4]] == [
+        alone(lm, None, TEXTS[0]),
+        alone(lm, prompt_of(lm, 0, "support"), TEXTS[1]),
+        wanted,
+    ]
+    assert post(serving, "/v1/softprompt/compare", columns=[{"model": "x"}]).status_code == 404
 
 
 # Clients that misbehave

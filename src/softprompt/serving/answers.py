@@ -14,7 +14,7 @@ from softprompt.errors import SoftPromptError
 from softprompt.serving import wire
 from softprompt.serving.catalogue import Served
 from softprompt.serving.engine import Answer, Finished, Piece
-from softprompt.serving.refusals import as_refusal
+from softprompt.serving.refusals import Refused, as_refusal
 
 Events: TypeAlias = AsyncIterator[tuple[int, Answer]]
 
@@ -218,12 +218,28 @@ class ResponseShape:
         }
 
 
+async def columns(
+    lm: FrozenLM, events: AsyncIterator[tuple[int, Answer | Exception]]
+) -> AsyncIterator[bytes]:
+    """A comparison as server-sent events: pieces, ends and errors, each with the number of its column."""
+    async for column, answer in events:
+        match answer:
+            case Piece():
+                yield sse({"column": column, "text": answer.text})
+            case Finished():
+                counted = wire.usage(answer.input_tokens, answer.virtual_tokens, len(answer.token_ids))
+                yield sse({"column": column, "finish_reason": reason(answer), "usage": counted})
+            case error:
+                yield sse({"column": column, **_told(error, lm)})
+    yield b"data: [DONE]\n\n"
+
+
 def _part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
 def _told(error: Exception, lm: FrozenLM) -> dict[str, Any]:
-    if not isinstance(error, SoftPromptError):
+    if not isinstance(error, SoftPromptError | Refused):
         log.error("An answer failed while it was streamed.", exc_info=error)
     return as_refusal(error, lm.name).body
 

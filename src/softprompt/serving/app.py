@@ -21,7 +21,7 @@ from softprompt.data.example import Example
 from softprompt.errors import SoftPromptError
 from softprompt.inference.score import RatedToken, rate_continuation, rate_text
 from softprompt.serving import wire
-from softprompt.serving.answers import Answers, Choices, ResponseShape, by_text, offsets, token_text
+from softprompt.serving.answers import Answers, Choices, ResponseShape, by_text, columns, offsets, token_text
 from softprompt.serving.catalogue import BASE, LOOK_EVERY_SECONDS, Catalogue, Served
 from softprompt.serving.engine import Answer, Compiled, LocalEngine, Work
 from softprompt.serving.inputs import (
@@ -324,6 +324,34 @@ def build_app(
             headers=_headers(body, served.digest),
         )
 
+    @app.post("/v1/softprompt/compare")
+    async def compare(body: wire.CompareBody, request: Request) -> Response:
+        """Several models over their inputs at once, as server-sent events with the number of their column. What is wrong
+        with one column is an event of it, and the others go on."""
+        caller = caller_of(request)
+        chosen = [served_by(column.model, caller) for column in body.columns]
+        _demand_known(body, strict)
+        if body.samples > 1:
+            raise Refused(400, "n: a column is one answer.", param="n")
+        asked: list[Work | Exception] = []
+        for served, column in zip(chosen, body.columns, strict=True):
+            single = wire.CompletionBody(
+                model=column.model,
+                softprompt=wire.SoftPromptOptions(fields=column.fields) if column.fields else None,
+            )
+            try:
+                given = completion_input(lm, served, column.prompt, single)
+                asked += works(body, served, [given], caller, body.max_tokens or DEFAULT_NEW_TOKENS, None)
+            except (Refused, SoftPromptError) as error:
+                asked.append(error)
+        if rows.of(caller.name) + len(asked) > caller.rows:
+            raise too_many(
+                f"{caller.name} asks for {len(asked)} rows beside those running, of {caller.rows}."
+            )
+        lease = rows.take(caller.name, len(asked))
+        events = _side_by_side(engine, asked)
+        return _Stream(columns(lm, events), [events.aclose, _ending(lease)], _headers(body, None))
+
     @app.post("/v1/softprompt/score")
     async def score(body: wire.ScoreBody, request: Request) -> dict[str, Any]:
         caller = caller_of(request)
@@ -446,6 +474,37 @@ async def _numbered(
         await asyncio.gather(*pending, return_exceptions=True)
         for stream in streams.values():
             await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def _side_by_side(
+    engine: LocalEngine, asked: Sequence[Work | Exception]
+) -> AsyncGenerator[tuple[int, Answer | Exception], None]:
+    """Answers as they come, each with its number; an error ends only its own. Closing it cancels all."""
+    coming: asyncio.Queue[tuple[int, Answer | Exception | None]] = asyncio.Queue()
+
+    async def follow(number: int, work: Work | Exception) -> None:
+        try:
+            if isinstance(work, Exception):
+                raise work
+            async for answer in engine.submit(work):
+                coming.put_nowait((number, answer))
+        except Exception as error:
+            coming.put_nowait((number, error))
+        coming.put_nowait((number, None))
+
+    tasks = [asyncio.create_task(follow(number, work)) for number, work in enumerate(asked)]
+    left = len(tasks)
+    try:
+        while left:
+            number, answer = await coming.get()
+            if answer is None:
+                left -= 1
+            else:
+                yield number, answer
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _next(stream: AsyncIterator[Answer]) -> Answer | None:

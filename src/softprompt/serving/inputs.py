@@ -14,7 +14,7 @@ from softprompt.inference.running_batch import Steering
 from softprompt.serving import wire
 from softprompt.serving.catalogue import Served
 from softprompt.serving.refusals import Refused
-from softprompt.serving.steering import Grammars, Joined, Penalties, choice_of
+from softprompt.serving.steering import Choice, Grammars, Joined, Penalties, choice_of
 
 Input = str | Example | list[int]
 
@@ -107,7 +107,14 @@ def steering(body: wire.Decoding, given: Input, grammars: Grammars) -> Steer | N
         )
     if body.choice:
         labels = tuple(body.choice)
-        makers.append(lambda lm, prompt: choice_of(lm, prompt, given, labels))
+        known: list[Choice] = []  # laid out once for all samples, since it keeps nothing of a row
+
+        def choose(lm: FrozenLM, prompt: CompiledPrompt) -> Choice:
+            if not known:
+                known.append(choice_of(lm, prompt, given, labels))
+            return known[0]
+
+        makers.append(choose)
     grammar = None
     if body.regex is not None:
         grammar = grammars.regex(body.regex)

@@ -200,6 +200,23 @@ class ResponsesBody(Decoding):
             self.response_format = nested
 
 
+class Column(BaseModel):
+    """One answer of a comparison: a model and what it is given, as text or by its template's fields."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    prompt: str = Field(default="", max_length=1_000_000)
+    fields: dict[str, str] | None = None
+
+
+class CompareBody(Decoding):
+    """Several models side by side in one running batch, streamed: for the page."""
+
+    model: str = "base"
+    columns: list[Column] = Field(min_length=1, max_length=16)
+    max_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
+
+
 class ScoreBody(Body):
     """How likely continuations are under several prompts: for the page, and for ranking labels."""
 
