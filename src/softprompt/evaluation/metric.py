@@ -247,7 +247,7 @@ METRICS: Mapping[str, Metric] = {
         Metric("accuracy", _mean_of(_same), _mean, "Share of rows whose label is right."),
         Metric("macro_f1", _label_counts, _macro_f1, "F1 of every label, averaged over labels."),
         Metric(
-            "exact_match", _mean_of(_same), _mean, "Share of rows answered to the letter, outer blanks aside."
+            "exact_match", _mean_of(_same), _mean, "Share of rows answered exactly, outer blanks aside."
         ),
         Metric(
             "numeric_match",

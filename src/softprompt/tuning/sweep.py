@@ -1,4 +1,4 @@
-"""Many settings, several seeds each, learned side by side; after each stretch the worse half is let go.
+"""Many settings, several seeds each, learned side by side; after each stretch the worse half is stopped.
 
 Successive halving (Jamieson and Talwalkar 2016): with 8 settings, all run for an eighth of their steps, 4 for a
 quarter, 2 for half, one to its end. Without halving all run to the end. What is compared is the best held-out loss so
