@@ -246,9 +246,7 @@ METRICS: Mapping[str, Metric] = {
     for one in (
         Metric("accuracy", _mean_of(_same), _mean, "Share of rows whose label is right."),
         Metric("macro_f1", _label_counts, _macro_f1, "F1 of every label, averaged over labels."),
-        Metric(
-            "exact_match", _mean_of(_same), _mean, "Share of rows answered exactly, outer blanks aside."
-        ),
+        Metric("exact_match", _mean_of(_same), _mean, "Share of rows answered exactly, outer blanks aside."),
         Metric(
             "numeric_match",
             _mean_of(_same_number),
