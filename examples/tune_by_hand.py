@@ -10,13 +10,15 @@ from __future__ import annotations
 import torch
 
 from softprompt import FrozenLM, SoftPrompt, Template, generate, load_splits, save_prompt
-from softprompt.data.batch import collate, encode_all
+from softprompt.data.batch import Layout, collate, encode_all
 from softprompt.prompt.init import sampled_vocabulary
 
 lm = FrozenLM.load("builtin")
 rows = load_splits("builtin:messages", target="label", limit=64).train
 template = Template.parse("Message: {text} Kind:{soft:10} {label}", target="label", length=10)
-encoded = encode_all(template, rows, lm.tokenizer).encoded  # token ids, the slot, and what the loss counts
+encoded = encode_all(
+    Layout.of(template, lm.tokenizer), rows
+).encoded  # token ids, the slot, and what the loss counts
 
 vectors = torch.nn.Parameter(sampled_vocabulary(lm.embedding_VD, 10, torch.Generator().manual_seed(0)))
 optimiser = torch.optim.AdamW([vectors], lr=0.05, weight_decay=0.0)

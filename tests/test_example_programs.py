@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from softprompt import FrozenLM, Template, load_prompt, load_splits
-from softprompt.data.batch import collate, encode_all
+from softprompt.data.batch import Layout, collate, encode_all
 from softprompt.tuning.loop import tune
 from softprompt.tuning.recipe import Recipe
 
@@ -49,7 +49,7 @@ def test_what_trainer_learned_has_the_same_loss_here_as_in_transformers() -> Non
     prompt = load_prompt("runs/trainer-prompt", base=lm.fingerprint)
     template = Template.parse(prompt.template, target="label", length=prompt.length)
     encoded = encode_all(
-        template, load_splits("builtin:messages", target="label", limit=5).train, lm.tokenizer
+        Layout.of(template, lm.tokenizer), load_splits("builtin:messages", target="label", limit=5).train
     )
     with torch.no_grad():
         ours = float(lm.token_nll(collate(list(encoded.encoded)), (prompt.embeddings_PD,)).mean())
