@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import math
 import os
@@ -305,3 +306,41 @@ def test_an_argument_that_is_not_utf8_is_refused_by_its_place(
 def test_a_word_of_another_program_is_no_verb_of_ours_and_leads_to_one() -> None:
     assert not set(MEANT) & set(VERBS)
     assert set(MEANT.values()) <= set(VERBS)
+
+
+CONTINUING = {
+    "tune": ("softprompt.tuning.loop.tune", ["--data", "builtin:messages"]),
+    "sweep": (
+        "softprompt.tuning.sweep.sweep",
+        ["--data", "builtin:messages", "--grid", "tune.learning_rate=0.1"],
+    ),
+    "together": ("softprompt.tuning.together.tune_together", ["one.yaml"]),
+    "distil": ("softprompt.tuning.distil.distil", ["--context", "A long text."]),
+    "compare": ("softprompt.comparison.compare.compare", ["--data", "builtin:messages"]),
+    "evaluate": ("softprompt.evaluation.judge.evaluate", ["--data", "builtin:messages", "--out", "judged"]),
+}
+"""Every verb that can go on after an interruption: the call that does its work, and arguments that reach it."""
+
+
+@pytest.mark.parametrize("verb", CONTINUING)
+def test_every_verb_that_can_go_on_takes_resume_and_says_so_after_ctrl_c(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work, arguments = CONTINUING[verb]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.yaml").write_text("data:\n  source: builtin:messages\nout: one\n", encoding="utf-8")
+
+    def interrupted(*arguments: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    module, _, name = work.rpartition(".")
+    monkeypatch.setattr(importlib.import_module(module), name, interrupted)
+    assert main([verb, *arguments]) == 130
+    said = capsys.readouterr()
+    assert "To go on, give the same command with --resume." in said.out, said.err
+    assert main([verb, *arguments, "--resume"]) == 130  # and that command is taken
+
+
+def test_an_evaluation_without_a_folder_has_nothing_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--data", "builtin:messages", "--resume"]) == 2
+    assert "rows are kept only with --out" in capsys.readouterr().err

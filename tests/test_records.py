@@ -13,10 +13,11 @@ import pytest
 from softprompt.comparison.records import ArmResult, Comparison
 from softprompt.comparison.settings import CompareSettings, Job
 from softprompt.errors import DataError
-from softprompt.evaluation.record import plain, read_json
+from softprompt.evaluation.record import read_json
 from softprompt.evaluation.rows import Row, RowFile, read_rows
 from softprompt.report.read import read_runs
 from softprompt.report.render import write_reports
+from softprompt.store.json_values import plain
 
 OLD = Path(__file__).parent / "records_0_1"
 

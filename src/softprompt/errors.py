@@ -79,3 +79,9 @@ class SaveError(SoftPromptError, OSError):
 
 class GateFailed(SoftPromptError):
     exit_code = 100
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -24,6 +24,16 @@ AsJson: TypeAlias = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")
 ]
 
+RESUME = "To go on, give the same command with --resume."
+ContinuesByItself: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with what an interrupted call left; without it too, as nothing kept is done twice.",
+    ),
+]
+"""The same flag where work that is kept is never done again, whether it is given or not."""
+
 
 def demand_folders(folders: Iterable[Path]) -> None:
     """Refuse a prompt's folder that is not there, before anything that takes seconds is imported."""

@@ -40,6 +40,7 @@ def command(
         list[str] | None,
         typer.Option(metavar="METRIC=LIMIT", help="Exit with 100 if the best arm's figure is worse."),
     ] = None,
+    resume: asked.ContinuesByItself = False,
     as_json: asked.AsJson = False,
 ) -> None:
     """Compare a soft prompt with other prompts, LoRA and full fine-tuning, in one report."""
@@ -55,15 +56,19 @@ def command(
     from softprompt.store.ownership import check_replaceable
 
     out = check_replaceable(recipe.out, FILES, kind="report")  # before hours are spent
-    with ShowJobs(console, settings.job_names) as bar:
-        comparison = compare(
-            recipe,
-            settings,
-            own_process=not in_process,
-            tell=lambda job, what, done, of: bar(job.folder.name, what, done, of),
-            progress=False,
-            command=f"softprompt {shlex.join(sys.argv[1:])}" if sys.argv[1:] else "",
-        )
+    try:
+        with ShowJobs(console, settings.job_names) as bar:
+            comparison = compare(
+                recipe,
+                settings,
+                own_process=not in_process,
+                tell=lambda job, what, done, of: bar(job.folder.name, what, done, of),
+                progress=False,
+                command=f"softprompt {shlex.join(sys.argv[1:])}" if sys.argv[1:] else "",
+            )
+    except KeyboardInterrupt:
+        line(console, f"{asked.RESUME} Arms that were finished are kept in {out}.")
+        raise
     written = write_reports([out], out)
     show(console, comparison)
     fact(console, "report", written[0])

@@ -36,7 +36,11 @@ def command(
 
     console = screen(as_json=as_json)
     with ShowProgress(console) as progress:
-        result = distil(settings, on_event=progress, progress=False, resume=resume)
+        try:
+            result = distil(settings, on_event=progress, progress=False, resume=resume)
+        except KeyboardInterrupt:
+            line(console, asked.RESUME)
+            raise
     show_result(console, result)
     if as_json:
         emit(result.to_record())

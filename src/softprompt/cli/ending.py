@@ -23,7 +23,7 @@ from typing import Any
 
 from typer.exceptions import Abort, TyperException
 
-from softprompt.errors import SoftPromptError
+from softprompt.errors import SoftPromptError, first_line
 
 INTERRUPTED = 130
 NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
@@ -90,7 +90,7 @@ def describe(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY):
         return (
             "out of memory. Choose a smaller base or tune.batch_size=1, shorten the texts with data.max_length, "
-            f"or close other programs. ({_first_line(error)})",
+            f"or close other programs. ({first_line(error)})",
             4,
         )
     if isinstance(error, OSError) and error.errno is not None:
@@ -98,7 +98,7 @@ def describe(error: Exception) -> tuple[str, int]:
         advice = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "Check it"
         return f"the system refused:{place} {error.strerror}. {advice}, and run again.", 1
     return (
-        f"{type(error).__name__}: {_first_line(error)}\nThis should not happen. Run again with --traceback to see "
+        f"{type(error).__name__}: {first_line(error)}\nThis should not happen. Run again with --traceback to see "
         "where, and report it.",
         1,
     )
@@ -113,10 +113,6 @@ def _usage(error: TyperException) -> str:
     message = error.format_message().rstrip()
     message += "" if message.endswith((".", "?")) else "."
     return f"{message} `{context.command_path} --help` shows what there is."
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else "no message"
 
 
 def _say(message: str, code: int) -> int:

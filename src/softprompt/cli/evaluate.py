@@ -9,7 +9,7 @@ import typer
 
 from softprompt.cli import asked
 from softprompt.cli.flags import takes
-from softprompt.cli.screen import emit, fact, heading, screen, table
+from softprompt.cli.screen import emit, fact, heading, line, screen, table
 from softprompt.errors import RecipeError
 from softprompt.evaluation.evaluate import demand, read_gates
 from softprompt.evaluation.settings import JudgedRows, JudgeSettings
@@ -41,6 +41,7 @@ def command(
     fail_under: Annotated[
         list[str] | None, typer.Option(metavar="METRIC=LIMIT", help="Exit with 100 if a figure is worse.")
     ] = None,
+    resume: asked.ContinuesByItself = False,
     as_json: asked.AsJson = False,
 ) -> None:
     """Measure the base, a text or a learned prompt on held-out rows."""
@@ -48,6 +49,10 @@ def command(
     if prompt_folder is not None and text is not None:
         raise RecipeError(
             "--prompt and --text are both given. Judge one at a time; `softprompt compare` takes both."
+        )
+    if resume and out is None:
+        raise RecipeError(
+            "--resume: there is nothing to go on with, since rows are kept only with --out FOLDER."
         )
     asked.demand_folders([] if prompt_folder is None else [prompt_folder])
     from softprompt.evaluation.judge import evaluate, recorded_place
@@ -58,15 +63,22 @@ def command(
     if rows.data.source is None:
         asked.demand_local_data(*prompts)
     console = screen(as_json=as_json)
-    evaluation = evaluate(
-        prompt_folder if text is None else TextPrompt(text),
-        base=asked.load_base(recorded_place(base, *prompts), *prompts),
-        settings=settings,
-        reading=rows.data,
-        extra_metrics=[metric.name for metric, _ in gates],
-        out=out,
-        progress=False if console.quiet else None,
-    )
+    try:
+        evaluation = evaluate(
+            prompt_folder if text is None else TextPrompt(text),
+            base=asked.load_base(recorded_place(base, *prompts), *prompts),
+            settings=settings,
+            reading=rows.data,
+            extra_metrics=[metric.name for metric, _ in gates],
+            out=out,
+            progress=False if console.quiet else None,
+        )
+    except KeyboardInterrupt:
+        if out is None:
+            line(console, "Nothing is kept. With --out FOLDER, an interrupted evaluation can go on.")
+        else:
+            line(console, f"{asked.RESUME} Rows that were judged are kept in {out}.")
+        raise
     about = evaluation.about
     show(console, evaluation, f"{evaluation.name} on {about['data']['source']}, {about['data']['split']}")
     if out is not None:

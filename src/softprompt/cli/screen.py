@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -16,7 +12,9 @@ from rich.text import Text
 
 from softprompt.progress.console import Screen, visible
 from softprompt.progress.console import figure as figure
+from softprompt.progress.console import size as size
 from softprompt.progress.console import table as table
+from softprompt.store.json_values import plain
 
 LABEL_WIDTH = 18
 
@@ -30,21 +28,6 @@ def emit(record: Any) -> None:
     """Write one JSON object on stdout; figures that are not known (nan) become null."""
     sys.stdout.write(json.dumps(plain(record)) + "\n")
     sys.stdout.flush()
-
-
-def plain(value: Any) -> Any:
-    """Records, paths and mappings as JSON knows them."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def heading(console: Screen, title: str) -> None:
@@ -78,12 +61,3 @@ def line(console: Screen, text: str | Text, style: str = "") -> None:
 def to_copy(console: Screen, command: str) -> None:
     """A command to copy: never broken by us."""
     console.print(Text(visible(command)), soft_wrap=True)
-
-
-def size(count: float) -> str:
-    """Bytes in units that people read."""
-    for unit in ("bytes", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"

@@ -10,7 +10,6 @@ import typer
 from softprompt.cli import asked
 from softprompt.cli.flags import takes
 from softprompt.cli.screen import emit, fact, figure, heading, line, screen
-from softprompt.cli.tune import RESUME
 from softprompt.errors import RecipeError
 from softprompt.progress.console import Screen
 from softprompt.progress.runs import ShowTable
@@ -89,7 +88,7 @@ def command(
                 resume=resume,
             )
     except KeyboardInterrupt:
-        line(console, RESUME)
+        line(console, asked.RESUME)
         raise
     heading(console, "all settings")
     console.print(table.ranked())

@@ -9,7 +9,7 @@ import typer
 
 from softprompt.cli import asked
 from softprompt.cli.screen import emit, fact, figure, heading, line, screen
-from softprompt.cli.tune import RESUME, describe_losses
+from softprompt.cli.tune import describe_losses
 from softprompt.progress.events import Event, Note, Saved, Validated
 from softprompt.progress.runs import ShowTable
 from softprompt.tuning.recipe import Recipe
@@ -66,7 +66,7 @@ def command(
             )
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
-            line(console, RESUME)
+            line(console, asked.RESUME)
         for path in saved:
             line(console, f"The best prompt so far is kept in {path}.")
         raise

@@ -28,9 +28,6 @@ EXAMPLE = (
 )
 
 
-RESUME = "To go on, give the same command with --resume."
-
-
 @takes(Recipe)
 def command(
     recipe: Recipe,
@@ -64,7 +61,7 @@ def learn(console: Screen, recipe: Recipe, lm: FrozenLM | None = None, *, resume
         try:
             return tune(recipe, lm=lm, on_event=progress, progress=False, resume=resume)
         except KeyboardInterrupt:
-            line(console, RESUME)
+            line(console, asked.RESUME)
             if progress.saved is not None:
                 line(console, f"The prompt so far is kept in {progress.saved}.")
             raise

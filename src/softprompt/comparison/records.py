@@ -11,7 +11,8 @@ from typing import Any, Self
 from softprompt.comparison.settings import CompareSettings
 from softprompt.evaluation.interval import Difference
 from softprompt.evaluation.metric import Confusion
-from softprompt.evaluation.record import SCHEMA, Value, plain, read_json, typed
+from softprompt.evaluation.record import SCHEMA, Value, read_json, typed
+from softprompt.store.json_values import plain
 
 NAN = math.nan
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 from softprompt.data.delimited import Quoting, delimited_rows
 from softprompt.data.encoding import CESU_8, detected, joined_halves, named
-from softprompt.errors import DataError, MissingExtra
+from softprompt.errors import DataError, MissingExtra, first_line
 
 Raw = dict[str, Any]
 
@@ -141,7 +141,7 @@ def _parquet(path: Path) -> Iterator[Raw]:
                 yield named_classes(dict(raw), rows.features)
         except Exception as error:  # pyarrow and datasets raise many kinds
             raise DataError(
-                f"{path} cannot be read as parquet: {_first_line(error)}. Check that the download is complete."
+                f"{path} cannot be read as parquet: {first_line(error).rstrip('.')}. Check that the download is complete."
             ) from error
 
 
@@ -289,8 +289,3 @@ def _undecodable(path: Path, encoding: str | None, error: UnicodeError) -> str:
         else "Set data.encoding"
     )
     return f"{path} does not fit {what}{at}: {error.args[-1]}. {advice}, for example latin-1."
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -11,9 +11,10 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from softprompt.errors import DataError
+from softprompt.errors import DataError, first_line
 from softprompt.settings.text import describe_value
 from softprompt.store.atomic import replace_file
+from softprompt.store.json_values import plain
 
 SCHEMA = 2  # 1: the records of version 0.1, which carry no number
 MAX_RECORD_BYTES = 2**28
@@ -22,15 +23,6 @@ Value: TypeAlias = Annotated[float, BeforeValidator(lambda value: math.nan if va
 """A figure; null in a record means that it is not known."""
 
 T = TypeVar("T")
-
-
-def plain(value: Any) -> Any:
-    """The same as JSON has it: no tuples, and null for what is not finite, since JSON has no NaN."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
@@ -49,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise DataError(f"{path}: the record cannot be read ({reason}). Make the run again.") from None
     if not isinstance(found, dict):
         raise DataError(

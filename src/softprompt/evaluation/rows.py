@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from softprompt.errors import DataError, SaveError
-from softprompt.evaluation.record import SCHEMA, Value, plain, typed, write_json
+from softprompt.evaluation.record import SCHEMA, Value, typed, write_json
 from softprompt.store.atomic import replace_file
+from softprompt.store.json_values import plain
 from softprompt.store.lock import FolderLock
 from softprompt.store.ownership import check_replaceable, claim, make_folder
 

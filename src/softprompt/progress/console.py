@@ -81,3 +81,14 @@ def _stacked(headers: Sequence[str], row: Sequence[Text]) -> RenderableType:
 def figure(value: float, digits: int = 4) -> str:
     """A measured figure; "unknown" for nan."""
     return f"{value:.{digits}f}" if math.isfinite(value) else "unknown"
+
+
+def size(count: float | None) -> str:
+    """Bytes in units that people read; "unknown" for None and nan."""
+    if count is None or not math.isfinite(count):
+        return "unknown"
+    for unit in ("bytes", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

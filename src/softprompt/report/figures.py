@@ -7,6 +7,7 @@ from typing import Any
 
 from softprompt.comparison.records import Figure, MetricFigure
 from softprompt.evaluation.interval import Difference
+from softprompt.progress.console import size as size
 
 UNKNOWN = "unknown"
 
@@ -25,17 +26,6 @@ def count(value: Any) -> str:
     if not known(value):
         return UNKNOWN
     return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 100 else f"{value:,.1f}"
-
-
-def size(value: Any) -> str:
-    """Bytes in units that people read."""
-    if not known(value):
-        return UNKNOWN
-    for unit in ("bytes", "KB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
 
 
 def seconds(value: Any) -> str:

@@ -16,12 +16,12 @@ from typing import Any
 import jinja2
 
 from softprompt.errors import SaveError
-from softprompt.evaluation.record import plain
 from softprompt.report.pages import page
 from softprompt.report.parts import Page, Table
 from softprompt.report.paths import without_folders
 from softprompt.report.read import Run, read_runs
 from softprompt.store.atomic import replace_file
+from softprompt.store.json_values import plain
 from softprompt.store.ownership import claim, folder_named
 
 NAME = "report"

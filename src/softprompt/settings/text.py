@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from softprompt.errors import RecipeError
+from softprompt.errors import RecipeError, first_line
 
 Scalar = str | int | float | bool | None
 
@@ -66,7 +66,7 @@ def read_mapping(source: str, name: str) -> dict[str, Written]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise RecipeError(f"{name}{line}: this is not YAML: {problem}. Correct that line.") from None
     if node is None:
         return {}

@@ -7,14 +7,14 @@ import io
 import json
 import platform
 import subprocess
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from softprompt.errors import SaveError
 from softprompt.progress.events import Event, Started
 from softprompt.store.atomic import replace_file, sweep_drafts
+from softprompt.store.json_values import plain
 from softprompt.store.lock import FolderLock
 from softprompt.store.ownership import (
     PROMPT_FILES,
@@ -68,7 +68,7 @@ class RunFolder:
 
     def __call__(self, event: Event) -> str | None:
         """Record an event. Where that fails the run goes on; the first time, returns why."""
-        figures = {name: number_or_none(value) for name, value in asdict(event).items()}
+        figures = plain(event)
         if isinstance(event, Started):
             figures["schema"] = SCHEMA
         line = json.dumps({"event": type(event).__name__, **figures}, ensure_ascii=False) + "\n"
@@ -108,8 +108,3 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def number_or_none(value: Any) -> Any:
-    """A figure for JSON, which has no NaN: None where it is unknown."""
-    return value if value == value else None

@@ -17,12 +17,13 @@ from softprompt.progress.events import BatchHalved, Event, Saved, Started, Stepp
 from softprompt.prompt.reparam import Form
 from softprompt.prompt.soft_prompt import Plain, Prompt, prompt_of
 from softprompt.store.artifact import prompt_bytes, save_prompt
+from softprompt.store.json_values import plain
 from softprompt.tuning.checkpoint import Checkpoints, demand_same, identity
 from softprompt.tuning.find_rate import find_rate
 from softprompt.tuning.learner import Learner, is_finite
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.rate import measured_rate
-from softprompt.tuning.records import number_or_none, versions
+from softprompt.tuning.records import versions
 from softprompt.tuning.result import TuneResult
 from softprompt.tuning.run_log import RunLog
 from softprompt.tuning.scores import SCORES
@@ -284,7 +285,7 @@ def as_prompt(plan: Plan, learned: Plain, figures: Mapping[str, Any]) -> Prompt:
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
             "data": {"source": plan.splits.source, "revision": plan.splits.revision},
             "metrics": {
-                name: number_or_none(value) for name, value in figures.items() if name not in ("path", "base")
+                name: plain(value) for name, value in figures.items() if name not in ("path", "base")
             },
             "recipe": plan.recipe.model_dump(),
             "versions": versions(),

@@ -27,9 +27,10 @@ from softprompt.progress.shown import shown_runs
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.settings.text import scalar
 from softprompt.store.artifact import load_prompt, save_prompt
+from softprompt.store.json_values import plain
 from softprompt.store.ownership import PROMPT_FILES, claim, folder_named
 from softprompt.tuning.recipe import Recipe
-from softprompt.tuning.records import SCHEMA, number_or_none
+from softprompt.tuning.records import SCHEMA
 from softprompt.tuning.together import Together
 
 RECORDS, TRIALS = "sweep.jsonl", "trials"
@@ -289,8 +290,7 @@ class _Records:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open(mode, encoding="utf-8") as file:
                 for line in lines:
-                    plain = {key: number_or_none(value) for key, value in line.items()}
-                    file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(plain(line), ensure_ascii=False) + "\n")
         except OSError as error:
             raise SaveError(
                 f"{self.path}: cannot be written ({error.strerror}). Free some space or choose another folder."
