@@ -389,7 +389,7 @@ def test_rows_that_do_not_fit_the_base_are_refused_before_any_is_judged_or_left_
     )
     assert len(found.rows) == 1
     assert found.about["left_out"] == 1
-    with pytest.raises(DataError, match="All 1 rows"):
+    with pytest.raises(DataError, match="All 1 train rows"):
         evaluate(prompt, [long], base=lm, settings=NLL, reading=dropping, progress=False)
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.tune import describe_losses
 from softprompt.data.batch import epoch_order
 from softprompt.data.example import Example, Splits
-from softprompt.errors import NotFinite, OutOfMemory
+from softprompt.errors import DataError, NotFinite, OutOfMemory
 from softprompt.inference.generate import generate
 from softprompt.inference.sampling import DecodeSettings
 from softprompt.loss.fast import FastLoss
@@ -359,6 +360,33 @@ def test_columns_that_are_not_read_are_named_with_the_flag_that_learns_them() ->
     assert "not read" not in notes("text", "idx")
     assert "not read" not in notes("text", "label", column="text")
     assert "not read" not in notes("text", "label", target="label")
+
+
+@pytest.mark.parametrize(
+    ("split", "text", "said"),
+    [
+        ("test", "order " * 200, "positions with the prompt"),
+        ("test", " ", "has no token to learn"),
+        ("validation", "order " * 200, "the limit is 128"),
+        ("validation", " ", "has no token to learn"),
+    ],
+)
+def test_rows_that_cannot_be_judged_are_refused_by_their_split_before_anything_is_learned(
+    tmp_path: Path, split: str, text: str, said: str
+) -> None:
+    bad = (Example({"text": text}, row=7),)
+    splits = replace(SPLITS, **{split: (*rows(20, 3), *bad)})
+    with pytest.raises(DataError, match=f"^{split.capitalize()} rows: row 7 .*{said}"):
+        learn(tmp_path / "p", splits=splits)
+    assert not (tmp_path / "p").exists()
+
+
+def test_test_rows_that_are_too_long_are_left_out_where_the_recipe_says_so(tmp_path: Path) -> None:
+    splits = replace(SPLITS, test=(*rows(20, 3), Example({"text": "order " * 200}, row=7)))
+    task = task_of(recipe(tmp_path, "data.on_overflow=drop"), lm_of(), splits)
+    assert task.check_judged(splits.test, "test") == (rows(20, 3), 1)
+    with pytest.raises(DataError, match="All 1 test rows are longer than the base's 128 positions"):
+        task.check_judged(splits.test[-1:], "test")
 
 
 def test_patience_ends_a_run_that_no_longer_gains(tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.comparison import weights
 from softprompt.comparison.arm import ARMS
 from softprompt.comparison.settings import Job
-from softprompt.data.example import Example
+from softprompt.data.example import Example, Splits
 from softprompt.data.template import Template, Text
 from softprompt.errors import DataError
 from softprompt.evaluation.evaluate import judge_rows, wanted_text, written_out
@@ -51,6 +51,11 @@ class Assignment:
         tree["tune"]["seed"] = self.job.seed
         tree["out"] = str(self.job.folder / "prompt")
         return Recipe(**tree)
+
+    @property
+    def splits(self) -> Splits:
+        """The rows to learn from and to choose by; those that are judged on were checked before any arm began."""
+        return replace(self.task.splits, test=())
 
     @property
     def rate(self) -> float:
@@ -159,7 +164,7 @@ def deep(given: Assignment) -> Ready:
 def lora(given: Assignment) -> Ready:
     """Low-rank updates by PEFT, kept apart from the base's weights so that the base stays shared."""
     lm = given.lm
-    plan = make_plan(_within_seconds(given, _lora_probe), lm=lm, splits=given.task.splits)
+    plan = make_plan(_within_seconds(given, _lora_probe), lm=lm, splits=given.splits)
     rate = given.rate
     told = _Told(given.tell)
     model, trained = weights.with_lora(lm, given.job.seed)
@@ -198,7 +203,7 @@ def lora(given: Assignment) -> Ready:
 
 def full(given: Assignment) -> Ready:
     """Every weight of a copy, in float32; it then serves in the base's own number format."""
-    plan = make_plan(_within_seconds(given, _full_probe), lm=given.lm, splits=given.task.splits)
+    plan = make_plan(_within_seconds(given, _full_probe), lm=given.lm, splits=given.splits)
     rate = given.rate
     told = _Told(given.tell)
     model = weights.trainable_copy(given.lm)
@@ -307,7 +312,7 @@ def _tuned(given: Assignment, kind: str, recipe: Recipe) -> Ready:
     recipe = Recipe(**tree)
 
     def learn(steps: Recipe, tell: Callable[[Event], None]) -> TuneResult:
-        return tune(steps, lm=given.lm, splits=given.task.splits, on_event=tell, progress=False)
+        return tune(steps, lm=given.lm, splits=given.splits, on_event=tell, progress=False)
 
     recipe = _within_seconds(given, lambda _, probe, tell: learn(probe, tell), recipe)
     told = _Told(given.tell)
@@ -376,14 +381,14 @@ def _within_seconds(given: Assignment, probe: Probe, recipe: Recipe | None = Non
 
 
 def _lora_probe(given: Assignment, recipe: Recipe, tell: Callable[[Event], None]) -> None:
-    plan = make_plan(recipe, lm=given.lm, splits=given.task.splits)
+    plan = make_plan(recipe, lm=given.lm, splits=given.splits)
     model, trained = weights.with_lora(given.lm, given.job.seed)
     _probe_weights(plan, trained, lambda batch: weights.plain_nll(model, batch), given, tell)
     model.unload()
 
 
 def _full_probe(given: Assignment, recipe: Recipe, tell: Callable[[Event], None]) -> None:
-    plan = make_plan(recipe, lm=given.lm, splits=given.task.splits)
+    plan = make_plan(recipe, lm=given.lm, splits=given.splits)
     model = weights.trainable_copy(given.lm)
     _probe_weights(plan, list(model.parameters()), lambda batch: weights.plain_nll(model, batch), given, tell)
 

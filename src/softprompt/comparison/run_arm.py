@@ -9,7 +9,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -31,12 +30,11 @@ from softprompt.comparison.records import (
     Point,
 )
 from softprompt.comparison.settings import CompareSettings, Job
-from softprompt.data.batch import to_judge
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import SoftPromptError
 from softprompt.evaluation.evaluate import default_metrics, judge_rows
-from softprompt.evaluation.judge import fitting, judged_examples
+from softprompt.evaluation.judge import judged_examples
 from softprompt.evaluation.metric import metrics_named
 from softprompt.evaluation.predictor import as_learned, predictor, settled
 from softprompt.evaluation.record import write_json
@@ -150,13 +148,7 @@ def judged_rows(task: Task, lm: FrozenLM, settings: CompareSettings) -> tuple[li
 
     A row that does not fit the base together with the virtual tokens raises TooLong here, before anything is learned."""
     rows, split = judged_examples(task.splits, settings.split, learned_from=False)
-    # Whatever data.max_length cuts for learning, rows are judged whole.
-    layout = replace(task.layout(slots=True), max_length=None)
-
-    def positions(example: Example) -> int:
-        return len(to_judge(layout, example))
-
-    fit, _ = fitting(task, lm, rows[: settings.judge_rows], positions)
+    fit, _ = task.check_judged(rows[: settings.judge_rows], split)
     return list(fit), split
 
 

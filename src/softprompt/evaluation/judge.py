@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import TooLong, to_learn
+from softprompt.data.batch import to_learn
 from softprompt.data.default_template import CHAT
 from softprompt.data.example import Example, Splits
 from softprompt.data.source import OWN
@@ -77,7 +76,9 @@ def evaluate(
     examples = examples[: settings.judge_rows]
     layout = task.template
     compiled = compiled_for(lm, learned, text, task)
-    examples, left_out = fitting(task, lm, examples, lambda example: _positions(task, lm, compiled, example))
+    examples, left_out = task.check_judged(
+        examples, split, lambda example: _positions(task, lm, compiled, example)
+    )
     known = chain(task.splits.train, examples)
     names = list(dict.fromkeys([*(settings.metrics or default_metrics(layout, known)), *extra_metrics]))
     metrics = metrics_named(names)
@@ -219,32 +220,6 @@ def judged_examples(
         "The data has neither test nor validation rows, and judging on what was learned would say nothing. "
         "Set data.test, such as data.test=0.2."
     )
-
-
-def fitting(
-    task: Task, lm: FrozenLM, examples: Sequence[Example], positions: Callable[[Example], int]
-) -> tuple[tuple[Example, ...], int]:
-    """The examples that fit the base, and how many were left out; `positions` is a row's length in all.
-
-    A row that does not fit raises TooLong before anything is judged; with on_overflow drop it is left out."""
-    most = longest_text(lm)
-    if most is None:
-        return tuple(examples), 0
-    kept: list[Example] = []
-    for example in examples:
-        need = positions(example)
-        if need <= most:
-            kept.append(example)
-        elif task.on_overflow != "drop":
-            raise TooLong(
-                f"{example.where}: {need} positions with the prompt, but {lm.name} has {most}. Judge on shorter rows, use "
-                "a shorter prompt, or leave such rows out (data.on_overflow=drop)."
-            )
-    if not kept:
-        raise DataError(
-            f"All {len(examples)} rows to judge on are longer than the {most} positions of {lm.name}."
-        )
-    return tuple(kept), len(examples) - len(kept)
 
 
 def _positions(task: Task, lm: FrozenLM, prompt: CompiledPrompt, example: Example) -> int:

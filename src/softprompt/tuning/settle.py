@@ -17,7 +17,7 @@ from softprompt.tuning.optim import RATE_PER_RMS, automatic_rate
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.starts import frequent_vectors
-from softprompt.tuning.task import read_splits, task_of
+from softprompt.tuning.task import naming_rows, read_splits, task_of
 
 BATCH_SIZE = 8
 
@@ -30,8 +30,12 @@ def make_plan(
     splits = splits or read_splits(recipe)
     lm = lm or load_base(recipe)
     task = task_of(recipe, lm, splits)
-    judged = splits.validation or splits.train
     train = task.to_learn(splits.train)
+    judged = splits.validation or splits.train
+    with naming_rows("validation" if splits.validation else "training"):
+        held_out = task.to_judge(judged, prompt=True).encoded
+        held_out_base = task.to_judge(judged, prompt=False).encoded
+    task.check_judged(splits.test, "test")  # else it would be refused after all that learning
     steps_per_epoch = math.ceil(len(train.encoded) / settled_batch_size(recipe))
     steps = recipe.tune.epochs * steps_per_epoch
     return Plan(
@@ -40,8 +44,8 @@ def make_plan(
         loss=loss or fast_loss(recipe, lm),
         task=task,
         train=train,
-        held_out=task.to_judge(judged, prompt=True).encoded,
-        held_out_base=task.to_judge(judged, prompt=False).encoded,
+        held_out=held_out,
+        held_out_base=held_out_base,
         judged_on="validation" if splits.validation else "training",
         learning_rate=settled_rate(recipe, lm),
         batch_size=settled_batch_size(recipe),

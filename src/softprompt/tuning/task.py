@@ -4,14 +4,15 @@ judges takes its rows from here, so that all of them see the same ones."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.outline import Outline
-from softprompt.data.batch import EncodedSet, End, Layout, Overflow, encode_all, to_judge, to_learn
+from softprompt.data.batch import EncodedSet, End, Layout, Overflow, TooLong, encode_all, to_judge, to_learn
 from softprompt.data.default_template import CHAT, ColumnChat, input_columns, is_numbering, lines_template
 from softprompt.data.example import Example, Shape, Splits
 from softprompt.data.preview import Preview, preview
@@ -38,6 +39,8 @@ class Task:
     end: End
     kind: Literal["soft", "deep"] = "soft"
     special_tokens: bool = False
+    base_positions: int | None = None
+    """Positions that the base has, whatever `data.max_length` says; None where nothing bounds them."""
     chat: ColumnChat | None = None
     """The exchange that rows make, where the base's chat template writes them (`data.template: chat`)."""
 
@@ -48,6 +51,33 @@ class Task:
             return self.chat.layout(self.tokenizer, front=text, shots=shots)
         plain = tuple(piece for piece in self.template.pieces if not isinstance(piece, Soft))
         return Template((Text(text), *plain), self.template.target)
+
+    def check_judged(
+        self,
+        examples: Sequence[Example],
+        split: str,
+        positions: Callable[[Example], int] | None = None,
+    ) -> tuple[tuple[Example, ...], int]:
+        """The rows that can be judged on this base, each of them whole, and how many were left out.
+
+        Whatever `data.max_length` cuts for learning, rows are judged whole. Call it before anything is learned: a row
+        that is empty or that does not fit raises DataError, which names the `split`; with on_overflow drop a row that
+        does not fit is left out. `positions` counts those of a row under another prompt than the task's own."""
+        layout = replace(self.layout(slots=True), max_length=None)
+        limit, kept = self.base_positions, []
+        with naming_rows(split):
+            for example in examples:
+                need = len(to_judge(layout, example)) if positions is None else positions(example)
+                if limit is None or need <= limit:
+                    kept.append(example)
+                elif self.on_overflow != "drop":
+                    raise TooLong(
+                        f"{example.where}: {need} positions with the prompt, but the base has {limit}. Judge on shorter "
+                        "rows, use a shorter prompt, or leave such rows out (data.on_overflow=drop)."
+                    )
+        if examples and not kept:
+            raise DataError(f"All {len(examples)} {split} rows are longer than the base's {limit} positions.")
+        return tuple(kept), len(examples) - len(kept)
 
     def to_learn(self, examples: Sequence[Example], *, slots: bool = True) -> EncodedSet:
         """Rows to learn from; without `slots` as a base without a prompt reads them (LoRA, full fine-tuning)."""
@@ -78,7 +108,8 @@ def task_of(recipe: Recipe, base: FrozenLM | Outline, splits: Splits | None = No
     """The task of a recipe on a base, with its weights or without. `splits` stand in for the recipe's data."""
     splits = splits or read_splits(recipe)
     layout = _layout(recipe, base, splits)
-    bounds = [bound for bound in (recipe.data.max_length, longest_text(base)) if bound is not None]
+    base_positions = longest_text(base)
+    bounds = [bound for bound in (recipe.data.max_length, base_positions) if bound is not None]
     return Task(
         template=_sized(recipe, base, layout),
         splits=replace(splits, notes=tuple(dict.fromkeys((*splits.notes, *layout.notes)))),
@@ -88,8 +119,18 @@ def task_of(recipe: Recipe, base: FrozenLM | Outline, splits: Splits | None = No
         end=recipe.data.end,
         kind=recipe.prompt.kind,
         special_tokens=recipe.data.special_tokens,
+        base_positions=base_positions,
         chat=layout.chat,
     )
+
+
+@contextmanager
+def naming_rows(split: str) -> Iterator[None]:
+    """What is refused in the block is told as a fault of that split's rows, which are numbered by themselves."""
+    try:
+        yield
+    except DataError as error:
+        raise type(error)(f"{split.capitalize()} rows: {error}") from error
 
 
 def read_splits(recipe: Recipe, rows: Any = None) -> Splits:
