@@ -17,6 +17,10 @@ os.environ["COLUMNS"] = "120"  # the width that printed output is checked at
 os.environ.pop("SOFTPROMPT_TRACEBACK", None)
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("house", deadline=None)  # other work on the machine is no failure
+settings.load_profile("house")
 
 SLOW: dict[str, tuple[str, ...]] = {
     "test_architectures.py": ("",),
