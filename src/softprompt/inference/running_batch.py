@@ -1,6 +1,6 @@
 """A running batch: rows with different prompts join, step together, and leave when they are done.
 
-Everything that generates stands on this loop: `generate` fills it from a list, a server from its requests.
+All generation runs in this loop: `generate` fills it from a list, a server from its requests.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ class Running:
 
         It counts every row at its full length, and the copy that exists while texts are being read."""
         everyone = [*self.requests, *requests]
-        columns = room(max((one.total for one in everyone), default=0))
-        read = max((len(one.row.marks) for one in requests), default=0)
+        columns = room(max((request.total for request in everyone), default=0))
+        read = max((len(request.row.marks) for request in requests), default=0)
         return (len(everyone) * columns + len(requests) * read) * position_bytes(self.lm)
 
     def buffer_bytes_for(self, requests: Sequence[Request]) -> int:
@@ -201,8 +201,8 @@ class Running:
         rows, columns = self._cache.mask.shape
         everyone = [*self.requests, *requests]
         rows = max(rows, len(everyone))
-        columns = max(columns, room(max((one.total for one in everyone), default=0)))
-        read = max((len(one.row.marks) for one in requests), default=0)
+        columns = max(columns, room(max((request.total for request in everyone), default=0)))
+        read = max((len(request.row.marks) for request in requests), default=0)
         return (rows * columns + len(requests) * read) * position_bytes(self.lm)
 
     def fits(self, requests: Sequence[Request]) -> bool:
@@ -239,25 +239,25 @@ class Running:
         started = len(self._slots)
         self._reserve(requests)
         hidden: list[Tensor] = []
-        rows = list({id(one.row): one.row for one in requests}.values())
+        rows = list({id(request.row): request.row for request in requests}.values())
         for group in like_lengths(self.lm, rows):
             done = prefill(self.lm, group)
             for row in range(len(group)):
-                for one in requests:
-                    if one.row is group[row]:
-                        self._join(one, done, row)
+                for request in requests:
+                    if request.row is group[row]:
+                        self._join(request, done, row)
                         hidden.append(done.hidden_BTD[row, group[row].rest - 1])
         self._step_settings = _StepSettings.of(self.requests, self.lm.device)
         return self._chosen(self.lm.logits(torch.stack(hidden)), started)
 
-    def _join(self, one: Request, done: Prefilled, row: int) -> None:
+    def _join(self, request: Request, done: Prefilled, row: int) -> None:
         b = len(self._slots)
         self._cache.join(done.cache, row, *done.span(row))
-        self._slots.append(self._slot(one))
-        self._positions_B[b] = len(one.row.marks)
-        if one.settings.repetition_penalty != 1.0:
-            self._seen_BV[b] = False  # the place may have been another row's
-            self._seen_BV[b, one.known_ids] = True
+        self._slots.append(self._slot(request))
+        self._positions_B[b] = len(request.row.marks)
+        if request.settings.repetition_penalty != 1.0:
+            self._seen_BV[b] = False  # another row may have had this index before
+            self._seen_BV[b, request.known_ids] = True
 
     @torch.inference_mode()
     def advance(self) -> list[Request]:
@@ -273,16 +273,16 @@ class Running:
         return self._chosen(self.lm.logits(hidden_B1D[:, -1]), 0)
 
     @torch.inference_mode()
-    def cancel(self, one: Request) -> None:
-        """Let a row leave now. What it has said so far stays in the request; a row that is done is left alone."""
-        place = next((b for b, slot in enumerate(self._slots) if slot.request is one), None)
-        if place is not None:
-            self._retire(place, "cancelled")
+    def cancel(self, request: Request) -> None:
+        """Remove a row now. Its text so far stays in the request; a row that is done is left alone."""
+        row = next((b for b, slot in enumerate(self._slots) if slot.request is request), None)
+        if row is not None:
+            self._retire(row, "cancelled")
             self._shrink()
             self._step_settings = _StepSettings.of(self.requests, self.lm.device)
 
     def _chosen(self, logits_BV: Tensor, start: int) -> list[Request]:
-        """Choose the next tokens of the rows from `start` on, and let go of those that are done."""
+        """Choose the next tokens of the rows from `start` on, and retire those that are done."""
         step = self._step_settings
         # argmax alone needs no float32
         if step.penalises or step.biases or step.rated or step.warm or step.steered:
@@ -299,12 +299,12 @@ class Running:
         if steered:
             logits_BV = logits_BV.clone()  # the raw ones are rated
         for b in steered:
-            one = self._slots[b].request
-            assert one.steering is not None
+            request = self._slots[b].request
+            assert request.steering is not None
             try:
-                logits_BV[b - start] = one.steering.steered(logits_BV[b - start], one.token_ids)
+                logits_BV[b - start] = request.steering.steered(logits_BV[b - start], request.token_ids)
             except Exception as error:  # of this row alone
-                one.failure = error
+                request.failure = error
         ids_B = logits_BV.argmax(1)
         # argmax takes a NaN for the largest, so that a row is finite where its largest logit is.
         finite_B = logits_BV.gather(1, ids_B[:, None])[:, 0].isfinite()
@@ -332,17 +332,17 @@ class Running:
                     slot.request.likeliest.append(_likeliest(raw_BV[row] - sums_B[row], slot.request.top))
         finished: list[tuple[int, FinishReason]] = []
         for b, token in enumerate(ids, start=start):
-            one = self._slots[b].request
-            if b in broken and one.failure is None:
-                one.failure = _not_finite(self.lm, one)
-            if one.failure is not None:  # the other rows have their tokens and may go on
+            request = self._slots[b].request
+            if b in broken and request.failure is None:
+                request.failure = _not_finite(self.lm, request)
+            if request.failure is not None:  # the other rows have their tokens and may go on
                 finished.append((b, "cancelled"))
                 continue
-            one.token_ids.append(token)
+            request.token_ids.append(token)
             reason = self._reason(self._slots[b], token)
             if reason is not None:
                 finished.append((b, reason))
-            elif one.settings.repetition_penalty != 1.0:
+            elif request.settings.repetition_penalty != 1.0:
                 self._seen_BV[b, token] = True
         done = [self._retire(b, reason) for b, reason in reversed(finished)]
         if done:
@@ -351,49 +351,51 @@ class Running:
         return done[::-1]
 
     def _reason(self, slot: _Slot, token: int) -> FinishReason | None:
-        one = slot.request
-        if token in one.ending.ids:
+        request = slot.request
+        if token in request.ending.ids:
             return "stop"
         if slot.text is not None and slot.text.add(token):
             return "stop"
-        if one.steering is not None and one.steering.is_complete(one.token_ids):
+        if request.steering is not None and request.steering.is_complete(request.token_ids):
             return "stop"
-        return "length" if len(one.token_ids) >= one.limit else None
+        return "length" if len(request.token_ids) >= request.limit else None
 
     def _retire(self, b: int, reason: FinishReason) -> Request:
         slot = self._slots[b]
-        one = slot.request
+        request = slot.request
         if slot.text is None:
-            slot.text = self._text_stream(one)
-            slot.text.ids += one.token_ids
-        one.text = slot.text.finish()
-        one.finish_reason = reason
-        if one.keep_state:
-            one.state = self._cache.state(b, (*one.row.marks, *one.token_ids)[: self._cache.length(b)])
+            slot.text = self._text_stream(request)
+            slot.text.ids += request.token_ids
+        request.text = slot.text.finish()
+        request.finish_reason = reason
+        if request.keep_state:
+            request.state = self._cache.state(
+                b, (*request.row.marks, *request.token_ids)[: self._cache.length(b)]
+            )
         self._cache.leave(b)
         last = self._slots.pop()
         if last is not slot:
             self._slots[b] = last
             for tensor in (self._ids_B, self._positions_B, self._seen_BV):
                 tensor[b] = tensor[len(self._slots)]
-        return one
+        return request
 
-    def _slot(self, one: Request) -> _Slot:
-        slot = _Slot(one)
+    def _slot(self, request: Request) -> _Slot:
+        slot = _Slot(request)
         # Text is only followed as it comes where something waits for it.
-        if one.settings.stop or one.ending.stop or one.on_text:
-            slot.text = self._text_stream(one)
-        if one.settings.temperature > 0:
-            slot.generator = row_generator(one.settings.seed, one.sample, one.row.marks)
+        if request.settings.stop or request.ending.stop or request.on_text:
+            slot.text = self._text_stream(request)
+        if request.settings.temperature > 0:
+            slot.generator = row_generator(request.settings.seed, request.sample, request.row.marks)
         return slot
 
-    def _text_stream(self, one: Request) -> TextStream:
+    def _text_stream(self, request: Request) -> TextStream:
         return TextStream(
             self.lm.tokenizer,
-            one.known_ids,
-            (*one.settings.stop, *one.ending.stop),
-            one.on_text,
-            ending=one.ending.text,
+            request.known_ids,
+            (*request.settings.stop, *request.ending.stop),
+            request.on_text,
+            ending=request.ending.text,
         )
 
     def _shrink(self) -> None:
@@ -409,14 +411,14 @@ class Running:
 
     def _reserve(self, requests: Sequence[Request]) -> None:
         everyone = [*self.requests, *requests]
-        rows, columns = len(everyone), room(max(one.total for one in everyone))
-        longest = max(len(one.row.marks) for one in requests)
+        rows, columns = len(everyone), room(max(request.total for request in everyone))
+        longest = max(len(request.row.marks) for request in requests)
         # Buffers only grow, unless the widest and the most rows there ever were would together pass the limit.
         both = max(rows, self._cache.mask.shape[0]) * max(columns, self._cache.mask.shape[1])
         exactly = self.memory_bytes is not None and both * position_bytes(self.lm) > self.memory_bytes
         self._cache.reserve(rows, columns, longest, exactly=exactly)
         rows = max(rows, len(self._ids_B))
-        penalises = any(one.settings.repetition_penalty != 1.0 for one in requests)
+        penalises = any(request.settings.repetition_penalty != 1.0 for request in requests)
         width = self.lm.vocab_size if penalises else self._seen_BV.shape[1]
         self._ids_B = _grown(self._ids_B, (rows,))
         self._positions_B = _grown(self._positions_B, (rows,))
@@ -450,26 +452,26 @@ class _StepSettings:
 
     @classmethod
     def of(cls, requests: Sequence[Request], device: torch.device) -> _StepSettings:
-        every = [one.settings for one in requests]
+        every = [request.settings for request in requests]
         return cls(
-            any(one.repetition_penalty != 1.0 for one in every),
-            any(one.logit_bias for one in every),
-            any(one.bad_words for one in every),
-            any(one.settings.rated or one.top for one in requests),
-            [b for b, one in enumerate(every) if one.temperature > 0],
-            [b for b, one in enumerate(requests) if one.steering is not None],
-            torch.tensor([one.repetition_penalty for one in every], device=device),
-            torch.tensor([one.temperature for one in every], device=device),
-            torch.tensor([one.top_k for one in every], device=device, dtype=torch.int64),
-            torch.tensor([one.top_p for one in every], device=device),
-            torch.tensor([one.min_p for one in every], device=device),
+            any(settings.repetition_penalty != 1.0 for settings in every),
+            any(settings.logit_bias for settings in every),
+            any(settings.bad_words for settings in every),
+            any(request.settings.rated or request.top for request in requests),
+            [b for b, settings in enumerate(every) if settings.temperature > 0],
+            [b for b, request in enumerate(requests) if request.steering is not None],
+            torch.tensor([settings.repetition_penalty for settings in every], device=device),
+            torch.tensor([settings.temperature for settings in every], device=device),
+            torch.tensor([settings.top_k for settings in every], device=device, dtype=torch.int64),
+            torch.tensor([settings.top_p for settings in every], device=device),
+            torch.tensor([settings.min_p for settings in every], device=device),
         )
 
 
 def _demand_finite(done: list[Request]) -> list[Request]:
-    for one in done:
-        if one.failure is not None:
-            raise one.failure
+    for request in done:
+        if request.failure is not None:
+            raise request.failure
     return done
 
 

@@ -124,7 +124,7 @@ class RunningCache(Cache):
         self.window.start = min(self.window.start, self.window.end - length - self.blank)
         here = slice(self.window.end - length, self.window.end)
         for mine, theirs in zip(self.layers, cache.layers, strict=True):
-            # What a former row left would be masked, but a NaN times a weight of 0 is still NaN.
+            # What an earlier row left would be masked, but a NaN times a weight of 0 is still NaN.
             mine.keys[self.rows].zero_()
             mine.values[self.rows].zero_()
             mine.keys[self.rows, :, here] = theirs.keys[row, :, start:end]
@@ -173,7 +173,9 @@ class RunningCache(Cache):
             self._resize(rows, columns, max(live, longest) - live)
 
     def _make_room(self, rows: int, right: int, length: int = 0) -> None:
-        """Room for `rows` rows, `right` more columns behind the live ones and a row of `length` in front of the end."""
+        """Make room for `rows` rows, `right` more columns behind the live ones, and a row of `length` that ends where they do."""
+        # Rows are right-aligned: a joining row longer than the live columns needs room to the left of them, and every
+        # step takes a column on the right.
         live = self.window.end - self.window.start
         span = max(live, length)
         fits = self.window.end - span >= 0 and self.window.end + right <= self.mask.shape[1]
@@ -183,12 +185,14 @@ class RunningCache(Cache):
         self._resize(max(rows, self.mask.shape[0]), columns, span - live)
 
     def _resize(self, rows: int, columns: int, start: int) -> None:
-        """New buffers where they grow; the live columns then begin at `start`."""
+        """Allocate new buffers where the size changes, and move the live columns so that they begin at `start`."""
         live = self.window.end - self.window.start
+        # Only live rows and columns are copied; everything outside of them is masked, and `join` clears a row before use.
         old, new = slice(self.window.start, self.window.end), slice(start, start + live)
         for layer in self.layers:
             layer.keys = _moved(layer.keys, rows, columns, old, new, self.rows)
             layer.values = _moved(layer.values, rows, columns, old, new, self.rows)
+        # The mask is made again and not moved, so that no column outside the live ones is ever marked as real.
         mask = torch.zeros(rows, columns, dtype=torch.bool, device=self.mask.device)
         mask[: self.rows, new] = self.mask[: self.rows, old]
         self.mask = mask
