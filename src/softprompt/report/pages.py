@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import yaml
 
-from softprompt.comparison.records import Comparison, Figure
+from softprompt.comparison.records import ArmSummary, Comparison, Figure
 from softprompt.evaluation.interval import NORMAL_975
 from softprompt.report import charts, figures
 from softprompt.report.learned import learning_curves, tuning_page
 from softprompt.report.limits import limits
-from softprompt.report.parts import Block, Chart, Page, Section, Table
+from softprompt.report.parts import Block, Card, Chart, Page, Section, Table
 from softprompt.report.paths import without_folders
 from softprompt.report.read import Run
-from softprompt.report.verdict import against_base, verdict
+from softprompt.report.verdict import against_base, choice, cost_of, margin_of, verdict
 
 
 def page(run: Run, number: int) -> Page:
@@ -53,7 +54,42 @@ def _page(run: Run, number: int) -> Page:
         _facts(comparison),
         verdict(comparison),
         [one for one in sections if one is not None],
+        _cards(comparison),
     )
+
+
+def _cards(comparison: Comparison) -> list[Card]:
+    chosen = choice(comparison)
+    if chosen is None:
+        return []
+    summary = comparison.summary
+    margin = f"{margin_of(comparison):g}"
+    titles = {
+        f"Best {_named(summary.judged_by, '')}": chosen.best,
+        f"Cheapest within {margin} of it": chosen.cheapest,
+        "Recommended": chosen.recommended,
+    }
+    return [
+        Card(
+            title,
+            arm,
+            figures.estimate(summary.arms[arm].metrics[summary.judged_by]),
+            cost_of(summary.arms[arm]),
+        )
+        for title, arm in titles.items()
+    ]
+
+
+def _ranked(comparison: Comparison) -> dict[str, ArmSummary]:
+    """The arms, the best figure first, those that are not known last."""
+    summary = comparison.summary
+    sign = -1 if summary.better == "higher" else 1
+
+    def rank(arm: str) -> tuple[bool, float]:
+        value = summary.arms[arm].metrics[summary.judged_by].value
+        return not figures.known(value), sign * value if figures.known(value) else 0.0
+
+    return {arm: summary.arms[arm] for arm in sorted(summary.arms, key=rank)}
 
 
 def _facts(comparison: Comparison) -> str:
@@ -70,7 +106,7 @@ def _facts(comparison: Comparison) -> str:
 
 def _quality(comparison: Comparison) -> Section:
     summary = comparison.summary
-    arms, judge = summary.arms, summary.judged_by
+    arms, judge = _ranked(comparison), summary.judged_by
     names = list(comparison.metrics)
     rows = []
     for arm, one in arms.items():
@@ -245,16 +281,14 @@ def _against_cost(comparison: Comparison) -> Section | None:
     found = []
     for key, title, axis in (
         ("stored_bytes", "Quality against bytes kept for a task", "bytes"),
-        ("learning_seconds", "Quality against time to learn", "seconds of wall time"),
-        ("added_tokens", "Quality against tokens added to a request", "tokens"),
-        ("peak_learning_bytes", "Quality against peak memory while learning", "bytes"),
+        ("milliseconds", "Quality against time for a new token", "milliseconds"),
     ):
         points = []
         for arm, one in arms.items():
             figure = one.metrics[judge]
-            cost = float(getattr(one, key))
-            if key == "learning_seconds" and not one.trained_parameters:
-                cost = 0.0  # nothing was learned
+            speed = one.decode_tokens_per_second
+            milliseconds = 1000 / speed if figures.known(speed) and speed > 0 else math.nan
+            cost = milliseconds if key == "milliseconds" else float(one.stored_bytes)
             points.append(charts.Point(arm, arm, cost, figure.value, *_interval(figure)))
         svg = charts.scatter(
             points, title=title, x_axis=axis, y_axis=judge.replace("_", " "), better=summary.better
@@ -407,7 +441,7 @@ def _anatomy(comparison: Comparison) -> Section | None:
 
 
 def _reproduce(comparison: Comparison) -> Section:
-    section = Section("reproduce", "How to reproduce")
+    section = Section("reproduce", "How to reproduce", folded=True)
     if comparison.command:
         section.blocks.append(Block(comparison.command, "Command"))
     base, data, settings = comparison.base, comparison.data, comparison.settings

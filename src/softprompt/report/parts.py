@@ -35,6 +35,16 @@ class Block:
     title: str = ""
 
 
+@dataclass(frozen=True)
+class Card:
+    """An arm that a reader may want to take, and why, at a glance."""
+
+    title: str
+    arm: str
+    figure: str
+    cost: str
+
+
 @dataclass
 class Section:
     id: str
@@ -45,6 +55,7 @@ class Section:
     samples: list[Sample] = field(default_factory=list)
     points: list[str] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
+    folded: bool = False
 
     @property
     def long(self) -> bool:
@@ -67,3 +78,4 @@ class Page:
     facts: str
     verdict: str
     sections: list[Section]
+    cards: list[Card] = field(default_factory=list)

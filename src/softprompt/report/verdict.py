@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from softprompt.comparison.arm import spoken
 from softprompt.comparison.records import ArmSummary, Comparison
@@ -44,11 +45,11 @@ def verdict(comparison: Comparison) -> str:
             verb = "is" if len(level) == 1 else "are"
             said.append(
                 f"{_listed(level)} {verb} within {margin:g} of it, and {spoken(best)} costs the least to keep of those "
-                f"({_kept(arms[best])})."
+                f"({cost_of(arms[best])})."
             )
         else:
             said.append(
-                f"Within {margin:g} of it, {spoken(cheapest)} costs the least to keep ({_kept(arms[cheapest])})."
+                f"Within {margin:g} of it, {spoken(cheapest)} costs the least to keep ({cost_of(arms[cheapest])})."
             )
     elif cost := _cost(arms, best, judge, summary.better == "higher"):
         said.append(cost.strip())
@@ -58,6 +59,33 @@ def verdict(comparison: Comparison) -> str:
             f"{_more(comparison, unsettled, margin)}."
         )
     return " ".join(sentence[0].upper() + sentence[1:] for sentence in said)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The arms a reader may want: of the best figure, the cheapest whose figure is within the margin, and the one that the
+    verdict recommends, which is as good as the best as far as the intervals show."""
+
+    best: str
+    cheapest: str
+    recommended: str
+
+
+def choice(comparison: Comparison) -> Choice | None:
+    """The three arms; None where the best figure is not known or nothing is compared."""
+    summary = comparison.summary
+    arms, best, judge, higher = summary.arms, summary.best, summary.judged_by, summary.better == "higher"
+    if len(arms) < 2 or not known(arms[best].metrics[judge].value):
+        return None
+    margin = margin_of(comparison)
+    top = arms[best].metrics[judge].value
+    near = [arm for arm in arms if abs(top - arms[arm].metrics[judge].value) <= margin + 1e-9]
+    level = [best, *(arm for arm in arms if _standing(arms[arm].against_best, higher, margin) == "level")]
+
+    def price(arm: str) -> tuple[float, float]:
+        return arms[arm].stored_bytes, arms[arm].added_tokens
+
+    return Choice(best, min(near, key=price), min(level, key=price))
 
 
 def margin_of(comparison: Comparison) -> float:
@@ -112,12 +140,12 @@ def _cost(arms: Mapping[str, ArmSummary], best: str, judge: str, higher: bool) -
         sign = 1 if higher else -1
         next_best = max(smaller, key=lambda arm: sign * arms[arm].metrics[judge].value)
         figure = estimate(arms[next_best].metrics[judge])
-        return f" It takes {_kept(arms[best])}; the best of the smaller, {spoken(next_best)}, {figure}, takes {_kept(arms[next_best])}."
+        return f" It takes {cost_of(arms[best])}; the best of the smaller, {spoken(next_best)}, {figure}, takes {cost_of(arms[next_best])}."
     if largest == best or not mine:
-        return f" It takes {_kept(arms[best])}."
+        return f" It takes {cost_of(arms[best])}."
     times = theirs / mine
     return (
-        f" It takes {_kept(arms[best])}, {times:,.0f} times less than {spoken(largest)}."
+        f" It takes {cost_of(arms[best])}, {times:,.0f} times less than {spoken(largest)}."
         if times >= 2
         else ""
     )
@@ -141,7 +169,7 @@ def _by_loss(arms: Mapping[str, ArmSummary], judge: str) -> str:
     )
 
 
-def _kept(arm: ArmSummary) -> str:
+def cost_of(arm: ArmSummary) -> str:
     added = arm.added_tokens
     tokens = f" and {count(added)} more tokens a request" if added else ""
     return f"{size(arm.stored_bytes)} a task{tokens}"
