@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from softprompt.comparison import weights
 from softprompt.comparison.arm import ARMS
 from softprompt.comparison.settings import Job
 from softprompt.data.example import Example, Splits
+from softprompt.data.shots import drawn_shots
 from softprompt.data.template import Template, Text
 from softprompt.errors import DataError
 from softprompt.evaluation.evaluate import judge_rows, wanted_text, written_out
@@ -267,19 +267,7 @@ def draw_examples(train: Sequence[Example], layout: Template, count: int, seed: 
         raise DataError(
             "The arm few-shot writes examples as text, which a chat template does not take. Leave it out."
         )
-    rng = random.Random(f"few-shot/{seed}")
-    shuffled = list(train)
-    rng.shuffle(shuffled)
-    by_answer: dict[str, list[Example]] = {}
-    for one in shuffled:
-        by_answer.setdefault(wanted_text(layout, one), []).append(one)
-    chosen: list[Example] = []
-    while len(chosen) < min(count, len(shuffled)):
-        for rows in by_answer.values():
-            if rows and len(chosen) < count:
-                chosen.append(rows.pop())
-    rng.shuffle(chosen)
-    return chosen
+    return drawn_shots(train, lambda example: wanted_text(layout, example), count, seed)
 
 
 def _text(given: Assignment, text: str, layout: Template | None = None, **about: Any) -> Ready:

@@ -26,6 +26,7 @@ from softprompt.base.rotary import rotary_of
 from softprompt.data.batch import Batch, EncodedSet
 from softprompt.data.encoded import Encoded, EncodedRows
 from softprompt.data.example import Example, Message, Splits
+from softprompt.data.shots import drawn_shots
 from softprompt.data.source import load_splits
 from softprompt.data.template import Field, Soft, Template, Text
 from softprompt.errors import BaseError, DataError
@@ -367,18 +368,7 @@ def _in_front(text: str, layout: Template) -> str:
 
 def few_shot_text(train: Sequence[Example], layout: Template, count: int, seed: int) -> str:
     """`count` training rows with their answers, one after another, each answer about as often as the others."""
-    rng = random.Random(f"few-shot/{seed}")
-    rows = list(train)
-    rng.shuffle(rows)
-    by_answer: dict[str, list[Example]] = {}
-    for example in rows:
-        by_answer.setdefault(example.fields[str(layout.target)], []).append(example)
-    chosen: list[Example] = []
-    while len(chosen) < min(count, len(rows)):
-        for examples in by_answer.values():
-            if examples and len(chosen) < count:
-                chosen.append(examples.pop())
-    rng.shuffle(chosen)
+    chosen = drawn_shots(train, lambda example: example.fields[str(layout.target)], count, seed)
     return "".join(_written_out(layout, example) for example in chosen)
 
 
