@@ -20,6 +20,7 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
 from softprompt.errors import RecipeError, SaveError
 from softprompt.progress.events import Event, Note, Stepped
+from softprompt.report.read import read_runs
 from softprompt.store import artifact
 from softprompt.store.artifact import load_prompt
 from softprompt.tuning.loop import tune
@@ -282,3 +283,41 @@ def test_the_command_goes_on_with_resume_after_kill_9(
         torch.set_num_threads(threads)
     one, other = (next(iter(load_prompt(tmp_path / name).tensors.values())) for name in ("killed", "whole"))
     assert torch.equal(one, other)
+
+
+def killed_in_its_fifth_step(out: Path) -> None:
+    """A run that ends by kill -9 while it learns; for a process of its own."""
+
+    def kill(nll_N: torch.Tensor) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return nll_N
+
+    lm = lm_of()
+    learn(out, "prompt.length=3", lm=lm, loss=breaking_at(lm, 5, kill))
+
+
+def test_the_report_of_a_killed_second_run_shows_nothing_of_the_firsts_prompt(tmp_path: Path) -> None:
+    out = tmp_path / "p"
+    first, _ = learn(out)
+    script = (
+        "import sys, pathlib, test_checkpoint as t; t.killed_in_its_fifth_step(pathlib.Path(sys.argv[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(out)], timeout=200, check=False)
+    assert done.returncode == -signal.SIGKILL
+    # The first run's prompt is whole and usable; the recipe and the events are the second's.
+    assert torch.equal(next(iter(load_prompt(out).tensors.values())), vectors(first))
+    assert "length: 3" in (out / "recipe.yaml").read_text(encoding="utf-8")
+    (shown,) = read_runs([out])
+    assert shown.tuning is not None
+    assert "the prompt in this folder is of a former run" in shown.title
+    assert shown.tuning.length is None
+    assert shown.tuning.metrics == {}
+    assert "length: 3" in shown.tuning.recipe
+    assert {step for series in shown.training for step, _ in series.points} == {1, 2, 3, 4}
+    # A run that ends has all of one kind again, and so has one that was resumed.
+    learn(out, "prompt.length=3", resume=True)
+    (shown,) = read_runs([out])
+    assert shown.title == "p"
+    assert shown.tuning is not None
+    assert shown.tuning.length == 3
+    assert shown.tuning.metrics["steps"] == 12

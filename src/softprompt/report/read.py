@@ -15,6 +15,7 @@ from softprompt.evaluation.metric import METRICS, Confusion
 from softprompt.evaluation.record import read_json, typed
 from softprompt.evaluation.rows import ROWS, SUMMARY, Row, read_rows
 from softprompt.report.curves import EVENTS, read_curves
+from softprompt.store.ownership import run_of
 
 COMPARISON, RECIPE, PROMPT = "comparison.json", "recipe.yaml", "softprompt.json"
 SAMPLES = 24
@@ -124,6 +125,7 @@ class _Notes:
     data: DataFacts = field(default_factory=DataFacts)
     metrics: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    run: str | None = None
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -226,9 +228,15 @@ def _described(about: _About) -> str:
 
 
 def _tuning(folder: Path) -> Run:
-    """A tuning run: its events, and the prompt's own notes."""
+    """A tuning run: its events, and the prompt's own notes.
+
+    A run that was killed before it saved leaves a former run's prompt beside its own recipe and events: that prompt is
+    not shown with them. Folders of version 0.1 have no run id."""
     path = folder / PROMPT
     prompt = typed(_PromptNotes, read_json(path), str(path)) if path.exists() else _PromptNotes()
+    run_id = run_of(folder, "run")
+    if path.exists() and run_id and prompt.notes.run != run_id:
+        prompt = _PromptNotes(f"{folder.name} (not finished; the prompt in this folder is of a former run)")
     recipe = folder / RECIPE
     tuning = Tuning(
         prompt.name or folder.name,

@@ -36,6 +36,8 @@ class RunFolder:
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.recipe, self.path = recipe, folder / METRICS
         self.recorded_bytes = 0
+        self.run = ""
+        """The run's id, which its prompt's notes carry too; empty until `begin`."""
         self._whole = True
         self._waiting = io.BytesIO()
         self._file: IO[bytes] = self._waiting
@@ -51,13 +53,13 @@ class RunFolder:
         make_folder(folder)
         self._lock.take()
         run = run_of(folder, "run") if kept_bytes else ""
-        claim(folder, "run", (RECIPE, METRICS), later=PROMPT_FILES, run=run)
+        self.run = claim(folder, "run", (RECIPE, METRICS), later=PROMPT_FILES, run=run)
         try:
             sweep_drafts(folder, (RECIPE,))
-            replace_file(folder / RECIPE, self.recipe.to_yaml())
             self._file = self.path.open("ab")
             kept_bytes = min(kept_bytes, self.path.stat().st_size)
-            self._file.truncate(kept_bytes)
+            self._file.truncate(kept_bytes)  # first, so that no kill leaves former figures under this recipe
+            replace_file(folder / RECIPE, self.recipe.to_yaml())
             self._file.write(waiting)
             self._file.flush()
         except OSError as error:

@@ -230,7 +230,7 @@ class Run:
                 f"Worse than the base: the prompt's loss is {learner.nll_best:.4f}, that of the base alone "
                 f"{self.nll_base:.4f}. Learn longer (tune.epochs), or from more rows."
             )
-        prompt = as_prompt(plan, learner.best, figures)
+        prompt = as_prompt(plan, learner.best, figures, run=self.log.folder.run)
         save_prompt(prompt, out)
         result = TuneResult(prompt, **figures, prompt_bytes=prompt_bytes(out))
         self.log(Stopped(reason, self.steps_done, learner.best_step, learner.nll_best))
@@ -274,8 +274,10 @@ class Run:
         )
 
 
-def as_prompt(plan: Plan, learned: Plain, figures: Mapping[str, Any]) -> Prompt:
-    """A plain prompt with all that belongs to it: base, template, how it was made and what was measured."""
+def as_prompt(plan: Plan, learned: Plain, figures: Mapping[str, Any], *, run: str = "") -> Prompt:
+    """A plain prompt with all that belongs to it: base, template, how it was made and what was measured.
+
+    `run` is the id of the run, by which the records beside the prompt are known to be its own."""
     common: dict[str, Any] = {
         "base": plan.lm.fingerprint,
         "template": str(plan.template),
@@ -289,6 +291,7 @@ def as_prompt(plan: Plan, learned: Plain, figures: Mapping[str, Any]) -> Prompt:
             },
             "recipe": plan.recipe.model_dump(),
             "versions": versions(),
+            **({"run": run} if run else {}),
         },
     }
     return prompt_of(learned, **common)
