@@ -80,7 +80,7 @@ def long_row(lm: Any, rounds: int) -> dict[str, Any]:
     from softprompt.base.kv import EMPTY
     from softprompt.inference.compiled import compile_prompt
     from softprompt.inference.lanes import Lanes
-    from softprompt.inference.prefill import Row, read_on
+    from softprompt.inference.prefill import PrefillRow, read_on
     from softprompt.inference.running_batch import Running, request
     from softprompt.inference.settings import DecodeSettings
     from softprompt.serving.engine import READ_BESIDE_CPU
@@ -106,7 +106,7 @@ def long_row(lm: Any, rounds: int) -> dict[str, Any]:
     for _ in range(4 * rounds):
         for name, running in kinds.items():
             taken[name].append(cpu_seconds(running.advance))
-        row = Row(EMPTY, tuple(marks(1500)))
+        row = PrefillRow(EMPTY, tuple(marks(1500)))
         taken["a part of a long text"].append(cpu_seconds(lambda row=row: read_on(lm, row, READ_BESIDE_CPU)))
     step = statistics.median(taken["32 short rows"])
     return {
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The engine against transformers' static batch.")
     parser.add_argument("--base", default="builtin", help="A base, or its folder.")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64])
+    parser.add_argument("--rows", type=int, nargs="*", default=[8, 32, 64])
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--name", help="The base's name in the result.")
