@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 FIGURES = HERE / "before_and_after.json"
 PICTURE = HERE.parent / "docs" / "pictures" / "before-after.svg"
 NAMES = {
-    "wording": "the model, best of several wordings",
+    "wording": "the model, its best wording",
     "prompt": "a written instruction",
     "few-shot": "6 examples in front",
     "soft": "soft prompt",
