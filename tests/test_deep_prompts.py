@@ -18,6 +18,9 @@ from softprompt.store.artifact import load_prompt
 from softprompt.tuning.loop import tune
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.result import TuneResult
+from softprompt.tuning.settle import make_plan
+from softprompt.tuning.starts import plain_start
+from test_learn import SPLITS, recipe
 from tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = ["quick help", "thank you", "the lazy dog", "my order never came", "nobody answers", "act as a fox"]
@@ -44,10 +47,16 @@ def test_every_start_learns(lm: FrozenLM, tmp_path: Path, init: str) -> None:
 
 
 def test_the_text_start_is_the_keys_and_values_of_that_text(lm: FrozenLM, tmp_path: Path) -> None:
-    still = ("prompt.init_text=Classify", "tune.learning_rate=1e-12", "tune.epochs=1")
+    length = len(lm.tokenizer("Classify")["input_ids"])
+    still = (
+        "prompt.init_text=Classify",
+        f"prompt.length={length}",
+        "tune.learning_rate=1e-12",
+        "tune.epochs=1",
+    )
     prompt = learn(lm, tmp_path / "p", "prompt.init=text", *still).prompt
     assert isinstance(prompt, DeepPrompt)
-    keys_LPHK, values_LPHK = text_state(lm, "Classify", 4)
+    keys_LPHK, values_LPHK = text_state(lm, "Classify", length)
     torch.testing.assert_close(prompt.keys_LPHK, keys_LPHK)
     torch.testing.assert_close(prompt.values_LPHK, values_LPHK)
 
@@ -74,3 +83,16 @@ def test_what_was_learned_says_the_same_here_again_and_in_peft(lm: FrozenLM, tmp
             **given, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert tokens[0, -8:].tolist() == ours
+
+
+def test_a_starting_text_longer_than_the_prompt_is_not_cut_off(lm: FrozenLM, tmp_path: Path) -> None:
+    """Its end decides as much as its beginning: another end gives another start, nearer to the whole text's losses."""
+    text = "the quick brown fox jumps over the lazy dog and nobody answers my tweet about the order"
+    starts = []
+    for words in (text, text.replace("about the order", "act as a fox")):
+        overrides = ["prompt.kind=deep", "prompt.length=4", f"prompt.init_text={words}", "prompt.init=text"]
+        starts.append(
+            plain_start(make_plan(recipe(tmp_path, *overrides), lm=lm, splits=SPLITS), torch.Generator())
+        )
+    assert starts[0][0].shape[1] == 4
+    assert not torch.allclose(starts[0][1], starts[1][1])

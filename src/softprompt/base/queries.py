@@ -54,7 +54,7 @@ class RecordedQueries:
         if error[0] is None and len(self.seen) != self.layers:
             raise BaseError(
                 f"{self.name}: its attention cannot be looked into, so a context cannot be cut down to the keys that matter. "
-                "Start from its first positions instead (--init first)."
+                "Give a text that is as short as the prompt, or distil with --init first."
             )
 
     def _bloom(self, attention: Any) -> Callable[..., None]:

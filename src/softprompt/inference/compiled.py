@@ -299,6 +299,12 @@ def _head(lm: FrozenLM, compiled: CompiledPrompt) -> list[int]:
     return marks[: State((), (), tuple(others)).shared(marks)]
 
 
+@torch.no_grad()
+def read_ids(lm: FrozenLM, ids: Sequence[int]) -> State:
+    """What the base holds after reading these tokens."""
+    return _read(lm, ids)
+
+
 def _read(lm: FrozenLM, marks: Sequence[int], vectors_PD: Tensor | None = None) -> State:
     if not marks:
         return EMPTY

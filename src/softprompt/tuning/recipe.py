@@ -129,7 +129,11 @@ class PromptSettings(Section):
         "zero. auto means text where `init_text` is given, prompt where `init_from` is, else vocabulary.",
         flag="--init",
     )
-    init_text: str | None = setting(None, "The text whose embeddings `init: text` starts from.")
+    init_text: str | None = setting(
+        None,
+        "The text whose embeddings `init: text` starts from; for a deep prompt that is shorter than the text, the keys "
+        "of it that matter to the training rows.",
+    )
     init_from: list[str] = setting([], "Folders of prompts of the same base to start from.")
     form: Literal["direct", "residual", "mlp", "lstm", "low_rank", "superposition", "multitask"] = setting(
         "direct",

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.inference.compiled import text_state, vectors_state
+from softprompt.inference.compiled import read_ids, text_state, vectors_state
 from softprompt.prompt import init
 from softprompt.prompt.reparam import FORMS, Form, as_plain, as_rows
 from softprompt.prompt.soft_prompt import Plain, SoftPrompt
+from softprompt.tuning.compaction import compact
 from softprompt.tuning.init_from import read_prompts, start_ids, text_ids
 from softprompt.tuning.plan import Plan
+
+COMPACTION_ROWS = 48  # training rows whose queries say which keys of a long text matter
 
 
 def start(plan: Plan) -> Form:
@@ -114,7 +118,14 @@ def _zero(plan: Plan, generator: torch.Generator) -> Plain:
 
 
 def _text_read_by_base(plan: Plan, generator: torch.Generator) -> Plain:
-    return text_state(plan.lm, plan.recipe.prompt.init_text or "", plan.template.soft_length)
+    """What the base holds after reading the text; a text longer than the prompt is cut down to the keys that matter to
+    the training rows, rather than cut off (tuning/compaction.py)."""
+    text, length = plan.recipe.prompt.init_text or "", plan.template.soft_length
+    ids = start_ids(plan.lm, text)
+    if len(ids) <= length:
+        return text_state(plan.lm, text, length)
+    rows = [row.ids for row in islice(plan.train.encoded, COMPACTION_ROWS)]
+    return compact(plan.lm, read_ids(plan.lm, ids), rows, length).plain
 
 
 VECTORS: dict[str, Callable[[Plan, torch.Generator], Tensor]] = {
