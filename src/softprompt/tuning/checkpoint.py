@@ -29,7 +29,7 @@ MAY_DIFFER = {"out", "device", "tune.trackers"}  # settings that do not change w
 
 
 class Checkpoints:
-    """The checkpoints of the run in `out`. What stands in the way of writing one is told, and does not end the run."""
+    """The checkpoints of the run in `out`. A checkpoint that cannot be written is reported and does not end the run."""
 
     def __init__(self, out: Path, settings: TuneSettings, tell: Callable[[str], None]) -> None:
         self.folder = out / FOLDER
@@ -45,7 +45,7 @@ class Checkpoints:
         return time.monotonic() - self.last_time >= self.every_seconds
 
     def keep(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write `state`, then let go of all but the two newest."""
+        """Write `state`, then remove all but the two newest."""
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         content = buffer.getvalue()
@@ -64,16 +64,14 @@ class Checkpoints:
             old.unlink(missing_ok=True)
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest whole one; damaged ones are told of and passed over. None where there is none."""
-        found = self._newest_first()
-        for place, path in enumerate(found):
+        """The newest whole checkpoint; damaged ones are reported and skipped. None where there is none."""
+        paths = self._newest_first()
+        for number, path in enumerate(paths, 1):
             try:
                 state = _read(path)
             except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
                 then = (
-                    "the one before is taken"
-                    if place + 1 < len(found)
-                    else "the run starts from the beginning"
+                    "the one before is taken" if number < len(paths) else "the run starts from the beginning"
                 )
                 self.tell(f"{path} is damaged ({error}): {then}.")
                 continue

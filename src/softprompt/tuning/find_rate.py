@@ -43,9 +43,9 @@ def find_rate(plan: Plan, gradients: Gradients, middle: float) -> Found:
     learners = [Learner(start(plan), tune, rate, steps) for rate in rates]
     broken: set[int] = set()
     for step in range(steps):
-        epoch, place = divmod(step, plan.steps_per_epoch)
+        epoch, batch = divmod(step, plan.steps_per_epoch)
         order = epoch_order(plan.train.lengths, plan.batch_size, seed=tune.seed, epoch=epoch)
-        rows = [plan.train.encoded[index] for index in order[place]]
+        rows = [plan.train.encoded[index] for index in order[batch]]
         going = [number for number in range(len(rates)) if number not in broken]
         losses = gradients([learners[number].form for number in going], [rows] * len(going))
         broken |= {

@@ -17,26 +17,26 @@ def natural_length(recipe: Recipe, lm: FrozenLM | Outline) -> int:
     """As many vectors as what the prompt starts from has."""
     prompt = recipe.prompt
     if prompt.init_from and prompt.init in ("auto", "prompt", "mean", "concatenation"):
-        lengths = [one.length for one in read_prompts(recipe, lm)]
+        lengths = [start.length for start in read_prompts(recipe, lm)]
         return sum(lengths) if prompt.init == "concatenation" else lengths[0]
     return len(start_ids(lm, prompt.init_text)) if prompt.init_text else LENGTH
 
 
 def read_prompts(recipe: Recipe, lm: FrozenLM | Outline) -> list[Prompt]:
     """The prompts that `prompt.init_from` names. Raises WrongBase, DamagedPrompt, or RecipeError for an unfit kind."""
-    found = [load_prompt(path, base=lm.fingerprint) for path in recipe.prompt.init_from]
-    for path, one in zip(recipe.prompt.init_from, found, strict=True):
-        if recipe.prompt.kind == "soft" and not isinstance(one, SoftPrompt):
+    prompts = [load_prompt(path, base=lm.fingerprint) for path in recipe.prompt.init_from]
+    for path, prompt in zip(recipe.prompt.init_from, prompts, strict=True):
+        if recipe.prompt.kind == "soft" and not isinstance(prompt, SoftPrompt):
             raise RecipeError(
                 f"prompt.init_from: {path} is a deep prompt, which has no vectors. Set prompt.kind to deep."
             )
-        moved = recipe.prompt.init == "concatenation" or one.length != found[0].length
-        if moved and len(found) > 1 and not isinstance(one, SoftPrompt):
+        moved = recipe.prompt.init == "concatenation" or prompt.length != prompts[0].length
+        if moved and len(prompts) > 1 and not isinstance(prompt, SoftPrompt):
             raise RecipeError(
-                f"prompt.init_from: {path} is a deep prompt, whose keys belong to their positions, so it can stand at "
+                f"prompt.init_from: {path} is a deep prompt, whose keys belong to their positions, so it works at "
                 "no other. Concatenate soft prompts, or take the mean of deep ones of one length."
             )
-    return found
+    return prompts
 
 
 def start_ids(lm: FrozenLM | Outline, text: str) -> list[int]:

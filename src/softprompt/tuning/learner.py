@@ -114,9 +114,10 @@ class Learner:
         if self.times_lowered == MOST_LOWERED or not self.steps_done:
             return False
         if nll is not None:
-            return not nll <= HELD_OUT_MARGIN * self.nll_start
+            return not nll <= HELD_OUT_MARGIN * self.nll_start  # `not <=`, so that nan counts as risen
         if len(self.recent) < RECENT_STEPS:
             return False
+        # The first batch may be harder than the held-out rows: the higher of the two counts as the start.
         start = max(self.nll_first, self.nll_start)
         return sum(self.recent) / len(self.recent) > TRAINING_MARGIN * start + TRAINING_MARGIN_NATS
 

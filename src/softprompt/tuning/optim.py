@@ -67,8 +67,10 @@ class Muon(OneByOne):
     ) -> None:
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
+        # Nesterov: the momentum takes in this gradient, and the step looks one such update further ahead.
         state["momentum"].lerp_(gradient, 1.0 - MOMENTUM)
         ahead = state["momentum"].lerp(gradient, 1.0 - MOMENTUM)
+        # AdamW's decay: apart from the gradient, scaled by the rate.
         parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
         parameter.sub_(group["lr"] * orthogonalised(ahead, group["parts"]))
 
@@ -79,8 +81,12 @@ def orthogonalised(matrix: Tensor, parts: int = 1) -> Tensor:
     With `parts`, that many matrices [N, M / parts] side by side, each for itself. A vector [M] counts as [1, M]."""
     rows = 1 if matrix.ndim == 1 else len(matrix)
     apart = matrix.reshape(rows, parts, -1).transpose(0, 1)  # [parts, N, M / parts]
+    # matrix = left @ diag(sizes) @ right: the sizes say how much the gradients of all rows have in common.
     left, sizes, right = torch.linalg.svd(apart, full_matrices=False)
+    # 1 for clear directions, falling to 0 for faint ones, which are rounding and would be blown up to full size. The
+    # clamp keeps a matrix of zeros at zero.
     shares = sizes / torch.hypot(sizes, FAINT * sizes[:, :1]).clamp(min=torch.finfo(sizes.dtype).tiny)
+    # A matrix [N, M] of min(N, M) singular values of 1 has a root mean square of 1/sqrt(max(N, M)): scaled to 1.
     even: Tensor = max(apart.shape[1:]) ** 0.5 * (left * shares[:, None]) @ right
     return even.transpose(0, 1).reshape(matrix.shape)
 
@@ -113,9 +119,11 @@ class Adafactor(OneByOne):
         if not state:
             state["step"], state["square"] = torch.tensor(0.0), torch.zeros_like(parameter)
         state["step"] += 1
+        # The mean of squares forgets slower as steps go by: the first step takes it from this gradient alone.
         decay = 1.0 - float(state["step"]) ** -0.8
         state["square"].lerp_(gradient.square() + 1e-30, 1.0 - decay)
         change = gradient * state["square"].rsqrt()
+        # Clipped to a root mean square of 1: a gradient far above its own past moves no further than others.
         change /= change.square().mean().sqrt().clamp(min=1.0)
         parameter.mul_(1.0 - group["weight_decay"]).sub_(group["lr"] * change)
 

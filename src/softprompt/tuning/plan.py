@@ -68,7 +68,7 @@ class Plan:
     @property
     def text_tokens(self) -> int:
         """Tokens of text read in one epoch, virtual ones not counted."""
-        return sum(place < 0 for row in self.train.encoded for place in row.soft)
+        return sum(slot < 0 for row in self.train.encoded for slot in row.soft)
 
     def rows_sha256(self) -> str:
         """Digest of every row that is learned from or judged by, as encoded."""
@@ -80,23 +80,23 @@ class Plan:
         return digest.hexdigest()
 
     def remarks(self) -> list[str]:
-        """What the one who waits should know of the data, in sentences."""
+        """Sentences about the data for the user."""
         train = self.train
-        said = list(self.splits.notes)
+        sentences = list(self.splits.notes)
         if train.truncated:
-            said.append(f"{train.truncated} texts were cut, by {train.cut_tokens} tokens in all.")
+            sentences.append(f"{train.truncated} texts were cut, by {train.cut_tokens} tokens in all.")
         if train.dropped:
-            said.append(f"{train.dropped} rows were left out because they are too long.")
-        said += train.remarks
+            sentences.append(f"{train.dropped} rows were left out because they are too long.")
+        sentences += train.remarks
         contexts = contexts_of(chain(self.train.encoded, self.held_out))
         budget = self.recipe.tune.context_cache_gigabytes
         if contexts and budget:
             need = context_bytes(self.lm, contexts)
-            said.append(
+            sentences.append(
                 f"Text before the soft prompt is read once and kept: {len(contexts)} contexts, "
                 f"{need / GIGABYTE:.2g} GB of at most {budget:.2g} GB "
                 "(tune.context_cache_gigabytes)."
             )
         if self.judged_on == "training":
-            said.append("Nothing is held out: losses before and after are those of the training rows.")
-        return said
+            sentences.append("Nothing is held out: losses before and after are those of the training rows.")
+        return sentences

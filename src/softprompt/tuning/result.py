@@ -45,7 +45,7 @@ class TuneResult:
 
     def to_record(self) -> dict[str, Any]:
         """Every figure as plain data for JSON, by the names of the fields; the prompt itself lies at `path`."""
-        figures = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "prompt"}
+        figures = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "prompt"}
         return {"schema": SCHEMA, **figures}
 
     @property

@@ -80,9 +80,9 @@ class Run:
         if isinstance(self.plan.recipe.tune.learning_rate, str):
             self.learner.learning_rate = measured_rate(self.plan, self.gradients, self.learner.form)
         if self.plan.recipe.tune.learning_rate == "find":
-            found = find_rate(self.plan, self.gradients, self.learner.learning_rate)
-            self.learner.learning_rate = found.rate
-            self.log.note(str(found))
+            search = find_rate(self.plan, self.gradients, self.learner.learning_rate)
+            self.learner.learning_rate = search.rate
+            self.log.note(str(search))
         self._announce()
         self.validate()
 
@@ -112,7 +112,7 @@ class Run:
     def record_step(self, rows: Sequence[Encoded], nll: float, seconds: float | None = None) -> None:
         """Record a step that was taken on `rows`; `seconds` is its share of a pass that several runs take together."""
         plan = self.plan
-        pace = self.log.count(sum(place < 0 for row in rows for place in row.soft), seconds)
+        pace = self.log.count(sum(slot < 0 for row in rows for slot in row.soft), seconds)
         tokens_left = plan.text_tokens * plan.steps / plan.steps_per_epoch - self.log.tokens
         self.log(
             Stepped(

@@ -86,16 +86,16 @@ def _from_prompts(combine: Callable[[Sequence[Tensor], int], Tensor]) -> Callabl
     """A start from learned prompts of the same base: vectors, or what a deep prompt holds."""
 
     def combined(plan: Plan, generator: torch.Generator) -> Plain:
-        found = read_prompts(plan.recipe, plan.lm)
+        prompts = read_prompts(plan.recipe, plan.lm)
         length = plan.template.soft_length
         if plan.recipe.prompt.kind == "soft":
-            return (combine([one.plain[0] for one in found], length),)
+            return (combine([prompt.plain[0] for prompt in prompts], length),)
         deep = [
-            vectors_state(plan.lm, one.embeddings_PD) if isinstance(one, SoftPrompt) else one.plain
-            for one in found
+            vectors_state(plan.lm, prompt.embeddings_PD) if isinstance(prompt, SoftPrompt) else prompt.plain
+            for prompt in prompts
         ]
         layers, _, heads, width = deep[0][0].shape
-        return as_plain(combine([as_rows(one) for one in deep], length), (layers, length, heads, width))
+        return as_plain(combine([as_rows(plain) for plain in deep], length), (layers, length, heads, width))
 
     return combined
 

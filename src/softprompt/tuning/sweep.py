@@ -172,27 +172,27 @@ def sweep(
 
     with shown_runs([trial.name for trial in trials], on_event, progress) as show:
 
-        def tell(place: int, event: Event) -> None:
-            show(trials[going[place]].name, event)
+        def tell(position: int, event: Event) -> None:
+            show(trials[going[position]].name, event)
 
         together = Together(
             [recipes[n] for n in going], lm=lm, splits=splits, loss=loss, on_event=tell, resume=resume
         )
         try:
             for share in shares[records.stretches_done :]:
-                left = [place for place in together.active if trials[going[place]].kept]
+                left = [position for position in together.active if trials[going[position]].kept]
                 for first in range(0, len(left), abreast):
                     together.advance(share, left[first : first + abreast])
                 now = together.losses() if share < 1 else {}  # a stretch may end between two validations
-                for place, n in enumerate(going):
-                    learner = together.runs[place].learner
+                for position, n in enumerate(going):
+                    learner = together.runs[position].learner
                     trials[n] = replace(
                         trials[n],
                         step=learner.steps_done,
                         nll_start=learner.nll_start,
                         nll=math.nan
-                        if place in together.failed
-                        else min(learner.nll_best, now.get(place, math.inf)),
+                        if position in together.failed
+                        else min(learner.nll_best, now.get(position, math.inf)),
                         best_step=learner.best_step,
                     )
                 kept = (
@@ -201,20 +201,22 @@ def sweep(
                 trials = [replace(trial, kept=trial.kept and trial.setting in kept) for trial in trials]
                 together.checkpoint()
                 records.stretch(share, trials)
-                for place, n in enumerate(going):
-                    if not trials[n].kept and place in together.active:
-                        together.drop(place)
+                for position, n in enumerate(going):
+                    if not trials[n].kept and position in together.active:
+                        together.drop(position)
                 on_stretch(trials)
             saved = together.save()
         finally:
             together.close()
-    winner = min((trial.setting for trial in trials if trial.kept), key=lambda one: _rank(trials, one))
+    winner = min(
+        (trial.setting for trial in trials if trial.kept), key=lambda setting: _rank(trials, setting)
+    )
     mine = [trial for trial in trials if trial.setting == winner]
     if not any(math.isfinite(trial.nll) for trial in mine):
         raise next(iter(together.failed.values()), NotFinite("Every trial broke. Lower tune.learning_rate."))
     best = min(mine, key=lambda trial: trial.nll if math.isfinite(trial.nll) else math.inf)
-    place = going.index(trials.index(best))
-    prompt = saved[place].prompt if place in saved else load_prompt(out / TRIALS / best.name)
+    position = going.index(trials.index(best))
+    prompt = saved[position].prompt if position in saved else load_prompt(out / TRIALS / best.name)
     nlls = [trial.nll for trial in mine if math.isfinite(trial.nll)]
     error = statistics.stdev(nlls) / len(nlls) ** 0.5 if len(nlls) > 1 else math.nan
     notes = {**prompt.notes, "sweep": {"setting": list(winner), "trial": best.name, "of": len(settings)}}
@@ -233,7 +235,7 @@ def _rank(trials: Sequence[Trial], setting: Setting) -> float:
 
 def _better_half(trials: Sequence[Trial]) -> set[Setting]:
     going = list(dict.fromkeys(trial.setting for trial in trials if trial.kept))
-    return set(sorted(going, key=lambda one: _rank(trials, one))[: math.ceil(len(going) / 2)])
+    return set(sorted(going, key=lambda setting: _rank(trials, setting))[: math.ceil(len(going) / 2)])
 
 
 class _Records:
@@ -274,7 +276,7 @@ class _Records:
         }
 
     def stretch(self, share: float, trials: Sequence[Trial]) -> None:
-        """Every trial as it stands, and then that the stretch is over."""
+        """Writes every trial's present figures, and then that the stretch is over."""
         lines = [{"event": "Trial", **asdict(trial)} for trial in trials]
         self._write([*lines, {"event": "Stretch", "share": share}], "a")
 

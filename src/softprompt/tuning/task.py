@@ -126,7 +126,7 @@ def task_of(recipe: Recipe, base: FrozenLM | Outline, splits: Splits | None = No
 
 @contextmanager
 def naming_rows(split: str) -> Iterator[None]:
-    """What is refused in the block is told as a fault of that split's rows, which are numbered by themselves."""
+    """Name the split in errors about its rows, which are numbered by themselves."""
     try:
         yield
     except DataError as error:

@@ -37,7 +37,7 @@ from softprompt.tuning.task import read_splits
 class Together:
     """Runs side by side over one base. Take them to a step with `advance`, drop some, go on, `save` the rest.
 
-    Runs whose `forms` share a part stand or fall together: one checkpoint holds them all, at one moment."""
+    Runs whose `forms` share a part resume together: one checkpoint holds them all, at one moment."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Together:
             self._step(rows)
 
     def losses(self) -> dict[int, float]:
-        """Held-out loss of every active run's prompt as it stands; the runs themselves take no note of it."""
+        """Measures the held-out loss of every active run's present prompt; the runs do not record it."""
         runs = [self.runs[number] for number in self.active]
         prompts, rows = [run.learner.snapshot() for run in runs], [run.plan.held_out for run in runs]
         return dict(zip(self.active, self.gradients.losses(prompts, rows) if runs else [], strict=True))
@@ -117,17 +117,17 @@ class Together:
                 self.runs[number].write_checkpoint()
 
     def drop(self, number: int) -> None:
-        """Take a run no further. Its best prompt so far is saved."""
+        """End a run. Its best prompt so far is saved."""
         self.active.remove(number)
         self.runs[number].save("dropped")
         self.runs[number].close()
 
     def save(self) -> dict[int, TuneResult]:
         """Save what is still active, and give it; of runs that broke, the best so far is saved too."""
-        found = {number: self.runs[number].save(self.runs[number].ending) for number in self.active}
+        results = {number: self.runs[number].save(self.runs[number].ending) for number in self.active}
         self._leave(list(self.failed), "failed")
         self.close()
-        return found
+        return results
 
     def leave(self, reason: str) -> None:
         """Save the best so far of every run that has taken a step, as one that ended for `reason`."""
@@ -150,7 +150,7 @@ class Together:
                 if not run.learner.step(nll):
                     raise run.not_finite(rows[number], nll)
                 run.record_step(rows[number], nll, seconds)
-            except SoftPromptError as error:  # this run is over; the others know nothing of it
+            except SoftPromptError as error:  # this run is over; the others continue
                 self.failed[number] = error
                 self.active.remove(number)
         due = [run for number, run in runs.items() if number not in self.failed and run.validation_is_due]
@@ -225,10 +225,10 @@ def _demand_one_base(recipes: Sequence[Recipe]) -> None:
         "tune.gradient_checkpointing",
     ):
         first, *others = map(attrgetter(name), recipes)
-        for one in others:
-            if one != first:
+        for value in others:
+            if value != first:
                 raise RecipeError(
-                    f"{name}: found {first} and {one}, but prompts side by side share one base. Set them alike, or run "
+                    f"{name}: found {first} and {value}, but prompts side by side share one base. Set them alike, or run "
                     "them one after another."
                 )
 
@@ -271,9 +271,9 @@ def tune_tasks(
     """Learn one prompt a task, each a part that all tasks share times a low-rank part of its own (Wang et al. 2023).
 
     The recipes have `prompt.form: multitask`, one kind, length and form_width, and their own data; the shared part
-    starts from the first one's start, follows its rate and stands still when it ends. Each task keeps its own best
-    step, and saves a plain prompt. With `resume`, tasks that were killed go on, all from one moment, as what they were
-    to each other then, in whatever order they are given now."""
+    starts from the first one's start, follows its rate and is frozen when it ends. Each task keeps its own best
+    step, and saves a plain prompt. With `resume`, tasks that were killed continue from one common checkpoint, whatever
+    the order in which they are given."""
 
     def shared(plans: Sequence[Plan]) -> Sequence[Form]:
         first, tune = plans[0], plans[0].recipe
@@ -289,24 +289,24 @@ def tune_tasks(
             plain_start(first, generator), len(plans), tune.prompt.form_width or 1, generator
         )
 
-    for one in recipes:
-        if one.prompt.form != "multitask":
+    for recipe in recipes:
+        if recipe.prompt.form != "multitask":
             raise RecipeError(
-                f"{one.out}: prompt.form: found {one.prompt.form}, wanted multitask as in the other recipes, which "
+                f"{recipe.out}: prompt.form: found {recipe.prompt.form}, wanted multitask as in the other recipes, which "
                 "share a part. Set it for all of them, or learn this one by itself."
             )
     order = _as_they_were(recipes) if resume else list(range(len(recipes)))
     with _shown(recipes, on_event, progress) as show:
-        found = _to_the_end(
+        results = _to_the_end(
             Together(
                 [recipes[number] for number in order],
                 lm=lm,
-                on_event=lambda place, event: show(order[place], event),
+                on_event=lambda position, event: show(order[position], event),
                 resume=resume,
                 forms=shared,
             )
         )
-    return [found[order.index(number)] for number in range(len(recipes))]
+    return [results[order.index(number)] for number in range(len(recipes))]
 
 
 @contextlib.contextmanager
@@ -348,9 +348,9 @@ def _to_the_end(together: Together) -> list[TuneResult]:
         together.leave("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
     else:
-        found = together.save()
+        results = together.save()
     finally:
         together.close()
     if together.failed:
         raise together.failed[min(together.failed)]
-    return [found[number] for number in range(len(together.runs))]
+    return [results[number] for number in range(len(together.runs))]
