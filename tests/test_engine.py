@@ -354,6 +354,26 @@ def test_rows_of_unlike_length_run_in_lanes_each_as_alone(
         assert again.token_ids == row.token_ids
 
 
+@pytest.mark.parametrize("long_first", [True, False])
+def test_many_short_rows_leave_a_long_one_alone_however_they_come(lm: FrozenLM, long_first: bool) -> None:
+    """Each short row alone would add little padding; together they would compute the long one's columns 30 times."""
+    running = Lanes(lm, max_rows=64)
+    base = compile_prompt(lm, None)
+    long = [request(lm, base, LONG, greedy(60))]
+    short = [[request(lm, base, "a", greedy(3))] for _ in range(60)]
+    running._lane_cost = 1_000
+    for joining in [long, *short] if long_first else [*short, long]:
+        running.join(joining)
+    assert len(running._lanes) == 2
+    assert min(len(lane) for lane in running._lanes) <= 1 + 1_000 // 60
+    together = Lanes(lm, max_rows=64)
+    together._lane_cost = 1_000
+    together.join(
+        [request(lm, base, row.row.marks, row.settings) for row in [*long, *(each[0] for each in short)]]
+    )
+    assert sorted(len(lane) for lane in together._lanes) == [1, 60]
+
+
 def test_buffers_shrink_when_a_long_row_has_left(lm: FrozenLM) -> None:
     running = Running(lm, max_rows=8)
     base = compile_prompt(lm, None)

@@ -23,10 +23,20 @@ MAX_LANES = 4
 
 @dataclass
 class _Shape:
-    """Rows of a lane, and its columns."""
+    """Rows of a lane, its columns, and the columns that its rows need."""
 
     rows: int
     columns: int
+    needed: int
+
+    @property
+    def padding(self) -> int:
+        """Columns that a step computes for nothing."""
+        return self.rows * self.columns - self.needed
+
+    def join(self, columns: int) -> _Shape:
+        """The lane with one more row."""
+        return _Shape(self.rows + 1, max(self.columns, columns), self.needed + columns)
 
     def cost_of(self, columns: int) -> int:
         """Columns that a step computes more when a row of that length joins."""
@@ -112,21 +122,23 @@ class Lanes:
         self._lanes = [lane for lane in self._lanes if len(lane)]
 
     def _plan(self, requests: Sequence[Request]) -> dict[int, list[Request]]:
-        """Which requests join which lane, long ones first; a key that is no lane's id stands for a new lane."""
+        """Which requests join which lane, short ones first; a key that is no lane's id stands for a new lane."""
         shapes = {
-            id(lane): _Shape(len(lane), max((one.total for one in lane.requests), default=0))
+            id(lane): _Shape(len(lane), max(totals, default=0), sum(totals))
             for lane in self._lanes
+            for totals in [[one.total for one in lane.requests]]
         }
         plan: dict[int, list[Request]] = {}
-        for request in sorted(requests, key=lambda request: -request.total):
-            best = min(shapes, key=lambda key: shapes[key].cost_of(request.total), default=None)
-            opens = best is None or (
-                shapes[best].cost_of(request.total) > self._lane_cost + request.total
-                and len(shapes) < MAX_LANES
-            )
-            key = -1 - len(shapes) if opens or best is None else best
-            shape = shapes.setdefault(key, _Shape(0, 0))
-            shape.columns = max(shape.columns, request.total)
-            shape.rows += 1
+        for request in sorted(requests, key=lambda request: request.total):
+            total = request.total
+            key = min(shapes, key=lambda key: shapes[key].cost_of(total), default=-1)
+            shape = shapes.get(key, _Shape(0, 0, 0))
+            # All the padding counts, and not this row's alone: many short rows beside a long one add up.
+            padding = shape.join(total).padding
+            adds = padding - shape.padding > total // 2
+            if adds and padding > self._lane_cost and len(shapes) < MAX_LANES:
+                key = -1 - len(shapes)
+                shape = _Shape(0, 0, 0)
+            shapes[key] = shape.join(total)
             plan.setdefault(key, []).append(request)
         return plan

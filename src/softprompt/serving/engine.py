@@ -33,7 +33,7 @@ Compiled: TypeAlias = Callable[[str | None], CompiledPrompt]
 MAX_ROWS = 32
 COMPILED_BYTES = 2 * 10**9  # of compiled prompts that are kept
 # Text positions read between two steps: what running rows wait for. On a CPU about as long as two or three of their steps.
-READ_BESIDE_CPU, READ_BESIDE_GPU = 256, 2048
+READ_BESIDE_CPU, READ_BESIDE_GPU = 192, 2048
 READ_ALONE = 4096  # where no row runs, so that nobody waits
 MAX_SKIPPED = 8  # requests that are looked past in one turn for one that fits
 MAX_PASSED = 64  # rows that may join before one that waits for memory; then it is the next
