@@ -20,7 +20,7 @@ from test_learn import learn, recipe
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "first"
-    learn(folder)
+    learn(folder, "tune.valid_every_steps=3")
     return folder
 
 
