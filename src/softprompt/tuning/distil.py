@@ -199,7 +199,9 @@ def _distil(
     started = time.perf_counter()
     result = tune(plan.recipe, plan=plan, form=form, on_event=on_event, progress=False, resume=resume)
     test = splits.test or splits.validation
-    agreement, agreement_base = _agreements(teacher, result.prompt, test[:JUDGED_QUESTIONS])
+    agreement, agreement_base = _agreements(
+        teacher, result.prompt, test[:JUDGED_QUESTIONS], settings.distil.answer_tokens
+    )
     gold = _gold(teacher, result.prompt, test) if settings.data.target is not None else (math.nan,) * 3
     return DistilResult(
         result.prompt,
@@ -515,9 +517,12 @@ def _part_start(settings: DistilSettings, part: Teacher, lessons: Sequence[Lesso
     return compact(part.lm, state, rows, length, ridge=settings.distil.ridge).plain
 
 
-def _agreements(teacher: Teachers, prompt: Prompt, questions: Sequence[Example]) -> tuple[float, float]:
-    """The share of questions that prompt and bare base answer as the teacher does, greedily, token for token."""
-    decode = DecodeSettings(max_new_tokens=64)
+def _agreements(
+    teacher: Teachers, prompt: Prompt, questions: Sequence[Example], answer_tokens: int
+) -> tuple[float, float]:
+    """The share of questions that prompt and bare base answer as the teacher does, greedily, token for token, in as many
+    tokens as answers were learned."""
+    decode = DecodeSettings(max_new_tokens=answer_tokens)
     wanted = [own[0].ids for own in teacher.answers(questions, decode)]
     bare = compile_prompt(teacher.lm, None, template=teacher.layout)
     shares = []
