@@ -322,7 +322,7 @@ def test_ctrl_c_a_stopped_job_and_a_closed_terminal_keep_the_best_prompt_and_exi
 ) -> None:
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "softprompt", "tune", "--data", "rows.csv", *QUICK, "--epochs", "100000",
-         "--out", "out", "--set", "data.validation=1"],
+         "--out", "out", "--set", "data.validation=1", "--set", "tune.valid_every_steps=2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -63,7 +63,8 @@ def learn(console: Screen, recipe: Recipe, lm: FrozenLM | None = None, *, resume
         except KeyboardInterrupt:
             line(console, asked.RESUME)
             if progress.saved is not None:
-                line(console, f"The prompt so far is kept in {progress.saved}.")
+                best = "best " if progress.judged == "held-out" else ""
+                line(console, f"The {best}prompt so far is kept in {progress.saved}.")
             raise
 
 
