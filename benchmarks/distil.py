@@ -64,7 +64,7 @@ def snips(data: Path, folder: Path) -> dict[str, Any]:
             "validation": 60,
             "test": 120,
         },
-        "distil": {"virtual_tokens": 32, "answer_tokens": 8, "answers": 1, "temperature": 0.0},
+        "distil": {"length": 32, "answer_tokens": 8, "answers": 1, "temperature": 0.0},
     }
 
 
@@ -77,7 +77,7 @@ def bank(data: Path, folder: Path) -> dict[str, Any]:
     return {
         "context": {"instruction": str(folder / "rules.txt")},
         "data": {"source": str(folder / "bank.csv"), "column": "text", "validation": 24, "test": 40},
-        "distil": {"virtual_tokens": 32, "answer_tokens": 48, "answers": 1},
+        "distil": {"length": 32, "answer_tokens": 48, "answers": 1},
     }
 
 
@@ -89,7 +89,7 @@ def factbook(data: Path, folder: Path) -> dict[str, Any]:
     return {
         "context": {"document": str(folder / "article.txt")},
         "data": {"written": 120},
-        "distil": {"virtual_tokens": 32, "answer_tokens": 48, "answers": 1},
+        "distil": {"length": 32, "answer_tokens": 48, "answers": 1},
     }
 
 

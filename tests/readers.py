@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import copy
 import functools
 import gzip
 import io
@@ -134,7 +135,7 @@ def _served() -> Any:
     from softprompt.serving.engine import LocalEngine
     from tiny_models import tiny_model, tiny_tokenizer
 
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())  # the cached one is every test's
     tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
     engine = LocalEngine(FrozenLM.wrap(tiny_model("Llama"), tokenizer, "tiny"), max_rows=2)
     atexit.register(engine.__exit__, None, None, None)

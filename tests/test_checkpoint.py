@@ -302,7 +302,11 @@ def test_the_report_of_a_killed_second_run_shows_nothing_of_the_firsts_prompt(tm
     script = (
         "import sys, pathlib, test_checkpoint as t; t.killed_in_its_fifth_step(pathlib.Path(sys.argv[1]))"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(out)], timeout=200, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent),
+    }  # the script imports this very file
+    done = subprocess.run([sys.executable, "-c", script, str(out)], timeout=200, check=False, env=environment)
     assert done.returncode == -signal.SIGKILL
     # The first run's prompt is whole and usable; the recipe and the events are the second's.
     assert torch.equal(next(iter(load_prompt(out).tensors.values())), vectors(first))

@@ -40,7 +40,7 @@ def settings(folder: Path, **distil_settings: Any) -> DistilSettings:
         "out": str(folder / "out"),
         "context": {"document": str(folder / "context.txt")},
         "data": {"source": str(folder / "q.csv"), "column": "text", "validation": 4},
-        "distil": {"virtual_tokens": 8, "answer_tokens": 6, "answers": 2, **distil_settings},
+        "distil": {"length": 8, "answer_tokens": 6, "answers": 2, **distil_settings},
         "tune": {"epochs": 4, "batch_size": 4, "checkpoint_steps": 2},
     }
     return DistilSettings(**tree)

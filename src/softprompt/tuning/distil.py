@@ -179,15 +179,15 @@ def _distil(
                 "answered by one of them."
             )
         )
-    if settings.distil.virtual_tokens >= teacher.context_positions:
+    if settings.distil.length >= teacher.context_positions:
         raise DataError(
-            f"The context has {teacher.context_positions} positions, which fit into {settings.distil.virtual_tokens} virtual "
+            f"The context has {teacher.context_positions} positions, which fit into {settings.distil.length} virtual "
             "tokens. Set fewer --virtual-tokens, or use the text as it is."
         )
     on_event(
         Note(
-            f"Context: {teacher.context_positions} positions, {settings.distil.virtual_tokens} kept: "
-            f"{teacher.context_positions / settings.distil.virtual_tokens:.1f} times shorter."
+            f"Context: {teacher.context_positions} positions, {settings.distil.length} kept: "
+            f"{teacher.context_positions / settings.distil.length:.1f} times shorter."
         )
     )
     lessons = _lessons(teacher, splits.train, settings)
@@ -208,7 +208,7 @@ def _distil(
         path=result.path,
         base=lm.name,
         context_positions=teacher.context_positions,
-        virtual_tokens=settings.distil.virtual_tokens,
+        virtual_tokens=settings.distil.length,
         questions=len(splits.train),
         held_out=len(test),
         kl_base=result.nll_base,
@@ -433,7 +433,7 @@ def _plan(
         for n, lesson in enumerate(everything)
     ]
     train, held_out = rows[: len(lessons)], rows[len(lessons) :]
-    kind, length = settings.distil.kind, settings.distil.virtual_tokens
+    kind, length = settings.distil.kind, settings.distil.length
     template = Template((Soft(length), *teacher.layout.pieces), teacher.layout.target)
     recipe = Recipe(
         base=settings.base,
@@ -493,7 +493,7 @@ def _context_start(settings: DistilSettings, teacher: Teachers, lessons: Sequenc
     starts, offset = [], 0
     for place, part in enumerate(teacher.parts):
         # Every part gets its share of the positions; its keys are turned to where they stand among the others.
-        length = settings.distil.virtual_tokens * (place + 1) // len(teacher.parts) - offset
+        length = settings.distil.length * (place + 1) // len(teacher.parts) - offset
         own = [lesson for lesson in lessons if teacher.of(lesson.question) is part]
         starts.append(moved(teacher.lm, _part_start(settings, part, own, length), offset))
         offset += length

@@ -62,7 +62,7 @@ class Context(Section):
 class Learning(Section):
     """How the short prompt learns from the long text."""
 
-    virtual_tokens: Annotated[int, Field(ge=2)] = setting(
+    length: Annotated[int, Field(ge=2)] = setting(
         32, "Positions of the short prompt.", flag="--virtual-tokens", elsewhere="num_virtual_tokens"
     )
     init: Literal["compaction", "first", "vocabulary"] = setting(
