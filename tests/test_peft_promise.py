@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -50,7 +51,7 @@ BROKEN = [
 
 
 def base(*, bos: bool = False) -> FrozenLM:
-    tokenizer: PreTrainedTokenizerFast = tiny_tokenizer(bos=bos)
+    tokenizer: PreTrainedTokenizerFast = copy.deepcopy(tiny_tokenizer(bos=bos))
     tokenizer.chat_template = CHATML
     return FrozenLM.wrap(tiny_model("Llama"), tokenizer, "tiny/base")
 
