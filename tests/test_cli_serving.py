@@ -45,13 +45,15 @@ def test_a_prompt_is_published_listed_and_rolled_back(
     assert main(["publish", "nowhere", "x", "--library", "shelf"]) == 2
 
 
-def test_serve_refuses_an_open_door_and_a_missing_prompt_at_once(
+def test_serve_refuses_an_open_door_and_a_missing_prompt_or_library_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["serve", "--host", "0.0.0.0"]) == 2
     assert "--keys" in capsys.readouterr().err
     assert main(["serve", str(tmp_path / "nothing")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
+    assert main(["serve", "--library", str(tmp_path / "nothing")]) == 2
+    assert "Check --library" in capsys.readouterr().err
 
 
 def test_a_talk_switches_prompts_compares_and_is_saved(

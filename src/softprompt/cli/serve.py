@@ -34,6 +34,10 @@ def command(
     for folder in prompts or []:
         if not folder.is_dir():
             raise RecipeError(f"{folder}: there is no such folder. Give folders that `tune` saved.")
+    if settings.library is not None and not Path(settings.library).expanduser().is_dir():
+        raise RecipeError(
+            f"{settings.library}: there is no such folder. `softprompt publish` makes a library. Check --library."
+        )
     if not _is_loopback(settings.host) and settings.keys is None:
         raise RecipeError(
             f"--host {settings.host} can be reached by others, and anybody could use it. Give --keys FILE, or serve on 127.0.0.1."
