@@ -23,7 +23,8 @@ import torch
 
 from machine import describe
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Encoded, collate
+from softprompt.data.batch import collate
+from softprompt.data.encoded import Encoded
 from tuning_vs_peft import base_folder
 
 

@@ -30,7 +30,8 @@ import torch
 
 from machine import describe
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Encoded, collate, epoch_order
+from softprompt.data.batch import collate, epoch_order
+from softprompt.data.encoded import Encoded
 from softprompt.data.example import Example, Splits
 from softprompt.data.source import load_splits
 from softprompt.loss.gradient import Gradients

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from machine import describe, peak_bytes
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Encoded, collate
+from softprompt.data.batch import collate
+from softprompt.data.encoded import Encoded
 from tuning_vs_peft import tokenizer_folder
 
 MIDDLE = {"length": 20, "text": 64, "batch": 4, "vocabulary": 32_000, "layers": 2}

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from softprompt import FrozenLM, SoftPrompt, Template, generate, load_splits, save_prompt
-from softprompt.data.batch import Layout, collate, encode_all
+from softprompt.data.batch import collate, encode_all
+from softprompt.data.layout import Layout
 from softprompt.prompt.init import sampled_vocabulary
 
 lm = FrozenLM.load("builtin")

@@ -7,8 +7,10 @@ from typing import Any
 
 from softprompt.data import batch
 from softprompt.data import preview as previews
-from softprompt.data.batch import Encoded, EncodedSet, Layout, View, to_learn
+from softprompt.data.batch import EncodedSet
+from softprompt.data.encoded import Encoded
 from softprompt.data.example import Example
+from softprompt.data.layout import Layout, View, to_learn
 from softprompt.data.preview import Preview
 from softprompt.data.template import Template
 

@@ -16,7 +16,8 @@ import safetensors.torch
 import torch
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Encoded, collate
+from softprompt.data.batch import collate
+from softprompt.data.encoded import Encoded
 from softprompt.errors import DamagedPrompt, PromptError, SaveError, WrongBase
 from softprompt.prompt.soft_prompt import DeepPrompt, Fingerprint, Plain, SoftPrompt
 from softprompt.store import artifact

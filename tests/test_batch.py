@@ -14,9 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layouts import encode, encode_all
-from softprompt.data.batch import Encoded, TooLong, Unlabelled, collate, epoch_order, to_answer, to_judge
-from softprompt.data.encoded import EncodedRows
+from softprompt.data.batch import collate, epoch_order
+from softprompt.data.chat import Unlabelled
+from softprompt.data.encoded import Encoded, EncodedRows
 from softprompt.data.example import Example, Message
+from softprompt.data.layout import TooLong, to_answer, to_judge
 from softprompt.data.source import load_splits
 from softprompt.data.template import Template
 from softprompt.data.tokenizer import special_tokens_of

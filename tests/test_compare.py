@@ -21,7 +21,8 @@ from softprompt.comparison.compare import compare
 from softprompt.comparison.records import ArmResult, Comparison
 from softprompt.comparison.settings import CompareSettings, Job
 from softprompt.comparison.summary import summarise
-from softprompt.data.batch import Batch, Encoded
+from softprompt.data.batch import Batch
+from softprompt.data.encoded import Encoded
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import DataError, NotFinite, RecipeError, SoftPromptError

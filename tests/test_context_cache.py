@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Encoded, collate
+from softprompt.data.batch import collate
+from softprompt.data.encoded import Encoded
 from softprompt.data.example import Example, Splits
 from softprompt.loss.context_cache import context_bytes, contexts_of
 from softprompt.loss.fast import FastLoss

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.comparison.arms import Assignment, few_shot, prompt
 from softprompt.comparison.settings import CompareSettings, Job
-from softprompt.data.batch import Layout, to_learn
 from softprompt.data.default_template import ColumnChat, input_columns
 from softprompt.data.example import Example, Splits
+from softprompt.data.layout import Layout, to_learn
 from softprompt.errors import DataError
 from softprompt.evaluation.judge import evaluate
 from softprompt.evaluation.settings import JudgedData, JudgeSettings

@@ -141,7 +141,7 @@ def test_judging_counts_what_was_learned(says: Callable[[FrozenLM, str], None]) 
     metrics = metrics_named(["accuracy"])
     prompt = compile_prompt(lm, None, template=template)
     result = judge_rows(predictor(lm, prompt, template, metrics, asking), rows, metrics, template)
-    assert result.rows[0].said == "pos"
+    assert result.rows[0].answer == "pos"
     assert result.estimates["accuracy"].value == 1.0
     assert result.rows[0].finish_reason == "stop"
 

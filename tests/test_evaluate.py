@@ -125,7 +125,7 @@ def test_a_label_is_ranked_by_its_likelihood_and_calibration_takes_its_bias_away
     ).rows
     for row in rows:
         assert row.scores is not None
-        assert row.said == max(labels, key=row.scores.__getitem__)
+        assert row.answer == max(labels, key=row.scores.__getitem__)
         assert row.scores[row.wanted] == pytest.approx(-row.nll, rel=1e-4)
     weighed = JudgeSettings(answers="rank", labels=list(labels), calibrate=True)
     after = judge_rows(predictor(lm, base, LABELLED, metrics, weighed), ROWS, metrics, LABELLED).rows
@@ -135,7 +135,7 @@ def test_a_label_is_ranked_by_its_likelihood_and_calibration_takes_its_bias_away
     for row in after:
         assert row.scores is not None
         scores = row.scores
-        assert row.said == max(labels, key=lambda label: scores[label] - bias[label])
+        assert row.answer == max(labels, key=lambda label: scores[label] - bias[label])
 
 
 def test_answers_are_generated_with_room_for_the_longest_wanted_one_and_end_at_a_line(lm: FrozenLM) -> None:
@@ -168,7 +168,7 @@ class Fake:
         if self.breaks_at in [one.row for one in examples]:
             raise KeyboardInterrupt
         self.asked += [one.row for one in examples]
-        return [Answer(said=one.fields["label"], nll=1.0, tokens=2, text_bytes=4) for one in examples]
+        return [Answer(text=one.fields["label"], nll=1.0, tokens=2, text_bytes=4) for one in examples]
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_row_comes_back_from_its_line_as_it_was() -> None:
     again = Row.from_json(row.to_json())
     assert math.isnan(again.nll)
     assert again.scores == row.scores
-    assert (again.index, again.row, again.input, again.said) == (3, 7, "Tweet: ü\n", None)
+    assert (again.index, again.row, again.input, again.answer) == (3, 7, "Tweet: ü\n", None)
 
 
 def test_the_default_metrics_suit_the_task() -> None:
@@ -449,7 +449,7 @@ def test_a_label_that_the_tokenizer_alters_is_judged_in_its_altered_form(
     data = [{"text": "thank you", "label": label} for label in LOSSY_LABELS]
 
     def answering(*arguments: object, **settings: object) -> Callable[[Sequence[Example]], list[Answer]]:
-        return lambda examples: [Answer(said=spoken(example.fields["label"])) for example in examples]
+        return lambda examples: [Answer(text=spoken(example.fields["label"])) for example in examples]
 
     monkeypatch.setattr(judge, "predictor", answering)
     result = evaluate(
@@ -486,7 +486,7 @@ def test_a_ranked_label_is_said_in_the_form_that_it_is_judged_in(lossy_lm: Froze
         assert row.scores is not None
         assert set(row.scores) == set(LOSSY_LABELS)
         likeliest = max(row.scores, key=row.scores.__getitem__)
-        assert row.said == without_case_width_and_accents(likeliest)
+        assert row.answer == without_case_width_and_accents(likeliest)
         right += likeliest == label
     assert [row.wanted for row in result.rows] == [without_case_width_and_accents(x) for x in LOSSY_LABELS]
     assert result.estimates["accuracy"].value == pytest.approx(right / 3)

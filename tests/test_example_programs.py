@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from softprompt import FrozenLM, Template, load_prompt, load_splits
-from softprompt.data.batch import Layout, collate, encode_all
+from softprompt.data.batch import collate, encode_all
+from softprompt.data.layout import Layout
 from softprompt.tuning.loop import tune
 from softprompt.tuning.recipe import Recipe
 

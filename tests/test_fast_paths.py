@@ -10,7 +10,8 @@ from torch import Tensor
 
 from softprompt.base import hardware as rates
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Batch, Encoded, collate
+from softprompt.data.batch import Batch, collate
+from softprompt.data.encoded import Encoded
 from softprompt.loss import body as learning_body
 from softprompt.loss import fast
 from softprompt.loss.fast import FastLoss

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Batch, Encoded, collate
+from softprompt.data.batch import Batch, collate
+from softprompt.data.encoded import Encoded
 from softprompt.errors import BaseError, PromptError
 from tiny_models import tiny_model, tiny_tokenizer
 

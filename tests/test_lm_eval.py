@@ -121,7 +121,7 @@ def test_the_harness_and_our_own_evaluate_agree_on_banking77(
             assert told == pytest.approx([judged.scores[choice] for choice in choices], rel=1e-4)
     else:
         for row, judged in zip(rows, ours.rows, strict=True):
-            assert by_text[row["text"]]["filtered_resps"] == [judged.said]
+            assert by_text[row["text"]]["filtered_resps"] == [judged.answer]
 
 
 def test_rolling_text_is_scored_whole_under_a_prompt(lm: FrozenLM, prompt: SoftPrompt) -> None:

@@ -259,7 +259,7 @@ def test_bleu_and_chrf_take_the_rows_of_one_input_as_its_references() -> None:
     metrics = metrics_named(["bleu", "chrf", "rouge_l"])
 
     def answer(asked: Sequence[Example]) -> list[Answer]:
-        return [Answer(said=said[example.fields["x"]]) for example in asked]
+        return [Answer(text=said[example.fields["x"]]) for example in asked]
 
     judged = judge_rows(answer, examples, metrics, layout)
     streams = [[wanted[x][place] for x in "ab"] for place in range(2)]
@@ -300,7 +300,7 @@ def test_bleu_and_chrf_take_a_column_of_lists_as_references(tmp_path: Path, rows
     layout = Template.parse("{x} {y}", target="y")
 
     def answer(asked: Sequence[Example]) -> list[Answer]:
-        return [Answer(said=SPOKEN[example.fields["x"]]) for example in asked]
+        return [Answer(text=SPOKEN[example.fields["x"]]) for example in asked]
 
     judged = judge_rows(answer, examples, metrics_named(["bleu", "chrf", "rouge_l"]), layout)
     streams = [[REFERENCES[x][place] for x in "ab"] for place in range(2)]

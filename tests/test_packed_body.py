@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Encoded, collate
+from softprompt.data.batch import collate
+from softprompt.data.encoded import Encoded
 from softprompt.loss import fast, packed_body
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.gradient import Loss

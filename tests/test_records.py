@@ -138,7 +138,7 @@ def test_rows_are_records_however_many_line_separators_their_texts_hold(tmp_path
     assert read_rows(tmp_path / "rows.jsonl") == rows
     again = RowFile(tmp_path, "digest")
     again.close()
-    assert again.known == dict(enumerate(rows))
+    assert again.judged == dict(enumerate(rows))
 
 
 def test_what_is_not_known_is_null_and_comes_back_as_nan() -> None:

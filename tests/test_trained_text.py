@@ -13,8 +13,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layouts import encode, encode_all, preview
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Encoded, Unlabelled, to_answer
+from softprompt.data.chat import Unlabelled
+from softprompt.data.encoded import Encoded
 from softprompt.data.example import Example, Message, Splits
+from softprompt.data.layout import to_answer
 from softprompt.data.source import load_splits
 from softprompt.data.template import Template
 from softprompt.data.tokenizer import special_tokens_of, surviving, tokens

@@ -1,4 +1,4 @@
-"""Everything softprompt refuses, as one tree. Each leaf is a standard error too, and carries the exit code of the CLI.
+"""The tree of all errors. Each leaf is a standard error too, and carries the exit code of the command line.
 
     SoftPromptError                     1   any failure that has no code of its own
     ├── RecipeError    (ValueError)     2   a setting that is unknown, of the wrong kind, or contradicts another
@@ -10,7 +10,7 @@
     │   ├── WrongBase                   5   it was learned on another base
     │   └── DamagedPrompt               5   its files are incomplete, of the wrong shape or not finite
     ├── NotFinite      (ArithmeticError) 1  the loss or its gradient became NaN or infinite
-    ├── SaveError      (OSError)        1   nothing was written, or the former version still stands
+    ├── SaveError      (OSError)        1   nothing was written; the former version, if any, is unchanged
     └── GateFailed                    100   a measured figure is under the demanded one
 
 A message says what was found, what was wanted and what to do next.
@@ -19,6 +19,8 @@ A message says what was found, what was wanted and what to do next.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 MAX_WORD = 300  # characters; only a path or what a hostile file spells is longer
 MAX_MESSAGE = 8000  # a recipe may have a hundred mistakes, a line each
@@ -85,3 +87,16 @@ def first_line(error: BaseException) -> str:
     """The first line of what an error says; its class where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def nearest(name: str, names: Iterable[str], likeness: float = 0.6) -> str | None:
+    """The one of `names` most like `name`, in any case of letters; None where none reaches `likeness`, from 0 to 1."""
+    by_lower = {candidate.lower(): candidate for candidate in names}
+    near = get_close_matches(name.lower(), list(by_lower), n=1, cutoff=likeness)
+    return by_lower[near[0]] if near else None
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A question that offers the nearest known name, ` Did you mean 'label'?`; "" when none is near."""
+    near = nearest(name, names)
+    return "" if near is None else f" Did you mean '{near}'?"

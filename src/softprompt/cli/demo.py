@@ -175,7 +175,8 @@ def preview(console: Screen, lm: FrozenLM, recipe: Recipe, rows: int) -> None:
 
 def held_out(lm: FrozenLM, prompt: Prompt) -> tuple[float, float, int]:
     """Loss of the base alone and with the prompt, on the same tokens of the test rows, which chose nothing."""
-    from softprompt.data.batch import Layout, encode_all, to_judge
+    from softprompt.data.batch import encode_all
+    from softprompt.data.layout import Layout, to_judge
     from softprompt.data.source import load_splits
     from softprompt.data.template import Template
     from softprompt.loss.fast import FastLoss

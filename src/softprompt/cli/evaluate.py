@@ -55,7 +55,7 @@ def command(
             "--resume: there is nothing to go on with, since rows are kept only with --out FOLDER."
         )
     asked.demand_folders([] if prompt_folder is None else [prompt_folder])
-    from softprompt.evaluation.judge import evaluate, recorded_place
+    from softprompt.evaluation.judge import evaluate, with_recorded_hardware
     from softprompt.inference.compiled import TextPrompt
     from softprompt.store.artifact import load_prompt
 
@@ -66,7 +66,7 @@ def command(
     try:
         evaluation = evaluate(
             prompt_folder if text is None else TextPrompt(text),
-            base=asked.load_base(recorded_place(base, *prompts), *prompts),
+            base=asked.load_base(with_recorded_hardware(base, *prompts), *prompts),
             settings=settings,
             reading=rows.data,
             extra_metrics=[metric.name for metric, _ in gates],

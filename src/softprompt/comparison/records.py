@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+from pydantic import AliasChoices, Field
 
 from softprompt.comparison.settings import CompareSettings
 from softprompt.evaluation.interval import Difference
@@ -102,7 +104,7 @@ class Continued:
     """The start of a text and how an arm continued it."""
 
     input: str
-    said: str
+    text: Annotated[str, Field(validation_alias=AliasChoices("text", "said"))]  # said: in 0.1
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from typing import Annotated, Any, Self, TypeAlias
 from pydantic import Field, model_validator
 
 from softprompt.comparison.arm import ARMS, ArmName
-from softprompt.data.template import did_you_mean
-from softprompt.errors import DataError, RecipeError, SoftPromptError
+from softprompt.errors import DataError, RecipeError, SoftPromptError, did_you_mean
 from softprompt.evaluation.record import read_json
 from softprompt.evaluation.settings import Count, JudgeSettings, NotNegative
 from softprompt.settings.table import setting

@@ -13,9 +13,8 @@ from softprompt.data.example import EXAMPLE_REFERENCES, Example, Message, Shape
 from softprompt.data.examples import Examples
 from softprompt.data.files import Number, Raw
 from softprompt.data.shapes import CHAT_COLUMNS, SHAPES, filled, shape_of
-from softprompt.data.template import did_you_mean
 from softprompt.data.turns import messages_of, refuse_broken, tools_of
-from softprompt.errors import DataError
+from softprompt.errors import DataError, did_you_mean
 
 _MISSING = object()
 
@@ -106,7 +105,7 @@ class Columns:
             wanted.append(("references", self.references))
         for field, column in wanted:
             if _reach(raw, column) is _MISSING:
-                known = [str(key) for key in raw]
+                names = [str(key) for key in raw]
                 setting = {
                     self.column: "data.column",
                     self.messages: "data.messages",
@@ -115,8 +114,8 @@ class Columns:
                 if field == self.target == column:
                     setting = "data.target"
                 raise DataError(
-                    f"{name} has no column {column!r}; it has: {', '.join(known) or 'none'}."
-                    f"{did_you_mean(column, known)} Change {setting}."
+                    f"{name} has no column {column!r}; it has: {', '.join(names) or 'none'}."
+                    f"{did_you_mean(column, names)} Change {setting}."
                 )
 
     def _references(self, raw: Raw, where: str) -> tuple[str, ...]:

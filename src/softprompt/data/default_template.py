@@ -95,8 +95,8 @@ class ColumnChat:
         pieces: list[Piece] = [*self.user.pieces, Field(self.target)]
         turns: list[dict[str, str]] = []
         for shot in shots:
-            said = front + "".join(_written(piece, shot) for piece in self.user.pieces)
-            turns += [{"role": "user", "content": said}]
+            question = front + "".join(_written(piece, shot) for piece in self.user.pieces)
+            turns += [{"role": "user", "content": question}]
             turns += [{"role": "assistant", "content": shot.fields[self.target]}]
             front = ""
         # Each field is one private mark in the rendering, which is then cut there.
@@ -120,8 +120,8 @@ class ColumnChat:
         if parts[-1].strip():
             parts[-1] = parts[-1].rstrip()  # the closing mark, without the line break before a next turn
         cut: list[Piece] = []
-        for place, part in enumerate(parts):
-            if place % 2:
+        for number, part in enumerate(parts):
+            if number % 2:
                 cut.append(pieces[int(part)])
             elif part:
                 cut.append(Text(part))

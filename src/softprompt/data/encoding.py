@@ -11,8 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from softprompt.data.template import did_you_mean
-from softprompt.errors import DataError
+from softprompt.errors import DataError, did_you_mean
 
 CESU_8 = "cesu-8"  # not a codec of Python's: UTF-8 whose characters beyond U+FFFF are two halves of three bytes each
 

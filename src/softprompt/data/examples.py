@@ -49,15 +49,15 @@ class _Store:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def example(self, place: int) -> Example:
-        names = self._names[self._row_names[place]]
-        cells = self._cells[self._row_cells[place] : self._row_cells[place + 1]]
-        more = self._row_more[place]
+    def example(self, position: int) -> Example:
+        names = self._names[self._row_names[position]]
+        cells = self._cells[self._row_cells[position] : self._row_cells[position + 1]]
+        more = self._row_more[position]
         turns, references = (None, ()) if more == _NOTHING else _read_more(self._text(more))
         return Example(
             {name: self._text(number) for name, number in zip(names, cells, strict=True)},
             turns,
-            self._rows[place],
+            self._rows[position],
             references,
         )
 
@@ -142,8 +142,8 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | Examples:
         if isinstance(index, slice):
             return self.select(range(*index.indices(len(self))))
-        place: int = self._places[index]
-        return self._store.example(place)
+        position: int = self._places[index]
+        return self._store.example(position)
 
     def __iter__(self) -> Iterator[Example]:
         return map(self._store.example, self._places)

@@ -132,8 +132,8 @@ def split_mapping(source: object, aliases: Iterable[str]) -> bool:
         return False
     if package_of(source) == "datasets":
         return True
-    known = set(aliases)
-    return all(name in known for name in source) and not any(
+    expected = set(aliases)
+    return all(name in expected for name in source) and not any(
         value is None or isinstance(value, (str, bytes, int, float, Example)) for value in source.values()
     )
 
@@ -164,7 +164,7 @@ def _pandas_rows(frame: Any, name: str) -> Iterator[Raw]:
     names = [str(column) for column in frame.columns]
     for start in range(0, len(frame), _FRAME_ROWS):
         part = frame.iloc[start : start + _FRAME_ROWS]
-        columns = [part.iloc[:, place].astype(object).tolist() for place in range(len(names))]
+        columns = [part.iloc[:, column].astype(object).tolist() for column in range(len(names))]
         for cells in zip(*columns, strict=True):
             yield dict(zip(names, cells, strict=True))
 

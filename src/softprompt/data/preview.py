@@ -8,18 +8,12 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Literal
 
-from softprompt.data.batch import (
-    Encoded,
-    Layout,
-    TooLong,
-    Unlabelled,
-    altered_remark,
-    to_learn,
-    typed_start_remark,
-)
-from softprompt.data.encoded import EncodedRows
+from softprompt.data.batch import altered_remark, typed_start_remark
+from softprompt.data.chat import Unlabelled
+from softprompt.data.encoded import Encoded, EncodedRows
 from softprompt.data.ending import ending_of, remark
 from softprompt.data.example import Example
+from softprompt.data.layout import Layout, TooLong, to_learn
 from softprompt.data.template import Template
 from softprompt.data.tokenizer import Tokenizer, special_spans
 from softprompt.errors import DataError

@@ -17,8 +17,7 @@ from softprompt.data.example import Example, Splits
 from softprompt.data.files import Raw, data_suffix, named_classes, quiet_datasets, read_file, refuse_special
 from softprompt.data.held_out import Draw, default_count, how_many
 from softprompt.data.memory import MemoryRows, Source, checked, package_of, split_mapping
-from softprompt.data.template import did_you_mean
-from softprompt.errors import DataError, SoftPromptError
+from softprompt.errors import DataError, SoftPromptError, did_you_mean
 
 BUILTIN = Path(__file__).parent / "builtin"
 
@@ -366,12 +365,12 @@ def _repeated(train: Iterable[Example], held: Iterable[Example], part: str) -> l
 
 def _split_name(wanted: str, origin: _Origin) -> str:
     """Find the source's own name of a split. Raises DataError, naming those it has."""
-    known = origin.splits()
+    splits = origin.splits()
     alike = next((names for names in _ALIASES.values() if wanted in names), ())
     for name in (wanted, *alike):
-        if name in known:
+        if name in splits:
             return name
-    if isinstance(origin, _Files) and known == ("train",):
+    if isinstance(origin, _Files) and splits == ("train",):
         beside = next((path for paths in origin.by_split.values() for path in paths), Path()).with_stem(
             wanted
         )
@@ -381,18 +380,18 @@ def _split_name(wanted: str, origin: _Origin) -> str:
             "Give a file, a number of rows such as 50, or a share such as 0.1."
         )
     raise DataError(
-        f"{origin.name} has no split {wanted!r}; it has: {', '.join(known)}.{did_you_mean(wanted, known)}"
+        f"{origin.name} has no split {wanted!r}; it has: {', '.join(splits)}.{did_you_mean(wanted, splits)}"
     )
 
 
 def _builtin(name: str, notes: list[str]) -> _Origin:
-    known = sorted(
+    bundled = sorted(
         path.stem for path in BUILTIN.glob("*") if path.suffix == ".csv" or (path / "train.csv").is_file()
     )
-    if name not in known:
+    if name not in bundled:
         raise DataError(
-            f"builtin:{name} is not bundled; these are: {', '.join(f'builtin:{stem}' for stem in known)}."
-            f"{did_you_mean(name, known)}"
+            f"builtin:{name} is not bundled; these are: {', '.join(f'builtin:{stem}' for stem in bundled)}."
+            f"{did_you_mean(name, bundled)}"
         )
     if (BUILTIN / f"{name}.csv").is_file():
         return _Files(f"builtin:{name}", {"train": (BUILTIN / f"{name}.csv",)}, "utf-8", notes)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from softprompt.data.example import Example, Message
-from softprompt.errors import DataError, RecipeError
+from softprompt.errors import DataError, RecipeError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -122,13 +121,6 @@ class Template:
                 case Soft(length):
                     written.append(f"{{soft:{length}}}")
         return "".join(written)
-
-
-def did_you_mean(name: str, known: tuple[str, ...] | list[str]) -> str:
-    """Suggest the known name nearest to `name`, as ` Did you mean 'label'?`; "" when none is near."""
-    by_lower = {other.lower(): other for other in known}
-    near = get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.6)
-    return f" Did you mean '{by_lower[near[0]]}'?" if near else ""
 
 
 _Open = Text | Field | Messages | Soft | None  # None: a bare {soft}, its length not known yet

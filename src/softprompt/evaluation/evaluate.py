@@ -1,6 +1,6 @@
-"""Judging: a predictor and examples to figures, with every row kept.
+"""Judging: from a predictor and examples to figures, with every row kept.
 
-The seam is one function: `predict` takes examples and gives an Answer for each, so a fake is a lambda. No torch here.
+The seam is one function: `predict` takes examples and returns an Answer for each, so a fake is a lambda. No torch here.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from softprompt.evaluation.metric import METRICS, Confusion, Estimate, Metric, c
 from softprompt.evaluation.record import SCHEMA, write_json
 from softprompt.evaluation.rows import SUMMARY, Row, RowFile
 
-CHUNK = 64  # rows between two writes: what a kill can cost
+CHUNK = 64  # rows between two writes: at most so many are lost in a kill
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a predictor has to say on one example; fields as in Row."""
+    """A predictor's result on one example; `text` is None where only the loss was measured. Other fields as in Row."""
 
-    said: str | None = None
+    text: str | None = None
     nll: float = math.nan
     tokens: int = 0
     text_bytes: int = 0
@@ -45,7 +45,7 @@ Predict = Callable[[Sequence[Example]], Sequence[Answer]]
 class Evaluation:
     """Every row, and a figure for every metric.
 
-    `reused` rows came from a former, unfinished run. `about` holds what the answers depend on: base, prompt, template,
+    `reused` rows came from an earlier, unfinished run. `about` holds what the answers depend on: base, prompt, template,
     data and settings."""
 
     rows: tuple[Row, ...]
@@ -89,21 +89,21 @@ def judge_rows(
     chunk: int = CHUNK,
     as_learned: Callable[[str], str] = lambda text: text,
 ) -> Evaluation:
-    """Judge every example by what `predict` answers.
+    """Judges every example by the answer that `predict` gives.
 
-    `as_learned` gives the form of a wanted text that the base can be taught to say: a tokenizer may change letters.
-    With `out`, rows are kept in `out`/rows.jsonl as they come, and the figures with `about` in `out`/evaluation.json.
-    `about` holds all that the answers depend on: a folder that was begun with the same is gone on with, and one of
-    another evaluation is refused with DataError.
+    `as_learned` turns a wanted text into the form that the base's tokenizer can write: it may change letters.
+    With `out`, rows are appended to `out`/rows.jsonl, and the figures with `about` are written to `out`/evaluation.json.
+    `about` holds everything that the answers depend on: a folder of the same evaluation is continued, one of another
+    evaluation is refused with DataError.
     """
     if not examples:
         raise DataError("There is no example to judge on. Name another split or file.")
     started = time.perf_counter()
     about = about or {}
     keep = None if out is None else RowFile(out, digest_of(about, examples))
-    known = dict(keep.known) if keep else {}
-    reused = len(known)
-    todo = [index for index in range(len(examples)) if index not in known]
+    rows_by_index = dict(keep.judged) if keep else {}
+    reused = len(rows_by_index)
+    todo = [index for index in range(len(examples)) if index not in rows_by_index]
     wanted = [as_learned(wanted_text(layout, example)) for example in examples]
     further = [tuple(map(as_learned, example.references)) for example in examples]
     several = _references(examples, layout, wanted, further)
@@ -118,14 +118,14 @@ def judge_rows(
                 )
                 for index, answer in zip(indices, answers, strict=True)
             ]
-            known.update((row.index, row) for row in rows)
+            rows_by_index.update((row.index, row) for row in rows)
             if keep:
                 keep.add(rows)
-            on_progress(len(known), len(examples))
+            on_progress(len(rows_by_index), len(examples))
     finally:
         if keep:
             keep.close()
-    ordered = tuple(known[index] for index in range(len(examples)))
+    ordered = tuple(rows_by_index[index] for index in range(len(examples)))
     estimates = {metric.name: metric.estimate(ordered) for metric in metrics}
     labelled = {"accuracy", "macro_f1"} & set(estimates)
     table = confusion(ordered) if labelled else None
@@ -136,8 +136,9 @@ def judge_rows(
 
 
 def judged(index: int, example: Example, layout: Template, answer: Answer, wanted: str) -> Row:
-    """A row: the example as text, and the answer to it."""
-    return Row(index, example.row, shown_input(layout, example), wanted, **vars(answer))
+    """A row of the file: the example as text, and the answer to it."""
+    fields = {"answer" if name == "text" else name: value for name, value in vars(answer).items()}
+    return Row(index, example.row, shown_input(layout, example), wanted, **fields)
 
 
 def _references(
@@ -150,11 +151,11 @@ def _references(
     other rows with the same input."""
     if layout.target is None:
         return {}
-    asked: dict[str, list[int]] = {}
+    rows_of_input: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
-        asked.setdefault(shown_input(layout, example), []).append(index)
+        rows_of_input.setdefault(shown_input(layout, example), []).append(index)
     several: dict[int, dict[str, Any]] = {}
-    for indices in asked.values():
+    for indices in rows_of_input.values():
         texts = tuple(dict.fromkeys(text for index in indices for text in (wanted[index], *further[index])))
         if len(texts) > 1:
             for index in indices:
@@ -162,41 +163,41 @@ def _references(
     return several
 
 
-def as_record(found: Evaluation) -> dict[str, Any]:
+def as_record(evaluation: Evaluation) -> dict[str, Any]:
     """The figures as plain data, for a file or a report."""
     return {
         "schema": SCHEMA,
         "kind": "evaluation",
-        "rows": len(found.rows),
-        "reused": found.reused,
-        "seconds": found.seconds,
+        "rows": len(evaluation.rows),
+        "reused": evaluation.reused,
+        "seconds": evaluation.seconds,
         "metrics": {
-            name: {**asdict(one), "unit": METRICS[name].unit, "better": METRICS[name].better}
-            for name, one in found.estimates.items()
+            name: {**asdict(estimate), "unit": METRICS[name].unit, "better": METRICS[name].better}
+            for name, estimate in evaluation.estimates.items()
         },
-        "confusion": None if found.confusion is None else asdict(found.confusion),
+        "confusion": None if evaluation.confusion is None else asdict(evaluation.confusion),
     }
 
 
 def wanted_text(layout: Template, example: Example) -> str:
-    """What a perfect answer says: the target, the assistant's last turn, or all of the text."""
+    """The wanted answer: the target, the assistant's last turn, or all of the text."""
     if layout.target is not None:
         return example.fields.get(layout.target, "")
     if layout.chat:
-        said = [one.content for one in example.messages or () if one.role == "assistant"]
-        return said[-1] if said else ""
+        answers = [message.content for message in example.messages or () if message.role == "assistant"]
+        return answers[-1] if answers else ""
     return written_out(layout, example)
 
 
 def shown_input(layout: Template, example: Example) -> str:
-    """What is read before the answer, as text without virtual tokens."""
+    """The text before the answer, without virtual tokens."""
     if layout.target is None and not layout.chat:
         return ""
     return written_out(layout, example)
 
 
 def written_out(layout: Template, example: Example) -> str:
-    """The template filled in as plain text, slots left out, up to the target if it has one."""
+    """The filled-in template as plain text, without slots, up to the target if it has one."""
     parts: list[str] = []
     for piece in layout.pieces:
         match piece:
@@ -210,28 +211,28 @@ def written_out(layout: Template, example: Example) -> str:
                 turns = list(example.messages or ())
                 if turns and turns[-1].role == "assistant":
                     turns.pop()
-                parts.append("\n".join(f"{one.role}: {one.content}" for one in turns))
+                parts.append("\n".join(f"{message.role}: {message.content}" for message in turns))
             case Soft():
                 pass
     return "".join(parts)
 
 
 def digest_of(about: Mapping[str, Any], examples: Sequence[Example]) -> str:
-    """Stands for all that a row's result depends on."""
+    """A hash of everything that a row's result depends on."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    for one in examples:
+    for example in examples:
         content = [
-            one.row,
-            dict(one.fields),
-            repr(one.messages),
-            *([one.references] if one.references else []),
+            example.row,
+            dict(example.fields),
+            repr(example.messages),
+            *([example.references] if example.references else []),
         ]
         digest.update(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def default_metrics(layout: Template, examples: Iterable[Example]) -> list[str]:
-    """What suits the task: labels (few, short, repeated), an answer, or running text. The first is judged by."""
+    """Metrics that suit the task: labels (few, short, repeated), an answer, or running text. The first one ranks."""
     if layout.target is None:
         return ["nll", "perplexity", "bits_per_byte"]
     distinct: set[str] = set()
@@ -247,7 +248,7 @@ def default_metrics(layout: Template, examples: Iterable[Example]) -> list[str]:
 
 
 def read_gates(texts: Sequence[str]) -> list[tuple[Metric, float]]:
-    """`accuracy=0.8` to a metric and its limit. Raises RecipeError."""
+    """Parses texts such as `accuracy=0.8` into metrics with their limits. Raises RecipeError."""
     gates = []
     for text in texts:
         name, equals, limit = text.partition("=")
@@ -263,15 +264,15 @@ def read_gates(texts: Sequence[str]) -> list[tuple[Metric, float]]:
 
 
 def demand(gates: Sequence[tuple[Metric, float]], estimates: Mapping[str, Estimate]) -> None:
-    """Raise GateFailed, with one line a gate, unless every figure is at least as good as its limit.
+    """Raises GateFailed, with one line per failed gate, unless every figure is at least as good as its limit.
 
-    For a loss that means at most the limit. A figure that is not known fails."""
+    For a loss that means at most the limit. An unknown figure fails."""
     failed = []
     for metric, limit in gates:
-        found = estimates[metric.name]
-        fine = found.value >= limit if metric.better == "higher" else found.value <= limit
+        estimate = estimates[metric.name]
+        fine = estimate.value >= limit if metric.better == "higher" else estimate.value <= limit
         if not fine:
             wanted = "at least" if metric.better == "higher" else "at most"
-            failed.append(f"{metric.name}: found {found}, wanted {wanted} {limit:g}.")
+            failed.append(f"{metric.name}: found {estimate}, wanted {wanted} {limit:g}.")
     if failed:
         raise GateFailed("\n".join(failed))

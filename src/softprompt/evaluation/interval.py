@@ -1,4 +1,4 @@
-"""How sure a figure is: standard errors by leaving rows out, and paired differences with their intervals."""
+"""Uncertainty of a figure: standard errors by the jackknife, and paired differences with their intervals."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 Counts = Mapping[str, float]
 Total = Callable[[Counts], float]
-NORMAL_975 = 1.959964  # 95 of 100 draws of a normal lie within so many standard deviations
+NORMAL_975 = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, its standard error, and the number of rows it was measured on. What is not known is nan."""
+    """A figure, its standard error, and the number of rows it was measured on. Unknown is nan."""
 
     value: float
     stderr: float
@@ -28,7 +28,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """One side less the other on the same rows, and the interval that covers the truth in 95 of 100 such studies."""
+    """A difference between two sides on the same rows, with its 95 % interval."""
 
     value: float
     low: float
@@ -37,14 +37,14 @@ class Difference:
 
     @property
     def sure(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the difference is significant: its 95 % interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 def jackknife(counts: Sequence[Counts], total: Total) -> Estimate:
-    """`total` of the summed counts, with the spread that leaving out one row at a time shows (Efron and Stein 1981).
+    """`total` of the summed counts, with its standard error by leaving out one row at a time (Efron and Stein 1981).
 
-    For a mean this is the usual standard error exactly; for ratios and F1 it is their linear approximation.
+    For a mean this equals the usual standard error; for ratios and F1 it is their linear approximation.
     """
     n = len(counts)
     if n == 0:
@@ -54,9 +54,9 @@ def jackknife(counts: Sequence[Counts], total: Total) -> Estimate:
 
 
 def mean_over_seeds(seeds: Sequence[Sequence[Counts]], total: Total) -> Estimate:
-    """The mean of runs that differ in their seed alone, all on the same rows.
+    """The mean over runs that differ only in their seed, all on the same rows.
 
-    The standard error joins what other rows would change and what other seeds would change.
+    The standard error combines the spread over rows with the spread over seeds.
     """
     _need_pairs(seeds)
     values, left_out = _by_seed(seeds, total)
@@ -67,9 +67,10 @@ def mean_over_seeds(seeds: Sequence[Sequence[Counts]], total: Total) -> Estimate
 def paired_difference(
     ours: Sequence[Sequence[Counts]], theirs: Sequence[Sequence[Counts]], total: Total
 ) -> Difference:
-    """Ours less theirs: the same rows, and the same seeds in the same order; one run stands for all seeds.
+    """The difference, ours minus theirs, on the same rows and the same seeds in the same order; a single run is used for
+    all seeds.
 
-    The interval is Student's, from the rows' spread of the difference joined with the seeds' (degrees of freedom by
+    The interval is Student's, from the spread of the difference over rows and over seeds (degrees of freedom after
     Satterthwaite 1946). Raises ValueError where rows or seeds do not pair.
     """
     pairs = max(len(ours), len(theirs))
@@ -96,8 +97,8 @@ def paired_difference(
 
 
 def bounded_interval(estimate: Estimate, low: float, high: float, runs: int = 1) -> tuple[float, float]:
-    """The 95 % interval of a figure that lies between `low` and `high` (Wilson 1927): it never leaves them, and it has a
-    width where every row agrees.
+    """The 95 % interval of a figure between `low` and `high` (Wilson 1927): it stays within them, and has a width even
+    where all rows agree.
 
     One run's rows are counted as they are. Several runs count as the rows that would give a share this standard error.
     """
@@ -116,8 +117,8 @@ def bounded_interval(estimate: Estimate, low: float, high: float, runs: int = 1)
 
 
 def rows_to_settle(difference: Difference, margin: float) -> float:
-    """How many times the rows (and seeds) it takes until a difference this large is significant or, if it is smaller than
-    the margin, known to lie within it. 1 or less: it is settled; inf where no number would do."""
+    """The factor by which rows (and seeds) must grow until a difference this large is significant or, if it is smaller
+    than the margin, known to lie within it. At most 1: already settled; inf where no number suffices."""
     reach = max(difference.high - difference.value, difference.value - difference.low)
     gap = abs(difference.value)
     aim = max(gap, margin - gap)
@@ -141,7 +142,7 @@ def student_quantile(share: float, freedom: float) -> float:
 
 
 def _simpson(density: Callable[[float], float], end: float, freedom: float) -> float:
-    # The density is about 1/sqrt(freedom) wide, and what lies far out adds nothing.
+    # The density is about 1/sqrt(freedom) wide; beyond 12 of these it adds nothing in float64.
     end = min(end, 12 / math.sqrt(freedom))
     steps = 200
     width = end / steps
@@ -158,16 +159,16 @@ def _by_seed(seeds: Sequence[Sequence[Counts]], total: Total) -> tuple[list[floa
 
 
 def _left_out(counts: Sequence[Counts], summed: Counts, total: Total) -> list[float]:
-    known: dict[tuple[tuple[str, float], ...], float] = {}  # rows of equal counts leave the same rest
+    totals: dict[tuple[tuple[str, float], ...], float] = {}  # rows of equal counts leave the same rest
     values = []
-    for one in counts:
-        key = tuple(sorted(one.items()))
-        if key not in known:
+    for row_counts in counts:
+        key = tuple(sorted(row_counts.items()))
+        if key not in totals:
             rest = dict(summed)
-            for name, count in one.items():
+            for name, count in row_counts.items():
                 rest[name] -= count
-            known[key] = total(rest)
-        values.append(known[key])
+            totals[key] = total(rest)
+        values.append(totals[key])
     return values
 
 
@@ -197,8 +198,8 @@ def _mean(values: Sequence[float]) -> float:
 
 def _sum(counts: Sequence[Counts]) -> dict[str, float]:
     parts: dict[str, list[float]] = {}
-    for one in counts:
-        for name, count in one.items():
+    for row_counts in counts:
+        for name, count in row_counts.items():
             parts.setdefault(name, []).append(count)
     return {name: math.fsum(values) for name, values in parts.items()}
 

@@ -1,4 +1,4 @@
-"""Judging in one call: a prompt, a text or the base alone, on any rows, to figures with their errors."""
+"""Judging in one call: a prompt, a text or the base alone, on any rows, with figures and their errors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import to_learn
 from softprompt.data.default_template import CHAT
 from softprompt.data.example import Example, Splits
+from softprompt.data.layout import to_learn
 from softprompt.data.source import OWN
 from softprompt.data.template import Template
 from softprompt.errors import DataError, RecipeError
@@ -52,13 +52,13 @@ def evaluate(
     out: str | Path | None = None,
     progress: bool | Advance | None = None,
 ) -> Evaluation:
-    """Judge a learned prompt (or its folder), an engineered text (TextPrompt), or the base alone (None).
+    """Judges a learned prompt (or its folder), an engineered text (TextPrompt), or the base alone (None).
 
     A prompt brings its base, template, target, length, row limit and ending; without `data` it is judged on the held-out
-    rows of what it was learned on. `reading` is a recipe's data section: what is set there wins over the prompt's own,
-    and `template`, `target` and `column` are short for it. `extra_metrics` are measured beside those of `settings`.
+    rows of what it was learned on. `reading` is a recipe's data section: what it sets overrides the prompt's own;
+    `template`, `target` and `column` are short for it. `extra_metrics` are measured beside those of `settings`.
     With `out`, rows are kept there, and the same call continues after an interruption. Progress is shown in terminals and
-    notebooks, unless `progress` is False; a function is called instead with the rows judged so far, and all.
+    notebooks, unless `progress` is False; a function is called instead with the number of rows judged and of all rows.
 
     Raises RecipeError, DataError, PromptError, BaseError; NotFinite where numbers overflow the base.
     """
@@ -79,10 +79,10 @@ def evaluate(
     examples, left_out = task.check_judged(
         examples, split, lambda example: _positions(task, lm, compiled, example)
     )
-    known = chain(task.splits.train, examples)
-    names = list(dict.fromkeys([*(settings.metrics or default_metrics(layout, known)), *extra_metrics]))
+    labelled = chain(task.splits.train, examples)
+    names = list(dict.fromkeys([*(settings.metrics or default_metrics(layout, labelled)), *extra_metrics]))
     metrics = metrics_named(names)
-    asked = settled(settings, lm, layout, examples, task.splits.train)
+    answering = settled(settings, lm, layout, examples, task.splits.train)
     about = {
         "name": "base" if compiled.name is None else compiled.name,
         "arm": compiled.kind,
@@ -92,8 +92,8 @@ def evaluate(
         "template": str(layout),
         "target": layout.target,
         "data": {"source": task.splits.source, "revision": task.splits.revision, "split": split},
-        "answers": asked.answers,
-        "settings": asked.model_dump(exclude={"batch_rows"})
+        "answers": answering.answers,
+        "settings": answering.model_dump(exclude={"batch_rows"})
         | {"end": task.end}
         | ({"special_tokens": True} if task.special_tokens else {}),
         "left_out": left_out,
@@ -101,7 +101,7 @@ def evaluate(
     }
     with progress_bar(progress, "judging") as advance:
         return judge_rows(
-            predictor(lm, compiled, layout, metrics, asked, end=task.end),
+            predictor(lm, compiled, layout, metrics, answering, end=task.end),
             examples,
             metrics,
             layout,
@@ -123,7 +123,7 @@ def _settled_task(
     given: Mapping[str, Any],
     split: str | None,
 ) -> tuple[Task, FrozenLM]:
-    """The task to judge on, and the base it is settled on."""
+    """The task to judge on, and the base it was made for."""
     in_memory = data is not None and not isinstance(data, str | Path)
     named = {} if data is None else {"source": IN_MEMORY if in_memory else str(data)}
     recipe = recipe_for(prompt, {**given, **named}, None if isinstance(base, FrozenLM) else base)
@@ -135,7 +135,7 @@ def _settled_task(
         return replace(data, template=_laid_out(prompt, given, data), special_tokens=special_tokens), lm
     splits = data if isinstance(data, Splits) else read_splits(recipe, data if in_memory else None)
     if split is not None and not in_memory and not getattr(splits, split, ()):
-        # A split that nothing was held out as: the source's own of that name.
+        # No rows were held out under this name: take the source's own split.
         sets = [f"data.split={split}", "data.validation=0", "data.test=0", "data.limit=null"]
         rows = read_splits(recipe.changed(sets)).train
         splits = replace(splits, validation=rows) if split == "validation" else replace(splits, test=rows)
@@ -144,17 +144,17 @@ def _settled_task(
 
 def _laid_out(prompt: Prompt, given: Mapping[str, Any], task: Task) -> Template:
     """The template of a task under a prompt: the prompt's own, unless one is given."""
-    asked = given.get("template")
-    source = (str(task.template) if asked == CHAT else asked) or prompt.template or str(task.template)
+    template = given.get("template")
+    source = (str(task.template) if template == CHAT else template) or prompt.template or str(task.template)
     target = given.get("target") or prompt.target or task.template.target
     return Template.parse(source, target=target, length=prompt.length)
 
 
 def recipe_for(prompt: Prompt | None, given: Mapping[str, Any], base: str | Path | None = None) -> Recipe:
-    """What describes the data and the base; the artefact decides on all that is its own.
+    """A recipe that describes the data and the base to judge with.
 
-    A prompt brings its kind, length, template, target, row limit, ending and base; what is `given` of the data section
-    wins. Without a source it is judged on what it was learned on.
+    A prompt brings its kind, length, template, target, row limit, ending and base; settings in `given` (of the data
+    section) override these. Without a source the data is what the prompt was learned on.
     """
     if "source" in given:  # all of these rows are for judging, unless the source parts them itself
         given = {"validation": OWN, **given}
@@ -187,8 +187,8 @@ def recipe_for(prompt: Prompt | None, given: Mapping[str, Any], base: str | Path
     return Recipe(**tree)
 
 
-def recorded_place(settings: BaseSettings, *prompts: Prompt) -> BaseSettings:
-    """`settings` with the dtype and device that a prompt was learned in, where they are not set."""
+def with_recorded_hardware(settings: BaseSettings, *prompts: Prompt) -> BaseSettings:
+    """`settings` with the dtype and device that a prompt was learned with, where they are not set."""
     recipe: Any = prompts[0].notes.get("recipe") if prompts else None
     if not isinstance(recipe, Mapping):
         return settings
@@ -201,9 +201,9 @@ def recorded_place(settings: BaseSettings, *prompts: Prompt) -> BaseSettings:
 def judged_examples(
     splits: Splits, split: str | None = None, *, learned_from: bool = True
 ) -> tuple[Sequence[Example], str]:
-    """The rows to judge on, and which split they are: the one asked for, else the most independent one there is.
+    """The rows to judge on, and the name of their split: `split`, else test, validation or train, the first that has rows.
 
-    Without `learned_from`, training rows are refused: judging on them would say nothing about what was learned.
+    Without `learned_from`, training rows are refused: they would not measure generalisation.
     """
     if split is not None:
         rows = getattr(splits, split, ()) if split in SPLITS else splits.test
@@ -217,19 +217,19 @@ def judged_examples(
         if rows:
             return rows, name
     raise DataError(
-        "The data has neither test nor validation rows, and judging on what was learned would say nothing. "
+        "The data has neither test nor validation rows, and training rows would not measure generalisation. "
         "Set data.test, such as data.test=0.2."
     )
 
 
 def _positions(task: Task, lm: FrozenLM, prompt: CompiledPrompt, example: Example) -> int:
-    """How long a row is in all: the prompt, its input and its wanted answer."""
+    """The positions of a row: the prompt, its input and its wanted answer."""
     row = prompt.example(example)
     return len(prompt.laid_out(to_learn(prompt.layout(lm, end=task.end), row)))
 
 
 def compiled_for(lm: FrozenLM, prompt: Prompt | None, text: str | None, task: Task) -> CompiledPrompt:
-    """What is judged, in the one form that generation and scoring know."""
+    """The judged prompt, text or base in the form that generation and scoring take."""
     if text is not None:
         return compile_prompt(lm, task.behind(text), name="text", special_tokens=task.special_tokens)
     return compile_prompt(lm, prompt, template=task.template, special_tokens=task.special_tokens)
@@ -249,7 +249,7 @@ def described(lm: FrozenLM) -> dict[str, Any]:
 
 
 def identity(prompt: Prompt | None, text: str | None) -> str | None:
-    """What tells this prompt from any other: its numbers' digest, or the text."""
+    """A prompt's identity: the digest of its tensors, or the text."""
     if prompt is None:
         return text
     digest = hashlib.sha256()

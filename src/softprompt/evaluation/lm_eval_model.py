@@ -2,8 +2,8 @@
 
     python -m softprompt.evaluation.lm_eval_model --model softprompt --model_args prompt=runs/mine --tasks TASK
 
-is the harness's own command line with this model known to it. The prompt stands in front of every context that the harness
-makes; the prompt's own template is left aside, since the harness writes the text.
+is the harness's own command line with this model registered. The prompt is inserted in front of every context that the
+harness makes; the prompt's own template is not used, since the harness writes the text.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NEW_TOKENS = 256  # where a task does not say, as the harness's own models do
 class SoftPromptLM(LM):  # type: ignore[misc]
     """`prompt` is a prompt's folder, or none for the base alone; `base` is its own base unless another name is given.
 
-    `lm` stands in for a base that is loaded already. Rows are never cut: one that does not fit raises DataError.
+    `lm` is a base that is already loaded. Rows are never cut: one that does not fit raises DataError.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class SoftPromptLM(LM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in the harness's cache of requests."""
+        """The tokenizer's name in the harness's cache of requests."""
         return self.lm.name
 
     def apply_chat_template(
@@ -85,28 +85,32 @@ class SoftPromptLM(LM):  # type: ignore[misc]
         )
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether greedy decoding would have said it."""
-        examples = [Example({"context": one.args[0], "wanted": one.args[1]}) for one in requests]
-        self._need_room([one.args[0] + one.args[1] for one in requests])
-        found = score(self.lm, examples, None, self.continuing, batch_rows=self.batch_rows)
-        return [(one.log_probability, one.greedy) for one in found]
+        """Log-probability of each continuation, and whether greedy decoding would have generated it."""
+        examples = [Example({"context": request.args[0], "wanted": request.args[1]}) for request in requests]
+        self._need_room([request.args[0] + request.args[1] for request in requests])
+        scored = score(self.lm, examples, None, self.continuing, batch_rows=self.batch_rows)
+        return [(scores.log_probability, scores.greedy) for scores in scored]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts. The base alone has nothing to predict the first token from, and leaves it out."""
-        texts = [one.args[0] for one in requests]
+        """Log-probability of whole texts. The first token is left out: the base alone has nothing to predict it from."""
+        texts = [request.args[0] for request in requests]
         self._need_room(texts)
-        found = score(
-            self.lm, [Example({"text": one}) for one in texts], None, self.rolling, batch_rows=self.batch_rows
+        scored = score(
+            self.lm,
+            [Example({"text": text}) for text in texts],
+            None,
+            self.rolling,
+            batch_rows=self.batch_rows,
         )
-        return [one.log_probability for one in found]
+        return [scores.log_probability for scores in scored]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations, each up to the first of its stop texts."""
-        settings = [_settings(dict(one.args[1])) for one in requests]
-        self._need_room([one.args[0] for one in requests])
-        examples = [Example({"context": one.args[0], "wanted": ""}) for one in requests]
-        found = generate(self.lm, examples, self.continuing, settings, batch_rows=self.batch_rows)
-        return [one.text for one in found]
+        settings = [_settings(dict(request.args[1])) for request in requests]
+        self._need_room([request.args[0] for request in requests])
+        examples = [Example({"context": request.args[0], "wanted": ""}) for request in requests]
+        generations = generate(self.lm, examples, self.continuing, settings, batch_rows=self.batch_rows)
+        return [generation.text for generation in generations]
 
     def _need_room(self, texts: Sequence[str]) -> None:
         most = longest_text(self.lm)
@@ -121,15 +125,15 @@ class SoftPromptLM(LM):  # type: ignore[misc]
                 )
 
 
-def _settings(asked: dict[str, Any]) -> DecodeSettings:
-    stop = asked.get("until") or ()
-    temperature = float(asked.get("temperature") or 0.0)
+def _settings(arguments: dict[str, Any]) -> DecodeSettings:
+    stop = arguments.get("until") or ()
+    temperature = float(arguments.get("temperature") or 0.0)
     return DecodeSettings(
-        max_new_tokens=int(asked.get("max_gen_toks") or asked.get("max_new_tokens") or NEW_TOKENS),
+        max_new_tokens=int(arguments.get("max_gen_toks") or arguments.get("max_new_tokens") or NEW_TOKENS),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        temperature=temperature if asked.get("do_sample", temperature > 0) else 0.0,
-        top_p=float(asked.get("top_p") or 1.0),
-        top_k=int(asked.get("top_k") or 0),
+        temperature=temperature if arguments.get("do_sample", temperature > 0) else 0.0,
+        top_p=float(arguments.get("top_p") or 1.0),
+        top_k=int(arguments.get("top_k") or 0),
     )
 
 

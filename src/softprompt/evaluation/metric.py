@@ -1,4 +1,4 @@
-"""The metrics. Each counts something of every row and makes one figure of the sums; errors follow from the counts.
+"""The metrics. Each one counts something in every row and computes a figure from the sums; errors follow from the counts.
 
 No torch here.
 """
@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
-from softprompt.data.template import did_you_mean
-from softprompt.errors import MissingExtra, RecipeError
+from softprompt.errors import MissingExtra, RecipeError, did_you_mean
 from softprompt.evaluation import overlap
 from softprompt.evaluation.interval import (
     NORMAL_975,
@@ -31,10 +30,10 @@ Needs = Literal["loss", "answer"]
 
 @dataclass(frozen=True)
 class Metric:
-    """`total` makes the figure of the summed `counts` of all rows.
+    """A metric: `total` computes the figure from the summed `counts` of all rows.
 
-    `needs` says whether a row must have been scored or answered; `better` which way is up; `unit` is said behind it;
-    `bounds` are the least and the highest figure there can be.
+    `needs` says whether a row must have been scored or answered; `better` which direction is better; `unit` is shown
+    behind the figure; `bounds` are the lowest and the highest possible figure.
     """
 
     name: str
@@ -48,52 +47,52 @@ class Metric:
 
     @property
     def scale(self) -> float:
-        """What 1 is on the scale of a share: 100 for BLEU and chrF, 1 for all else."""
+        """The figure that corresponds to a share of 1: 100 for BLEU and chrF, 1 for all others."""
         low, high = self.bounds
         return high - low if math.isfinite(high) else 1.0
 
     def interval(self, seeds: Sequence[Sequence[Row]]) -> tuple[float, float]:
         """The figure's 95 % interval over rows and seeds, within the metric's bounds."""
-        found = self.over_seeds(seeds)
+        estimate = self.over_seeds(seeds)
         low, high = self.bounds
         if math.isfinite(high):
-            return bounded_interval(found, low, high, len(seeds))
-        reach = NORMAL_975 * found.stderr
-        return max(low, found.value - reach), found.value + reach
+            return bounded_interval(estimate, low, high, len(seeds))
+        reach = NORMAL_975 * estimate.stderr
+        return max(low, estimate.value - reach), estimate.value + reach
 
     def estimate(self, rows: Sequence[Row]) -> Estimate:
-        """The figure on these rows. Rows that were not measured make it nan, never 0."""
-        return jackknife([self._counted(row) for row in rows], self._known)
+        """The figure on these rows; nan, never 0, where rows were not measured."""
+        return jackknife([self._counted(row) for row in rows], self._total_or_nan)
 
     def over_seeds(self, seeds: Sequence[Sequence[Row]]) -> Estimate:
         """The mean figure of several runs on the same rows."""
-        return mean_over_seeds([[self._counted(row) for row in rows] for rows in seeds], self._known)
+        return mean_over_seeds([[self._counted(row) for row in rows] for rows in seeds], self._total_or_nan)
 
     def difference(self, ours: Sequence[Sequence[Row]], theirs: Sequence[Sequence[Row]]) -> Difference:
-        """Ours less theirs, each a list of runs. Raises ValueError unless all were judged on the very same rows."""
+        """The difference, ours minus theirs, each a list of runs. Raises ValueError unless all were judged on the same rows."""
         judged = {tuple((row.index, row.input, row.wanted) for row in rows) for rows in (*ours, *theirs)}
         if len(judged) != 1:
-            raise ValueError("the runs were judged on different rows, so their difference says nothing.")
-        found = paired_difference(
+            raise ValueError("the runs were judged on different rows, so their difference has no meaning.")
+        difference = paired_difference(
             [[self._counted(row) for row in rows] for rows in ours],
             [[self._counted(row) for row in rows] for rows in theirs],
-            self._known,
+            self._total_or_nan,
         )
         most = self.bounds[1] - self.bounds[0]  # no two figures are further apart
-        return replace(found, low=_clipped(found.low, most), high=_clipped(found.high, most))
+        return replace(difference, low=_clipped(difference.low, most), high=_clipped(difference.high, most))
 
     def _counted(self, row: Row) -> Counts:
-        if (math.isnan(row.nll) or not row.tokens) if self.needs == "loss" else row.said is None:
+        if (math.isnan(row.nll) or not row.tokens) if self.needs == "loss" else row.answer is None:
             return {"unknown": 1.0}
         return self.counts(row)
 
-    def _known(self, counts: Counts) -> float:
+    def _total_or_nan(self, counts: Counts) -> float:
         return math.nan if counts.get("unknown") else self.total(counts)
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often each wanted label (a row) was answered by each said one (a column).
+    """How often each wanted label (rows of the table) got each label as its answer (columns).
 
     `other` counts answers that are none of `labels`, by wanted label."""
 
@@ -103,17 +102,17 @@ class Confusion:
 
 
 def confusion(rows: Sequence[Row]) -> Confusion:
-    """The table over the labels that occur among the wanted ones."""
+    """The confusion table over the labels that occur among the wanted ones."""
     labels = tuple(sorted({row.wanted.strip() for row in rows}))
-    place = {label: i for i, label in enumerate(labels)}
+    column_of = {label: i for i, label in enumerate(labels)}
     table = [[0] * len(labels) for _ in labels]
     other = [0] * len(labels)
     for row in rows:
-        wanted, said = place[row.wanted.strip()], place.get((row.said or "").strip())
-        if said is None:
+        wanted, answered = column_of[row.wanted.strip()], column_of.get((row.answer or "").strip())
+        if answered is None:
             other[wanted] += 1
         else:
-            table[wanted][said] += 1
+            table[wanted][answered] += 1
     return Confusion(labels, tuple(map(tuple, table)), tuple(other))
 
 
@@ -138,25 +137,27 @@ def _mean(counts: Counts) -> float:
 
 
 def _mean_of(judge: Callable[[str, str], float]) -> Callable[[Row], Counts]:
-    return lambda row: {"sum": float(judge(row.said or "", row.wanted)), "n": 1.0}
+    return lambda row: {"sum": float(judge(row.answer or "", row.wanted)), "n": 1.0}
 
 
-def _same(said: str, wanted: str) -> float:
-    return float(said.strip() == wanted.strip())
+def _same(answer: str, wanted: str) -> float:
+    return float(answer.strip() == wanted.strip())
 
 
-def _same_number(said: str, wanted: str) -> float:
+def _same_number(answer: str, wanted: str) -> float:
     number = overlap.final_number(wanted)
-    return float(number is not None and overlap.final_number(said) == number)
+    return float(number is not None and overlap.final_number(answer) == number)
 
 
 def _label_counts(row: Row) -> Counts:
-    wanted, said = row.wanted.strip(), (row.said or "").strip()
-    return {f"hit:{wanted}": 1.0} if wanted == said else {f"missed:{wanted}": 1.0, f"wrong:{said}": 1.0}
+    wanted, answered = row.wanted.strip(), (row.answer or "").strip()
+    return (
+        {f"hit:{wanted}": 1.0} if wanted == answered else {f"missed:{wanted}": 1.0, f"wrong:{answered}": 1.0}
+    )
 
 
 def _macro_f1(counts: Counts) -> float:
-    """F1 of every label that was wanted at least once, all weighing the same."""
+    """F1 of every label that is wanted at least once, averaged without weights."""
     scores = []
     for label in {
         name.partition(":")[2] for name, count in counts.items() if not name.startswith("wrong:") and count
@@ -196,57 +197,62 @@ def _sacrebleu() -> Any:
 def _bleu_counts(row: Row) -> Counts:
     if row.repeated:
         return {}
-    found = _sacrebleu().sentence_score(row.said or "", list(row.references or (row.wanted,)))
+    score = _sacrebleu().sentence_score(row.answer or "", list(row.references or (row.wanted,)))
     return {
-        **{f"hit{order}": float(count) for order, count in enumerate(found.counts)},
-        **{f"all{order}": float(count) for order, count in enumerate(found.totals)},
-        "said": float(found.sys_len),
-        "wanted": float(found.ref_len),
+        **{f"hit{order}": float(count) for order, count in enumerate(score.counts)},
+        **{f"all{order}": float(count) for order, count in enumerate(score.totals)},
+        "answered": float(score.sys_len),
+        "wanted": float(score.ref_len),
     }
 
 
 def _bleu(counts: Counts) -> float:
     if "hit0" not in counts:
         return math.nan
-    found = type(_sacrebleu()).compute_bleu(
+    score = type(_sacrebleu()).compute_bleu(
         [int(counts[f"hit{order}"]) for order in range(4)],
         [int(counts[f"all{order}"]) for order in range(4)],
-        int(counts["said"]),
+        int(counts["answered"]),
         int(counts["wanted"]),
         smooth_method="exp",  # sacrebleu's own choice for a corpus
     )
-    return float(found.score)
+    return float(score.score)
 
 
 def _chrf_counts(row: Row) -> Counts:
     if row.repeated:
         return {}
     # As sacrebleu does: each row is compared with the reference that it resembles most.
-    each = [overlap.character_counts(row.said or "", text) for text in row.references or (row.wanted,)]
+    each = [overlap.character_counts(row.answer or "", text) for text in row.references or (row.wanted,)]
     counted = max(each, key=overlap.chrf)
-    kinds = ("said", "wanted", "both")
+    kinds = ("answered", "wanted", "both")
     return {
-        f"{kind}{order}": float(one[place])
-        for order, one in enumerate(counted)
-        for place, kind in enumerate(kinds)
+        f"{kind}{order}": float(counts_of_order[position])
+        for order, counts_of_order in enumerate(counted)
+        for position, kind in enumerate(kinds)
     }
 
 
 def _chrf(counts: Counts) -> float:
-    if "said0" not in counts:
+    if "answered0" not in counts:
         return math.nan
     orders = range(overlap.CHARACTER_ORDERS)
-    return overlap.chrf([(counts[f"said{o}"], counts[f"wanted{o}"], counts[f"both{o}"]) for o in orders])
+    return overlap.chrf([(counts[f"answered{o}"], counts[f"wanted{o}"], counts[f"both{o}"]) for o in orders])
 
 
 PERCENT, LOSS = (0.0, 100.0), (0.0, math.inf)
 
 METRICS: Mapping[str, Metric] = {
-    one.name: one
-    for one in (
+    metric.name: metric
+    for metric in (
         Metric("accuracy", _mean_of(_same), _mean, "Share of rows whose label is right."),
         Metric("macro_f1", _label_counts, _macro_f1, "F1 of every label, averaged over labels."),
-        Metric("exact_match", _mean_of(_same), _mean, "Share of rows answered exactly, outer blanks aside."),
+        Metric(
+            "exact_match",
+            _mean_of(_same),
+            _mean,
+            "Share of rows answered exactly, white space at the ends aside.",
+        ),
         Metric(
             "numeric_match",
             _mean_of(_same_number),

@@ -1,4 +1,4 @@
-"""What two texts share: words, longest common subsequence, character n-grams, final numbers."""
+"""Overlap of two texts: words, longest common subsequence, character n-grams, final numbers."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def squad_words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", bare).split()
 
 
-def word_f1(said: str, wanted: str) -> float:
-    """Harmonic mean of the shares of words that both have (Rajpurkar et al. 2016); two empty answers agree."""
-    ours, theirs = squad_words(said), squad_words(wanted)
+def word_f1(answer: str, wanted: str) -> float:
+    """F1 of the words that both texts have (Rajpurkar et al. 2016); two empty answers agree."""
+    ours, theirs = squad_words(answer), squad_words(wanted)
     if not ours or not theirs:
         return float(ours == theirs)
     shared = sum((Counter(ours) & Counter(theirs)).values())
     return 2 * shared / (len(ours) + len(theirs))
 
 
-def rouge_l(said: str, wanted: str) -> float:
+def rouge_l(answer: str, wanted: str) -> float:
     """F-measure of the longest common subsequence of words (Lin 2004), words as the rouge-score package cuts them."""
-    ours, theirs = _WORD.findall(said.lower()), _WORD.findall(wanted.lower())
+    ours, theirs = _WORD.findall(answer.lower()), _WORD.findall(wanted.lower())
     if not ours or not theirs:
         return 0.0
     shared = _common_subsequence(ours, theirs)
@@ -43,17 +43,17 @@ def _common_subsequence(ours: Sequence[str], theirs: Sequence[str]) -> int:
     best = [0] * (len(theirs) + 1)
     for word in ours:
         diagonal = 0
-        for place, other in enumerate(theirs, start=1):
-            diagonal, best[place] = (
-                best[place],
-                diagonal + 1 if word == other else max(best[place], best[place - 1]),
+        for column, other in enumerate(theirs, start=1):
+            diagonal, best[column] = (
+                best[column],
+                diagonal + 1 if word == other else max(best[column], best[column - 1]),
             )
     return best[-1]
 
 
-def character_counts(said: str, wanted: str) -> list[tuple[int, int, int]]:
-    """For character n-grams of 1 to 6, white space left out: how many were said, wanted, and in both."""
-    ours, theirs = "".join(said.split()), "".join(wanted.split())
+def character_counts(answer: str, wanted: str) -> list[tuple[int, int, int]]:
+    """For character n-grams of orders 1 to 6, without white space: counts in the answer, in the wanted text, and in both."""
+    ours, theirs = "".join(answer.split()), "".join(wanted.split())
     counts = []
     for order in range(1, CHARACTER_ORDERS + 1):
         mine, other = _grams(ours, order), _grams(theirs, order)
@@ -62,12 +62,12 @@ def character_counts(said: str, wanted: str) -> list[tuple[int, int, int]]:
 
 
 def chrf(counts: Sequence[tuple[float, float, float]]) -> float:
-    """chrF2 (Popović 2015) of summed counts, 0 to 100: recall weighs twice, orders without n-grams are left out."""
+    """chrF2 (Popović 2015) of summed counts, 0 to 100: recall weighs twice, orders without n-grams are skipped."""
     precision = recall = 0.0
     orders = 0
-    for said, wanted, both in counts:
-        if said > 0 and wanted > 0:
-            precision += both / said
+    for answered, wanted, both in counts:
+        if answered > 0 and wanted > 0:
+            precision += both / answered
             recall += both / wanted
             orders += 1
     if not orders or precision + recall == 0:
@@ -83,10 +83,10 @@ def _grams(text: str, order: int) -> Counter[str]:
 def final_number(text: str) -> Decimal | None:
     """The number after "####" (gsm8k's mark), else the last one in the text; None without any."""
     marked = text.rpartition("####")[2] if "####" in text else ""
-    found = _NUMBER.findall(marked)[:1] or _NUMBER.findall(text)[-1:]
-    if not found:
+    numbers = _NUMBER.findall(marked)[:1] or _NUMBER.findall(text)[-1:]
+    if not numbers:
         return None
     try:
-        return Decimal(found[0].replace(",", "").replace("$", ""))
+        return Decimal(numbers[0].replace(",", "").replace("$", ""))
     except InvalidOperation:
         return None

@@ -1,4 +1,4 @@
-"""Predictors: how the base answers under no prompt, a text, a soft or a deep prompt. One road for all of them."""
+"""Predictors: answers of the base under no prompt, a text, a soft or a deep prompt, all through one code path."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from functools import cache
 from itertools import chain
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Encoded, End, to_judge
-from softprompt.data.ending import ending_of
+from softprompt.data.encoded import Encoded
+from softprompt.data.ending import End, ending_of
 from softprompt.data.example import Example
+from softprompt.data.layout import to_judge
 from softprompt.data.template import Field, Soft, Template, Text
 from softprompt.data.tokenizer import special_tokens_of, surviving
 from softprompt.errors import RecipeError
@@ -22,7 +23,7 @@ from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.inference.score import Scored, score
 
-# Inputs that say nothing (Zhao et al. 2021): how likely each label is after them is the prompt's bias.
+# Inputs without content (Zhao et al. 2021): the label probabilities after them are the prompt's bias.
 CONTENT_FREE = ("N/A", "...", "none")
 
 
@@ -33,10 +34,10 @@ def settled(
     examples: Sequence[Example],
     labelled: Sequence[Example] = (),
 ) -> JudgeSettings:
-    """`settings` with everything filled in that follows from the rows.
+    """Fills in the settings that follow from the rows.
 
-    An answer has room for the longest wanted one and a quarter more, and ends at a line's end unless a wanted one has
-    several lines. Labels to rank are those of `labelled` and `examples`.
+    `max_new_tokens` allows the longest wanted answer and a quarter more. Answers stop at the end of a line unless a
+    wanted answer has several lines. Labels to rank are those of `labelled` and `examples`.
     """
     wanted = {wanted_text(layout, example) for example in examples}
     written_after = ending_of(layout, lm.tokenizer).text
@@ -61,7 +62,7 @@ def predictor(
     *,
     end: End = "auto",
 ) -> Predict:
-    """Answers and losses, as far as `metrics` need them, from `lm` under `prompt`.
+    """A function from examples to the answers and losses that `metrics` need, from `lm` under `prompt`.
 
     `layout` is the task's template with its slots and target; the wanted text is scored on the same tokens under
     every prompt. Raises RecipeError for metrics that compare answers where the template has no target.
@@ -86,7 +87,7 @@ def predictor(
         if labels:
             ranked = _label_scores(lm, prompt, labels, examples, end, batch_rows)
             return [
-                replace(answer, said=learned_form(_likeliest(scores, bias)), scores=scores)
+                replace(answer, text=learned_form(_likeliest(scores, bias)), scores=scores)
                 for answer, scores in zip(answers, ranked, strict=True)
             ]
         decode = DecodeSettings(
@@ -95,19 +96,24 @@ def predictor(
             temperature=settings.temperature,
             seed=settings.seed,
         )
-        texts = generate(lm, list(examples), prompt, decode, batch_rows=batch_rows)
+        generations = generate(lm, list(examples), prompt, decode, batch_rows=batch_rows)
         return [
-            replace(answer, said=text.text, new_tokens=text.tokens, finish_reason=text.finish_reason)
-            for answer, text in zip(answers, texts, strict=True)
+            replace(
+                answer,
+                text=generation.text,
+                new_tokens=generation.tokens,
+                finish_reason=generation.finish_reason,
+            )
+            for answer, generation in zip(answers, generations, strict=True)
         ]
 
     return predict
 
 
 def as_learned(lm: FrozenLM, *, special_tokens: bool = False) -> Callable[[str], str]:
-    """The form of a text that the base can be taught to say: what is left of it after tokens and back.
+    """The form in which the base's tokenizer can write a text: the text encoded and decoded again.
 
-    A tokenizer may lower its case, change its width or drop characters; no answer could ever equal the original."""
+    A tokenizer may lowercase, change width or drop characters, so that no answer could equal the original."""
     special = special_tokens_of(lm.tokenizer)
     return cache(lambda text: surviving(lm.tokenizer, text, special, special_tokens=special_tokens))
 
@@ -137,7 +143,7 @@ def _losses(
     end: End,
     batch_rows: int,
 ) -> list[Answer]:
-    """The loss of every wanted text. The base alone cannot score a text's very first token, so no prompt may."""
+    """The loss of every wanted text, without its first token where the base alone has nothing to predict it from."""
     alone = [_alone(lm, layout, example, prompt, end) for example in examples]
     scored = _scored(lm, prompt, layout, examples, alone, end, batch_rows)
     answers = []
@@ -158,11 +164,11 @@ def _scored(
 ) -> list[Scored]:
     if prompt.kind != "text" or layout.target is not None or layout.chat:
         return score(lm, list(examples), None, prompt, end=end, batch_rows=batch_rows)
-    # All text is wanted: what stands in front of it is the prompt, and is not scored.
+    # Without a target all of the text is scored, except the engineered text in front of it.
     front = Template((*prompt.template.pieces[:1], Field("all")), "all")
     return score(
         lm,
-        [replace(one, fields={"all": written_out(layout, one)}) for one in examples],
+        [replace(example, fields={"all": written_out(layout, example)}) for example in examples],
         None,
         compile_prompt(lm, front, name=prompt.name, special_tokens=prompt.special_tokens),
         end="always" if alone[0].end else "never",
@@ -183,16 +189,16 @@ def _label_scores(
     batch_rows: int,
 ) -> list[dict[str, float]]:
     """Log-probability of every label as the whole answer, its end token with it where the template learns one."""
-    found = score(
+    scored = score(
         lm,
-        [one for one in examples for _ in labels],
+        [example for example in examples for _ in labels],
         [label for _ in examples for label in labels],
         prompt,
         end=end,
         batch_rows=batch_rows,
     )
     return [
-        {label: found[i * len(labels) + j].log_probability for j, label in enumerate(labels)}
+        {label: scored[i * len(labels) + j].log_probability for j, label in enumerate(labels)}
         for i in range(len(examples))
     ]
 
@@ -200,7 +206,7 @@ def _label_scores(
 def _bias(
     lm: FrozenLM, prompt: CompiledPrompt, layout: Template, labels: Sequence[str], end: End, batch_rows: int
 ) -> dict[str, float]:
-    """Log of each label's mean probability after inputs that say nothing."""
+    """Log of each label's mean probability after inputs without content."""
     empty = [Example(dict.fromkeys(layout.inputs, text)) for text in CONTENT_FREE]
     scores = _label_scores(lm, prompt, labels, empty, end, batch_rows)
     return {label: _log_mean_exp([row[label] for row in scores]) for label in labels}
@@ -219,4 +225,4 @@ def labels_of(layout: Template, examples: Iterable[Example]) -> tuple[str, ...]:
     """The distinct wanted answers, sorted. Raises RecipeError without a target."""
     if layout.target is None or Field(layout.target) not in layout.pieces:
         raise RecipeError("labels can only be ranked where the template has a target. Set data.target.")
-    return tuple(sorted({wanted_text(layout, one) for one in examples}))
+    return tuple(sorted({wanted_text(layout, example) for example in examples}))

@@ -20,54 +20,54 @@ SCHEMA = 2  # 1: the records of version 0.1, which carry no number
 MAX_RECORD_BYTES = 2**28
 
 Value: TypeAlias = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-"""A figure; null in a record means that it is not known."""
+"""A figure; null in a record means unknown."""
 
 T = TypeVar("T")
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record so that a reader finds the old file or the new one, never half of it."""
+    """Writes a record atomically: a reader finds the old file or the new one, never half of it."""
     replace_file(path, json.dumps(plain(record), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file. Raises DataError, in one line, for anything else."""
+    """Reads the JSON object in a file. Raises DataError, in one line, for anything else."""
     try:
         if path.stat().st_size > MAX_RECORD_BYTES:
             raise DataError(
                 f"{path}: the record is larger than {MAX_RECORD_BYTES:,} bytes. It is not one of softprompt's."
             )
-        found: Any = json.loads(path.read_text("utf-8"))
+        record: Any = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise DataError(f"{path}: the record cannot be read ({reason}). Make the run again.") from None
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         raise DataError(
-            f"{path}: found {describe_value(found)}, wanted a record (a JSON object). Make the run again."
+            f"{path}: found {describe_value(record)}, wanted a record (a JSON object). Make the run again."
         )
-    schema = found.get("schema", 1)
+    schema = record.get("schema", 1)
     if not isinstance(schema, int) or schema > SCHEMA:
         raise DataError(
             f"{path}: its schema is {describe_value(schema)}, and this version reads up to {SCHEMA}. Update softprompt."
         )
-    return found
+    return record
 
 
 def typed(kind: type[T], record: Mapping[str, Any], where: str) -> T:
-    """`record` as the dataclass `kind`; keys that it does not know are left out.
+    """`record` as an instance of the dataclass `kind`; unknown keys are dropped.
 
-    Raises DataError, in one line, that names the first value of another kind."""
+    Raises DataError, in one line, that names the first value of a wrong type."""
     try:
         adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]
         read = adapter.validate_python(dict(record))
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        place = ".".join(map(str, problem["loc"]))
-        found = "nothing" if problem["type"] == "missing" else describe_value(problem["input"])
+        path = ".".join(map(str, problem["loc"]))
+        value = "nothing" if problem["type"] == "missing" else describe_value(problem["input"])
         raise DataError(
-            f"{where}: {place}: found {found}, wanted: {problem['msg']}. Make the run again."
+            f"{where}: {path}: found {value}, wanted: {problem['msg']}. Make the run again."
         ) from None
     except RecursionError:
         raise DataError(f"{where}: the record is nested too deeply. Make the run again.") from None

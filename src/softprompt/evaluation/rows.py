@@ -1,4 +1,4 @@
-"""One judged row, and the file that keeps every one of them: a run that was killed goes on where it was.
+"""A judged row, and the file that keeps all of them, so that an interrupted evaluation can continue.
 
 No torch here, so that a report can read rows without it.
 """
@@ -10,6 +10,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AliasChoices, Field
 
 from softprompt.errors import DataError, SaveError
 from softprompt.evaluation.record import SCHEMA, Value, typed, write_json
@@ -23,11 +26,11 @@ ROWS, SUMMARY = "rows.jsonl", "evaluation.json"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What was wanted of one example and what came of it.
+    """One judged example: its input, the wanted text, and the answer.
 
     `wanted` is the wanted text as the base's tokenizer can write it: an answer is compared with nothing else.
-    `index` counts the judged examples, `row` is its place in the source. `said` is the generated text, or the label
-    of highest score; None where nothing was asked to be said. `nll` sums the loss of the wanted text in nats over
+    `index` counts the judged examples, `row` is its number in the source. `answer` is the generated text, or the label
+    of highest score; None where only the loss was measured. `nll` sums the loss of the wanted text in nats over
     `tokens` tokens, which stand for `text_bytes` UTF-8 bytes; nan where it was not measured. `scores` holds every
     label's log-probability where labels were ranked. Where several rows ask the same, `references` holds all their
     wanted texts, and all but the first are `repeated`: BLEU and chrF count the input once, against all references.
@@ -37,7 +40,9 @@ class Row:
     row: int
     input: str
     wanted: str
-    said: str | None = None
+    answer: Annotated[str | None, Field(validation_alias=AliasChoices("answer", "said"))] = (
+        None  # said: in 0.1
+    )
     nll: Value = math.nan
     tokens: int = 0
     text_bytes: int = 0
@@ -48,12 +53,12 @@ class Row:
     repeated: bool = False
 
     def to_json(self) -> str:
-        """One line; a figure that is not known is null."""
+        """The row as one line of JSON; an unknown figure is null."""
         return json.dumps(plain(asdict(self)), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str) -> Row:
-        """Read what `to_json` wrote. Raises ValueError for anything else."""
+        """Read what `to_json` wrote, in this version or in 0.1. Raises ValueError for anything else."""
         return typed(cls, json.loads(line), "a judged row")
 
 
@@ -75,7 +80,7 @@ def read_rows(path: Path) -> list[Row]:
 def _whole(text: str) -> Iterator[Row]:
     """The rows of all lines that were written to their end: a kill leaves at most the last one unfinished.
 
-    A line ends at \\n alone: U+2028, U+0085 and their like are text, which JSON does not escape."""
+    A line ends at \\n alone: U+2028, U+0085 and similar are text, which JSON does not escape."""
     for line in text.split("\n"):
         try:
             yield Row.from_json(line)
@@ -84,20 +89,20 @@ def _whole(text: str) -> Iterator[Row]:
 
 
 class RowFile:
-    """Rows on disk as they come. `known` are those of a former, unfinished run of the same evaluation.
+    """Rows on disk, appended as they are judged. `judged` holds those of an earlier, unfinished run of the same evaluation.
 
-    `digest` stands for everything that a row depends on. Rows of another digest are refused, not mixed in.
+    `digest` covers everything that a row depends on. A folder with rows of another digest is refused, not mixed.
     """
 
     def __init__(self, folder: Path, digest: str) -> None:
         self.folder, self.digest = folder, digest
         self.path = folder / ROWS
-        self.known: dict[int, Row] = {}
+        self.judged: dict[int, Row] = {}
         former = _former_digest(folder)
         if former is not None and former != digest:
             raise DataError(
                 f"{folder}: holds the rows of another evaluation (another base, prompt, data or way of answering). "
-                "Choose another folder, or delete this one to start afresh."
+                "Choose another folder, or delete this one to start again."
             )
         folder = check_replaceable(folder, (ROWS, SUMMARY), kind="evaluation")
         make_folder(folder)
@@ -106,10 +111,10 @@ class RowFile:
         self._lock.take()
         try:
             if former is not None and self.path.exists():
-                self.known = {row.index: row for row in _whole(self.path.read_text("utf-8"))}
+                self.judged = {row.index: row for row in _whole(self.path.read_text("utf-8"))}
             write_json(folder / SUMMARY, {"schema": SCHEMA, "digest": digest, "complete": False})
-            # Written afresh, so that an unfinished last line is gone.
-            text = "".join(row.to_json() + "\n" for _, row in sorted(self.known.items()))
+            # Rewritten, so that an unfinished last line is gone.
+            text = "".join(row.to_json() + "\n" for _, row in sorted(self.judged.items()))
             replace_file(self.path, text)
             self._file = self.path.open("a", encoding="utf-8", newline="\n")
         except OSError as error:
@@ -119,7 +124,7 @@ class RowFile:
             ) from error
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Append, and see that it is on its way to the disk."""
+        """Append `rows` and flush them to the file."""
         try:
             self._file.writelines(row.to_json() + "\n" for row in rows)
             self._file.flush()

@@ -1,4 +1,4 @@
-"""How a prompt is judged: every setting declared once, for Python, YAML and the command line. No torch here."""
+"""Settings of judging a prompt: each one is declared once, for Python, YAML and the command line. No torch here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MetricName: TypeAlias = Literal[
 
 
 class JudgeSettings(Table):
-    """On which rows, by which metrics, and how answers are obtained.
+    """Settings of judging: the rows, the metrics, and how answers are obtained.
 
     With `answers` rank the likeliest label is the answer, else text is generated over the whole vocabulary.
     """
@@ -37,11 +37,11 @@ class JudgeSettings(Table):
         None, "The split to judge on; without it test, else validation, else train.", flag="--split"
     )
     judge_rows: Count | None = setting(
-        None, "Judge on the first N rows of the split alone.", flag="--judge-rows", elsewhere="limit"
+        None, "Judge only on the first N rows of the split.", flag="--judge-rows", elsewhere="limit"
     )
     metrics: list[MetricName] = setting(
         [],
-        "The first one ranks; without any, what suits the data.",
+        "The first one ranks; without any, metrics that suit the data.",
         flag="--metric",
         elsewhere="metric",
     )
@@ -84,7 +84,7 @@ class JudgeSettings(Table):
 
 
 class JudgedData(Data):
-    """What is judged on, and how a row becomes text. What is not set is the prompt's own."""
+    """The data to judge on, and how a row becomes text. What is not set is taken from the prompt."""
 
     source: str | None = setting(  # type: ignore[assignment]
         None,
@@ -101,12 +101,12 @@ class JudgedData(Data):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The settings that were set, and not those left at their defaults."""
+        """The settings that were set, without those left at their defaults."""
         return {name: getattr(self, name) for name in self.model_fields_set}
 
 
 class JudgedRows(Table):
-    """The rows to judge on. A recipe can be given for it: its other parts are read past."""
+    """The rows to judge on. A recipe can be given for it: its other parts are ignored."""
 
     data: JudgedData = Field(default_factory=JudgedData, description="What is judged on.")
     prompt: dict[str, Any] = setting({}, "Not used here: how a prompt is learned.")

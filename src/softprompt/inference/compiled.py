@@ -18,9 +18,10 @@ from torch import Tensor
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State, row_state
-from softprompt.data.batch import Encoded, End, Layout, to_answer
-from softprompt.data.ending import NO_ENDING, Ending, ending_of
+from softprompt.data.encoded import Encoded
+from softprompt.data.ending import NO_ENDING, End, Ending, ending_of
 from softprompt.data.example import Example
+from softprompt.data.layout import Layout, to_answer
 from softprompt.data.template import Field, Messages, Soft, Template, Text
 from softprompt.data.tokenizer import SpecialTokens, special_tokens_of, tokens
 from softprompt.errors import DataError, PromptError, RecipeError
@@ -99,7 +100,7 @@ class CompiledPrompt:
         )
 
     def laid_out(self, encoded: Encoded) -> list[int]:
-        """The marks of an encoded row (data.batch.Encoded): a deep prompt's virtual tokens stand before it."""
+        """The marks of an encoded row (data.encoded.Encoded): a deep prompt's virtual tokens stand before it."""
         own = list(range(-1, -1 - self.state.length, -1)) if self.kind == "deep" else []
         return own + [
             token if soft < 0 else -1 - soft for token, soft in zip(encoded.ids, encoded.soft, strict=True)

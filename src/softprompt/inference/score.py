@@ -13,8 +13,9 @@ from torch import Tensor
 from softprompt.base.context_length import demand_room
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.nll import BLOCK_LOGITS
-from softprompt.data.batch import End, to_learn
+from softprompt.data.ending import End
 from softprompt.data.example import Example
+from softprompt.data.layout import to_learn
 from softprompt.data.template import Field, Template
 from softprompt.errors import NotFinite
 from softprompt.inference.compiled import CompiledPrompt, Promptable
@@ -63,7 +64,7 @@ def score(
     """Score each continuation of its input under its prompt, in the layout that training uses.
 
     `inputs` may be a single text or row; the result is always a list. Without a continuation the trained text of the
-    row is scored: its target, or all of its text. `end` scores an end token after it (data.batch.Layout). The first
+    row is scored: its target, or all of its text. `end` scores an end token after it (data.layout.Layout). The first
     position of a row, which nothing predicts, is not scored.
     """
     inputs = listed(inputs)

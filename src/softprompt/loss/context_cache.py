@@ -15,7 +15,8 @@ from torch import Tensor
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import State, batch_cache, new_cache, row_state
 from softprompt.base.placement import Placed, padding_mask
-from softprompt.data.batch import Batch, Encoded, collate
+from softprompt.data.batch import Batch, collate
+from softprompt.data.encoded import Encoded
 
 Context = tuple[int, ...]
 GIGABYTE = 10**9

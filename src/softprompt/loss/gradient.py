@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from softprompt.data.batch import Batch, Encoded, collate
+from softprompt.data.batch import Batch, collate
+from softprompt.data.encoded import Encoded
 from softprompt.errors import OutOfMemory
 from softprompt.prompt.reparam import Form
 from softprompt.prompt.soft_prompt import Plain

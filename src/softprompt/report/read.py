@@ -27,7 +27,7 @@ class Sample:
 
     input: str
     wanted: str
-    said: Mapping[str, str]
+    answers: Mapping[str, str]
     right: Mapping[str, bool | None]
 
     @property
@@ -36,7 +36,7 @@ class Sample:
         known = {one for one in self.right.values() if one is not None}
         if known:
             return len(known) > 1
-        return len({one.strip() for one in self.said.values()}) > 1
+        return len({answer.strip() for answer in self.answers.values()}) > 1
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def _tuning(folder: Path) -> Run:
 
 def _samples(rows: Mapping[str, Sequence[Row]]) -> list[Sample]:
     """Up to 24 rows, those where the arms differ first among them; in the order of the data."""
-    if not rows or any(row.said is None for judged in rows.values() for row in judged):
+    if not rows or any(row.answer is None for judged in rows.values() for row in judged):
         return []
     short = all(len(row.wanted) <= 60 and "\n" not in row.wanted for row in next(iter(rows.values())))
     found = []
@@ -271,9 +271,9 @@ def _samples(rows: Mapping[str, Sequence[Row]]) -> list[Sample]:
             Sample(
                 one.input,
                 one.wanted,
-                {arm: row.said or "" for arm, row in group.items()},
+                {arm: row.answer or "" for arm, row in group.items()},
                 {
-                    arm: (row.said or "").strip() == row.wanted.strip() if short else None
+                    arm: (row.answer or "").strip() == row.wanted.strip() if short else None
                     for arm, row in group.items()
                 },
             )
@@ -290,6 +290,8 @@ def _continued(comparison: Comparison) -> list[Sample]:
         return []
     first = next(iter(texts.values()))
     return [
-        Sample(start.input, "", {arm: said[i].said for arm, said in texts.items()}, dict.fromkeys(texts))
+        Sample(
+            start.input, "", {arm: samples[i].text for arm, samples in texts.items()}, dict.fromkeys(texts)
+        )
         for i, start in enumerate(first)
     ]

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Sequence
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Layout, to_answer
 from softprompt.data.example import Example, Message
+from softprompt.data.layout import Layout, to_answer
 from softprompt.data.template import Template
 from softprompt.inference.compiled import CompiledPrompt
 from softprompt.inference.running_batch import Steering

@@ -6,7 +6,6 @@ is a tree of plain values, and beside it are the places where they were written,
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import PydanticUndefined
 
-from softprompt.errors import RecipeError
+from softprompt.errors import RecipeError, nearest
 from softprompt.settings.text import MAX_CHARACTERS, Written, describe_value, read_mapping, read_value
 
 ENDLESS = 10**9
@@ -521,10 +520,10 @@ def _did_you_mean(model: type[Section], path: str) -> str:
     anywhere = {name.split(".")[-1]: name for name in reversed(known)}
     elsewhere = {each.elsewhere: each.path for each in settings(model)}
     near = (
-        same_name
-        or ([elsewhere[last]] if last in elsewhere else [])
-        or [siblings[name] for name in difflib.get_close_matches(last, siblings, 1, 0.6)]
-        or [anywhere[name] for name in difflib.get_close_matches(last, anywhere, 1, 0.6)]
-        or difflib.get_close_matches(path, known, 1, 0.75)
+        " or ".join(same_name)
+        or elsewhere.get(last)
+        or siblings.get(nearest(last, siblings) or "")
+        or anywhere.get(nearest(last, anywhere) or "")
+        or nearest(path, known, 0.75)
     )
-    return f" Did you mean {' or '.join(near)}?" if near else " `softprompt recipe` lists them all."
+    return f" Did you mean {near}?" if near else " `softprompt recipe` lists them all."

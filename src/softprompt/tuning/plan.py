@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from itertools import chain
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Encoded, EncodedSet
+from softprompt.data.batch import EncodedSet
+from softprompt.data.encoded import Encoded
 from softprompt.data.example import Splits
 from softprompt.data.template import Template
 from softprompt.loss.context_cache import GIGABYTE, context_bytes, contexts_of

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.base.hardware import peak_memory_bytes
-from softprompt.data.batch import Encoded, epoch_order
+from softprompt.data.batch import epoch_order
+from softprompt.data.encoded import Encoded
 from softprompt.errors import NotFinite
 from softprompt.loss.gradient import Gradients
 from softprompt.loss.mean import mean_nll

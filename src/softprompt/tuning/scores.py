@@ -9,7 +9,8 @@ from torch import Tensor
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.placement import place
-from softprompt.data.batch import Encoded, collate
+from softprompt.data.batch import collate
+from softprompt.data.encoded import Encoded
 from softprompt.prompt.soft_prompt import Plain
 
 

@@ -12,9 +12,11 @@ from typing import Any, Literal
 from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.outline import Outline
-from softprompt.data.batch import EncodedSet, End, Layout, Overflow, TooLong, encode_all, to_judge, to_learn
+from softprompt.data.batch import EncodedSet, encode_all
 from softprompt.data.default_template import CHAT, ColumnChat, input_columns, is_numbering, lines_template
+from softprompt.data.ending import End
 from softprompt.data.example import Example, Shape, Splits
+from softprompt.data.layout import Layout, Overflow, TooLong, to_judge, to_learn
 from softprompt.data.preview import Preview, preview
 from softprompt.data.source import load_splits
 from softprompt.data.template import Soft, Template, Text

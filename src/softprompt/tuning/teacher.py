@@ -15,8 +15,10 @@ from torch import Tensor
 from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State, row_state
-from softprompt.data.batch import Encoded, End, Layout, to_answer, to_learn
+from softprompt.data.encoded import Encoded
+from softprompt.data.ending import End
 from softprompt.data.example import Example, Message
+from softprompt.data.layout import Layout, to_answer, to_learn
 from softprompt.data.template import Messages, Soft, Template, Text
 from softprompt.errors import DataError
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt

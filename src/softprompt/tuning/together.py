@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import Encoded
+from softprompt.data.encoded import Encoded
 from softprompt.data.example import Splits
 from softprompt.errors import NotFinite, RecipeError, SoftPromptError
 from softprompt.loss.gradient import Gradients, Loss
