@@ -60,7 +60,8 @@ class Request:
     text, and the ending that the prompt learned. `on_text` is called with every piece of text as soon as it is certain.
     `likeliest` holds, for each new token, the `top` likeliest ids with their log-probabilities under the base, before
     temperature, penalties and steering. `failure` is set where the row's numbers were not finite, or its steering
-    failed.
+    failed. `begun` are tokens of the answer that are given, since an answer that was cut off elsewhere goes on here: they
+    are the last marks of `row`, and the first of `token_ids`.
     """
 
     row: PrefillRow
@@ -73,6 +74,7 @@ class Request:
     bad_sequences: tuple[tuple[int, ...], ...] = ()
     top: int = 0
     steering: Steering | None = None
+    begun: tuple[int, ...] = ()
     token_ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
     likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -84,18 +86,23 @@ class Request:
     @property
     def total(self) -> int:
         """Positions that the row takes at most."""
-        return len(self.row.marks) + self.limit
+        return len(self.given) + self.limit
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """Marks of the text, before the answer."""
+        return self.row.marks[: len(self.row.marks) - len(self.begun)]
 
     @property
     def known_ids(self) -> list[int]:
         """Token ids of the text before the continuation."""
-        return [mark for mark in self.row.marks if mark >= 0]
+        return [mark for mark in self.given if mark >= 0]
 
     @property
     def banned_next(self) -> list[int]:
         """Tokens that would complete a bad word now. One that was begun in the text before the continuation counts."""
         read = max((len(sequence) - 1 for sequence in self.bad_sequences), default=0)
-        marks = [*self.row.marks[-read:], *self.token_ids[-read:]] if read else []
+        marks = [*self.given[-read:], *self.token_ids[-read:]] if read else []
         return completing(self.bad_sequences, marks)
 
 
@@ -111,20 +118,31 @@ def request(
     row: PrefillRow | None = None,
     top: int = 0,
     steering: Steering | None = None,
+    begun: Sequence[int] = (),
 ) -> Request:
     """Lay out one input under a prompt. `given` may be the marks of a whole sequence instead of text.
 
-    Raises DataError where the text leaves no room for a new token.
+    `begun` are the first tokens of the answer, which is cut off elsewhere and goes on here: the row gives what it would
+    have given from the start, draws included. A `row` that is handed over holds them already.
+
+    Raises DataError where the text leaves no room for a new token, or where an answer cannot go on.
     """
+    if begun and (settings.rated or top):
+        raise DataError(
+            "An answer with log-probabilities cannot go on from tokens. Ask for it from the start."
+        )
+    if any(not 0 <= token < lm.vocab_size for token in begun):
+        raise DataError(f"Begun tokens: wanted ids from 0 to {lm.vocab_size - 1}.")
     if row is None:
         marks = prompt.marks(lm, given) if isinstance(given, str | Example) else list(given)
-        row = prompt.row(marks)
+        row = prompt.row([*marks, *begun])
+    given_marks = row.marks[: len(row.marks) - len(begun)]
     beyond = [token for token in settings.logit_bias if token >= lm.vocab_size]
     if beyond:
         raise DataError(
             f"logit_bias: found token {beyond[0]}; {lm.name} has {lm.vocab_size:,} tokens. Give ids below that."
         )
-    text_tokens = sum(mark >= 0 for mark in row.marks)
+    text_tokens = sum(mark >= 0 for mark in given_marks)
     limit = settings.max_new_tokens
     if settings.max_text_tokens is not None:
         left = settings.max_text_tokens - text_tokens
@@ -138,7 +156,11 @@ def request(
     most = longest_text(lm)
     if most is not None:
         demand_room(lm, len(row.marks) + 1, "The text with one new token")
-        limit = min(limit, most - len(row.marks))
+        limit = min(limit, most - len(given_marks))
+    if len(begun) >= limit:
+        raise DataError(
+            f"{len(begun)} tokens of the answer are given, and it has at most {limit}: nothing is left to go on with."
+        )
     ending = NO_ENDING if settings.ignore_end else prompt.ending
     bad = bad_sequences(settings.bad_words, lm.tokenizer, prompt.special, end_ids(lm))
     return Request(
@@ -152,6 +174,8 @@ def request(
         bad_sequences=bad,
         top=top,
         steering=steering,
+        begun=tuple(begun),
+        token_ids=list(begun),
     )
 
 
@@ -257,7 +281,7 @@ class Running:
         self._positions_B[b] = len(request.row.marks)
         if request.settings.repetition_penalty != 1.0:
             self._seen_BV[b] = False  # another row may have had this index before
-            self._seen_BV[b, request.known_ids] = True
+            self._seen_BV[b, [*request.known_ids, *request.begun]] = True
 
     @torch.inference_mode()
     def advance(self) -> list[Request]:
@@ -370,7 +394,7 @@ class Running:
         request.finish_reason = reason
         if request.keep_state:
             request.state = self._cache.state(
-                b, (*request.row.marks, *request.token_ids)[: self._cache.length(b)]
+                b, (*request.given, *request.token_ids)[: self._cache.length(b)]
             )
         self._cache.leave(b)
         last = self._slots.pop()
@@ -385,8 +409,12 @@ class Running:
         # Text is only followed as it comes where something waits for it.
         if request.settings.stop or request.ending.stop or request.on_text:
             slot.text = self._text_stream(request)
+            for token in request.begun:
+                slot.text.add(token)
         if request.settings.temperature > 0:
-            slot.generator = row_generator(request.settings.seed, request.sample, request.row.marks)
+            slot.generator = row_generator(request.settings.seed, request.sample, request.given)
+            for _ in request.begun:  # each of these tokens took a draw
+                torch.rand(1, generator=slot.generator, dtype=torch.float64)
         return slot
 
     def _text_stream(self, request: Request) -> TextStream:

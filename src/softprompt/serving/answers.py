@@ -6,6 +6,7 @@ import json
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -56,6 +57,8 @@ class Choices:
                 if self.is_chat
                 else {"text": answer.text}
             )
+            if self.body.return_token_ids:
+                words["token_ids"] = list(answer.token_ids)
             choices.append(
                 {"index": index, **words, "logprobs": self._logprobs(answer), "finish_reason": reason(answer)}
             )
@@ -66,6 +69,7 @@ class Choices:
         shape = "chat.completion.chunk" if self.is_chat else self.shape
         done: dict[int, Finished] = {}
         started: set[int] = set()
+        shown: Counter[int] = Counter()  # token ids of each choice that a client has had
         try:
             async for index, answer in _after(first, events):
                 if self.is_chat and index not in started:
@@ -75,10 +79,15 @@ class Choices:
                     words: dict[str, Any] = (
                         {"delta": {"content": answer.text}} if self.is_chat else {"text": answer.text}
                     )
+                    if self.body.return_token_ids:
+                        words["token_ids"] = list(answer.token_ids)
+                        shown[index] += len(answer.token_ids)
                     yield self._event(shape, index, words)
                 else:
                     done[index] = answer
                     words = {"delta": {}} if self.is_chat else {"text": ""}
+                    if self.body.return_token_ids:
+                        words["token_ids"] = list(answer.token_ids[shown[index] :])
                     yield self._event(shape, index, words, reason(answer), self._logprobs(answer))
         except Exception as error:  # the status has been sent; an error can only be an event
             yield sse(_told(error, self.lm))

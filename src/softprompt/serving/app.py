@@ -244,7 +244,16 @@ def build_app(
     ) -> list[Work]:
         """What the engine is asked for, an entry for each input (and sample, where samples are all the same)."""
         demand_in_vocabulary(body, lm.vocab_size)
-        each = body.samples // body.decode_settings(longest, False).n
+        rows_each = body.decode_settings(longest, False).n
+        each = body.samples // rows_each
+        begun = [tuple(ids) for ids in body.begun or []]
+        if begun and (len(begun) != len(inputs) * body.samples or body.seed is None or top is not None):
+            raise Refused(
+                400,
+                f"softprompt.begun: wanted {len(inputs) * body.samples} lists of token ids, one for each choice, with a seed "
+                "and without log-probabilities.",
+                param="softprompt.begun",
+            )
         return [
             Work(
                 served.digest,
@@ -253,9 +262,9 @@ def build_app(
                 caller.name,
                 top or 0,
                 steering(body, given, grammars),
+                tuple(begun[number * rows_each : (number + 1) * rows_each]),
             )
-            for given in inputs
-            for _ in range(each)
+            for number, given in enumerate(given for given in inputs for _ in range(each))
         ]
 
     async def respond(

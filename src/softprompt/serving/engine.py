@@ -62,7 +62,8 @@ class Work:
     """What is asked for: a prompt by its digest (None: the base alone), an input, how to decode, and for whom.
 
     `given` is a text, an example, or the marks of a whole sequence (token ids, and -1 - i for vector i). `top` is how
-    many likeliest tokens are recorded beside each new one; `steer` makes what steers a row, if anything does."""
+    many likeliest tokens are recorded beside each new one; `steer` makes what steers a row, if anything does. `begun` are,
+    for each sample, the first tokens of an answer that was cut off elsewhere and goes on here."""
 
     digest: str | None
     given: str | Example | Sequence[int]
@@ -70,14 +71,16 @@ class Work:
     owner: str = ""
     top: int = 0
     steer: Callable[[FrozenLM, CompiledPrompt], Steering] | None = None
+    begun: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of one sample, as soon as it is certain."""
+    """New text of one sample, as soon as it is certain, and the tokens chosen since the last piece."""
 
     sample: int
     text: str
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -432,19 +435,19 @@ class LocalEngine:
         work, prompt = ticket.work, self._compiled_prompt(ticket.work.digest, ticket.prompt)
         rows: list[Request] = []
         for sample in range(work.settings.drawn):
-            rows.append(
-                request(
-                    self.lm,
-                    prompt,
-                    work.given,
-                    work.settings,
-                    sample=sample,
-                    row=rows[0].row if rows else None,
-                    on_text=_teller(ticket, sample),
-                    top=work.top,
-                    steering=None if work.steer is None else work.steer(self.lm, prompt),
-                )
+            row = request(
+                self.lm,
+                prompt,
+                work.given,
+                work.settings,
+                sample=sample,
+                row=rows[0].row if rows and not work.begun else None,  # samples of one text share its reading
+                top=work.top,
+                steering=None if work.steer is None else work.steer(self.lm, prompt),
+                begun=work.begun[sample] if work.begun else (),
             )
+            row.on_text = _teller(ticket, row)
+            rows.append(row)
         return rows
 
     def _join(self, joining: list[Request]) -> None:
@@ -470,8 +473,15 @@ class LocalEngine:
         """The same request as before it joined."""
         ticket = self._running.pop(id(row))
         fresh = replace(
-            row, token_ids=[], log_probabilities=[], likeliest=[], text="", finish_reason=None, failure=None
+            row,
+            token_ids=list(row.begun),
+            log_probabilities=[],
+            likeliest=[],
+            text="",
+            finish_reason=None,
+            failure=None,
         )
+        fresh.on_text = _teller(ticket, fresh)
         ticket.rows[ticket.rows.index(row)] = fresh
         self._running[id(fresh)] = ticket
         return fresh
@@ -574,7 +584,7 @@ class LocalEngine:
 
 
 def _finished(row: Request) -> Finished:
-    marks = row.row.marks
+    marks = row.given
     virtual = sum(mark < 0 for mark in marks)
     return Finished(
         row.sample,
@@ -588,5 +598,13 @@ def _finished(row: Request) -> Finished:
     )
 
 
-def _teller(ticket: _Ticket, sample: int) -> Callable[[str], None]:
-    return lambda text: ticket.tell(Piece(sample, text))
+def _teller(ticket: _Ticket, row: Request) -> Callable[[str], None]:
+    told = 0
+
+    def tell(text: str) -> None:
+        nonlocal told
+        ids = tuple(row.token_ids[told:])
+        told += len(ids)
+        ticket.tell(Piece(row.sample, text, ids))
+
+    return tell

@@ -34,10 +34,14 @@ class StreamOptions(BaseModel):
 
 
 class SoftPromptOptions(BaseModel):
-    """Ours: the fields of a template that has several inputs."""
+    """Ours: the fields of a template that has several inputs, and, for each choice, the first tokens of an answer that
+    was cut off at another server and goes on at this one."""
 
     model_config = ConfigDict(extra="forbid")
     fields: dict[str, str] | None = None
+    begun: list[Annotated[list[int], Field(max_length=1_000_000)]] | None = Field(
+        default=None, max_length=MAX_INPUTS * 16
+    )
 
 
 class Decoding(Body):
@@ -63,6 +67,7 @@ class Decoding(Body):
     regex: str | None = Field(default=None, min_length=1, max_length=5_000)
     user: str | None = None
     softprompt: SoftPromptOptions | None = None
+    return_token_ids: bool | None = None
 
     @field_validator("stop")
     @classmethod
@@ -76,6 +81,11 @@ class Decoding(Body):
     def fields(self) -> dict[str, str] | None:
         """The texts of a template's fields, by name."""
         return self.softprompt.fields if self.softprompt else None
+
+    @property
+    def begun(self) -> list[list[int]] | None:
+        """First tokens of each choice, of an answer that was cut off elsewhere."""
+        return self.softprompt.begun if self.softprompt else None
 
     @property
     def samples(self) -> int:
