@@ -6,18 +6,28 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import stat
 import subprocess
 from pathlib import Path
 
+import jinja2
 import pytest
 import safetensors.torch
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
+from softprompt.data.default_template import ColumnChat
 from softprompt.data.example import Example, Message
 from softprompt.data.template import Template
 from softprompt.errors import PromptError, SaveError
@@ -381,3 +391,189 @@ def test_no_export_holds_an_absolute_path_and_all_have_the_users_umask(
     for path in files:
         assert str(home).encode() not in path.read_bytes(), path
         assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
+
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}\n"
+)
+SYSTEM, ASKED, ANSWERED = (
+    "<|im_start|>system\nBe kind.<|im_end|>\n",
+    "<|im_start|>user\n",
+    "<|im_start|>assistant\n",
+)
+END = "<|im_end|>"
+LAYOUTS = {  # where the slots are, and what the user writes in a turn
+    "in front": ("{soft:6}" + SYSTEM + ASKED + "{text}" + END + "\n" + ANSWERED + "{label}" + END, "{text}"),
+    "in the system's turn": (
+        SYSTEM.replace("Be", "{soft:6}Be") + ASKED + "{text}" + END + "\n" + ANSWERED + "{label}" + END,
+        "{text}",
+    ),
+    "before the question": (
+        SYSTEM + ASKED + "{soft:6}{text}" + END + "\n" + ANSWERED + "{label}" + END,
+        "{text}",
+    ),
+    "after the question": (
+        SYSTEM + ASKED + "{text}{soft:6}" + END + "\n" + ANSWERED + "{label}" + END,
+        "{text}",
+    ),
+    "before the answer": (
+        SYSTEM + ASKED + "{text}" + END + "\n" + ANSWERED + "{soft:6}{label}" + END,
+        "{text}",
+    ),
+    "around": (
+        "{soft:2}"
+        + SYSTEM
+        + ASKED
+        + "{soft:1}{text}"
+        + END
+        + "\n{soft:2}"
+        + ANSWERED
+        + "{soft:1}{label}"
+        + END,
+        "{text}",
+    ),
+    "an empty thought": (
+        "{soft:6}" + SYSTEM + ASKED + "{text}" + END + "\n" + ANSWERED + "<think>\n\n</think>\n{label}" + END,
+        "{text}",
+    ),
+    "within the question": (
+        "{soft:4}" + SYSTEM + ASKED + "Tweet: {soft:2}{text} Kind?" + END + "\n" + ANSWERED + "{label}" + END,
+        "Tweet: <|greet-4|><|greet-5|>{text} Kind?",
+    ),
+}
+
+
+def chatml_base(chat_template: str = CHATML, **settings: object) -> FrozenLM:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str()),
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    tokenizer.chat_template = chat_template
+    return FrozenLM.wrap(tiny_model("Llama", vocab_size=322, **settings), tokenizer, name="Llama")
+
+
+def column_prompt(lm: FrozenLM, layout: str) -> SoftPrompt:
+    return dataclasses.replace(prompt_for(lm, layout), target="label")
+
+
+@pytest.mark.parametrize("where", LAYOUTS)
+def test_a_merged_prompt_of_columns_in_a_chat_says_the_same_in_transformers_chat_pipeline(
+    where: str, tmp_path: Path
+) -> None:
+    lm = chatml_base()
+    layout, message = LAYOUTS[where]
+    prompt = column_prompt(lm, layout)
+    merge_prompt(lm, prompt, tmp_path / "merged")
+    record = json.loads((tmp_path / "merged" / "softprompt_merged.json").read_text())
+    assert (record["in_chat_template"], record["message"]) == (True, message)
+    plain = Template.parse(re.sub(r"\{soft:\d\}", "", layout), target="label")
+    for text in TEXTS:
+        (ours,) = generate(lm, [text], prompt, EIGHT)
+        (alone,) = generate(lm, [text], compile_prompt(lm, None, template=plain), EIGHT)
+        said = pipelines_words(
+            tmp_path / "merged", [{"role": "user", "content": message.replace("{text}", text)}]
+        )
+        assert said == ours.text
+        assert said != alone.text
+
+
+def test_the_default_layout_of_a_chat_base_is_one_that_a_merged_copy_carries(tmp_path: Path) -> None:
+    lm = chatml_base()
+    settled = ColumnChat.of(["text", "place"], "label").layout(lm.tokenizer)
+    prompt = column_prompt(lm, "{soft:6}" + str(settled))
+    names = merge_prompt(lm, prompt, tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    turns = [{"role": "user", "content": "Text: hello\nPlace: here"}]
+    shown = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert shown == "".join(names) + lm.tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert ids == tokenizer(shown)["input_ids"]  # nothing puts them in a second time
+    compiled = compile_prompt(lm, prompt)
+    marks = compiled.marks(lm, Example({"text": "hello", "place": "here"}))
+    assert [tokenizer.convert_tokens_to_ids(names[-1 - mark]) if mark < 0 else mark for mark in marks] == ids
+
+
+def test_a_system_turn_of_ones_own_is_behind_the_vectors_or_refused_where_they_are_behind_the_learned_one(
+    tmp_path: Path,
+) -> None:
+    lm = chatml_base()
+    own = [{"role": "system", "content": "Be rude."}, {"role": "user", "content": "hello"}]
+    names = merge_prompt(lm, column_prompt(lm, LAYOUTS["in front"][0]), tmp_path / "front")
+    shown = AutoTokenizer.from_pretrained(tmp_path / "front").apply_chat_template(own, tokenize=False)
+    assert shown == "".join(names) + lm.tokenizer.apply_chat_template(own, tokenize=False)
+    merge_prompt(lm, column_prompt(lm, LAYOUTS["before the question"][0]), tmp_path / "within")
+    with pytest.raises(jinja2.TemplateError, match="this chat begins otherwise"):
+        AutoTokenizer.from_pretrained(tmp_path / "within").apply_chat_template(own, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "{soft:6}{text} Kind:{label}",
+        "{soft:6}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n{label}",  # another system's turn
+        "{soft:6}" + SYSTEM + ASKED + "{text}" + END + "{label}",
+    ],
+)
+def test_a_layout_that_the_chat_template_does_not_write_is_put_before_texts_and_not_into_chats(
+    layout: str, tmp_path: Path
+) -> None:
+    lm = chatml_base()
+    prompt = column_prompt(lm, layout)
+    merge_prompt(lm, prompt, tmp_path / "merged")
+    record = json.loads((tmp_path / "merged" / "softprompt_merged.json").read_text())
+    assert (record["in_chat_template"], record["before_every_text"]) == (False, True)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == lm.tokenizer.chat_template
+    (ours,) = generate(lm, ["hello"], prompt, EIGHT)
+    written = layout.removeprefix("{soft:6}").partition("{label}")[0].replace("{text}", "hello")
+    assert pipelines_words(tmp_path / "merged", written) == ours.text
+
+
+def test_transformers_stops_at_the_end_of_turn_that_a_merged_prompt_learned(tmp_path: Path) -> None:
+    """The base's own end token is </s>, which a chat's answers do not end with."""
+    lm = chatml_base()
+    prompt = column_prompt(lm, LAYOUTS["in front"][0])
+    (on,) = generate(lm, ["hello"], prompt, EIGHT)
+    # The third token that it says becomes the end of a turn: the two swap their rows of the output layer.
+    end, third = lm.tokenizer.convert_tokens_to_ids(END), on.token_ids[2]
+    assert third not in on.token_ids[:2]
+    head = lm.model.get_output_embeddings()
+    rows = head.weight.detach().clone()
+    rows[[end, third]] = rows[[third, end]]
+    head.weight = torch.nn.Parameter(rows, requires_grad=False)
+    lm = FrozenLM.wrap(lm.model, lm.tokenizer, name="Llama")
+    prompt = column_prompt(lm, LAYOUTS["in front"][0])
+    (ours,) = generate(lm, ["hello"], prompt, DecodeSettings(max_new_tokens=8))
+    assert ours.finish_reason == "stop"
+    merge_prompt(lm, prompt, tmp_path / "merged")
+    generator = pipeline("text-generation", model=str(tmp_path / "merged"), dtype=torch.float32, device="cpu")
+    assert end in generator.model.generation_config.eos_token_id
+    (said,) = generator(
+        [{"role": "user", "content": "hello"}], max_new_tokens=8, do_sample=False, return_full_text=False
+    )
+    assert said["generated_text"] == ours.text == lm.tokenizer.decode(on.token_ids[:2])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = generator.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    found = model.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert found[0, ids["input_ids"].shape[1] :].tolist() == [*on.token_ids[:2], end]
+
+
+def test_smollm2_carries_a_prompt_of_columns_in_its_own_chat_template(smollm2: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    lm = FrozenLM.wrap(tiny_model("Llama", vocab_size=len(tokenizer)), tokenizer, name="Llama")
+    layout = ColumnChat.of(["text"], "label").layout(tokenizer)
+    prompt = column_prompt(lm, "{soft:6}" + str(layout))
+    merge_prompt(lm, prompt, tmp_path / "merged")
+    for text in TEXTS:
+        (ours,) = generate(lm, [text], prompt, EIGHT)
+        assert pipelines_words(tmp_path / "merged", [{"role": "user", "content": text}]) == ours.text

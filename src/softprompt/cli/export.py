@@ -109,7 +109,13 @@ def to_merged(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM], overwri
     record = json.loads((out / RECORD).read_text("utf-8"))
     tokens = f"the prompt is the tokens {names[0]} to {names[-1]}"
     if record["in_chat_template"]:
-        return f"load it like any model; {tokens}, which its chat template writes"
-    if record["before_every_text"]:
-        return f"load it like any model; {tokens}, which its tokenizer puts before every text"
-    return f"load it like any model; {tokens}, which you write into the text: {record['text']}"
+        advice = f"load it like any chat model; {tokens}, which its chat template writes"
+        if record["message"] not in ("{messages}", "{text}"):
+            advice += f"; the user's message is {record['message']!r}"
+    elif record["before_every_text"]:
+        advice = f"load it like any model; {tokens}, which its tokenizer puts before every text, not into chats"
+    else:
+        advice = f"load it like any model; {tokens}, which you write into the text: {record['text']}"
+    if record["stop"]:
+        advice += f"; an answer ends at {', '.join(map(repr, record['stop']))} (stop_strings in generate)"
+    return advice

@@ -1,8 +1,8 @@
 """A prompt merged into a copy of its base as added tokens, for tools that know nothing of soft prompts.
 
-The copy has one more token for each vector. Where the prompt's slot is in front of a text, the tokenizer adds them to
-every text; where it is in front of a chat, the chat template writes them. Anywhere else they have to be written into
-the text, as softprompt_merged.json says. The output layer gives them zero and the generation config suppresses them, so
+The copy has one more token for each vector. Where the prompt was learned in the base's chat template, the copy's chat
+template writes them; else, where its slot is in front of a text, the tokenizer adds them to every text. Anywhere else they
+have to be written into the text, as softprompt_merged.json says. The output layer gives them zero and the generation config suppresses them, so
 what is generated is what the prompt gives. The base itself is not changed.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.template import Field, Messages, Piece, Soft, Template, Text
+from softprompt.data.template import Soft
 from softprompt.errors import PromptError, SaveError
+from softprompt.export.chat_copy import chat_copy, written
 from softprompt.inference.compiled import compile_prompt
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.store.atomic import new_folder, replace_file
@@ -42,7 +44,8 @@ def merge_prompt(
     another base's prompt, PromptError for one that cannot be tokens, BaseError as loading does.
     """
     folder = _free(folder, overwrite)
-    layout = compile_prompt(lm, prompt).template
+    compiled = compile_prompt(lm, prompt)
+    layout, ending = compiled.template, compiled.ending
     stem = re.sub(r"[^\w.-]+", "-", prompt.name) or "prompt"
     names = [f"<|{stem}-{row}|>" for row in range(prompt.length)]
     taken = sorted(set(names) & set(lm.tokenizer.get_vocab()))
@@ -50,24 +53,26 @@ def merge_prompt(
         raise PromptError(
             f"{prompt.name}: the base has a token {taken[0]} already. Give the prompt another name."
         )
-    starts = layout.pieces[0] == Soft(prompt.length) and not layout.chat
+    in_chat = chat_copy(layout, names, lm.tokenizer)
+    starts = layout.pieces[0] == Soft(prompt.length) and in_chat is None
     tokenizer, added = _with_tokens(lm.tokenizer, names, before_every_text=starts)
-    if layout.chat:
-        head = written(Template(layout.pieces[:-1]), names)
-        tokenizer.chat_template = _after(head, tokenizer.chat_template)
+    if in_chat is not None:
+        tokenizer.chat_template = in_chat.chat_template
     record = {
         "prompt": prompt.name,
         "base": last_part(prompt.base.name),
         "template": str(layout),
         "tokens": names,
         "before_every_text": starts,
-        "in_chat_template": layout.chat,
+        "in_chat_template": in_chat is not None,
+        "message": None if in_chat is None else in_chat.message,
         "text": None if layout.chat or starts else written(layout, names),
+        "stop": list(ending.stop),
     }
     try:
         with new_folder(folder) as draft:
             claim(draft, "merged", [])  # the whole folder is ours
-            _with_rows(lm, prompt, added).save_pretrained(draft)
+            _with_rows(lm, prompt, added, ending.ids).save_pretrained(draft)
             tokenizer.save_pretrained(draft)
             replace_file(draft / RECORD, json.dumps(record, indent=2) + "\n")
             if folder.exists() and any(folder.iterdir()):
@@ -80,34 +85,6 @@ def merge_prompt(
             "another folder."
         ) from error
     return names
-
-
-def written(layout: Template, names: list[str]) -> str:
-    """A template with the added tokens in its slots; its fields stay as they are, and the target is left out."""
-    left = iter(names)
-    parts: list[str] = []
-    for piece in layout.pieces:
-        if isinstance(piece, Soft):
-            parts += [next(left) for _ in range(piece.length)]
-        elif piece == Field(layout.target or ""):
-            break
-        else:
-            parts.append(_shown(piece))
-    return "".join(parts)
-
-
-def _shown(piece: Piece) -> str:
-    if isinstance(piece, Text):
-        return piece.text
-    return "" if isinstance(piece, Messages | Soft) else "{" + piece.name + "}"
-
-
-def _after(head: str, chat_template: Any) -> Any:
-    """A chat template (or several, by name) that writes `head` before the chat."""
-    if isinstance(chat_template, dict):
-        return {name: _after(head, template) for name, template in chat_template.items()}
-    # An expression, not text: a template that begins with {%- strips white space off text before it.
-    return "{{ " + json.dumps(head, ensure_ascii=False) + " }}" + str(chat_template)
 
 
 def _free(folder: str | Path, overwrite: bool) -> Path:
@@ -168,8 +145,9 @@ def _with_tokens(tokenizer: Any, names: list[str], *, before_every_text: bool) -
     return grown, ids
 
 
-def _with_rows(lm: FrozenLM, prompt: SoftPrompt, ids: list[int]) -> Any:
-    """A copy of the model with the vectors as rows `ids` of its embedding table; its output layer is apart from it."""
+def _with_rows(lm: FrozenLM, prompt: SoftPrompt, ids: list[int], end_ids: Iterable[int]) -> Any:
+    """A copy of the model with the vectors as rows `ids` of its embedding table; its output layer is apart from it, and
+    generation stops where answers were learned to end."""
     model = copy.deepcopy(lm.model)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     # Not all bases store what their layer returns: some scale a row when they look it up.
@@ -185,14 +163,18 @@ def _with_rows(lm: FrozenLM, prompt: SoftPrompt, ids: list[int]) -> Any:
     table.num_embeddings = size
     out_VD = head.weight.data.new_zeros(size, head.weight.shape[1])
     out_VD[: len(head.weight)] = head.weight.data
+    out_VD[ids] = 0  # they may lie in the padding that some bases have behind their vocabulary
     head.weight = nn.Parameter(out_VD, requires_grad=False)
     head.out_features = size
     if getattr(head, "bias", None) is not None:
         bias_V = head.bias.data.new_zeros(size)
         bias_V[: len(head.bias)] = head.bias.data
+        bias_V[ids] = 0
         head.bias = nn.Parameter(bias_V, requires_grad=False)
     for config in (model.config, model.config.get_text_config()):
         config.vocab_size = size
         config.tie_word_embeddings = False
+    if ends := sorted(end_ids):  # what the prompt learned to end with need not be the base's own end token
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     model.generation_config.suppress_tokens = sorted({*(model.generation_config.suppress_tokens or []), *ids})
     return model
