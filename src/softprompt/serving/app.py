@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Example
 from softprompt.errors import SoftPromptError
 from softprompt.inference.score import RatedToken, rate_continuation, rate_text
 from softprompt.serving import wire
 from softprompt.serving.answers import Answers, Choices, ResponseShape, by_text, columns, offsets, token_text
 from softprompt.serving.catalogue import BASE, LOOK_EVERY_SECONDS, Catalogue, Served
-from softprompt.serving.engine import Answer, Compiled, LocalEngine, Work
+from softprompt.serving.connection import while_connected
+from softprompt.serving.engine import Answer, Compiled, Engine, Work
 from softprompt.serving.inputs import (
     Input,
     chat_input,
@@ -47,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 def build_app(
-    engine: LocalEngine, catalogue: Catalogue, keys: Keys | None = None, *, strict: bool = False
+    engine: Engine, catalogue: Catalogue, keys: Keys | None = None, *, strict: bool = False
 ) -> FastAPI:
     """The application over a started engine. `strict` refuses unknown fields instead of naming them in a header."""
     keys = keys or Keys()
@@ -160,12 +162,12 @@ def build_app(
         caller = caller_of(request)
         return {
             "object": "list",
-            "data": [_model(served) for served in catalogue.models() if caller.may_use(served.name)],
+            "data": [_model(served, lm) for served in catalogue.models() if caller.may_use(served.name)],
         }
 
     @app.get("/v1/models/{name}")
     async def model(name: str, request: Request) -> dict[str, Any]:
-        return _model(served_by(name, caller_of(request)))
+        return _model(served_by(name, caller_of(request)), lm)
 
     @app.post("/v1/completions")
     async def completions(body: wire.CompletionBody, request: Request) -> Response:
@@ -286,10 +288,10 @@ def build_app(
         headers = _headers(body, asked[0].digest)
         try:
             if not body.stream:
-                whole = await _while_connected(request, answers.gathered(events))
+                whole = await while_connected(request, answers.gathered(events))
                 return JSONResponse(whole, headers=headers)
             # The first answer is waited for, so that what is refused is an error and not a broken stream.
-            first = await _while_connected(request, anext(events))
+            first = await while_connected(request, anext(events))
             streaming = _Stream(answers.streamed(first, events), [events.aclose, _ending(lease)], headers)
             lease = None  # the stream ends it
             return streaming
@@ -400,7 +402,7 @@ def build_app(
     @app.post("/admin/prompts")
     async def load(body: wire.LoadBody, request: Request) -> dict[str, Any]:
         admin_of(request)
-        return _model(await asyncio.to_thread(catalogue.add, body.path, body.name))
+        return _model(await asyncio.to_thread(catalogue.add, body.path, body.name), lm)
 
     @app.delete("/admin/prompts/{name}")
     async def unload(name: str, request: Request) -> dict[str, Any]:
@@ -444,7 +446,7 @@ def _ending(lease: Lease | None) -> Callable[[], Coroutine[Any, Any, Any]]:
 
 
 async def _numbered(
-    engine: LocalEngine,
+    engine: Engine,
     asked: Sequence[Work],
     samples: int,
     at_once: int,
@@ -486,7 +488,7 @@ async def _numbered(
 
 
 async def _side_by_side(
-    engine: LocalEngine, asked: Sequence[Work | Exception]
+    engine: Engine, asked: Sequence[Work | Exception]
 ) -> AsyncGenerator[tuple[int, Answer | Exception], None]:
     """Answers as they come, each with its number; an error ends only its own. Closing it cancels all."""
     coming: asyncio.Queue[tuple[int, Answer | Exception | None]] = asyncio.Queue()
@@ -520,31 +522,6 @@ async def _next(stream: AsyncIterator[Answer]) -> Answer | None:
     return await anext(stream, None)
 
 
-async def _while_connected(request: Request, answer: Any) -> Any:
-    """The answer, unless the client hangs up before: then it is cancelled. Raises Refused for that."""
-    answering, leaving = asyncio.ensure_future(_awaited(answer)), asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if answering.done():
-            return answering.result()
-        raise Refused(499, "The client has gone.", code="client_gone")
-    finally:
-        for task in (answering, leaving):
-            task.cancel()
-            with suppress(BaseException):
-                await task
-
-
-async def _awaited(answer: Any) -> Any:
-    return await answer
-
-
-async def _gone(request: Request) -> None:
-    """Returns when the client has hung up."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _every(seconds: float, *looks: Callable[[], object]) -> None:
     """Look again and again, in a thread: a slow disk must not keep answers waiting."""
     while True:
@@ -565,7 +542,7 @@ def _headers(body: wire.Body, digest: str | None) -> dict[str, str]:
     return headers
 
 
-def _model(served: Served) -> dict[str, Any]:
+def _model(served: Served, lm: FrozenLM) -> dict[str, Any]:
     return {
         "id": served.name,
         "object": "model",
@@ -575,6 +552,8 @@ def _model(served: Served) -> dict[str, Any]:
         "parent": None if served.digest is None else BASE,
         "softprompt": {
             "digest": served.digest,
+            "base_sha256": lm.fingerprint.sha256,
+            "dtype": str(lm.dtype).removeprefix("torch."),
             "kind": served.kind,
             "virtual_tokens": served.virtual_tokens,
             "template": str(served.template),
@@ -588,19 +567,17 @@ def _demand_known(body: wire.Body, strict: bool) -> None:
         raise Refused(400, f"Unknown fields: {', '.join(body.ignored)}.", param=body.ignored[0])
 
 
-def _rater(
-    engine: LocalEngine, served: Served, given: Input, top: int
-) -> Callable[[Compiled], list[RatedToken]]:
+def _rater(engine: Engine, served: Served, given: Input, top: int) -> Callable[[Compiled], list[RatedToken]]:
     return lambda compiled: rate_text(engine.lm, compiled(served.digest), given, top)
 
 
 def _scorer(
-    engine: LocalEngine, served: Served, given: str | Example, text: str, top: int
+    engine: Engine, served: Served, given: str | Example, text: str, top: int
 ) -> Callable[[Compiled], list[RatedToken]]:
     return lambda compiled: rate_continuation(engine.lm, compiled(served.digest), given, text, top)
 
 
-def _scored(engine: LocalEngine, text: str, rated: Sequence[RatedToken]) -> dict[str, Any]:
+def _scored(engine: Engine, text: str, rated: Sequence[RatedToken]) -> dict[str, Any]:
     return {
         "text": text,
         "logprob": sum(token.log_probability or 0.0 for token in rated),

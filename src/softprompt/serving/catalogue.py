@@ -10,7 +10,7 @@ from pathlib import Path
 from softprompt.data.template import Template
 from softprompt.errors import PromptError, SoftPromptError
 from softprompt.prompt.soft_prompt import Prompt
-from softprompt.serving.engine import LocalEngine
+from softprompt.serving.engine import Engine
 from softprompt.store.artifact import load_prompt
 from softprompt.store.library import NAME, RESERVED, Library, digest_of
 
@@ -34,7 +34,7 @@ class Served:
 class Catalogue:
     """Names to prompts. A request keeps the digest that it began with, whatever a name means later."""
 
-    def __init__(self, engine: LocalEngine, library: Library | None = None) -> None:
+    def __init__(self, engine: Engine, library: Library | None = None) -> None:
         self.engine, self.library = engine, library
         self._lock = threading.Lock()
         self._given: dict[str, Served] = {}

@@ -101,10 +101,19 @@ Answer: TypeAlias = Piece | Finished
 
 
 class Engine(Protocol):
-    """What a server needs of an engine."""
+    """What a server needs of an engine. `lm` is the base; of one that runs elsewhere its tokenizer and facts are enough."""
+
+    lm: FrozenLM
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are answered."""
 
     def load(self, prompt: Prompt, digest: str) -> None:
-        """Hold a prompt ready; requests name it by its digest."""
+        """Hold a prompt ready; requests name it by its digest. Raises PromptError where this engine cannot serve it."""
+
+    def unload(self, digest: str) -> None:
+        """Hold a prompt no longer; requests that have arrived keep it."""
 
     def submit(self, work: Work) -> AsyncIterator[Answer]:
         """The answer as it comes. Leaving the iterator early cancels the work."""

@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-
-import uvicorn
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.hardware import free_memory_bytes
-from softprompt.errors import SaveError
 from softprompt.serving.app import build_app
 from softprompt.serving.catalogue import Catalogue
 from softprompt.serving.engine import LocalEngine
 from softprompt.serving.keys import Keys
+from softprompt.serving.listener import Listener
 from softprompt.serving.settings import ServeSettings
 from softprompt.store.library import Library
-
-
-class _Uvicorn(uvicorn.Server):
-    """Goes on listening while it ends, so that probes and new requests are answered with 503, not with silence."""
-
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._drain = drain
-        self._is_draining = False
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: end in order. Second one: at once."""
-        if self._is_draining:
-            self.force_exit = self.should_exit = True
-            return
-        self._is_draining = True
-        threading.Thread(target=self._end, name="softprompt-drain", daemon=True).start()
-
-    def _end(self) -> None:
-        try:
-            self._drain()
-        finally:
-            self.should_exit = True
 
 
 class Server:
@@ -51,25 +24,13 @@ class Server:
     ) -> None:
         self.engine, self.catalogue, self.settings = engine, catalogue, settings
         self.app = build_app(engine, catalogue, keys, strict=settings.strict)
-        config = uvicorn.Config(
-            self.app,
-            host=settings.host,
-            port=settings.port,
-            log_level="warning",
-            timeout_graceful_shutdown=5,  # the answers have ended by then, and only have to be sent
-        )
-        self.uvicorn = _Uvicorn(config, self.drain)
+        self.listener = Listener(self.app, settings.host, settings.port, self.drain)
 
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM; running answers are finished first. Raises SaveError where the port is taken."""
         self.engine.start()
         try:
-            self.uvicorn.run()
-        except SystemExit as error:  # uvicorn's way to say that it cannot listen
-            where = f"{self.settings.host}:{self.settings.port}"
-            raise SaveError(
-                f"{where}: cannot be listened on; another program may hold it. Choose another --port."
-            ) from error
+            self.listener.listen()
         finally:
             self.app.state.ready["ready"] = False
             self.engine.stop(0)
