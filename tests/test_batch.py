@@ -190,7 +190,7 @@ def test_score_first_off_scores_the_same_tokens_with_a_prompt_and_without(tok: A
 def test_nothing_predicts_the_very_first_position_so_it_is_not_trained(tok: Any) -> None:
     one = done(Template.parse("{text}{soft:2} and"), Example({"text": "fox"}), tok)
     assert one.trained[0] is False
-    with pytest.raises(Unlabelled, match="stands first"):
+    with pytest.raises(Unlabelled, match="is the first"):
         encode(Template.parse("{text}"), Example({"text": "a"}), tok)
 
 
@@ -359,7 +359,7 @@ def test_marks_of_the_template_serve_where_it_rewrites_earlier_turns() -> None:
 
 def test_a_template_that_rewrites_turns_without_marks_is_refused() -> None:
     unmarked = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    with pytest.raises(DataError, match=r"row 2.*cannot be told apart.*one assistant turn a row"):
+    with pytest.raises(DataError, match=r"row 2.*cannot be distinguished.*one assistant turn a row"):
         encode(SOFT_CHAT, CHAT, chatty(unmarked))
     once = Example({}, (CHAT.messages or ())[:3])
     assert done(SOFT_CHAT, once, chatty(unmarked)).trained_tokens > 0

@@ -319,7 +319,7 @@ CONTINUING = {
     "compare": ("softprompt.comparison.compare.compare", ["--data", "builtin:messages"]),
     "evaluate": ("softprompt.evaluation.judge.evaluate", ["--data", "builtin:messages", "--out", "judged"]),
 }
-"""Every verb that can go on after an interruption: the call that does its work, and arguments that reach it."""
+"""Every verb that can continue after an interruption: the call that does its work, and arguments that reach it."""
 
 
 @pytest.mark.parametrize("verb", CONTINUING)
@@ -337,7 +337,7 @@ def test_every_verb_that_can_go_on_takes_resume_and_says_so_after_ctrl_c(
     monkeypatch.setattr(importlib.import_module(module), name, interrupted)
     assert main([verb, *arguments]) == 130
     said = capsys.readouterr()
-    assert "To go on, give the same command with --resume." in said.out, said.err
+    assert "To continue, give the same command with --resume." in said.out, said.err
     assert main([verb, *arguments, "--resume"]) == 130  # and that command is taken
 
 

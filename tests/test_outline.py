@@ -159,7 +159,7 @@ def test_a_base_with_code_of_its_own_is_read_only_on_trust(tmp_path: Path) -> No
     for model in ({}, {"AutoModelForCausalLM": "own.OwnModel"}):
         config["auto_map"] |= model
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(BaseError, match="brings code of its own"):
+        with pytest.raises(BaseError, match="brings its own code"):
             Outline.load(str(folder))
         if model:
             assert longest_text(Outline.load(str(folder), trust_remote_code=True)) == 128

@@ -1,1 +1,1 @@
-"""What is frozen: the language model, where a prompt stands in its input, the loss, and key/value state."""
+"""The frozen language model: placing a prompt in its input, the exact loss, and key/value state."""

@@ -42,7 +42,7 @@ def longest_text(lm: Configured) -> int | None:
 
 
 def demand_room(lm: Configured, positions: int, where: str = "The text") -> None:
-    """Raise DataError where a sequence is longer than the base can read."""
+    """Raises DataError where a sequence is longer than the base can read."""
     most = longest_text(lm)
     if most is not None and positions > most:
         raise DataError(
@@ -51,7 +51,7 @@ def demand_room(lm: Configured, positions: int, where: str = "The text") -> None
 
 
 def demand_one_vector(config: Any, kind: str, name: str) -> None:
-    """Raise BaseError where the base reads more of a token than its embedding (Gemma 3n)."""
+    """Raises BaseError where the base reads more of a token than its embedding (Gemma 3n)."""
     if getattr(config, "hidden_size_per_layer_input", 0):
         raise BaseError(
             f"{name}: {kind} looks up a vector for each token in every layer, and a soft prompt's "

@@ -1,4 +1,4 @@
-"""What stays on this machine between processes: the user's cache folder, small tables in it, digests of files.
+"""Files kept on this machine between processes: the user's cache folder, small tables in it, digests of files.
 
 Nothing here is needed: without a folder to write to, everything is measured or computed again in each process.
 """
@@ -30,7 +30,7 @@ def cache_folder() -> Path:
 
 
 def read_table(name: str) -> Mapping[str, Any]:
-    """The entries of a table; empty where there is none, or a damaged one."""
+    """The entries of a table; empty if there is none, or a damaged one."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         table = json.loads((cache_folder() / name).read_text(encoding="utf-8"))
         if isinstance(table, dict):
@@ -39,7 +39,7 @@ def read_table(name: str) -> Mapping[str, Any]:
 
 
 def remember(name: str, key: str, value: Any) -> None:
-    """Add one entry to a table. A folder that cannot be written is passed over."""
+    """Adds one entry to a table. A folder that cannot be written is passed over."""
     table = {**read_table(name), key: value}
     for oldest in list(table)[:-MAX_ENTRIES]:
         del table[oldest]
@@ -50,14 +50,14 @@ def remember(name: str, key: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Stamp:
-    """Which files, by names, sizes and times to the nanosecond; `settled` unless one changed only just now."""
+    """A snapshot of files: names, sizes and times to the nanosecond; not `settled` if one changed only just now."""
 
     key: str
     settled: bool
 
     @classmethod
     def of(cls, files: Iterable[Path]) -> Stamp:
-        """Take it before the files are read: a change in the meantime then belongs to another stamp."""
+        """Must be taken before the files are read: a change in the meantime then belongs to another stamp."""
         stats = [(os.path.realpath(path), os.stat(path)) for path in sorted(files)]
         newest = max((max(stat.st_mtime, stat.st_ctime) for _, stat in stats), default=0.0)
         rows = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats]

@@ -1,4 +1,4 @@
-"""Other libraries' words: errors passed on in one line, bars and advice kept from the terminal."""
+"""Messages of other libraries: errors passed on in one line, progress bars and advice kept from the terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def gist(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' bars and advice from the terminal; errors still come as exceptions."""
+    """Keeps transformers' bars and advice from the terminal; errors still come as exceptions."""
     log: Any = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -40,7 +40,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def bars_on_terminals_alone() -> Iterator[None]:
-    """Keep what a library writes to stderr (a bar that it has no switch for) on terminals, out of files and pipes."""
+    """Keeps what a library writes to stderr (a bar that it has no switch for) on terminals, out of files and pipes."""
     if sys.stderr.isatty():
         yield
         return

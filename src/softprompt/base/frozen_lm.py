@@ -100,9 +100,9 @@ class FrozenLM:
         device: str = "auto",
         trust_remote_code: bool = False,
     ) -> FrozenLM:
-        """Load from a local folder, the local hub cache or the hub, in that order; `builtin` is the bundled base.
+        """Loads from a local folder, the local hub cache or the hub, in that order; `builtin` is the bundled base.
 
-        Raises BaseError where there is no such model, or where it is not one that a prompt can be placed in."""
+        Raises BaseError if there is no such model, or where it is not one that a prompt can be placed in."""
         where, name = locate(name_or_path)
         on = choose_device(device)
         bits = PACKED_BITS.get(dtype)
@@ -157,7 +157,7 @@ class FrozenLM:
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any, name: str = "wrapped") -> FrozenLM:
-        """Take a transformers causal LM that is already in memory. It is frozen and put into eval mode, in place."""
+        """Takes a transformers causal LM that is already in memory. It is frozen and put into eval mode, in place."""
         return cls(model, tokenizer, name=name)
 
     def __repr__(self) -> str:
@@ -200,7 +200,7 @@ class FrozenLM:
 
     @property
     def num_parameters(self) -> int:
-        """How many weights there are; a tied matrix counts once."""
+        """The number of weights; a tied matrix counts once."""
         return sum(weight.numel() for weight in self.model.parameters())
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -269,7 +269,7 @@ class FrozenLM:
         return digest.hexdigest()
 
     def _check_against_transformers(self) -> tuple[int, int]:
-        """Demand that embed, body and head give the model's own logits. Returns key/value heads and their width."""
+        """Demands that embed, body and head give the model's own logits. Returns key/value heads and their width."""
         ids_BT = (torch.arange(1, 6, device=self.device) * 7 % self.vocab_size)[None]
         with torch.no_grad():
             theirs = self.model(input_ids=ids_BT, use_cache=True)

@@ -41,7 +41,7 @@ def converted(path: Path, name: str) -> Path:
 
 
 def convert(path: Path, folder: Path, name: str) -> None:
-    """Write the GGUF file `path` as a transformers model with its tokenizer into `folder`, whole or not at all."""
+    """Writes the GGUF file `path` as a transformers model with its tokenizer into `folder`, whole or not at all."""
     if find_spec("gguf") is None:
         raise MissingExtra(
             f"{name}: a GGUF file needs the package gguf, which is not installed: pip install 'softprompt[gguf]'."
@@ -84,7 +84,7 @@ def _read(folder: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
     model, report = loaded
     demand_whole(model, report, name)
     _demand_rotation(folder / LINK, model.config.get_text_config(), name)
-    # The weights are plain numbers now; transformers would go on calling them packed and refuse to save them.
+    # The weights are plain numbers now; transformers would still call them packed and refuse to save them.
     vars(model.config).pop("quantization_config", None)
     vars(model).pop("hf_quantizer", None)
     model.is_quantized = False
@@ -92,7 +92,7 @@ def _read(folder: Path, dtype: torch.dtype, name: str) -> tuple[Any, Any]:
 
 
 def _drop_added_tokens(folder: Path, rows: int) -> None:
-    """Take out tokens that transformers' converter adds to every vocabulary, where the base has no row for them."""
+    """Takes out tokens that transformers' converter adds to every vocabulary, where the base has no row for them."""
     path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not path.exists():
         return
@@ -118,7 +118,7 @@ def _stored_dtype(path: Path) -> torch.dtype:
 
 
 def _demand_rotation(path: Path, config: Any, name: str) -> None:
-    """Raise BaseError where the file stretches its rotary angles in a way that transformers left out of `config`."""
+    """Raises BaseError where the file stretches its rotary angles in a way that transformers left out of `config`."""
     import gguf
 
     reader = gguf.GGUFReader(path)

@@ -71,7 +71,7 @@ def has_int8_products() -> bool:
 
 
 def processor_name() -> str:
-    """What the processor calls itself."""
+    """The processor's name as the system reports it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -117,7 +117,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Measure the peak from here on."""
+    """Measures the peak from here on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -138,7 +138,7 @@ def total_memory_bytes() -> int:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the timings were taken on; a load above the number of cores means that others slowed them."""
+    """The machine that timings were taken on; a load above the number of cores means that other programs slowed them."""
     facts: dict[str, Any] = {
         "system": platform.platform(),
         "processor": processor_name(),

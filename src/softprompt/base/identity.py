@@ -1,8 +1,8 @@
-"""Which base this is: digests of every weight and of the tokenizer, and the settings that change what it computes.
+"""A base's identity: digests of every weight and of the tokenizer, and the settings that change what it computes.
 
 The parts do not depend on the dtype that the base was loaded in (float32 or bfloat16), on names of files or tensors, or
 on versions of transformers. Not part of it: the chat template, which belongs to texts and not to the base (a prompt that
-is used without chats fits either; a run that goes on compares its encoded rows).
+is used without chats fits either; a continued run compares its encoded rows).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def weights_sha256(model: Any, files: Stamp | None = None) -> str:
 
 
 def tokenizer_sha256(tokenizer: Any, files: Stamp | None = None) -> str:
-    """Digest of every token's id, of where texts begin and end, and of the ids of a few telling texts."""
+    """Digest of every token's id, of where texts begin and end, and of the ids of a few test texts."""
     way = f"tokenizer, {type(tokenizer).__name__}, transformers {transformers.__version__}"
     return kept_digest(files, way, lambda: _tokenizer_sha256(tokenizer))
 

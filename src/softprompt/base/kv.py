@@ -48,7 +48,7 @@ class State:
         )
 
     def shared(self, marks: Sequence[int]) -> int:
-        """How many positions at the start of `marks` this state already holds."""
+        """The number of positions at the start of `marks` that this state already holds."""
         for position, (mine, other) in enumerate(zip(self.marks, marks, strict=False)):
             if mine != other:
                 return position

@@ -1,4 +1,4 @@
-"""Where a base comes from: bundled, a local folder, a GGUF file, the hub's cache on this machine or the hub."""
+"""Locating a base: bundled, a local folder, a GGUF file, the hub's cache on this machine, or the hub."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Rest = TypeVar("Rest")
 
 
 def locate(name_or_path: str) -> tuple[str, str]:
-    """Where to load from, and the name to remember. What looks like a path is never looked up on the hub."""
+    """The source to load from, and the name to record. A name that looks like a path is never looked up on the hub."""
     if name_or_path == "builtin":
         return str(BUILTIN), "builtin"
     if not name_or_path.strip():
@@ -113,13 +113,13 @@ def load_local_first(
 
 
 def demand_no_adapter(model: Any, name: str) -> None:
-    """Raise BaseError where transformers put an adapter from the same repository into the base."""
+    """Raises BaseError where transformers put an adapter from the same repository into the base."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise BaseError(_with_adapter(name))
 
 
 def _demand_base_folder(path: Path, name: str) -> None:
-    """Raise BaseError for a folder that holds no base, or a base and something that would change it."""
+    """Raises BaseError for a folder that holds no base, or a base and something that would change it."""
     has_config, adapter = (path / "config.json").exists(), path / "adapter_config.json"
     if has_config and adapter.exists():
         raise BaseError(_with_adapter(name))
@@ -142,7 +142,7 @@ def _demand_base_folder(path: Path, name: str) -> None:
 def _with_adapter(name: str) -> str:
     return (
         f"{name}: holds a base and an adapter (adapter_config.json), and transformers would load the base with the "
-        "adapter in it. Move the adapter's files to a folder of their own, or merge them."
+        "adapter in it. Move the adapter's files to their own folder, or merge them."
     )
 
 
@@ -153,9 +153,7 @@ def _load_error(name: str, error: Exception, loading: str, offline: bool) -> Bas
             "Give a model's folder, `builtin`, or unset HF_HUB_OFFLINE."
         )
     if "trust_remote_code" in str(error):
-        return BaseError(
-            f"{name}: brings code of its own. Pass trust_remote_code only if you trust its author."
-        )
+        return BaseError(f"{name}: brings its own code. Pass trust_remote_code only if you trust its author.")
     if "Unrecognized configuration class" in str(error):
         return BaseError(
             f"{name}: not a causal language model, which is what a prompt is learned on. {gist(error)}"

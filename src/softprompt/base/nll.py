@@ -150,5 +150,5 @@ def capped(raw_nv: Tensor, head: Head, bias_v: Tensor | None) -> Tensor:
 
 
 def slope(logits_nv: Tensor, head: Head) -> Tensor | None:
-    """What a soft cap leaves of the gradient; None where there is no cap."""
+    """The factor that a soft cap leaves of the gradient; None without a cap."""
     return None if head.softcap is None else 1.0 - (logits_nv / head.softcap).square()

@@ -51,7 +51,7 @@ class Outline:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What config and tokenizer tell; the weights are unknown, so a prompt of others may pass for one of these."""
+        """A fingerprint from config and tokenizer alone; weights are unknown, so a prompt of another base may match."""
         return Fingerprint(
             self.name,
             self.revision,

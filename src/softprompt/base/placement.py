@@ -30,7 +30,7 @@ class Placed:
 
 
 class Embeds(Protocol):
-    """What placing needs of a base."""
+    """The part of a base that placing needs."""
 
     device: torch.device
     dtype: torch.dtype
@@ -39,7 +39,7 @@ class Embeds(Protocol):
 
 
 def place(lm: Embeds, batch: Batch, prompt: Plain | None) -> Placed:
-    """Put `prompt` into `batch`: vectors [P, D] at its soft positions, keys and values before it, or None."""
+    """Puts `prompt` into `batch`: vectors [P, D] at its soft positions, keys and values before it, or None."""
     embeddings_BSD = lm.embed(batch.ids_BS)
     soft_BS = batch.soft_BS >= 0
     mask_BS = padding_mask(batch)

@@ -20,7 +20,7 @@ from softprompt.errors import BaseError
 
 @dataclass(frozen=True)
 class Queries:
-    """What one layer asked: queries [B, H, S, K], rotated where the base rotates; the factor of their scores; and the
+    """The queries of one layer: [B, H, S, K], rotated where the base rotates; the factor of their scores; and the
     slope of each head where scores grow with a key's position (ALiBi, Press et al. 2022), [H]."""
 
     query_BHSK: Tensor
@@ -29,7 +29,7 @@ class Queries:
 
 
 class RecordedQueries:
-    """While inside, `body` is a copy of the base's body that shares its weights and records every layer's queries."""
+    """A context in which `body` is a copy of the base's body that shares its weights and records every layer's queries."""
 
     def __init__(self, lm: FrozenLM) -> None:
         shared = {id(tensor): tensor for tensor in (*lm.body.parameters(), *lm.body.buffers())}
@@ -42,7 +42,7 @@ class RecordedQueries:
         for module in self.body.modules():
             if hasattr(module, "config"):
                 module.config = config
-            if isinstance(module, BloomAttention):  # has an attention of its own, which cannot be exchanged
+            if isinstance(module, BloomAttention):  # has its own attention, which cannot be exchanged
                 module.query_key_value.register_forward_hook(self._bloom(module))
 
     def __enter__(self) -> RecordedQueries:

@@ -22,7 +22,7 @@ PROBE_TOKENS, PROBE_SHIFT = 12, 5
 
 @dataclass(frozen=True)
 class Rotary:
-    """How a base rotates its keys: one frequency a pair of dimensions.
+    """The rotation of a base's keys: one frequency per pair of dimensions.
 
     A pair is (i, i + R/2) of the first R dimensions of a head (Llama, NeoX), or (2i, 2i + 1) where `interleaved`
     (GPT-J, Cohere)."""
@@ -58,7 +58,7 @@ def rotary_of(lm: FrozenLM) -> Rotary | None:
 
 
 def turned_state(rotary: Rotary, state: State, shift: int) -> State:
-    """A state as if its text had stood `shift` positions later."""
+    """A state as if its text had been `shift` positions later."""
     return State(tuple(rotary.turned(keys, shift) for keys in state.keys), state.values, state.marks)
 
 
@@ -84,7 +84,7 @@ def _proved(lm: FrozenLM) -> Rotary | None:
 
 
 def _after(lm: FrozenLM, state: State, ids_T: Tensor, position: int) -> Tensor:
-    """Logits [T, V] of tokens that stand behind `state`, the first of them at `position`."""
+    """Logits [T, V] of tokens after `state`, the first of them at `position`."""
     cache, _ = batch_cache([state])
     positions_1T = torch.arange(position, position + len(ids_T), device=lm.device)[None]
     hidden_1TD = lm.states(Placed(lm.embed(ids_T[None]), None, positions_1T, cache))

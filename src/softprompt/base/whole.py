@@ -17,15 +17,15 @@ NAMES_SHOWN = 3
 
 
 def demand_whole(model: Any, report: Mapping[str, Any], name: str) -> None:
-    """Raise BaseError, naming tensors, where transformers filled in, left out or reshaped some.
+    """Raises BaseError, naming tensors, where transformers filled in, left out or reshaped some.
 
     `report` is what `from_pretrained(..., output_loading_info=True)` gives, in which tied weights and what a class
     declares as ignorable are no faults."""
     missing = sorted(report.get("missing_keys", ()))
     unexpected = sorted(key for key in report.get("unexpected_keys", ()) if not RECOMPUTED.search(key))
     mismatched = sorted(
-        f"{key} (found {list(found)}, wanted {list(wanted)})"
-        for key, found, wanted in report.get("mismatched_keys", ())
+        f"{key} (found {list(loaded)}, wanted {list(wanted)})"
+        for key, loaded, wanted in report.get("mismatched_keys", ())
     )
     faults = [
         f"{len(keys)} {what}: {_shown(keys)}"
@@ -44,7 +44,7 @@ def demand_whole(model: Any, report: Mapping[str, Any], name: str) -> None:
 
 
 def demand_finite(model: Any, name: str) -> None:
-    """Raise BaseError, naming tensors, where weights are NaN or infinite."""
+    """Raises BaseError, naming tensors, where weights are NaN or infinite."""
     broken = [
         key
         for key, weight in model.named_parameters()
@@ -62,7 +62,7 @@ def demand_finite(model: Any, name: str) -> None:
 
 
 def demand_causal_lm(model: Any, name: str) -> None:
-    """Raise BaseError for what is no transformers model, or one inside a wrapper that changes what it computes."""
+    """Raises BaseError for what is no transformers model, or one inside a wrapper that changes what it computes."""
     if type(model).__module__.partition(".")[0] == "peft":
         raise BaseError(
             f"{name}: found a {type(model).__name__}, a model that PEFT has wrapped, wanted the model itself. Give "
@@ -76,7 +76,7 @@ def demand_causal_lm(model: Any, name: str) -> None:
 
 
 def demand_ids_in_table(tokenizer: Any, rows: int, name: str) -> None:
-    """Raise BaseError where the tokenizer has ids that no row of the embedding table belongs to.
+    """Raises BaseError where the tokenizer has ids that no row of the embedding table belongs to.
 
     The tokens for padding and for unknown text may: libraries add them by themselves, and no text becomes them."""
     unused = (tokenizer.pad_token_id, tokenizer.unk_token_id)

@@ -1,4 +1,4 @@
-"""The command `softprompt`: its verbs, each in a file of its own that is imported when the verb is used.
+"""The command `softprompt`: its verbs, each in its own file that is imported when the verb is used.
 
 To add a verb: write `command(...)` in cli/VERB.py, and its line in VERBS.
 """
@@ -198,7 +198,7 @@ app.callback()(everywhere)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code."""
+    """Runs one command line and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     SHOWS["traceback"] = os.environ.get("SOFTPROMPT_TRACEBACK") == "1"
     os.environ.pop("SOFTPROMPT_QUIET", None)
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_libraries() -> None:
-    """Set, before they are imported, what libraries read from the environment; a variable that is set already wins."""
+    """Sets, before they are imported, what libraries read from the environment; a variable that is set already wins."""
     for name, value in {
         # Threads that spin while they wait make a run 20 times slower as soon as another program wants a core.
         "OMP_WAIT_POLICY": "PASSIVE",

@@ -1,4 +1,4 @@
-"""What several verbs share: the flag --json, how they load a base, and how they describe it."""
+"""Parts that several verbs share: the flag --json, loading a base, and describing it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AsJson: TypeAlias = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")
 ]
 
-RESUME = "To go on, give the same command with --resume."
+RESUME = "To continue, give the same command with --resume."
 ContinuesByItself: TypeAlias = Annotated[
     bool,
     typer.Option(
@@ -36,7 +36,7 @@ ContinuesByItself: TypeAlias = Annotated[
 
 
 def demand_folders(folders: Iterable[Path]) -> None:
-    """Refuse a prompt's folder that is not there, before anything that takes seconds is imported."""
+    """Refuses a prompt's folder that is not there, before anything that takes seconds is imported."""
     for folder in folders:
         if not folder.exists():
             raise PromptError(
@@ -45,7 +45,7 @@ def demand_folders(folders: Iterable[Path]) -> None:
 
 
 def demand_data(recipe: Recipe) -> None:
-    """Refuse a data file that is not there, before anything that takes seconds is imported."""
+    """Refuses a data file that is not there, before anything that takes seconds is imported."""
     source = recipe.data.source
     path = Path(source).expanduser()
     if data_suffix(path) and not path.exists() and "*" not in source and "://" not in source:
@@ -53,7 +53,7 @@ def demand_data(recipe: Recipe) -> None:
 
 
 def demand_local_data(*prompts: Prompt) -> None:
-    """Refuse to download the data that a prompt says it was learned on: a prompt may come from anyone."""
+    """Refuses to download the data that a prompt says it was learned on: a prompt may come from anyone."""
     for prompt in prompts:
         recipe = prompt.notes.get("recipe")
         data = recipe.get("data") if isinstance(recipe, Mapping) else None

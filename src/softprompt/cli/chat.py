@@ -55,7 +55,7 @@ class Chat:
         self.console = screen()
 
     def run(self) -> None:
-        """Read lines until the end; every line is a command or something to answer."""
+        """Reads lines until the end; every line is a command or something to answer."""
         if sys.stdin.isatty():
             self.console.print(HELP, markup=False)
         while True:
@@ -67,16 +67,16 @@ class Chat:
                 return
             try:
                 self.take(line.rstrip("\n"))
-            except SoftPromptError as error:  # the talk goes on
+            except SoftPromptError as error:  # the conversation continues
                 self.console.print(str(error), markup=False, soft_wrap=True)
 
     @property
     def name(self) -> str:
-        """Who answers."""
+        """The name of the prompt that answers, or of the base."""
         return self.prompt.name if self.prompt is not None else "base"
 
     def take(self, line: str) -> None:
-        """Do what a line asks for. Raises the errors of softprompt.errors."""
+        """Does what a line asks for. Raises the errors of softprompt.errors."""
         verb, _, rest = line.strip().partition(" ")
         match verb:
             case "":
@@ -99,7 +99,7 @@ class Chat:
                 self.answer(line)
 
     def use(self, folder: str) -> None:
-        """Answer under another prompt."""
+        """Answers under another prompt."""
         from softprompt.store.artifact import load_prompt
 
         prompt = load_prompt(folder)
@@ -107,7 +107,7 @@ class Chat:
         self.prompt = prompt
 
     def save(self, path: str) -> None:
-        """Write what was said; an existing file is kept."""
+        """Writes what was said; an existing file is kept."""
         if not path:
             raise DataError("/save needs the name of a file.")
         try:
@@ -119,7 +119,7 @@ class Chat:
             raise DataError(f"{path}: cannot be written ({error.strerror}).") from error
 
     def answer(self, text: str) -> None:
-        """Answer a text, under the prompt and, where they are compared, without it."""
+        """Answers a text, under the prompt and, where they are compared, without it."""
         from softprompt.inference.generate import generate
 
         prompts = [self.prompt, None] if self.compares and self.prompt is not None else [self.prompt]

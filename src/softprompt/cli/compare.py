@@ -75,13 +75,13 @@ def command(
     if as_json:
         emit(comparison.to_record())
     best = comparison.summary.arms[comparison.summary.best].metrics
-    known = {name: Estimate(figure.value, figure.stderr, figure.n) for name, figure in best.items()}
+    estimates = {name: Estimate(figure.value, figure.stderr, figure.n) for name, figure in best.items()}
     for gate, _ in gates:
-        if gate.name not in known:
+        if gate.name not in estimates:
             raise RecipeError(
-                f"--fail-under {gate.name}: only {', '.join(known)} were measured. Add --metric {gate.name}."
+                f"--fail-under {gate.name}: only {', '.join(estimates)} were measured. Add --metric {gate.name}."
             )
-    demand(gates, known)
+    demand(gates, estimates)
 
 
 def show(console: Screen, comparison: Comparison) -> None:

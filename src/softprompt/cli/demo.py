@@ -57,7 +57,7 @@ def command(
 
 
 def show(console: Screen, out: Path, seed: int, began: float) -> dict[str, Any]:
-    """Both tasks on one frozen base; what was measured, as plain data."""
+    """Runs both tasks on one frozen base; returns the measurements as plain data."""
     from softprompt.base.frozen_lm import FrozenLM
     from softprompt.inference.sampling import DecodeSettings
 
@@ -135,7 +135,7 @@ def messages_recipe(out: Path, seed: int) -> Recipe:
 
 
 def first_task(console: Screen, lm: FrozenLM, recipe: Recipe) -> TuneResult:
-    """What will be trained, then the training."""
+    """Shows what will be trained, then trains it."""
     heading(console, "task 1: role prompts. What will be trained")
     preview(console, lm, recipe, rows=1)
     heading(console, "task 1: learning")

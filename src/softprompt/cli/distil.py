@@ -47,7 +47,7 @@ def command(
 
 
 def show_result(console: Screen, result: DistilResult) -> None:
-    """How near the prompt comes to the long text, what it saves, what it took, and what to do next."""
+    """Prints how near the prompt comes to the long text, what it saves and costs, and what to do next."""
     heading(console, "result")
     fact(
         console,

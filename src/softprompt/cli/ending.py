@@ -1,4 +1,4 @@
-"""How a command ends: the one place that turns an exception into a message on stderr and an exit code.
+"""The end of a command: the one owner of turning an exception into a message on stderr and an exit code.
 
 0    done
 1    any other failure
@@ -31,7 +31,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory",
 
 
 def exit_code(call: Callable[[], Any], *, traceback: Callable[[], bool] = lambda: False) -> int:
-    """Call, and say in one message what went wrong; where `traceback()` is true, also where.
+    """Calls, and says in one message what went wrong; where `traceback()` is true, also where.
 
     SIGTERM and SIGHUP end the call as Ctrl-C does, so that what was learned is kept."""
     try:
@@ -61,7 +61,7 @@ def exit_code(call: Callable[[], Any], *, traceback: Callable[[], bool] = lambda
 
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM (a scheduler stops the job) and SIGHUP (the terminal has gone)."""
+    """Raises KeyboardInterrupt on SIGTERM (a scheduler stops the job) and SIGHUP (the terminal has gone)."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -94,9 +94,9 @@ def describe(error: Exception) -> tuple[str, int]:
             4,
         )
     if isinstance(error, OSError) and error.errno is not None:
-        place = f" {error.filename}:" if error.filename else ""
+        file = f" {error.filename}:" if error.filename else ""
         advice = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "Check it"
-        return f"the system refused:{place} {error.strerror}. {advice}, and run again.", 1
+        return f"the system refused:{file} {error.strerror}. {advice}, and run again.", 1
     return (
         f"{type(error).__name__}: {first_line(error)}\nThis should not happen. Run again with --traceback to see "
         "where, and report it.",

@@ -52,7 +52,7 @@ def command(
         )
     if resume and out is None:
         raise RecipeError(
-            "--resume: there is nothing to go on with, since rows are kept only with --out FOLDER."
+            "--resume: there is nothing to continue, since rows are kept only with --out FOLDER."
         )
     asked.demand_folders([] if prompt_folder is None else [prompt_folder])
     from softprompt.evaluation.judge import evaluate, with_recorded_hardware
@@ -75,7 +75,7 @@ def command(
         )
     except KeyboardInterrupt:
         if out is None:
-            line(console, "Nothing is kept. With --out FOLDER, an interrupted evaluation can go on.")
+            line(console, "Nothing is kept. With --out FOLDER, an interrupted evaluation can continue.")
         else:
             line(console, f"{asked.RESUME} Rows that were judged are kept in {out}.")
         raise

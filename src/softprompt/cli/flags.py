@@ -16,10 +16,10 @@ LINE_BREAK = "\\n"  # how people write a line break of a template in a shell, wh
 
 
 def takes(*tables: type[Table]) -> Callable[[Verb], Verb]:
-    """Make a command out of `verb(*filled_tables, ...)`.
+    """Makes a command out of `verb(*filled_tables, ...)`.
 
     The tables are filled from a YAML file, then `--set KEY=VALUE`, then their flags. The verb's own parameters stay
-    beside them. The file is the argument of a verb that has no argument of its own, otherwise the flag --config."""
+    beside them. The file is the argument of a verb without its own argument, otherwise the flag --config."""
     flagged = [each for each in settings(joined(tables)) if each.flag]
 
     def decorate(verb: Verb) -> Verb:
@@ -76,7 +76,7 @@ def _kind(each: Setting) -> Any:
 
 
 def _value(each: Setting, value: Any) -> Any:
-    """None where a flag was not given; typer gives an empty list for a repeated one."""
+    """A flag's value, None where it was not given; typer gives an empty list for a repeated one."""
     if each.path.split(".")[-1] == "template" and isinstance(value, str):
         return value.replace(LINE_BREAK, "\n")
     return value if value != [] else None

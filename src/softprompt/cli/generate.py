@@ -68,7 +68,7 @@ def command(
         loaded,
         settings,
         with_base=side_by_side or not loaded,
-        on_text=(lambda place, piece: _write(piece)) if streams else None,
+        on_text=(lambda index, piece: _write(piece)) if streams else None,
     )
     if streams:
         _write("\n")
@@ -97,7 +97,7 @@ def command(
 
 
 def _write(piece: str) -> None:
-    """Print a piece of a text to the terminal as soon as it is generated."""
+    """Prints a piece of a text to the terminal as soon as it is generated."""
     print(visible(piece), end="", flush=True)
 
 

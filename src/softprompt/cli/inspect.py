@@ -61,7 +61,7 @@ def command(
 
 
 def describe(prompt: Prompt, folder: Path, bytes: int) -> dict[str, Any]:
-    """What can be read from the files alone."""
+    """The facts that can be read from the prompt's files, without the base."""
     return {
         "path": str(folder),
         "name": prompt.name,
@@ -85,7 +85,7 @@ def describe(prompt: Prompt, folder: Path, bytes: int) -> dict[str, Any]:
 
 
 def show(record: dict[str, Any], unavailable: str | None) -> None:
-    """What the prompt is near to comes first, its origin next, the whole recipe last."""
+    """Prints the nearest tokens first, the origin next, the whole recipe last."""
     console = screen()
     base = record["base"]
     heading(console, f"prompt {record['name']}")

@@ -85,16 +85,16 @@ def command(
 
 
 def _fits(entries: Sequence[Entry], base: str) -> dict[str, str]:
-    """Why each prompt does not fit the base; empty where it does."""
+    """The reason why each prompt does not fit the base; empty where it does."""
     from softprompt.base.frozen_lm import FrozenLM
     from softprompt.errors import SoftPromptError
 
     lm = FrozenLM.load(base)
-    found = {}
+    reasons = {}
     for entry in entries:
         try:
             entry.load().base.demand(lm.fingerprint, entry.full_name)
-            found[entry.full_name] = ""
+            reasons[entry.full_name] = ""
         except SoftPromptError as error:
-            found[entry.full_name] = str(error)
-    return found
+            reasons[entry.full_name] = str(error)
+    return reasons

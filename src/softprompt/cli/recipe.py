@@ -16,7 +16,7 @@ from softprompt.tuning.recipe import Recipe
 EXAMPLE = "softprompt recipe > my.yaml"
 SECTIONS = sections(Recipe)
 EXAMPLES = {"data.source": "builtin:roles", "data.column": "prompt"}
-"""What a file to start from gives where there is no default, so that it runs as it is."""
+"""What a file to start from gives if there is no default, so that it runs as it is."""
 
 
 def command(

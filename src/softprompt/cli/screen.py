@@ -1,4 +1,4 @@
-"""Where a command prints: people read the screen, machines one JSON object on stdout."""
+"""The two outputs of a command: text for people on the screen, one JSON object for programs on stdout."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LABEL_WIDTH = 18
 
 
 def screen(*, as_json: bool = False) -> Screen:
-    """What people read. With `as_json` it is stderr, since stdout then belongs to the record alone."""
+    """The console for people. With `as_json` it is stderr, since stdout then carries only the record."""
     return Screen(stderr=as_json, quiet=os.environ.get("SOFTPROMPT_QUIET") == "1")
 
 
 def emit(record: Any) -> None:
-    """Write one JSON object on stdout; figures that are not known (nan) become null."""
+    """Writes one JSON object on stdout; figures that are not known (nan) become null."""
     sys.stdout.write(json.dumps(plain(record)) + "\n")
     sys.stdout.flush()
 

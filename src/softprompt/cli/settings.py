@@ -56,7 +56,7 @@ def reference() -> str:
         "(`softprompt tune my.yaml`), the others by `--config my.yaml`. A flag that takes a list may be repeated.",
         "`softprompt settings VERB > my.yaml` writes a file to start from.",
         "",
-        "Killed work goes on by one rule. `tune`, `together` and `sweep` go on only with `--resume`, since the same command",
+        "Killed work continues by one rule. `tune`, `together` and `sweep` continue only with `--resume`, since the same command",
         "may as well mean a new run; where nothing but the same figures could come out, in `evaluate` and `compare`, rows",
         "and arms that are done are always kept.",
     ]

@@ -33,7 +33,7 @@ STAND_INS = {
 
 
 def prepare_streams() -> None:
-    """Let every character be printed: what an encoding lacks becomes a stand-in, or is spelled out (\\u4e2d)."""
+    """Lets every character be printed: what an encoding lacks is replaced, or is spelled out (\\u4e2d)."""
     codecs.register_error("softprompt", _stand_in)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -43,7 +43,7 @@ def prepare_streams() -> None:
 def read_input() -> str:
     """Standard input as text. Raises DataError where it is not UTF-8."""
     buffer = getattr(sys.stdin, "buffer", None)
-    if buffer is None:  # a stand-in without bytes
+    if buffer is None:  # a replacement without bytes
         return sys.stdin.read()
     try:
         return str(buffer.read().decode("utf-8-sig"))
@@ -54,7 +54,7 @@ def read_input() -> str:
 
 
 def refuse_broken_arguments(arguments: Sequence[str]) -> None:
-    """Raise DataError for an argument whose bytes are not UTF-8: no text, name or file that we write can hold it."""
+    """Raises DataError for an argument whose bytes are not UTF-8: no text, name or file that we write can hold it."""
     for number, argument in enumerate(arguments, 1):
         try:
             argument.encode()

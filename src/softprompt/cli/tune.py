@@ -53,7 +53,7 @@ def command(
 
 
 def learn(console: Screen, recipe: Recipe, lm: FrozenLM | None = None, *, resume: bool = False) -> TuneResult:
-    """Run the recipe with its progress on the screen. After Ctrl-C, say what was kept before it goes on."""
+    """Runs the recipe with its progress on the screen. After Ctrl-C, says what was kept before it continues."""
     asked.demand_data(recipe)
     from softprompt.tuning.loop import tune
 
@@ -102,7 +102,7 @@ def describe_losses(result: TuneResult) -> str:
 
 
 def _kept_at(result: TuneResult) -> str:
-    """Which step is kept; with nothing held out, none is known to be the best."""
+    """The step that was kept; without held-out rows none is known to be the best."""
     return "at the best step" if result.judged_on == "validation" else "at the step that is kept"
 
 

@@ -1,4 +1,4 @@
-"""What a learned prompt looks like from outside: its norms, and the tokens its vectors lie near."""
+"""A learned prompt seen from outside: its norms, and the tokens that its vectors lie near."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from softprompt.tuning.loop import tune
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.result import TuneResult
-from softprompt.tuning.settle import make_plan
+from softprompt.tuning.settle import make_plan, settled_batch_size
 from softprompt.tuning.task import Task
 
 PROBED_STEPS = 4
@@ -37,7 +37,7 @@ CHOOSING_ROWS = 64  # training rows that a wording is chosen on
 
 @dataclass(frozen=True)
 class Assignment:
-    """What every arm is given: the base, the one task, and the job's settings."""
+    """The task that every arm gets: the base, the rows, and the job's settings."""
 
     lm: FrozenLM
     task: Task
@@ -68,8 +68,8 @@ class Assignment:
 class Ready:
     """An arm that can answer: a model, the compiled prompt it reads, and what it took.
 
-    `in_front` is what stands before text of any other task when the arm is on. `restore` gives back the base's own
-    model, switched off from the task; None where there is no such model any more.
+    `in_front` is what comes before text of any other task when the arm is on. `restore` returns the base's own
+    model, switched off from the task; None if there is no such model any more.
     """
 
     lm: FrozenLM
@@ -87,7 +87,7 @@ class Ready:
 
 
 def base(given: Assignment) -> Ready:
-    """Nothing is learned: the template without its slots."""
+    """The base alone: nothing is learned, the template has no slots."""
     lm = given.lm
     return Ready(
         lm,
@@ -99,7 +99,7 @@ def base(given: Assignment) -> Ready:
 def wording(given: Assignment) -> Ready:
     """The base under the wording that suits it best: the one of lowest loss on some training rows.
 
-    A base may have read the task in one wording and never in another, so a figure under one wording alone says little."""
+    A base may have read the task in one wording and never in another, so a figure under a single wording says little."""
     lm, task = given.lm, given.task
     rows = task.splits.train[:CHOOSING_ROWS]
     metrics = [METRICS["nll"]]
@@ -151,7 +151,7 @@ def soft(given: Assignment) -> Ready:
 
 
 def deep(given: Assignment) -> Ready:
-    """Keys and values for every layer; its slot moves to the front, the only place where it can stand."""
+    """Keys and values for every layer; its slot moves to the front, the only place where it works."""
     tree = given.recipe.model_dump()
     length = given.task.template.soft_length
     tree["data"]["template"] = f"{{soft:{length}}}{without_slots(given.task.template)}"
@@ -166,7 +166,7 @@ def lora(given: Assignment) -> Ready:
     lm = given.lm
     plan = make_plan(_within_seconds(given, _lora_probe), lm=lm, splits=given.splits)
     rate = given.rate
-    told = _Told(given.tell)
+    recorder = CurveRecorder(given.tell)
     model, trained = weights.with_lora(lm, given.job.seed)
     best = weights.learn_weights(
         plan,
@@ -175,7 +175,7 @@ def lora(given: Assignment) -> Ready:
         lambda: weights.held_out(lm.model, plan),
         rate,
         given.job.folder / "best.pt",
-        told,
+        recorder,
     )
     folder = given.job.folder / "lora"
     model.save_pretrained(folder)
@@ -194,8 +194,8 @@ def lora(given: Assignment) -> Ready:
         steps=plan.steps,
         best_step=best,
         learning_rate=rate,
-        curve=told.curve,
-        validation=told.validation,
+        curve=recorder.curve,
+        validation=recorder.validation,
         restore=restore,
         about={"rank": weights.LORA_RANK},
     )
@@ -205,7 +205,7 @@ def full(given: Assignment) -> Ready:
     """Every weight of a copy, in float32; it then serves in the base's own number format."""
     plan = make_plan(_within_seconds(given, _full_probe), lm=given.lm, splits=given.splits)
     rate = given.rate
-    told = _Told(given.tell)
+    recorder = CurveRecorder(given.tell)
     model = weights.trainable_copy(given.lm)
     trained = list(model.parameters())
 
@@ -216,7 +216,7 @@ def full(given: Assignment) -> Ready:
         lambda: weights.held_out(model, plan),
         rate,
         given.job.folder / "best.pt",
-        told,
+        recorder,
     )
     model.to(given.lm.dtype)
     served = weights.served(model, given.lm)
@@ -228,8 +228,8 @@ def full(given: Assignment) -> Ready:
         steps=plan.steps,
         best_step=best,
         learning_rate=rate,
-        curve=told.curve,
-        validation=told.validation,
+        curve=recorder.curve,
+        validation=recorder.validation,
     )
 
 
@@ -258,7 +258,7 @@ def candidate_wordings(template: Template, own: Sequence[str] = ()) -> list[Temp
     made = [f"{inputs} {target.capitalize()}: {{{target}}}", f"{inputs} -> {{{target}}}"]
     made.append(f"{named} {target.capitalize()}: {{{target}}}")
     parsed = [Template.parse(source, target=target) for source in (*made, *own)]
-    return list(dict.fromkeys([plain, *(without_slots(one) for one in parsed)]))
+    return list(dict.fromkeys([plain, *(without_slots(template) for template in parsed)]))
 
 
 def draw_examples(train: Sequence[Example], layout: Template, count: int, seed: int) -> list[Example]:
@@ -288,7 +288,7 @@ def _text(given: Assignment, text: str, layout: Template | None = None, **about:
 
 
 def _answer(plain: Template, example: Example) -> str:
-    """The target as text; all text is written out already where there is none."""
+    """The target as text; all text is written out already if there is none."""
     return wanted_text(plain, example) if plain.target is not None else ""
 
 
@@ -303,25 +303,25 @@ def _tuned(given: Assignment, kind: str, recipe: Recipe) -> Ready:
         return tune(steps, lm=given.lm, splits=given.splits, on_event=tell, progress=False)
 
     recipe = _within_seconds(given, lambda _, probe, tell: learn(probe, tell), recipe)
-    told = _Told(given.tell)
-    done = learn(recipe, told)
+    recorder = CurveRecorder(given.tell)
+    done = learn(recipe, recorder)
     return Ready(
         given.lm,
         compile_prompt(given.lm, done.prompt),
         in_front=done.prompt,
-        trained_parameters=told.trained or sum(one.numel() for one in done.prompt.tensors.values()),
+        trained_parameters=recorder.trained or sum(tensor.numel() for tensor in done.prompt.tensors.values()),
         stored_bytes=prompt_bytes(recipe.out),
         steps=done.steps,
         best_step=done.best_step,
         learning_rate=done.learning_rate,
-        curve=told.curve,
-        validation=told.validation,
+        curve=recorder.curve,
+        validation=recorder.validation,
         restore=lambda: given.lm,
         about={"path": recipe.out, "virtual_tokens": done.prompt.length, "learned": done.prompt},
     )
 
 
-class _Told:
+class CurveRecorder:
     """Keeps a run's curve and passes every event on."""
 
     def __init__(self, tell: Callable[[Event], None]) -> None:
@@ -357,13 +357,13 @@ def _within_seconds(given: Assignment, probe: Probe, recipe: Recipe | None = Non
     tree = recipe.model_dump()
     tree["tune"]["max_steps"] = PROBED_STEPS
     tree["out"] = str(given.job.folder / "pace")
-    told = _Told(lambda event: None)
-    probe(given, Recipe(**tree), told)
-    pace = (told.times[-1] - told.times[0]) / max(1, len(told.times) - 1)
+    recorder = CurveRecorder(lambda event: None)
+    probe(given, Recipe(**tree), recorder)
+    pace = (recorder.times[-1] - recorder.times[0]) / max(1, len(recorder.times) - 1)
     tree = recipe.model_dump()
     steps = max(1, int(seconds / max(pace, 1e-6)))
     rows = len(given.task.splits.train)
-    batch = 8 if recipe.tune.batch_size == "auto" else recipe.tune.batch_size
+    batch = settled_batch_size(recipe)
     tree["tune"] |= {"max_steps": steps, "epochs": math.ceil(steps / math.ceil(rows / batch))}
     return Recipe(**tree)
 

@@ -1,4 +1,4 @@
-"""A comparison: every arm and seed in turn, each in a process of its own; what is done is not done again."""
+"""A comparison: every arm and seed in turn, each in its own process; what is done is not done again."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def compare(
     progress: bool | None = None,
     command: str = "",
 ) -> Comparison:
-    """Run what is not done yet, and leave `out`/comparison.json (the recipe's folder without `out`).
+    """Runs what is not done yet, and leaves `out`/comparison.json (the recipe's folder without `out`).
 
     Arms of an earlier run with the same settings are reused, so a comparison that was killed continues with the arm
     that was running, and arms or seeds can be added later. An arm that fails is recorded with its reason, and is
@@ -64,11 +64,11 @@ def compare(
         shown_jobs(settings.job_names, progress=progress) as show,
     ):
 
-        def told(job: Job, what: str, done: int, of: int) -> None:
+        def report(job: Job, what: str, done: int, of: int) -> None:
             show(job.folder.name, what, done, of)
             tell(job, what, done, of)
 
-        return _compare(recipe, settings, out, own_process, told, command)
+        return _compare(recipe, settings, out, own_process, report, command)
 
 
 def _compare(
@@ -140,7 +140,7 @@ def _compare(
 
 
 def _done(job: Job, data_revision: str | None, base_digest: str) -> ArmResult | None:
-    """The result of an earlier run of the very same job, on the same data and base."""
+    """The result of an earlier run of the same job, on the same data and base."""
     try:
         result = ArmResult.read(job.folder / RESULT)
     except DataError:
@@ -169,7 +169,7 @@ def _prepare(job: Job) -> None:
 
 
 def _in_own_process(job: Job, tell: Tell) -> ArmResult:
-    """Run the job in a fresh process, so that its memory is its own."""
+    """Runs the job in a fresh process, so that its memory is its own."""
     failure = ""
     command = [sys.executable, "-m", "softprompt.comparison.run_arm", str(job.folder)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -181,13 +181,13 @@ def _in_own_process(job: Job, tell: Tell) -> ArmResult:
         try:
             for line in child.stdout:
                 try:
-                    said = json.loads(line)
+                    event = json.loads(line)
                 except ValueError:
                     continue  # some library's own words
-                if isinstance(said, list):
-                    tell(job, *said)
-                elif isinstance(said, Mapping):
-                    failure = str(said.get("failed", ""))
+                if isinstance(event, list):
+                    tell(job, *event)
+                elif isinstance(event, Mapping):
+                    failure = str(event.get("failed", ""))
             code = child.wait()
         except BaseException:
             child.terminate()
@@ -200,7 +200,7 @@ def _in_own_process(job: Job, tell: Tell) -> ArmResult:
 
 
 def _last_words(log: Path, code: int) -> str:
-    """Why a process ended without saying so itself."""
+    """The reason why a process ended without reporting it."""
     if code < 0:
         return f"its process was ended by signal {-code} (out of memory, if nobody did it). See {log}."
     lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
@@ -212,7 +212,7 @@ def _for(job: Job, tell: Tell) -> Callable[[str, int, int], None]:
 
 
 def _need_extras(settings: CompareSettings) -> None:
-    """Refuse before anything is run, not hours later."""
+    """Refuses before anything is run, not hours later."""
     if "lora" in settings.arms:
         import importlib.util
 

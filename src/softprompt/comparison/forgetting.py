@@ -32,27 +32,27 @@ def passages(path: Path | None = None) -> list[Example]:
         raise DataError(
             f"{path}: the general text cannot be read ({error}). Give a UTF-8 text file."
         ) from error
-    found = [one.strip() for one in text.replace("\r\n", "\n").split("\n\n")]
-    if len(found) < PASSAGES:  # no blank lines between paragraphs: lines will do
-        found = [one.strip() for one in text.splitlines()]
-    found = [one[:PASSAGE_CHARACTERS] for one in found if len(one.split()) >= 5]
-    if not found:
+    passages = [passage.strip() for passage in text.replace("\r\n", "\n").split("\n\n")]
+    if len(passages) < PASSAGES:  # no blank lines between paragraphs: lines will do
+        passages = [line.strip() for line in text.splitlines()]
+    passages = [passage[:PASSAGE_CHARACTERS] for passage in passages if len(passage.split()) >= 5]
+    if not passages:
         raise DataError(f"{path}: no paragraph of at least five words is in it. Give a file of running text.")
-    spread = max(1, len(found) // PASSAGES)
-    return [Example({"text": one}, row=row) for row, one in enumerate(found[::spread][:PASSAGES])]
+    spread = max(1, len(passages) // PASSAGES)
+    return [Example({"text": passage}, row=row) for row, passage in enumerate(passages[::spread][:PASSAGES])]
 
 
 def fitted(lm: FrozenLM, general: list[Example]) -> list[Example]:
-    """The passages, cut where they would fill more than half of the base's context: a prompt stands in front of them."""
+    """The passages, cut where they would fill more than half of the base's context: a prompt comes in front of them."""
     most = longest_text(lm)
     if most is None:
         return general
     cut = []
-    for one in general:
-        words = one.fields["text"].split(" ")
+    for example in general:
+        words = example.fields["text"].split(" ")
         while len(words) > 1 and len(lm.tokenizer(" ".join(words), verbose=False)["input_ids"]) > most // 2:
             words = words[: len(words) * 3 // 4]
-        cut.append(replace(one, fields={"text": " ".join(words)}))
+        cut.append(replace(example, fields={"text": " ".join(words)}))
     return cut
 
 

@@ -46,14 +46,14 @@ def health(task: Task, judged: Sequence[Example]) -> Health:
 
 
 def _split(task: Task, rows: Sequence[Example], keys: Sequence[str]) -> SplitHealth:
-    found = SplitHealth(len(rows), len(keys) - len(set(keys)))
+    health = SplitHealth(len(rows), len(keys) - len(set(keys)))
     try:
         seen = task.preview(rows, show=0)
     except DataError as error:
-        found = replace(found, problem=str(error))
+        health = replace(health, problem=str(error))
     else:
-        found = replace(
-            found,
+        health = replace(
+            health,
             lengths={name: float(length) for name, length in seen.lengths.items()},
             trained_tokens=seen.trained_tokens,
             truncated=seen.truncated,
@@ -63,17 +63,17 @@ def _split(task: Task, rows: Sequence[Example], keys: Sequence[str]) -> SplitHea
         )
     if task.template.target:
         counted = Counter(wanted_text(task.template, example).strip() for example in rows)
-        found = replace(found, answers=len(counted))
+        health = replace(health, answers=len(counted))
         most = counted.most_common(1)[0][1]
         if len(counted) <= LABELS and most > 1:
-            found = replace(
-                found, labels=dict(counted.most_common(SHOWN)), most_frequent_share=most / len(rows)
+            health = replace(
+                health, labels=dict(counted.most_common(SHOWN)), most_frequent_share=most / len(rows)
             )
-    return found
+    return health
 
 
 def _key(layout: Template, example: Example) -> str:
-    """What is read, without regard to case and blanks: two rows of the same key ask the same."""
+    """The input of a row without case and white space: two rows with the same key ask the same."""
     if example.messages:
         return repr(example.messages).lower()
     names = layout.inputs or layout.fields

@@ -1,4 +1,4 @@
-"""What a run costs: memory, time, decoding speed, tokens added to every request."""
+"""Costs of a run: memory, time, decoding speed, tokens added to every request."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def decoding_speed(lm: FrozenLM, prompt: CompiledPrompt, examples: Sequence[Exam
 
 
 def decoding_clock(device: torch.device) -> str:
-    """Whose seconds `decoding_speed` counts: cpu, or wall where another device computes."""
+    """The clock of `decoding_speed`: CPU time, or wall time where another device computes."""
     return "cpu" if device.type == "cpu" else "wall"
 
 
@@ -65,5 +65,5 @@ def added_tokens(
 ) -> float:
     """Positions that the prompt adds to a request, on average over some examples."""
     some = examples[:DECODED_ROWS]
-    added = [len(prompt.marks(lm, one)) - len(alone.marks(lm, one)) for one in some]
+    added = [len(prompt.marks(lm, example)) - len(alone.marks(lm, example)) for example in some]
     return sum(added) / len(added)

@@ -1,4 +1,4 @@
-"""What a comparison leaves on disk, typed: each arm's result, the summary, and the whole. No torch here."""
+"""Records of a comparison on disk, typed: each arm's result, the summary, and the whole. No torch here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Clocked:
-    """What a part of the work took."""
+    """The time that a part of the work took."""
 
     seconds: Value = NAN
     cpu_seconds: Value = NAN
@@ -157,7 +157,7 @@ class ArmResult:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], where: str = "result") -> Self:
-        """What `to_record` gave, or version 0.1. Raises DataError."""
+        """Reads what `to_record` gave, in this version or in 0.1. Raises DataError."""
         return typed(cls, record, where)
 
     @classmethod
@@ -168,7 +168,7 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class SplitHealth:
-    """What the rows of one split are like; lengths in positions, virtual tokens included."""
+    """Properties of the rows of one split; lengths in positions, virtual tokens included."""
 
     rows: int
     duplicates: int = 0
@@ -186,7 +186,7 @@ class SplitHealth:
 
 @dataclass(frozen=True)
 class Health:
-    """What in the rows themselves would make a comparison say less than it seems to."""
+    """Properties of the rows that weaken a comparison."""
 
     notes: tuple[str, ...] = ()
     splits: dict[str, SplitHealth] = field(default_factory=dict)
@@ -266,7 +266,7 @@ class BaseFacts:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Where the rows come from, and how many there are of each kind."""
+    """The source of the rows, and their number by kind."""
 
     source: str | None = None
     revision: str | None = None
@@ -311,7 +311,7 @@ class Comparison:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], where: str = "comparison") -> Self:
-        """What `to_record` gave, or version 0.1. Raises DataError."""
+        """Reads what `to_record` gave, in this version or in 0.1. Raises DataError."""
         tree = dict(record)
         settings = tree.get("settings")
         if isinstance(settings, Mapping):

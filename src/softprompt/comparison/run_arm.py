@@ -46,7 +46,7 @@ from softprompt.tuning.settle import load_base
 from softprompt.tuning.task import Task, task_of
 
 RESULT = "result.json"
-TOLD_EVERY_SECONDS = 1.0
+REPORT_EVERY_SECONDS = 1.0
 SAMPLES, SAMPLE_WORDS, SAMPLE_TOKENS = 8, 6, 40
 
 Tell = Callable[[str, int, int], None]
@@ -54,7 +54,7 @@ Tell = Callable[[str, int, int], None]
 
 
 def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> ArmResult:
-    """Make the arm ready, judge it, measure what it costs; the result is also left in the job's folder."""
+    """Makes the arm ready, judge it, measures what it costs; the result is also left in the job's folder."""
     settings = job.settings
     job.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(job.seed)
@@ -75,8 +75,8 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> ArmResult:
     learning = clock.read()
     peak_learning = hardware.peak_memory_bytes(lm.device)
 
-    known = chain(task.splits.train, judged)
-    metrics = metrics_named(settings.metrics or default_metrics(layout, known))
+    labelled = chain(task.splits.train, judged)
+    metrics = metrics_named(settings.metrics or default_metrics(layout, labelled))
     asked = settled(settings, lm, layout, judged, task.splits.train)
     if ready.trained_parameters:  # answers of earlier weights are not those of the present ones
         discard_rows(job.folder)
@@ -138,7 +138,7 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> ArmResult:
 
 
 def discard_rows(folder: Path) -> None:
-    """Forget what was judged in a folder."""
+    """Forgets what was judged in a folder."""
     for name in (ROWS, SUMMARY, RESULT):
         (folder / name).unlink(missing_ok=True)
 
@@ -157,10 +157,10 @@ def samples(ready: Ready, layout: Template, judged: list[Example]) -> tuple[Cont
     if layout.target is not None or layout.chat or len(layout.inputs) != 1:
         return ()
     (name,) = layout.inputs
-    starts = [" ".join(one.fields[name].split()[:SAMPLE_WORDS]) for one in judged[:SAMPLES]]
+    starts = [" ".join(example.fields[name].split()[:SAMPLE_WORDS]) for example in judged[:SAMPLES]]
     settings = DecodeSettings(max_new_tokens=SAMPLE_TOKENS)
-    said = generate(ready.lm, [Example({name: start}) for start in starts], ready.prompt, settings)
-    return tuple(Continued(start, text.text) for start, text in zip(starts, said, strict=True))
+    continuations = generate(ready.lm, [Example({name: start}) for start in starts], ready.prompt, settings)
+    return tuple(Continued(start, text.text) for start, text in zip(starts, continuations, strict=True))
 
 
 def _base_after(
@@ -177,20 +177,20 @@ def _base_after(
 
 
 def _learning(tell: Tell) -> Callable[[Event], None]:
-    def told(event: Event) -> None:
+    def report_step(event: Event) -> None:
         if isinstance(event, Stepped):
             tell("learning", event.step, event.steps)
 
-    return told
+    return report_step
 
 
 def main(arguments: list[str]) -> int:
-    """Run the job of a folder, telling its progress on standard output."""
+    """Runs the job of a folder, reporting its progress on standard output."""
     last = 0.0
 
     def tell(what: str, done: int, of: int) -> None:
         nonlocal last
-        if done in (0, of) or time.monotonic() - last > TOLD_EVERY_SECONDS:
+        if done in (0, of) or time.monotonic() - last > REPORT_EVERY_SECONDS:
             last = time.monotonic()
             print(json.dumps([what, done, of]), flush=True)
 

@@ -1,4 +1,4 @@
-"""How arms are compared: every setting declared once, for Python, YAML and the command line. No torch here."""
+"""Settings of a comparison: each one is declared once, for Python, YAML and the command line. No torch here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RENAMED = {"limit": "judge_rows", "calibrated": "calibrate", "general_text": "ge
 
 
 class CompareSettings(JudgeSettings):
-    """Which arms, over how many seeds; how they are judged is declared in JudgeSettings.
+    """The arms and the seeds to compare; how they are judged is declared in JudgeSettings.
 
     The recipe says what is learned, from which data, in how many steps; every learned arm takes those steps, or as many
     as `seconds` allow at its own pace.
@@ -137,7 +137,7 @@ class Job:
         return hashlib.sha256(json.dumps([self.arm, self.seed, values], sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """What `load` reads back."""
+        """The settings as JSON, in the form that `load` reads."""
         tree = {"recipe": self.recipe.model_dump(), "settings": self.settings.model_dump()}
         return json.dumps({**tree, "arm": self.arm, "seed": self.seed}, indent=1)
 

@@ -1,4 +1,4 @@
-"""From judged arms to what a reader compares: quality with intervals, paired against the best, and costs.
+"""A comparison's summary from its judged arms: quality with intervals, paired against the best, and costs.
 
 An arm is anything that was judged on the same rows, over one or several seeds. No torch here.
 """
@@ -57,9 +57,9 @@ def _figure(metric: Metric, seeds: Sequence[Sequence[Row]]) -> Figure:
 
 def _best(judge: Metric, values: Mapping[str, float]) -> str:
     """The arm of the best figure; the first of equals."""
-    known = {arm: value for arm, value in values.items() if not math.isnan(value)} or dict(values)
+    known_values = {arm: value for arm, value in values.items() if not math.isnan(value)} or dict(values)
     sign = 1 if judge.better == "higher" else -1
-    return max(known, key=lambda arm: sign * known[arm])
+    return max(known_values, key=lambda arm: sign * known_values[arm])
 
 
 def _with_costs(figures: dict[str, Figure], seeds: Sequence[ArmResult]) -> ArmSummary:

@@ -33,7 +33,7 @@ def learn_weights(
     best: Path,
     tell: Callable[[Event], None],
 ) -> int:
-    """Run the plan's steps and leave `weights` at the step of lowest held-out loss, which is given back."""
+    """Runs the plan's steps and leaves `weights` at the step of lowest held-out loss, and returns that loss."""
     rows = plan.task.to_learn(plan.splits.train, slots=False).encoded
     settings = plan.recipe.tune
     if settings.optimizer == "muon":  # a decomposition of every layer a step, and no rates known for it
@@ -44,10 +44,10 @@ def learn_weights(
 
     def validate(step: int) -> None:
         nonlocal lowest, best_step
-        found = held_out_nll()
-        tell(Validated(step=step, nll=found, best=found < lowest))
-        if found < lowest or (plan.judged_on == "training" and math.isfinite(found)):
-            lowest, best_step = found, step
+        nll = held_out_nll()
+        tell(Validated(step=step, nll=nll, best=nll < lowest))
+        if nll < lowest or (plan.judged_on == "training" and math.isfinite(nll)):
+            lowest, best_step = nll, step
             torch.save([weight.detach().cpu() for weight in weights], best)
 
     validate(0)
@@ -91,7 +91,7 @@ def learn_weights(
 
 
 def with_lora(lm: FrozenLM, seed: int) -> tuple[Any, list[Tensor]]:
-    """Put low-rank updates of rank 8 beside every linear layer, in place; gives PEFT's model and what is trained."""
+    """Puts low-rank updates of rank 8 beside every linear layer, in place; gives PEFT's model and what is trained."""
     try:
         import peft
     except ImportError:
@@ -131,7 +131,7 @@ def plain_token_nll(model: Any, batch: Batch) -> Tensor:
 
 
 def served(model: Any, lm: FrozenLM) -> FrozenLM:
-    """`model` as a base of its own. It is wrapped anew whenever its weights have changed: a FrozenLM may keep copies."""
+    """`model` as a separate base. It is wrapped again whenever its weights have changed: a FrozenLM may keep copies."""
     return FrozenLM.wrap(model, lm.tokenizer, name=lm.name)
 
 

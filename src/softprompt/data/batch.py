@@ -57,7 +57,7 @@ class Batch:
 
 
 def encode_all(layout: Layout, examples: Iterable[Example], view: View = to_learn) -> EncodedSet:
-    """Lay out every row, with counts of what was shortened or left out.
+    """Lays out every row, with counts of what was shortened or left out.
 
     Raises DataError as `view` does, and when no row is left.
     """
@@ -98,7 +98,7 @@ def encode_all(layout: Layout, examples: Iterable[Example], view: View = to_lear
 
 
 def altered_remark(altered: Sequence[Encoded], rows: int) -> list[str]:
-    """Say how many rows have trained text that the tokenizer does not keep, and show the first of them."""
+    """Says how many rows have trained text that the tokenizer does not keep, and shows the first of them."""
     if not altered or altered[0].altered is None:
         return []
     text, left = (shown(part) for part in altered[0].altered)
@@ -109,7 +109,7 @@ def altered_remark(altered: Sequence[Encoded], rows: int) -> list[str]:
 
 
 def typed_start_remark(template: Template, special: SpecialTokens) -> list[str]:
-    """Say what becomes of a start token that the template spells out."""
+    """Says what becomes of a start token that the template spells out."""
     first = next((piece for piece in template.pieces if not isinstance(piece, Soft)), None)
     if not special.before or not isinstance(first, Text):
         return []

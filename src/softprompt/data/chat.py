@@ -16,7 +16,7 @@ from softprompt.errors import DataError
 class Turn:
     """A part of the rendered chat, trained or only read. `ids` is given where the chat template marked the parts itself.
 
-    `open` tells that the assistant's words end without a mark, so that an end token has to follow. `words` is what the
+    `open` says that the assistant's words end without a mark, so that an end token has to follow. `words` is what the
     assistant says of the text, the closing mark left out. `data` are the stretches of the text that come from the row,
     given where they spell a special token.
     """
@@ -32,7 +32,7 @@ class Turn:
 def turns(
     example: Example, tokenizer: Tokenizer, *, generation: bool = False, special: SpecialTokens | None = None
 ) -> list[Turn]:
-    """Cut the chat into trained and read parts, in order, up to the end of the assistant's last words.
+    """Cuts the chat into trained and read parts, in order, up to the end of the assistant's last words.
 
     Each turn of the assistant starts where generation would start it: the chat before it is rendered with the
     generation prompt, the chat up to it without, and each rendering must begin with the one before. Where it does not
@@ -87,7 +87,7 @@ _LEFT_OUT = ("name", "tool_call_id", "prefix")  # templates that leave these out
 
 
 def _refuse_unwritten(messages: Sequence[Message], tokenizer: Tokenizer, example: Example) -> None:
-    """Raise DataError for what a chat says beside its words and the chat template would drop without a sign."""
+    """Raises DataError for what a chat says beside its words and the chat template would drop without a sign."""
     source = str(tokenizer.chat_template)
     for number, message in enumerate(messages):
         for key, _ in message.more:
@@ -106,7 +106,7 @@ def _refuse_unwritten(messages: Sequence[Message], tokenizer: Tokenizer, example
 def _with_data(
     cut: list[Turn], messages: Sequence[Message], example: Example, special: SpecialTokens | None
 ) -> list[Turn]:
-    """Mark where the messages' own text is, if any of it spells a special token."""
+    """Marks where the messages' own text is, if any of it spells a special token."""
     spelled = [message.content for message in messages]
     spelled += [text for message in messages for _, text in message.more]
     if special is None or not any(
@@ -123,7 +123,7 @@ def _with_data(
         ):
             raise DataError(
                 f"{example.where}: a turn ({message.role}) spells a special token, and the base's chat template rewrites "
-                "that turn, so that the two cannot be told apart. Leave the row out, or set data.special_tokens."
+                "that turn, so that the two cannot be distinguished. Leave the row out, or set data.special_tokens."
             )
         if first >= 0:
             at = first + len(content)
@@ -167,7 +167,7 @@ def _by_rendering(
         if not (upto.startswith(before) and whole.startswith(upto)):
             raise _Rewritten(
                 f"{example.where}: the base's chat template writes turn {i} (assistant) differently once other turns "
-                "follow, or not where its generation prompt ends, so what the assistant said cannot be told apart. "
+                "follow, or not where its generation prompt ends, so what the assistant said cannot be distinguished. "
                 "Keep one assistant turn a row, use a template with {% generation %} marks, or a template of fields."
             )
         if not message.learned:
@@ -183,7 +183,7 @@ def _by_rendering(
 
 
 def _end(upto: str, start: int, content: str) -> tuple[int, bool]:
-    """Find where the assistant's words and their closing mark end in `upto`, and whether there is such a mark."""
+    """Finds where the assistant's words and their closing mark end in `upto`, and whether there is such a mark."""
     words = content.strip()
     at = upto.find(words, start)
     mark = upto[at + len(words) :] if at >= 0 else ""

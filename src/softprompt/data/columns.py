@@ -21,7 +21,7 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Columns:
-    """What the user said about columns: see `load_splits`."""
+    """The columns that the user named: see `load_splits`."""
 
     column: str | None
     fields: Mapping[str, str]
@@ -36,7 +36,7 @@ class Columns:
         return self.target or (self.shape.target if self.shape is not None else None)
 
     def shaped(self, raw: Raw) -> Columns:
-        """These columns with the form that a row shows, as long as the user named none himself."""
+        """These columns completed by the form that a row shows, unless the user named one."""
         names = {shape.target for shape in SHAPES} if self.target is not None else {None}
         if self.column is not None or self.fields or self.messages is not None or self.target not in names:
             return self
@@ -89,7 +89,7 @@ class Columns:
         return examples
 
     def _asked(self) -> dict[str, str]:
-        """Template names, and the column that each stands for, as far as the user named columns."""
+        """Template names, and the column that each takes, as far as the user named columns."""
         asked = dict(self.fields)
         if self.column is not None:
             asked.setdefault("text", self.column)

@@ -21,9 +21,9 @@ _NUMBERING = re.compile(r"(?i)(row_?|example_?)?(idx|index|i?d|[gu]u?id)|unnamed
 def input_columns(
     examples: Sequence[Example], target: str, column: str | None = None
 ) -> tuple[list[str], list[str]]:
-    """The columns that a row's target is to be told from, and those that are left out.
+    """The columns that a row's target is learned from, and those that are left out.
 
-    `text` alone where there is one. Else every column that all rows have, but for row numbers and for columns that
+    `text` alone if there is one. Else every column that all rows have, but for row numbers and for columns that
     only say the target in other words (the number of a label and its name). Raises DataError where none is left."""
     fields = [name for name in examples[0].fields if name not in (target, "tools")]
     if column is not None or "text" in fields:
@@ -56,7 +56,7 @@ def named_lines(inputs: Sequence[str]) -> str:
 
 
 def lines_template(inputs: Sequence[str], target: str) -> str:
-    """The slot, the inputs, and the target in a line of its own."""
+    """The slot, the inputs, and the target on its own line."""
     return f"{{soft}}{named_lines(inputs)}\n{_titled(target)}: {{{target}}}"
 
 
@@ -69,7 +69,7 @@ def _says_the_same(examples: Sequence[Example], name: str, target: str) -> bool:
     """Whether a column and the target name each other's values, as a label and its number do."""
     pairs = {(example.fields[name], example.fields.get(target, "")) for example in examples}
     values, answers = {value for value, _ in pairs}, {answer for _, answer in pairs}
-    # Answers that never repeat say nothing of the kind: every text has one of its own.
+    # Answers that never repeat say nothing of the kind: every text has a different one.
     return len(pairs) == len(values) == len(answers) < len(examples)
 
 
@@ -87,7 +87,7 @@ class ColumnChat:
         return cls(Template.parse(named_lines(inputs)), target)
 
     def layout(self, tokenizer: Tokenizer, *, front: str = "", shots: Sequence[Example] = ()) -> Template:
-        """What the base's chat template writes for a row, as a template of fields without a slot.
+        """The rendering of a row by the base's chat template, as a template of fields without a slot.
 
         `front` opens the user's first turn; `shots` are rows that are shown solved, as exchanges before this one. The
         answer begins where generation would begin it, and its closing mark follows it. Raises DataError without a chat

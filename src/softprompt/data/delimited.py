@@ -95,7 +95,7 @@ class _Lines:
 
 
 def _refuse_open_quote(lines: _Lines, path: Path, style: dict[str, Any]) -> None:
-    """Refuse a row of several lines whose quotes do not pair up: lines that no one meant to join."""
+    """Refuses a row of several lines whose quotes do not pair up: lines that no one meant to join."""
     if style["quoting"] == csv.QUOTE_NONE or not lines.record:
         return
     try:
@@ -140,7 +140,7 @@ def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
 
 
 def _delimiter(first: str, usual: str, path: Path, notes: list[str]) -> str:
-    """What separates the cells of the header line: the usual, or another where the usual would leave one cell."""
+    """The separator of the header line's cells: the usual one, or another where the usual one would leave one cell."""
     if usual in first:
         return usual
     counts = {separator: first.count(separator) for separator in _SEPARATORS if separator in first}

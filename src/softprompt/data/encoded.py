@@ -55,7 +55,7 @@ class EncodedRows(Sequence[Encoded]):
             self.append(row)
 
     def append(self, row: Encoded) -> None:
-        """Add a row."""
+        """Adds a row."""
         if row.altered is not None:
             self._altered[len(self)] = row.altered
         self._ids.extend(row.ids)

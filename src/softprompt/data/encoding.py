@@ -1,6 +1,6 @@
-"""Which encoding a text file has: its byte order mark, UTF-8, or a guess that is said; two equal guesses are a question.
+"""The encoding of a text file: its byte order mark, UTF-8, or a guess with a note; two equal guesses are refused.
 
-A single-byte file is taken for Windows-1252 where its accented letters stand among plain ones, as in every language
+A single-byte file is taken for Windows-1252 if its accented letters occur among plain ones, as in every language
 that it was made for. What else it may be is charset-normalizer's guess, taken only where no other comes near it.
 """
 
@@ -55,7 +55,7 @@ def named(encoding: str) -> str:
 
 
 def detected(sample: bytes, path: Path, notes: list[str], *, whole: bool) -> str:
-    """The codec that the first bytes of a file show; `whole` tells that they are all of it.
+    """The codec that the first bytes of a file show; `whole` says that they are all of it.
 
     A guess is added to `notes`. Raises DataError where lines differ in their encoding, or several encodings fit."""
     for mark, codec in _MARKS:
@@ -157,6 +157,6 @@ def _guessed(clue: bytes, path: Path, where: str) -> str:
             return best.codec
     names = ", ".join(guess.codec for guess in guesses[:4]) or "none that is known"
     raise DataError(
-        f"{path} is not UTF-8 ({where}), and which encoding it has cannot be told (it may be {names}). "
+        f"{path} is not UTF-8 ({where}), and its encoding is not clear (it may be {names}). "
         "Set data.encoding, for example to cp1252, cp1251, gb18030 or shift_jis, or save the file as UTF-8."
     )

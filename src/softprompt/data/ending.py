@@ -1,4 +1,4 @@
-"""Where an answer ends: one definition for training, for stopping generation and for judging answers."""
+"""The end of an answer: one definition for training, for stopping generation and for judging answers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _QUESTION, _ANSWER = "Question", "Answer"
 
 @dataclass(frozen=True)
 class Ending:
-    """How an answer ends.
+    """The ways in which an answer ends.
 
     Any of the token `ids` ends it. `text` is what the template writes after it: it is learned with the answer and is no
     part of it. `stop` is that text where it ends an answer wherever it occurs, or nothing: a lone full stop before an
-    end token also occurs inside answers. `learned` tells whether training shows any end at all.
+    end token also occurs inside answers. `learned` says whether training shows any end at all.
     """
 
     ids: frozenset[int] = frozenset()
@@ -60,7 +60,7 @@ def appends_end(
 ) -> bool:
     """Whether a row's last token is an end token, where the tokenizer has one.
 
-    `is_open` tells that the chat template writes no closing mark after the assistant's words. auto: after a target that
+    `is_open` says that the chat template writes no closing mark after the assistant's words. auto: after a target that
     the template does not close with a special token, after an open turn, and after plain text only where the tokenizer
     does so by itself."""
     if end != "auto":
@@ -74,11 +74,11 @@ def appends_end(
 
 
 def remark(template: Template, ending: Ending) -> str | None:
-    """What to say of a task whose answers have no end; None where they have one."""
+    """A remark on a task whose answers have no end; None where they have one."""
     if ending.learned or (template.target is None and not template.chat):
         return None
     return (
-        "Nothing ends an answer: no end token is trained and no text follows it in data.template, so generation goes on "
+        "Nothing ends an answer: no end token is trained and no text follows it in data.template, so generation continues "
         "to its token limit. Set data.end to auto or always, or write an ending such as ' ###' after the target."
     )
 

@@ -1,4 +1,4 @@
-"""What a row of data is once its file format is forgotten: frozen records of text."""
+"""Rows of data as frozen records of text, independent of the file format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Message:
 class Example:
     """One row: its named texts, its chat turns if it has any, and its place in the source.
 
-    `row` counts from 0 and leaves out a header; -1 stands for text that came from no file. `references` are further
+    `row` counts from 0 and leaves out a header; -1 means text that came from no file. `references` are further
     right answers beside the target, which is the answer that is learned.
     """
 
@@ -37,7 +37,7 @@ class Example:
 
     @property
     def where(self) -> str:
-        """How error messages name this row."""
+        """This row's name in error messages."""
         return "this text" if self.row < 0 else f"row {self.row} (counted from 0)"
 
 

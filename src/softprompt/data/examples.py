@@ -117,14 +117,14 @@ class Examples(Sequence[Example]):
         self._places: Sequence[int] = range(len(self._store))
 
     def append(self, example: Example) -> None:
-        """Add an example while the set is being made; a choice or a slice of another set takes none."""
+        """Adds an example while the set is being made; a choice or a slice of another set takes none."""
         assert isinstance(self._places, range)
         assert len(self._places) == len(self._store)
         self._store.append(example)
         self._places = range(len(self._store))
 
     def select(self, indices: Iterable[int]) -> Examples:
-        """Those at `indices`, in that order."""
+        """The examples at `indices`, in that order."""
         chosen = Examples()
         chosen._store = self._store
         chosen._places = array("q", [self._places[index] for index in indices])

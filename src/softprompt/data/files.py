@@ -33,7 +33,7 @@ _UNPACKED_RATIO = 200  # text packs 3 to 20 times, repeated rows 100 times
 
 
 def data_suffix(path: Path) -> str | None:
-    """The suffix that tells how `path` is read, a compression's left out; None for what is no data file."""
+    """The suffix that decides how `path` is read, a compression's left out; None for what is no data file."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
@@ -83,7 +83,7 @@ def read_file(
 
 
 def refuse_special(path: Path) -> None:
-    """Raise DataError for a pipe, a device, a socket or a folder, which would be read for ever or not at all."""
+    """Raises DataError for a pipe, a device, a socket or a folder, which would be read for ever or not at all."""
     if path.is_file() or not path.exists():
         return
     kinds = {"is_dir": "a folder", "is_fifo": "a named pipe", "is_socket": "a socket"}

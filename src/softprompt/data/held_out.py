@@ -1,4 +1,4 @@
-"""Which rows are held out: drawn without replacement, in an order that the seed alone fixes."""
+"""Held-out rows: drawn without replacement, in an order that only the seed determines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Draw:
         random.Random(seed).shuffle(self._order)
 
     def take(self, count: int, part: str) -> Examples:
-        """Draw `count` rows for `part`, in the order of the source. Raises DataError where none would be left."""
+        """Draws `count` rows for `part`, in the order of the source. Raises DataError where none would be left."""
         if count >= len(self._order):
             raise DataError(
                 f"data.{part} takes {count} rows, but {len(self._order)} are left, and at least 1 must stay to learn "
@@ -34,7 +34,7 @@ class Draw:
         return self._taken(self._order[:count])
 
     def take_by_label(self, count: int, target: str | None) -> Examples:
-        """Draw `count` rows with each label's share of them as it is among all rows, as far as whole rows allow."""
+        """Draws `count` rows with each label's share of them as it is among all rows, as far as whole rows allow."""
         groups: dict[str, list[int]] = {}
         for index in self._order:
             groups.setdefault(self._rows[index].fields.get(target or "", ""), []).append(index)
@@ -60,7 +60,7 @@ class Draw:
 
 
 def default_count(rows: int) -> int:
-    """How many rows are held out for validation by default; 0 of few."""
+    """The number of rows held out for validation by default; 0 of few."""
     if rows < DEFAULT_FROM_ROWS:
         return 0
     return min(DEFAULT_MOST, max(DEFAULT_LEAST, round(DEFAULT_SHARE * rows)))

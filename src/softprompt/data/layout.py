@@ -36,11 +36,11 @@ class TooLong(DataError):
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of a template become token ids and labels on a tokenizer. Make one with `Layout.of`.
+    """The rules by which rows of a template become token ids and labels on a tokenizer. Make one with `Layout.of`.
 
     The text between two slots is tokenised as one string, with two cuts that make training read exactly what
     generation will: the target is tokenised by itself, and white space just before it goes with it. The tokenizer's
-    own start tokens (BOS) stand before the first text, so after a slot in front, and are never trained; neither is
+    own start tokens (BOS) come before the first text, so after a slot in front, and are never trained; neither is
     position 0, which nothing predicts.
 
     `end` appends a trained EOS: auto does so after a target or an open chat turn, and after plain text only where
@@ -82,7 +82,7 @@ class Layout:
 
 
 def to_learn(layout: Layout, example: Example) -> Encoded:
-    """Lay out one row to learn from: its target, or all of its text, is trained.
+    """Lays out one row to learn from: its target, or all of its text, is trained.
 
     Trained text is compared with what its tokens say. Raises TooLong, DataError for a missing field, and Unlabelled
     when no token of the row would be trained or the tokenizer keeps nothing of what would be.
@@ -92,7 +92,7 @@ def to_learn(layout: Layout, example: Example) -> Encoded:
 
 
 def to_judge(layout: Layout, example: Example) -> Encoded:
-    """Lay out one row to measure its loss: as `to_learn`, but the first token is not scored either.
+    """Lays out one row to measure its loss: as `to_learn`, but the first token is not scored either.
 
     With a slot in front it could be, without the slot it is position 0, so that only this way the scored tokens are
     the same with a prompt and without. Raises as `to_learn` does.
@@ -103,7 +103,7 @@ def to_judge(layout: Layout, example: Example) -> Encoded:
 
 
 def to_answer(layout: Layout, example: Example) -> Encoded:
-    """Lay out one row up to where its answer starts: what generation reads. No token is trained.
+    """Lays out one row up to where its answer starts: what generation reads. No token is trained.
 
     Raises TooLong, and DataError for a missing field or a row that gives generation nothing to start from.
     """
@@ -196,7 +196,7 @@ def _without_typed(layout: Layout, run: _Run, before: tuple[int, ...]) -> _Run:
 
 
 def _compare(layout: Layout, encoded: Encoded, run: _Run, ids: list[int], example: Example) -> None:
-    """Keep what the tokens of a trained run say where that is not its text. Raises Unlabelled where it is nothing."""
+    """Keeps what the tokens of a trained run say where that is not its text. Raises Unlabelled where it is nothing."""
     text, seen = run.text, layout.seen
     left = seen.get(text)
     if left is None:
@@ -290,7 +290,7 @@ def _join(runs: list[_Run], text: str, trained: bool, *, data: bool = False) -> 
 
 
 def _take_space(runs: list[_Run]) -> str:
-    """Move the blanks at the end of the last run to the target: tokenizers merge them with the word that follows.
+    """Moves the blanks at the end of the last run to the target: tokenizers merge them with the word that follows.
 
     A line break stays: no tokenizer merges it with a word, and generation that stops at line ends would stop at once."""
     if not runs or runs[-1].soft:
@@ -336,7 +336,7 @@ def _untrained_at(encoded: Encoded, position: int, layout: Layout, example: Exam
     lost = first_token_bytes(layout.tokenizer, text, layout.special, continues=False)
     if not any(trained[: len(trained) - encoded.end]):
         raise Unlabelled(
-            f"{example.where}: its only trained token stands first, where nothing predicts it. "
+            f"{example.where}: its only trained token is the first, where nothing predicts it. "
             "Give longer text, or put something before it in data.template."
         )
     return replace(encoded, trained=trained, text_bytes=max(0, encoded.text_bytes - lost))

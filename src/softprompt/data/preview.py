@@ -1,4 +1,4 @@
-"""What exactly will be trained: every token of a few rows by its part in the loss, and counts over all rows."""
+"""A preview of training: every token of a few rows by its part in the loss, and counts over all rows."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _marked(shown: ShownRow) -> str:
 
 
 def preview(layout: Layout, examples: Sequence[Example], *, show: int = 3) -> Preview:
-    """Lay out every row as a run would and count; the first `show` good rows are shown token by token.
+    """Lays out every row as a run would and count; the first `show` good rows are shown token by token.
 
     Rows that a run would refuse are counted instead. Raises DataError only where no row could be laid out at all,
     such as for a field that does not exist.
@@ -197,7 +197,7 @@ def _tokens(encoded: Encoded, tokenizer: Tokenizer) -> Iterable[Token]:
 
 
 def _written(before: list[int], token: int, tokenizer: Tokenizer) -> str:
-    """What `token` adds to the text of the tokens before it; "\ufffd" for an unfinished letter."""
+    """The text that `token` adds to the tokens before it; "�" for an incomplete character."""
     head = str(tokenizer.decode(before, clean_up_tokenization_spaces=False)) if before else ""
     both = str(tokenizer.decode([*before, token], clean_up_tokenization_spaces=False))
     return both[len(head.rstrip("\ufffd")) :]

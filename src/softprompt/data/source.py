@@ -1,4 +1,4 @@
-"""Where examples come from: a file, a folder, a data set on the hub, one that is bundled, or rows in memory."""
+"""Sources of examples: a file, a folder, a data set on the hub, a bundled one, or rows in memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def load_splits(
     quoting: Quoting = "auto",
     streaming: bool = False,
 ) -> Splits:
-    """Read rows and part them into what is learned from, chosen by and judged on.
+    """Reads rows and parts them into what is learned from, chosen by and judged on.
 
     `source`: a file (csv, tsv, json, jsonl, parquet), a folder of such files named after their splits, a folder that
     `datasets` saved, "builtin:NAME", or a data set's id on the hub; local files come first. Or rows in memory: any
@@ -124,7 +124,7 @@ def load_splits(
 
 @dataclass(frozen=True)
 class _Asked:
-    """How a source is to be read, as the settings of the same names say; what was assumed goes to `notes`."""
+    """The settings by which a source is read; assumptions made while reading are added to `notes`."""
 
     revision: str | None
     config: str | None
@@ -148,7 +148,7 @@ class _Origin(Protocol):
     def revision(self) -> str | None: ...
 
     @property
-    def endless(self) -> bool: ...  # rows may go on for ever, so that every split is read up to the limit
+    def endless(self) -> bool: ...  # rows may never end, so every split is read up to the limit
 
     def splits(self) -> tuple[str, ...]: ...
 
@@ -205,7 +205,7 @@ class _Memory:
 
 @dataclass(frozen=True)
 class _Hub:
-    """What `datasets` loaded: splits by name, from the hub, its cache or a folder that it saved."""
+    """A data set that `datasets` loaded: splits by name, from the hub, its cache or a folder that it saved."""
 
     name: str
     parts: Mapping[str, Any]
@@ -322,7 +322,7 @@ def _named(
     limit: int | None,
     notes: list[str],
 ) -> Sequence[Example]:
-    """Rows held out in a split or file of their own."""
+    """Rows held out in their own split or file."""
     if wanted is not None and other is not None:
         own = other.splits()
         return columns.examples(other.rows(part if part in own else own[0]), other.name, limit, notes)
@@ -364,7 +364,7 @@ def _repeated(train: Iterable[Example], held: Iterable[Example], part: str) -> l
 
 
 def _split_name(wanted: str, origin: _Origin) -> str:
-    """Find the source's own name of a split. Raises DataError, naming those it has."""
+    """Finds the source's own name of a split. Raises DataError, naming those it has."""
     splits = origin.splits()
     alike = next((names for names in _ALIASES.values() if wanted in names), ())
     for name in (wanted, *alike):
@@ -469,7 +469,7 @@ def _unavailable(name: str, config: str | None, error: Exception) -> str:
 
 
 def _commit(parts: Mapping[str, Any]) -> str | None:
-    """Read the commit that `datasets` downloaded from out of the files' addresses."""
+    """Reads the commit that `datasets` downloaded from out of the files' addresses."""
     for part in parts.values():
         for address in getattr(getattr(part, "info", None), "download_checksums", None) or {}:
             commit = re.search(r"@([0-9a-f]{40})/", str(address))
@@ -488,7 +488,7 @@ def _reads_as_path(written: str) -> bool:
 
 
 def _near(path: Path) -> str:
-    """Suggest a file beside `path` with a similar name."""
+    """Suggests a file beside `path` with a similar name."""
     folder = path.expanduser().parent
     if not folder.is_dir():
         return ""

@@ -1,7 +1,7 @@
-"""A template says where fixed text, the fields of a row and the soft prompt stand: "{soft:20} {text}".
+"""A template: the order of fixed text, the fields of a row and the soft prompt, such as "{soft:20} {text}".
 
 `{name}` is a field; `{soft:20}` a slot of 20 virtual tokens; `{messages}` a chat, rendered by the base's own chat
-template; `{{` and `}}` are literal braces. Everything else is text, whitespace to the letter.
+template; `{{` and `}}` are literal braces. Everything else is text, white space included.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class Template:
 
     @classmethod
     def parse(cls, source: str, *, target: str | None = None, length: int | None = None) -> Template:
-        """Read a template.
+        """Reads a template.
 
         `length` is the number of virtual tokens in all. It fills bare `{soft}` slots (what numbered slots leave
         over, shared evenly, earlier slots first) and must agree with numbered ones. A template without a slot
         gets one of `length` in front; without `length` too it has none.
 
-        `target` names the field to learn. It stands once, after every other field and every slot; fixed text
+        `target` names the field to learn. It occurs once, after every other field and every slot; fixed text
         behind it is learned with it, as an ending.
 
         Raises RecipeError for anything else.
@@ -132,7 +132,7 @@ def _short(text: str) -> str:
 
 
 def _pieces(source: str) -> list[_Open]:
-    """Cut `source` into pieces, neighbouring text joined."""
+    """Cuts `source` into pieces, neighbouring text joined."""
     pieces: list[_Open] = []
     for part in _TOKEN.findall(source):
         if part in ("{", "}"):
@@ -153,7 +153,7 @@ def _pieces(source: str) -> list[_Open]:
 
 
 def _slot(inside: str, source: str) -> _Open:
-    """Read what is between a pair of braces."""
+    """Reads what is between a pair of braces."""
     name, colon, length = inside.partition(":")
     if name == "soft":
         if not colon:
@@ -173,7 +173,7 @@ def _slot(inside: str, source: str) -> _Open:
 
 
 def _with_lengths(open_pieces: list[_Open], source: str, length: int | None) -> tuple[Piece, ...]:
-    """Give bare slots their length, or put a slot in front where there is none."""
+    """Gives bare slots their length, or puts a slot in front if there is none."""
     bare = sum(piece is None for piece in open_pieces)
     numbered = sum(piece.length for piece in open_pieces if isinstance(piece, Soft))
     if not bare and not numbered:
@@ -199,7 +199,7 @@ def _with_lengths(open_pieces: list[_Open], source: str, length: int | None) -> 
 
 
 def _check(template: Template, source: str) -> None:
-    """Refuse templates that nothing can be learned from."""
+    """Refuses templates that nothing can be learned from."""
     pieces, target = template.pieces, template.target
     if not any(isinstance(piece, (Field, Messages)) for piece in pieces):
         raise RecipeError(
@@ -226,7 +226,7 @@ def _check(template: Template, source: str) -> None:
     if not shown_at:
         raise RecipeError(
             f'The target {target!r} is not in the template "{_short(source)}".'
-            f"{did_you_mean(target, template.fields)} Put {{{target}}} where the answer stands."
+            f"{did_you_mean(target, template.fields)} Put {{{target}}} where the answer belongs."
         )
     if len(shown_at) > 1:
         raise RecipeError(
@@ -236,6 +236,6 @@ def _check(template: Template, source: str) -> None:
     after = pieces[shown_at[0] + 1 :]
     if not all(isinstance(piece, Text) for piece in after):
         raise RecipeError(
-            f'In the template "{_short(source)}" a field or soft slot stands after the target {target!r}. '
+            f'In the template "{_short(source)}" a field or soft slot comes after the target {target!r}. '
             "The target comes last; only fixed text may follow it."
         )

@@ -47,7 +47,7 @@ Spans = Sequence[tuple[int, int]]
 
 
 def special_tokens_of(tokenizer: Tokenizer) -> SpecialTokens:
-    """Find out how a tokenizer treats a text by tokenising three short ones."""
+    """Finds out how a tokenizer treats a text by tokenising three short ones."""
     bare, wrapped = _ids(tokenizer, "a"), _ids(tokenizer, "a", special=True)
     start = _find(bare, wrapped)
     before, after = (wrapped[:start], wrapped[start + len(bare) :]) if start is not None else ([], [])
@@ -62,7 +62,7 @@ def special_tokens_of(tokenizer: Tokenizer) -> SpecialTokens:
 def tokens(
     tokenizer: Tokenizer, text: str, special: SpecialTokens, *, continues: bool, data: Spans = ()
 ) -> list[int]:
-    """Tokenise `text` with nothing put around it; with `continues` as it is tokenised behind other text.
+    """Tokenises `text` with nothing put around it; with `continues` as it is tokenised behind other text.
 
     `data` are the spans that come from a row: what looks like a special token there is plain text."""
     if not text:
@@ -87,7 +87,7 @@ def tokens(
 
 
 def special_spans(text: str, special: SpecialTokens) -> list[tuple[int, int]]:
-    """Find the spans of `text` that spell special tokens."""
+    """Finds the spans of `text` that spell special tokens."""
     if not special.spellings:
         return []
     return [match.span() for match in _spelled(special.spellings).finditer(text)]
@@ -96,7 +96,7 @@ def special_spans(text: str, special: SpecialTokens) -> list[tuple[int, int]]:
 def surviving(
     tokenizer: Tokenizer, text: str, special: SpecialTokens | None = None, *, special_tokens: bool = False
 ) -> str:
-    """What is left of a text of data after tokens and back: the most that a base can be taught to say of it.
+    """The text after encoding and decoding: the most that a base can be trained to generate of it.
 
     Some tokenizers have no token for a character, lower its case or change its width. Blanks at the start are kept,
     as some tokenizers show them only behind other text. With `special_tokens` the special tokens that it spells are
@@ -140,7 +140,7 @@ def _spelled(spellings: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def first_token_bytes(tokenizer: Tokenizer, text: str, special: SpecialTokens, *, continues: bool) -> int:
-    """Count the UTF-8 bytes of `text` that its first token encodes."""
+    """Counts the UTF-8 bytes of `text` that its first token encodes."""
     ids = tokens(tokenizer, text, special, continues=continues)
     whole = len(text.encode())
     if len(ids) < 2:

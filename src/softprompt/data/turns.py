@@ -40,7 +40,7 @@ _MEANING = (  # what a chat template may write, and a reader of the text alone w
 def messages_of(value: Any, where: str, system: object, note: Callable[[str], None]) -> tuple[Message, ...]:
     """The turns in a cell: a list of mappings, the same as JSON text, or one list a key.
 
-    `system` is a text beside the turns that stands before them. `note` is called for keys that are left out.
+    `system` is a text beside the turns that comes before them. `note` is called for keys that are left out.
     Raises DataError, with the turn, for what is no turn."""
     if isinstance(value, str):
         try:
@@ -80,7 +80,7 @@ def tools_of(cell: object, where: str) -> str | None:
 
 
 def refuse_broken(text: str, where: str) -> None:
-    """Raise DataError where `text` holds half a character, which no tokenizer and no UTF-8 file can take."""
+    """Raises DataError where `text` holds half a character, which no tokenizer and no UTF-8 file can take."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -122,7 +122,7 @@ def _message(turn: Mapping[str, Any], where: str, note: Callable[[str], None]) -
 
 
 def _more(turn: Mapping[str, Any], where: str, note: Callable[[str], None]) -> tuple[tuple[str, str], ...]:
-    """What a turn has beside role and text, as JSON texts by name. Empty values say nothing."""
+    """The keys of a turn beside role and text, as JSON texts by name. Empty values are left out."""
     more = []
     for key, value in turn.items():
         if key in _WRITTEN or value is None or value == [] or value == "" or value is False:

@@ -1,1 +1,1 @@
-"""How good a prompt is: metrics with their error, and every row kept."""
+"""Measuring a prompt: metrics with their error, and every row kept."""

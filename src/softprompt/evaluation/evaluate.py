@@ -57,7 +57,7 @@ class Evaluation:
 
     @property
     def name(self) -> str:
-        """What was judged: the prompt's name, or base."""
+        """The name of what was judged: the prompt's, or base."""
         return str(self.about.get("name") or "base")
 
     def to_record(self) -> dict[str, Any]:

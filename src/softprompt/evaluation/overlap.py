@@ -52,7 +52,7 @@ def _common_subsequence(ours: Sequence[str], theirs: Sequence[str]) -> int:
 
 
 def character_counts(answer: str, wanted: str) -> list[tuple[int, int, int]]:
-    """For character n-grams of orders 1 to 6, without white space: counts in the answer, in the wanted text, and in both."""
+    """Counts of character n-grams of orders 1 to 6, without white space: in the answer, in the wanted text, and in both."""
     ours, theirs = "".join(answer.split()), "".join(wanted.split())
     counts = []
     for order in range(1, CHARACTER_ORDERS + 1):

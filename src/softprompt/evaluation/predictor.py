@@ -131,7 +131,7 @@ def with_text(layout: Template, text: str) -> Template:
 
 
 def without_slots(layout: Template) -> Template:
-    """What the base alone reads."""
+    """The template as the base alone reads it."""
     return Template(tuple(piece for piece in layout.pieces if not isinstance(piece, Soft)), layout.target)
 
 

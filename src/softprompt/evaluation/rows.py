@@ -58,7 +58,7 @@ class Row:
 
     @classmethod
     def from_json(cls, line: str) -> Row:
-        """Read what `to_json` wrote, in this version or in 0.1. Raises ValueError for anything else."""
+        """Reads what `to_json` wrote, in this version or in 0.1. Raises ValueError for anything else."""
         return typed(cls, json.loads(line), "a judged row")
 
 
@@ -124,7 +124,7 @@ class RowFile:
             ) from error
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Append `rows` and flush them to the file."""
+        """Appends `rows` and flush them to the file."""
         try:
             self._file.writelines(row.to_json() + "\n" for row in rows)
             self._file.flush()
@@ -132,7 +132,7 @@ class RowFile:
             raise SaveError(f"{self.path}: cannot be written ({error.strerror}).") from error
 
     def close(self) -> None:
-        """Close the file; what was added stays."""
+        """Closes the file; what was added stays."""
         self._file.close()
         self._lock.release()
 

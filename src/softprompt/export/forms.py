@@ -23,7 +23,7 @@ VECTORS = "prompt_embeds"
 
 
 def save_vectors(prompt: Prompt, path: str | Path, *, overwrite: bool = True) -> Path:
-    """Write a soft prompt's vectors as one float32 tensor `prompt_embeds` [P, D].
+    """Writes a soft prompt's vectors as one float32 tensor `prompt_embeds` [P, D].
 
     The file's metadata holds the template and the base. Only a file that was written here before is replaced, and none
     with `overwrite` False. Raises PromptError for a deep prompt, which has no vectors, and SaveError."""

@@ -38,7 +38,7 @@ RECORD = "softprompt_merged.json"
 def merge_prompt(
     lm: FrozenLM, prompt: SoftPrompt, folder: str | Path, *, overwrite: bool = False
 ) -> list[str]:
-    """Save the merged copy in `folder` as transformers saves a model; gives the added tokens, in order.
+    """Saves the merged copy in `folder` as transformers saves a model; gives the added tokens, in order.
 
     The folder is new or empty, or with `overwrite` an earlier merged copy. Raises SaveError for any other, WrongBase for
     another base's prompt, PromptError for one that cannot be tokens, BaseError as loading does.
@@ -140,8 +140,10 @@ def _with_tokens(tokenizer: Any, names: list[str], *, before_every_text: bool) -
             pair=[*names, "$A", "$B"],
             special_tokens=list(zip(names, ids, strict=True)),
         )
-        known = grown.backend_tokenizer.post_processor
-        grown.backend_tokenizer.post_processor = Processors([known, ours]) if known is not None else ours
+        processor = grown.backend_tokenizer.post_processor
+        grown.backend_tokenizer.post_processor = (
+            Processors([processor, ours]) if processor is not None else ours
+        )
     return grown, ids
 
 

@@ -1,1 +1,1 @@
-"""What the base says under a prompt: compiled prompts, running batches, generation and scores."""
+"""Inference under prompts: compiled prompts, running batches, generation and scores."""

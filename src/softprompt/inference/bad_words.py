@@ -22,7 +22,7 @@ def bad_sequences(
                 raise DataError(f"bad_words: the base's tokenizer has no token for {word!r}. Leave it out.")
             if len(sequence) == 1 and sequence[0] in end_ids:
                 raise DataError(
-                    f"bad_words: found {word!r}, which ends an answer. Set ignore_end to go on past end tokens."
+                    f"bad_words: found {word!r}, which ends an answer. Set ignore_end to continue past end tokens."
                 )
             sequences[sequence] = None
     return tuple(sequences)

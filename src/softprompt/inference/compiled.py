@@ -81,7 +81,7 @@ class CompiledPrompt:
         return self.laid_out(to_answer(self.layout(lm), self.example(given)))
 
     def example(self, given: str | Example) -> Example:
-        """Make the row of `given`: a text fills the template's only input, and a row's only field may fill {text}."""
+        """Makes the row of `given`: a text fills the template's only input, and a row's only field may fill {text}."""
         if isinstance(given, str):
             return self.template.example(given)
         if self.template.inputs == ("text",) and "text" not in given.fields and len(given.fields) == 1:
@@ -89,7 +89,7 @@ class CompiledPrompt:
         return given
 
     def layout(self, lm: FrozenLM, template: Template | None = None, *, end: End = "never") -> Layout:
-        """How rows are laid out under this prompt: slots are kept only where vectors fill them."""
+        """The layout of rows under this prompt: slots are kept only where vectors fill them."""
         return Layout(
             template or self.template,
             lm.tokenizer,
@@ -100,23 +100,23 @@ class CompiledPrompt:
         )
 
     def laid_out(self, encoded: Encoded) -> list[int]:
-        """The marks of an encoded row (data.encoded.Encoded): a deep prompt's virtual tokens stand before it."""
+        """The marks of an encoded row (data.encoded.Encoded): a deep prompt's virtual tokens come before it."""
         own = list(range(-1, -1 - self.state.length, -1)) if self.kind == "deep" else []
         return own + [
             token if soft < 0 else -1 - soft for token, soft in zip(encoded.ids, encoded.soft, strict=True)
         ]
 
     def row(self, marks: Sequence[int], need: int | None = None) -> PrefillRow:
-        """What is left to compute of a row when the hidden states from position `need` on (the last) are wanted."""
+        """The part of a row that is left to compute when the hidden states from position `need` on (the last) are wanted."""
         if not marks:
             raise DataError(
-                "The text is empty and there is no prompt: nothing to go on from. Give some text."
+                "The text is empty and there is no prompt: nothing to continue from. Give some text."
             )
         need = len(marks) - 1 if need is None else need
         used = min(self.state.shared(marks), need)
         if self.kind == "deep" and used < self.length:
             raise DataError(
-                f"{self.name}: a deep prompt has no output of its own, so at least one token must follow it, "
+                f"{self.name}: a deep prompt has no output, so at least one token must follow it, "
                 "and that token cannot be scored. Give some text before what is wanted."
             )
         return PrefillRow(self.state.first(used), tuple(marks), self.vectors_PD)
@@ -136,11 +136,11 @@ def compile_prompt(
     name: str | None = None,
     special_tokens: bool | None = None,
 ) -> CompiledPrompt:
-    """Read a prompt once.
+    """Reads a prompt once.
 
     A learned prompt is laid out by its own template (`template` replaces it). A TextPrompt comes before every
     input, verbatim; a Template without slots puts text around it. None is the base alone, which sees the input, or the
-    input in `template` with its soft slots left out. A compiled prompt is given back. `special_tokens` reads special
+    input in `template` with its soft slots left out. A compiled prompt is returned. `special_tokens` reads special
     tokens that an input spells as such; without it, a learned prompt reads inputs as it was trained, and else they are
     plain text.
 
@@ -246,7 +246,7 @@ def text_state(lm: FrozenLM, text: str, length: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def vectors_state(lm: FrozenLM, vectors_PD: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute keys and values [L, P, H, K] of a shallow prompt's vectors: a deep prompt that starts as good as it is."""
+    """Computes keys and values [L, P, H, K] of a shallow prompt's vectors: a deep prompt that starts as good as it is."""
     marks = range(-1, -1 - len(vectors_PD), -1)
     state = _read(lm, list(marks), vectors_PD.to(lm.device, lm.dtype))
     return _stacked(state.keys, "keys").float(), _stacked(state.values, "values").float()
@@ -266,13 +266,13 @@ def as_deep(lm: FrozenLM, prompt: SoftPrompt | DeepPrompt) -> DeepPrompt:
     last = max(at for at, piece in enumerate(pieces) if isinstance(piece, Soft))
     if any(isinstance(piece, Field | Messages) for piece in pieces[:last]):
         raise PromptError(
-            f'{prompt.name}: in its template "{compiled.template}" a field stands before a slot, so what the vectors '
+            f'{prompt.name}: in its template "{compiled.template}" a field comes before a slot, so what the vectors '
             "compile to differs from row to row. Export the vectors themselves (embeddings)."
         )
     length = max(at for at, mark in enumerate(compiled.state.marks) if mark < 0) + 1
     if length > prompt.length and compiled.special.before:
         raise PromptError(
-            f'{prompt.name}: in its template "{compiled.template}" text stands before the slot, and this base puts a '
+            f'{prompt.name}: in its template "{compiled.template}" text comes before the slot, and this base puts a '
             "start token before it, which readers of keys and values would put in again. Export the vectors themselves."
         )
     state = compiled.state.first(length)
@@ -288,7 +288,7 @@ def as_deep(lm: FrozenLM, prompt: SoftPrompt | DeepPrompt) -> DeepPrompt:
 
 
 def _head(lm: FrozenLM, compiled: CompiledPrompt) -> list[int]:
-    """Find the marks that precede every row's own text. Where the tokenizer merges their end with a row's text, that row
+    """Finds the marks that precede every row's own text. Where the tokenizer merges their end with a row's text, that row
     shares fewer of them (`State.shared`)."""
     pieces = compiled.template.pieces
     first = next((i for i, piece in enumerate(pieces) if isinstance(piece, Field | Messages)), len(pieces))
@@ -302,7 +302,7 @@ def _head(lm: FrozenLM, compiled: CompiledPrompt) -> list[int]:
 
 @torch.no_grad()
 def read_ids(lm: FrozenLM, ids: Sequence[int]) -> State:
-    """What the base holds after reading these tokens."""
+    """The base's key/value state after reading these tokens."""
     return _read(lm, ids)
 
 

@@ -17,7 +17,7 @@ class Conversation:
     """Turns under one prompt. `say` something, get the answer, continue.
 
     Under a chat template a turn is a message of the user, and the whole chat is laid out again for each answer; else a
-    turn is text that goes on where the last answer ended. Either way the key/value state is kept as far as the
+    turn is text that continues where the last answer ended. Either way the key/value state is kept as far as the
     sequence is the same, so the answers are those of recomputing everything.
     """
 
@@ -34,7 +34,7 @@ class Conversation:
         return self.state.bytes
 
     def say(self, text: str, settings: DecodeSettings = GREEDY) -> Generation:
-        """Add a turn and generate the answer to it (the first of `settings.n`).
+        """Adds a turn and generates the answer to it (the first of `settings.n`).
 
         Raises DataError where it does not fit the base's context; the conversation is then as it was."""
         messages = [*self.messages, Message("user", text)]
@@ -57,9 +57,11 @@ class Conversation:
                 *self.marks,
                 *tokens(self.lm.tokenizer, text, self.prompt.special, continues=True, data=data),
             ]
-        known = (
+        known_state = (
             self.state if self.state.shared(marks) >= self.prompt.state.shared(marks) else self.prompt.state
         )
         return PrefillRow(
-            known.first(min(known.shared(marks), len(marks) - 1)), tuple(marks), self.prompt.vectors_PD
+            known_state.first(min(known_state.shared(marks), len(marks) - 1)),
+            tuple(marks),
+            self.prompt.vectors_PD,
         )

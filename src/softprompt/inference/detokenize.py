@@ -36,7 +36,7 @@ class TextStream:
         self._stopped = False
 
     def add(self, token: int) -> bool:
-        """Take one more token; says whether a stop text is complete."""
+        """Takes one more token; says whether a stop text is complete."""
         if self._stopped:
             return True
         self.ids.append(token)
@@ -45,7 +45,7 @@ class TextStream:
         return self._stopped
 
     def finish(self) -> str:
-        """Give all the text, and the rest of it to `on_text`."""
+        """Gives all the text, and the rest of it to `on_text`."""
         if not self._stopped:
             self._extend(final=True)
             if self.ending:
@@ -54,7 +54,7 @@ class TextStream:
         return self.text
 
     def _extend(self, final: bool) -> None:
-        """Append the text of the new tokens, unless they end inside a character; cut it at the first stop text."""
+        """Appends the text of the new tokens, unless they end inside a character; cut it at the first stop text."""
         if self._decoded == len(self.ids):
             return
         # The same tokens may decode differently without those before them, so both texts start at `_from`.
@@ -84,7 +84,7 @@ class TextStream:
             self._sent = certain
 
     def _may_be_cut(self) -> int:
-        """Count the characters at the end that may be the beginning of a stop text, or the ending."""
+        """Counts the characters at the end that may be the beginning of a stop text, or the ending."""
         longest = [(text, len(text) - 1) for text in self.stop] + [(self.ending, len(self.ending))]
         return max(
             (

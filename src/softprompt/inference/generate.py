@@ -52,13 +52,13 @@ def generate(
     memory_bytes: int | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
-    """Continue every input, in the order of `inputs`, `settings.n` texts each. Always a list; a str is one input.
+    """Continues every input, in the order of `inputs`, `settings.n` texts each. Always a list; a str is one input.
 
     `prompts` and `settings` are one for all inputs or one for each. At most `batch_rows` rows run side by side, in at
     most `memory_bytes` of key/value state. `on_text` is called with the input's number and each new piece of its
     text; it takes n = 1.
 
-    Raises DataError for an input that has no room to go on, WrongBase and PromptError as compiling does.
+    Raises DataError for an input that has no room to continue, WrongBase and PromptError as compiling does.
     """
     inputs = listed(inputs)
     chosen = compiled_each(lm, prompts, len(inputs))
@@ -86,7 +86,7 @@ def generate(
 
 
 def run(running: Running, requests: Sequence[Request]) -> None:
-    """Run all requests through a running batch: long rows first, new ones once a quarter of the rows is free."""
+    """Runs all requests through a running batch: long rows first, new ones once a quarter of the rows is free."""
     waiting = sorted(requests, key=lambda request: request.total)
     while waiting or len(running):
         free = running.max_rows - len(running)
@@ -111,7 +111,7 @@ def _mean_nll(request: Request) -> float:
 
 
 def generation(name: str | None, given: str | Example, request: Request) -> Generation:
-    """Make the result of a finished request."""
+    """Makes the result of a finished request."""
     assert request.finish_reason is not None
     rated = sum(request.log_probabilities) if request.settings.rated else None
     return Generation(
@@ -127,7 +127,7 @@ def generation(name: str | None, given: str | Example, request: Request) -> Gene
 
 
 def _shown(given: str | Example) -> str:
-    """Show an input as one text: its only field, its last message, or its fields by name."""
+    """Shows an input as one text: its only field, its last message, or its fields by name."""
     if isinstance(given, str):
         return given
     if given.messages:
@@ -139,7 +139,7 @@ def _shown(given: str | Example) -> str:
 
 
 def listed(inputs: str | Example | Iterable[str | Example]) -> list[str | Example]:
-    """Give inputs as a list; a single text or row is a list of one."""
+    """Gives inputs as a list; a single text or row is a list of one."""
     return [inputs] if isinstance(inputs, str | Example) else list(inputs)
 
 
@@ -157,7 +157,7 @@ def compiled_each(
 
 
 def one_each(given: Any, count: int, what: str) -> list[Any]:
-    """Give a list of `count` values: the list that was given, or the same value for all inputs."""
+    """Gives a list of `count` values: the list that was given, or the same value for all inputs."""
     if isinstance(given, list | tuple):
         if len(given) != count:
             raise DataError(

@@ -62,8 +62,8 @@ class Lanes:
 
     @property
     def requests(self) -> list[Request]:
-        """What is running now."""
-        return [one for lane in self._lanes for one in lane.requests]
+        """The requests that are running."""
+        return [request for lane in self._lanes for request in lane.requests]
 
     @property
     def bytes(self) -> int:
@@ -77,15 +77,16 @@ class Lanes:
         if self.memory_bytes is None:
             return True
         plan = self._plan(requests)
-        known = dict(zip(map(id, self._lanes), self._lanes, strict=True))
+        lanes_by_id = dict(zip(map(id, self._lanes), self._lanes, strict=True))
         untouched = sum(lane.bytes for lane in self._lanes if id(lane) not in plan)
         joined = sum(
-            (known.get(lane) or Running(self.lm)).buffer_bytes_for(joining) for lane, joining in plan.items()
+            (lanes_by_id.get(lane) or Running(self.lm)).buffer_bytes_for(joining)
+            for lane, joining in plan.items()
         )
         return untouched + joined <= self.memory_bytes
 
     def demand_possible(self, request: Request) -> None:
-        """Raise OutOfMemory for a row that would not fit even alone."""
+        """Raises OutOfMemory for a row that would not fit even alone."""
         if self.memory_bytes is None:
             return
         needed = Running(self.lm).buffer_bytes_for([request])
@@ -96,7 +97,7 @@ class Lanes:
             )
 
     def join(self, requests: Sequence[Request]) -> list[Request]:
-        """Read the rows' texts and choose their first tokens; gives back those done, or failed (`failure`)."""
+        """Reads the rows' texts and chooses their first tokens; returns those done, or failed (`failure`)."""
         done: list[Request] = []
         lanes = {id(lane): lane for lane in self._lanes}
         for key, joining in self._plan(requests).items():
@@ -107,26 +108,26 @@ class Lanes:
         return done
 
     def advance(self) -> list[Request]:
-        """One token for every row; gives back the requests that are done, or failed (`failure`), and have left."""
-        done = [one for lane in self._lanes for one in lane.advance()]
+        """One token for every row; returns the requests that are done, or failed (`failure`), and have left."""
+        done = [request for lane in self._lanes for request in lane.advance()]
         self._close_empty()
         return done
 
-    def cancel(self, one: Request) -> None:
-        """Let a row leave now; a row that is done is left alone."""
+    def cancel(self, request: Request) -> None:
+        """Lets a row leave now; a row that is done is left alone."""
         for lane in self._lanes:
-            lane.cancel(one)
+            lane.cancel(request)
         self._close_empty()
 
     def _close_empty(self) -> None:
         self._lanes = [lane for lane in self._lanes if len(lane)]
 
     def _plan(self, requests: Sequence[Request]) -> dict[int, list[Request]]:
-        """Which requests join which lane, short ones first; a key that is no lane's id stands for a new lane."""
+        """The requests that join each lane, short ones first; a key that is no lane's id means a new lane."""
         shapes = {
             id(lane): _Shape(len(lane), max(totals, default=0), sum(totals))
             for lane in self._lanes
-            for totals in [[one.total for one in lane.requests]]
+            for totals in [[request.total for request in lane.requests]]
         }
         plan: dict[int, list[Request]] = {}
         for request in sorted(requests, key=lambda request: request.total):

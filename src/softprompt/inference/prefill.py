@@ -57,7 +57,7 @@ PASS_COST_CPU, PASS_COST_GPU = 40, 4096
 def like_lengths(
     lm: FrozenLM, rows: Sequence[PrefillRow], most_rows: int | None = None
 ) -> list[list[PrefillRow]]:
-    """Group rows into passes of at most `most_rows` rows that together cost least.
+    """Groups rows into passes of at most `most_rows` rows that together cost least.
 
     A pass computes as many positions for every row as its longest row has left, so a long text beside short ones
     makes all of them long. The cut is found by a dynamic programme over the rows in the order of their lengths. Known
@@ -71,18 +71,18 @@ def like_lengths(
     best, cut = [0] + [0] * len(ordered), [0] * (len(ordered) + 1)
     for end in range(1, len(ordered) + 1):
         longest = ordered[end - 1].rest  # they are sorted, so a group's last row is its longest
-        known = 0  # most positions of known state in the group: sorting says nothing of them
+        most_known = 0  # most positions of known state in the group: sorting says nothing of them
         best[end] = -1
         for start in range(end - 1, -1, -1):
-            known = max(known, ordered[start].state.length)
+            most_known = max(most_known, ordered[start].state.length)
             size = end - start
-            too_wide = most_columns is not None and known + longest > most_columns
+            too_wide = most_columns is not None and most_known + longest > most_columns
             if size > 1 and (too_wide or (most_rows is not None and size > most_rows)):
                 break  # more rows only make it wider
             cost = best[start] + pass_cost + size * longest
             if best[end] < 0 or cost < best[end]:
                 best[end], cut[end] = cost, start
-    # Walk back from the end: each cut tells where the group before it ends.
+    # Walk back from the end: each cut gives the end of the group before it.
     groups: list[list[PrefillRow]] = []
     end = len(ordered)
     while end:
@@ -104,7 +104,7 @@ def read_on(lm: FrozenLM, row: PrefillRow, positions: int) -> PrefillRow:
 
 
 def prefill(lm: FrozenLM, rows: Sequence[PrefillRow]) -> Prefilled:
-    """Compute the rest of every row in one pass: [left pad][known state][rest][right pad]."""
+    """Computes the rest of every row in one pass: [left pad][known state][rest][right pad]."""
     # Known state is right-aligned, so that the rests of all rows begin in the same column of the cache.
     cache, columns = batch_cache([row.state for row in rows])
     device = lm.device

@@ -120,7 +120,7 @@ def request(
     steering: Steering | None = None,
     begun: Sequence[int] = (),
 ) -> Request:
-    """Lay out one input under a prompt. `given` may be the marks of a whole sequence instead of text.
+    """Lays out one input under a prompt. `given` may be the marks of a whole sequence instead of text.
 
     `begun` are the first tokens of the answer, which is cut off elsewhere and goes on here: the row gives what it would
     have given from the start, draws included. A `row` that is handed over holds them already.
@@ -203,7 +203,7 @@ class Running:
 
     @property
     def requests(self) -> list[Request]:
-        """What is running now."""
+        """The requests that are running."""
         return [slot.request for slot in self._slots]
 
     @property
@@ -246,18 +246,18 @@ class Running:
         return False
 
     def admit(self, requests: Sequence[Request]) -> list[Request]:
-        """Read the rows' texts, those of like length in one pass, and choose their first tokens; gives back those done.
+        """Reads the rows' texts, those of like length in one pass, and chooses their first tokens; returns those done.
 
-        Raises NotFinite where a row's numbers are not finite; that row has left, and the others may go on."""
+        Raises NotFinite where a row's numbers are not finite; that row has left, and the others may continue."""
         return _demand_finite(self.join(requests))
 
     def step(self) -> list[Request]:
-        """One token for every row; gives back the requests that are done with it and have left. Raises as `admit` does."""
+        """One token for every row; returns the requests that are done with it and have left. Raises as `admit` does."""
         return _demand_finite(self.advance())
 
     @torch.inference_mode()
     def join(self, requests: Sequence[Request]) -> list[Request]:
-        """Like `admit`, but a row that is not finite is given back with the others, its `failure` set."""
+        """Like `admit`, but a row that is not finite is returned with the others, its `failure` set."""
         if not requests:
             return []
         started = len(self._slots)
@@ -285,7 +285,7 @@ class Running:
 
     @torch.inference_mode()
     def advance(self) -> list[Request]:
-        """Like `step`, but a row that is not finite is given back with the others, its `failure` set."""
+        """Like `step`, but a row that is not finite is returned with the others, its `failure` set."""
         rows = len(self._slots)
         if not rows:
             return []
@@ -298,7 +298,7 @@ class Running:
 
     @torch.inference_mode()
     def cancel(self, request: Request) -> None:
-        """Remove a row now. Its text so far stays in the request; a row that is done is left alone."""
+        """Removes a row now. Its text so far stays in the request; a row that is done is left alone."""
         row = next((b for b, slot in enumerate(self._slots) if slot.request is request), None)
         if row is not None:
             self._retire(row, "cancelled")
@@ -306,7 +306,7 @@ class Running:
             self._step_settings = _StepSettings.of(self.requests, self.lm.device)
 
     def _chosen(self, logits_BV: Tensor, start: int) -> list[Request]:
-        """Choose the next tokens of the rows from `start` on, and retire those that are done."""
+        """Chooses the next tokens of the rows from `start` on, and retires those that are done."""
         step = self._step_settings
         # argmax alone needs no float32
         if step.penalises or step.biases or step.rated or step.warm or step.steered:
@@ -427,7 +427,7 @@ class Running:
         )
 
     def _shrink(self) -> None:
-        """Give back most of the buffers where the rows that are left need less than a quarter of them."""
+        """Gives back most of the buffers where the rows that are left need less than a quarter of them."""
         rows, columns = self._cache.mask.shape
         if not self._slots:
             if self._cache.bytes > KEPT_BYTES:

@@ -107,13 +107,13 @@ class RunningCache(Cache):
         self.window.end += 1
 
     def open_column(self) -> Tensor:
-        """Make room for one more column, mark it real in every row, and give the mask that includes it."""
+        """Makes room for one more column, marks it real in every row, and gives the mask that includes it."""
         self._make_room(self.rows, 1)
         self.mask[: self.rows, self.window.end] = True
         return self.mask[: self.rows, self.window.start : self.window.end + 1]
 
     def join(self, cache: Any, row: int, start: int, end: int) -> None:
-        """Copy the columns start..end of one row of a prefilled `cache` in, right-aligned, as the last row."""
+        """Copies the columns start..end of one row of a prefilled `cache` in, right-aligned, as the last row."""
         length = end - start
         if not self.layers:
             self.layers = [
@@ -134,7 +134,7 @@ class RunningCache(Cache):
         self.rows += 1
 
     def leave(self, row: int) -> None:
-        """Drop a row; the last one takes its place. Columns that no row needs any more are freed."""
+        """Drops a row; the last one takes its place. Columns that no row needs any more are freed."""
         last = self.rows - 1
         if row != last:
             live = slice(self.window.start, self.window.end)
@@ -149,7 +149,7 @@ class RunningCache(Cache):
             self.window.start += int(self.live_mask().any(0).int().argmax()) - self.blank
 
     def clear(self) -> None:
-        """Give the buffers back; there may be no row."""
+        """Gives the buffers back; there may be no row."""
         self.layers, self.rows = [], 0
         self.window.start = self.window.end = 0
         self.mask = torch.zeros(0, 0, dtype=torch.bool, device=self.mask.device)
@@ -164,7 +164,7 @@ class RunningCache(Cache):
         return row_state(self, row, start, start + len(marks), marks)
 
     def reserve(self, rows: int, columns: int, longest: int = 0, *, exactly: bool = False) -> None:
-        """Make the buffers at least this large (or `exactly`), with room to join a row of `longest` positions."""
+        """Makes the buffers at least this large (or `exactly`), with room to join a row of `longest` positions."""
         if not exactly:
             rows, columns = max(rows, self.mask.shape[0]), max(columns, self.mask.shape[1])
         live = self.window.end - self.window.start
@@ -173,7 +173,7 @@ class RunningCache(Cache):
             self._resize(rows, columns, max(live, longest) - live)
 
     def _make_room(self, rows: int, right: int, length: int = 0) -> None:
-        """Make room for `rows` rows, `right` more columns behind the live ones, and a row of `length` that ends where they do."""
+        """Makes room for `rows` rows, `right` more columns behind the live ones, and a row of `length` that ends where they do."""
         # Rows are right-aligned: a joining row longer than the live columns needs room to the left of them, and every
         # step takes a column on the right.
         live = self.window.end - self.window.start
@@ -185,7 +185,7 @@ class RunningCache(Cache):
         self._resize(max(rows, self.mask.shape[0]), columns, span - live)
 
     def _resize(self, rows: int, columns: int, start: int) -> None:
-        """Allocate new buffers where the size changes, and move the live columns so that they begin at `start`."""
+        """Allocates new buffers where the size changes, and moves the live columns so that they begin at `start`."""
         live = self.window.end - self.window.start
         # Only live rows and columns are copied; everything outside of them is masked, and `join` clears a row before use.
         old, new = slice(self.window.start, self.window.end), slice(start, start + live)

@@ -1,7 +1,7 @@
-"""From logits to the next token of every row, in transformers' order: logit bias, repetition penalty, bad words, temperature,
+"""The next token of every row from its logits, in transformers' order: logit bias, repetition penalty, bad words, temperature,
 top-k, top-p and min-p.
 
-Rows may differ in every setting. A row draws from a generator of its own, so that its neighbours never change it.
+Rows may differ in every setting. A row draws from its own generator, so that its neighbours never change it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def row_generator(seed: int, sample: int, marks: Sequence[int]) -> torch.Generat
 
 
 def biased(logits_BV: Tensor, bias_B: Sequence[Mapping[int, float]]) -> Tensor:
-    """Add to each row's logits the amounts of its own bias, by token id."""
+    """Adds to each row's logits the amounts of its own bias, by token id."""
     rows = [b for b, bias in enumerate(bias_B) for _ in bias]
     ids = [token for bias in bias_B for token in bias]
     amounts = [amount for bias in bias_B for amount in bias.values()]
@@ -48,7 +48,7 @@ def completing(sequences: Sequence[tuple[int, ...]], marks: Sequence[int]) -> li
 
 
 def penalised(logits_BV: Tensor, seen_BV: Tensor, penalty_B: Tensor) -> Tensor:
-    """Weigh down the tokens seen so far (Keskar et al. 2019): positive logits divided, negative ones multiplied.
+    """Weighs down the tokens seen so far (Keskar et al. 2019): positive logits divided, negative ones multiplied.
 
     `seen_BV` marks the tokens that occurred in each row. It is a mask and not a list of ids, since a list needs a
     filler, and every filler is a token of some row."""

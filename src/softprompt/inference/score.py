@@ -1,4 +1,4 @@
-"""How likely the base finds given text under a prompt: log-probabilities, batched, every row as if it were alone."""
+"""Log-probabilities of given texts under a prompt, batched, every row as if it were alone."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def score(
     end: End = "never",
     batch_rows: int = 16,
 ) -> list[Scored]:
-    """Score each continuation of its input under its prompt, in the layout that training uses.
+    """Scores each continuation of its input under its prompt, in the layout that training uses.
 
     `inputs` may be a single text or row; the result is always a list. Without a continuation the trained text of the
     row is scored: its target, or all of its text. `end` scores an end token after it (data.layout.Layout). The first
@@ -108,7 +108,7 @@ def rate_text(
     marks = prompt.marks(lm, given) if isinstance(given, str | Example) else list(given)
     demand_room(lm, len(marks), "The text")
     positions = [position for position, mark in enumerate(marks) if mark >= 0]
-    # A deep prompt has no output of its own, which would predict the first token behind it.
+    # A deep prompt has no output, which would predict the first token behind it.
     first = prompt.length + 1 if prompt.kind == "deep" else 1
     scored = [position for position in positions if position >= first]
     unscored = [RatedToken(marks[position], None) for position in positions if position < first]
@@ -118,7 +118,7 @@ def rate_text(
 
 
 def continuation_ids(lm: FrozenLM, prompt: CompiledPrompt, given: str | Example, text: str) -> list[int]:
-    """Tokenise a continuation as training and `score` lay it out behind this input."""
+    """Tokenises a continuation as training and `score` lay it out behind this input."""
     return list(_laid_out(lm, prompt, given, text, "never").targets)
 
 
@@ -161,7 +161,7 @@ class _Scoring:
 
     @property
     def predicting(self) -> list[int]:
-        """Where in the computed hidden states each of them is predicted: one position before it."""
+        """The positions in the computed hidden states that predict each of them: one before it."""
         return [position - 1 - self.row.state.length for position in self.positions]
 
 
@@ -219,7 +219,7 @@ def _demand_finite(lm: FrozenLM, scoring: _Scoring, values: Sequence[float]) -> 
 
 
 def _rated(lm: FrozenLM, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the log-probability of each target, and whether it is the argmax, a block of logits at a time."""
+    """Computes the log-probability of each target, and whether it is the argmax, a block of logits at a time."""
     size = max(1, BLOCK_LOGITS // lm.vocab_size)
     values, likeliest = [], []
     for start in range(0, len(targets_N), size):

@@ -1,4 +1,4 @@
-"""How a text is continued, declared once: Python, the command line and a server take these names. No torch here."""
+"""Settings of decoding, declared once: Python, the command line and a server use these names. No torch here."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ TokenAmounts: TypeAlias = Annotated[
     dict[Annotated[int, Field(ge=0, le=LARGEST)], float], BeforeValidator(_token_ids)
 ]
 
-if TYPE_CHECKING:  # checkers let one text stand for itself, as `_texts` does
+if TYPE_CHECKING:  # checkers accept a single text, as `_texts` does
     Texts: TypeAlias = Sequence[str]
 else:
     Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 
 
 class DecodeSettings(Table):
-    """How to continue a text. The defaults are greedy decoding, up to 100 new tokens.
+    """Settings of continuing a text. The defaults are greedy decoding, up to 100 new tokens.
 
     `max_new_tokens` bounds what is generated, `max_text_tokens` the input's tokens and the new ones together, virtual
     tokens not counted (transformers' `max_length`, under which name it is taken too). With both, the smaller one ends

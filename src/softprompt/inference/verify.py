@@ -87,21 +87,21 @@ _VERIFIED: WeakSet[FrozenLM] = WeakSet()
 
 @torch.no_grad()
 def demand_exact(lm: FrozenLM) -> None:
-    """Raise BaseError unless going on from kept state, in a batch of unequal rows, gives the model's own logits."""
+    """Raises BaseError unless continuing from kept state, in a batch of unequal rows, gives the model's own logits."""
     if lm.model.config.get_text_config().model_type in PROVEN or lm in _VERIFIED:
         return
     rows, wanted = [], []
-    for length, known in ((7, 4), (4, 1), (5, 0)):
+    for length, kept in ((7, 4), (4, 1), (5, 0)):
         ids = [(position * 7 + length) % lm.vocab_size for position in range(1, length + 1)]
         wanted.append(lm.model(input_ids=torch.tensor([ids], device=lm.device)).logits[0, -1].float())
-        rows.append(PrefillRow(_read(lm, ids[:known]), tuple(ids)))
+        rows.append(PrefillRow(_read(lm, ids[:kept]), tuple(ids)))
     done = prefill(lm, rows)
     for b, row in enumerate(rows):
         found_V = lm.logits(done.hidden_BTD[b, row.rest - 1]).float()
         difference = float((found_V - wanted[b]).abs().max())
         if not difference <= 16 * torch.finfo(lm.dtype).eps * max(float(wanted[b].abs().max()), 1.0):
             raise BaseError(
-                f"{lm.name}: {type(lm.model).__name__} gives other logits when it goes on from kept state in a batch "
+                f"{lm.name}: {type(lm.model).__name__} gives other logits when it continues from kept state in a batch "
                 f"(they differ by {difference:.3g}), so no result could be trusted. Choose another base."
             )
     _VERIFIED.add(lm)

@@ -37,13 +37,13 @@ class ContextCache:
         return len(self._states)
 
     def clear(self) -> None:
-        """Free everything that is kept."""
+        """Frees everything that is kept."""
         self._states, self.bytes = {}, 0
 
     def split(self, batch: Batch) -> tuple[Batch, Placed] | None:
         """Returns the batch from each row's first soft position on, with its mask, positions and the contexts as a cache.
 
-        None where there is nothing to gain: a row starts with its soft slot, or a token of a context is trained."""
+        None if there is nothing to gain: a row starts with its soft slot, or a token of a context is trained."""
         if not self.budget_bytes:
             return None
         starts = (batch.soft_BS >= 0).int().argmax(1).tolist()
@@ -83,7 +83,7 @@ class ContextCache:
         return [states[context] for context in contexts]
 
     def _compute(self, context: Context) -> State:
-        """Read a context, by itself: in company its last bits would depend on which others happened to be missing.
+        """Reads a context, by itself: in company its last bits would depend on which others happened to be missing.
 
         A resumed run starts with an empty cache, and must read the same states as the run that it continues."""
         row = Encoded(list(context), [-1] * len(context), [False] * len(context), -1, 0)

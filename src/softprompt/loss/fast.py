@@ -69,7 +69,7 @@ class FastLoss:
         return self._states_at(placed, batch, before_BS)
 
     def prepare(self) -> None:
-        """Build the fast body now rather than in the first loss."""
+        """Builds the fast body now rather than in the first loss."""
         _ = self._body
 
     def _states_at(self, placed: Placed, batch: Batch, wanted_BS: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class FastLoss:
 
 
 class _Shared:
-    """What follows from the frozen weights alone, so that all losses over one base share it."""
+    """Facts that follow from the frozen weights alone, shared by all losses over one base."""
 
     def __init__(self, lm: FrozenLM) -> None:
         self.plain_body = lm.body

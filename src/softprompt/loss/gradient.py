@@ -38,7 +38,7 @@ class Gradients:
         self.loss, self.rows, self.halved = loss, rows, halved
 
     def __call__(self, forms: Sequence[Form], rows: Sequence[Sequence[Encoded]]) -> list[float]:
-        """Add to each form's gradient that of the mean loss of its own rows. Mean losses, in nats per trained token.
+        """Adds to each form's gradient that of the mean loss of its own rows. Mean losses, in nats per trained token.
 
         Raises OutOfMemory where even one row does not fit."""
         prompts = [form() for form in forms]
@@ -102,7 +102,7 @@ class MeanLosses:
         return (nll_N * share_N).sum()
 
     def add(self, nll_N: Tensor, piece: Sequence[tuple[int, Encoded]]) -> None:
-        """Add the figures of a piece."""
+        """Adds the figures of a piece."""
         counts = [row.trained_tokens for _, row in piece]
         for (r, _), own in zip(piece, torch.split(nll_N.detach().double(), counts), strict=True):
             self.sums[r] += float(own.sum())
@@ -115,7 +115,7 @@ class MeanLosses:
 def _shared(
     prompts: Sequence[Plain], rows: Sequence[Sequence[Encoded]]
 ) -> list[tuple[Plain, list[tuple[int, Encoded]]]]:
-    """Which rows can go through the base together, and the prompt that they read: (prompt, [(owner, row)]).
+    """The rows that can go through the base together, and the prompt that they read: (prompt, [(owner, row)]).
 
     Rows of similar length come together, so that batches hold little padding."""
     owned = [sorted(((r, row) for row in own), key=_length) for r, own in enumerate(rows)]

@@ -24,7 +24,7 @@ MOST_SCORES = 2**26  # of one layer, row and group of heads; beyond, torch's own
 
 @dataclass(frozen=True)
 class _Packing:
-    """Which positions of a batch are read, and in which order: indices into the flat batch [B * S].
+    """The positions of a batch that are read, in their order: indices into the flat batch [B * S].
 
     The first `shared` of `source_N` are the common beginning, taken from row 0. `packed_BR` gives for the rest of each
     row its packed positions, repeating the row's last one where it is shorter; `is_real_BR` marks the others."""
@@ -122,7 +122,7 @@ def _packed(batch: Batch, wanted_BS: Tensor, share: bool) -> _Packing:
 
 
 def _common_beginning(batch: Batch, wanted_BS: Tensor) -> int:
-    """How many positions all rows begin with alike, up to the first whose state is read by the head."""
+    """The number of positions that begin all rows alike, up to the first whose state is read by the head."""
     if len(batch.ids_BS) == 1:
         return 0
     same_S = ((batch.ids_BS == batch.ids_BS[:1]) & (batch.soft_BS == batch.soft_BS[:1]) & ~wanted_BS).all(0)

@@ -18,7 +18,7 @@ from softprompt.base.nll import BLOCK_LOGITS, Head
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """What a teacher finds likely at N positions: token ids [N, k], the likeliest first, and their probabilities
+    """A teacher's likeliest tokens at N positions: token ids [N, k], the likeliest first, and their probabilities
     [N, k], float32, which add up to 1 at every position."""
 
     ids_Nk: Tensor
@@ -37,7 +37,7 @@ class SoftTargets:
         return SoftTargets(self.ids_Nk.to(device), self.probabilities_Nk.to(device))
 
     def mixed(self, gold_N: Tensor, share: float) -> SoftTargets:
-        """With `share` of the probability given to the right tokens [N], and the rest left as it is."""
+        """Targets with `share` of the probability given to the right tokens [N], and the rest unchanged."""
         ones_N1 = torch.full_like(self.probabilities_Nk[:, :1], share)
         return SoftTargets(
             torch.cat([self.ids_Nk, gold_N[:, None]], 1),
@@ -105,7 +105,7 @@ def _block(
     hidden_nD: Tensor, ids_nk: Tensor, probabilities_nk: Tensor, head: Head, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     logits_nV = head.logits(hidden_nD).float()
-    # The teacher's tokens are looked up in the very logits that are summed, so that no loss is below the entropy.
+    # The teacher's tokens are looked up in the same logits that are summed, so that no loss is below the entropy.
     log_sum_n1 = logits_nV.logsumexp(1, keepdim=True)
     loss_n = (probabilities_nk * (log_sum_n1 - logits_nV.gather(1, ids_nk))).sum(1)
     if not wants_gradient:

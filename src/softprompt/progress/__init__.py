@@ -1,1 +1,1 @@
-"""What a terminal or a notebook shows while something runs. No torch here."""
+"""Progress on a terminal or in a notebook. No torch here."""

@@ -1,4 +1,4 @@
-"""Counted work on the screen: a bar for one call, and a line for the job at work where there are several."""
+"""Counted work on the screen: a bar for one call, and a line for the job at work if there are several."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def is_wanted(progress: bool | None, console: Screen) -> bool:
 def progress_bar(
     progress: bool | Advance | None, description: str, *, console: Screen | None = None
 ) -> Iterator[Advance]:
-    """What to call as work advances: the given function, else what shows a bar, or nothing (see `is_wanted`)."""
+    """The function to call as work advances: the given one, else one that shows a bar, or none (see `is_wanted`)."""
     if callable(progress):
         yield progress
         return

@@ -51,14 +51,14 @@ def table(
     No number or word is ever cut: only the columns in `wraps` may break, and only between words."""
     cells = [[item if isinstance(item, Text) else Text(visible(item)) for item in row] for row in rows]
     least = [
-        max(_widest(column, words=place in wraps), _widest([Text(header)], words=True))
-        for place, (header, column) in enumerate(zip(headers, zip(*cells, strict=True), strict=False))
+        max(_widest(column, words=index in wraps), _widest([Text(header)], words=True))
+        for index, (header, column) in enumerate(zip(headers, zip(*cells, strict=True), strict=False))
     ]
     if cells and sum(least) + 2 * (len(least) - 1) > width:
         return Group(*(_stacked(headers, row) for row in cells))
     grid = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
-    for place, header in enumerate(headers):
-        grid.add_column(Text(header), min_width=least[place] if cells else None, overflow="fold")
+    for column, header in enumerate(headers):
+        grid.add_column(Text(header), min_width=least[column] if cells else None, overflow="fold")
     for row in cells:
         grid.add_row(*row)
     return grid

@@ -1,4 +1,4 @@
-"""What a tuning run reports while it runs: small frozen records, handed to `on_event` one by one.
+"""Events of a tuning run: small frozen records, handed to `on_event` one by one.
 
 Losses are in nats per trained token, times in seconds. A figure that is not known is nan, never 0. No torch here, so
 that a progress bar, a log file or a tracker can read them without it.

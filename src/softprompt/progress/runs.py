@@ -20,7 +20,7 @@ PLAIN_EVERY_SECONDS = 5.0
 
 
 class ShowProgress:
-    """Call it with each event; use it as a context so that the live line ends with the run."""
+    """An `on_event` that shows progress; as a context manager it ends the live line with the run."""
 
     def __init__(self, console: Screen) -> None:
         self.console = console
@@ -111,7 +111,7 @@ class ShowTable:
             self.live.auto_refresh = False
 
     def event(self, line: int, event: Event, run: str = "") -> None:
-        """Record an event of a run of this line."""
+        """Records an event of a run of this line."""
         match event:
             case Started():
                 self.steps[line, run] = (0, event.steps)
@@ -127,7 +127,7 @@ class ShowTable:
             self.live.update(self._drawn())
 
     def show(self) -> None:
-        """Print the table now, where it is not live."""
+        """Prints the table now, where it is not live."""
         if not self.console.is_watched:
             self.console.print(self._drawn())
 
@@ -162,7 +162,7 @@ class ShowTable:
 
 
 def _fitting(pieces: Sequence[str], width: int) -> str:
-    """As many of the pieces as fit, the first ones first: a figure is shown whole or not at all."""
+    """The leading pieces that fit: a figure is shown whole or not at all."""
     text = pieces[0]
     for piece in pieces[1:]:
         if len(text) + 2 + len(piece) > width:
@@ -181,7 +181,7 @@ def _plan(event: Started) -> str:
 
 
 def _step(event: Stepped) -> list[str]:
-    """A step's figures, the most telling first."""
+    """A step's figures, the most important first."""
     minutes, seconds = divmod(
         int(event.remaining_seconds) if math.isfinite(event.remaining_seconds) else 0, 60
     )
@@ -194,7 +194,7 @@ def _step(event: Stepped) -> list[str]:
 
 
 def _end(event: Stopped, judged: str) -> str:
-    """How a run ended; `judged` is what the loss of the prompt that is kept is: best, or training."""
+    """The last line of a run; `judged` is the loss of the prompt that is kept: best, or training."""
     why = {
         "finished": "finished",
         "patience": "stopped: no better held-out loss for a while",

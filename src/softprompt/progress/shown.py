@@ -20,7 +20,7 @@ OnJob = Callable[[str, str, int, int], None]
 def shown(
     on_event: OnEvent | None = None, progress: bool | None = None, *, console: Screen | None = None
 ) -> Iterator[OnEvent]:
-    """Give an `on_event` for one run that shows each event, and hands it to the caller's own.
+    """Gives an `on_event` for one run that shows each event, and hands it to the caller's own.
 
     with shown(on_event, progress) as show:
         tune(recipe, on_event=show)

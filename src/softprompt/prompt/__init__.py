@@ -1,1 +1,1 @@
-"""What is learned: the vectors, their starts, the forms they are trained in. Knows torch, and nothing of the base."""
+"""Learned parameters: the vectors, their starts, the forms they are trained in. Knows torch, and nothing of the base."""

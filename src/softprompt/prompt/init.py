@@ -1,4 +1,4 @@
-"""Where a soft prompt starts: one function each, all returning float32 [P, D].
+"""Starting points of a soft prompt: one function each, all returning float32 [P, D].
 
 The start decides more than any other setting: PEFT's own suite moves from 0.057 to 0.343 by it alone (see
 docs/learning.md). Every start here has the embedding table's own scale.
@@ -28,7 +28,7 @@ def random_at_scale(embedding_VD: Tensor, length: int, generator: torch.Generato
 def sampled_vocabulary(
     embedding_VD: Tensor, length: int, generator: torch.Generator, leave_out: Sequence[int] = ()
 ) -> Tensor:
-    """Copy `length` different rows of the table, drawn from its first 5,000 without `leave_out` (special tokens).
+    """Copies `length` different rows of the table, drawn from its first 5,000 without `leave_out` (special tokens).
 
     Lester et al. 2021, 3.2."""
     banned = set(leave_out)
@@ -71,7 +71,7 @@ def class_labels(
 
 
 def resized(rows_PX: Tensor, length: int) -> Tensor:
-    """Another prompt's rows, repeated or cut at the end to `length` (transfer: Vu et al. 2022)."""
+    """The rows of another prompt, repeated or cut at the end to `length` (transfer: Vu et al. 2022)."""
     rows_PX = rows_PX.detach().float().cpu()
     return rows_PX[torch.arange(length) % len(rows_PX)].clone()
 
@@ -82,7 +82,7 @@ def mean(prompts: Sequence[Tensor], length: int) -> Tensor:
 
 
 def concatenation(prompts: Sequence[Tensor], length: int) -> Tensor:
-    """Several prompts one after another, then repeated or cut to `length` rows."""
+    """The rows of several prompts one after another, repeated or cut to `length`."""
     return resized(torch.cat([rows_PX.detach().float().cpu() for rows_PX in prompts]), length)
 
 

@@ -25,7 +25,7 @@ class Trained(NamedTuple):
 
 
 class Form(nn.Module):
-    """What the optimiser moves (`parameters()`), and the plain prompt that it makes (a call; differentiable).
+    """The tensors that the optimiser updates (`parameters()`), and the plain prompt they produce (a call; differentiable).
 
     All float32 on the CPU: a prompt is small, and only its plain value and its gradient travel to the base."""
 

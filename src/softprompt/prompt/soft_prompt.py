@@ -1,4 +1,4 @@
-"""What is learned: a few vectors, the template that they are part of, and the base that they were learned on."""
+"""A learned prompt: a few vectors, the template that they are part of, and the base that they were learned on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Plain: TypeAlias = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Which base a prompt belongs to: its sizes, and digests of what it computes with.
+    """The identity of the base a prompt belongs to: its sizes, and digests of what it computes with.
 
     `weights_sha256` is of every weight, `tokenizer_sha256` of its tokens and how it splits texts, `config` the settings
     that matter as JSON; each is the same whether the base was loaded in float32 or bfloat16. `sha256` is of a sample
@@ -64,7 +64,7 @@ class Fingerprint:
         return bool(self.sha256) and not self.weights_sha256
 
     def demand(self, loaded: Fingerprint, prompt: str) -> None:
-        """Raise WrongBase, naming the part, unless `loaded` is the base that this fingerprint was taken from."""
+        """Raises WrongBase, naming the part, unless `loaded` is the base that this fingerprint was taken from."""
         for what in ("width", "layers", "vocabulary", "kv_heads", "head_width"):
             mine, theirs = getattr(self, what), getattr(loaded, what)
             if mine and theirs and mine != theirs:
@@ -102,7 +102,7 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 class _Learned:
-    """What soft and deep prompts share: they compare by content, print short, and know their way to a folder.
+    """The common part of soft and deep prompts: comparison by content, a short repr, saving and loading.
 
     Two prompts are equal if they have the same tensors, base, template and target and read special tokens alike, that
     is, if they answer alike on the same base. Name and other notes do not count. A prompt's tensors can be changed in place, so it has no hash: use
@@ -127,7 +127,7 @@ class _Learned:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What is learned, by name."""
+        """The learned tensors by name."""
         raise NotImplementedError
 
     @property
@@ -170,13 +170,13 @@ class _Learned:
         return f"<table><caption>{html.escape(self.name)}</caption>{cells}</table>"
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the prompt into `folder`, as `softprompt.save_prompt` does. Raises SaveError."""
+        """Writes the prompt into `folder`, as `softprompt.save_prompt` does. Raises SaveError."""
         # Files are the business of `store`, a layer above this one, so it is only looked up when it is asked for.
         return cast(Path, import_module("softprompt.store.artifact").save_prompt(self, folder))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, base: Fingerprint | None = None) -> Self:
-        """Read a prompt of this kind from a folder that softprompt or PEFT saved, as `softprompt.load_prompt` does.
+        """Reads a prompt of this kind from a folder that softprompt or PEFT saved, as `softprompt.load_prompt` does.
 
         Raises PromptError for a prompt of the other kind, and what `load_prompt` raises."""
         # See save_pretrained.
@@ -222,7 +222,7 @@ class SoftPrompt(_Learned):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What is learned, by name."""
+        """The learned tensors by name."""
         return {"embeddings_PD": self.embeddings_PD}
 
     @property
@@ -275,7 +275,7 @@ class DeepPrompt(_Learned):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What is learned, by name."""
+        """The learned tensors by name."""
         return {"keys_LPHK": self.keys_LPHK, "values_LPHK": self.values_LPHK}
 
     @property

@@ -1,1 +1,1 @@
-"""What a person reads: one page, and the same in Markdown, CSV and JSON, from records on disk. No torch."""
+"""Reports for people: one page, and the same in Markdown, CSV and JSON, from records on disk. No torch."""

@@ -28,7 +28,7 @@ class Bar:
     value: float
     low: float
     high: float
-    told: str
+    hover: str
 
 
 @dataclass(frozen=True)
@@ -50,67 +50,67 @@ class Line:
 
 def bars(given: Sequence[Bar], *, title: str, axis: str) -> Markup:
     """A row for each arm: its figure as a dot, its interval as a line."""
-    left = 14 + CHARACTER * max(len(one.label) for one in given)
+    left = 14 + CHARACTER * max(len(bar.label) for bar in given)
     row = 30
     height = 12 + row * len(given) + 40
-    known = [v for one in given for v in (one.low, one.value, one.high) if math.isfinite(v)]
+    values = [v for bar in given for v in (bar.low, bar.value, bar.high) if math.isfinite(v)]
     low, high, ticks = _ticks(
-        min([0.0, *known]) if min(known, default=0) >= 0 else min(known), max(known, default=1)
+        min([0.0, *values]) if min(values, default=0) >= 0 else min(values), max(values, default=1)
     )
-    place = _scale(low, high, left, WIDTH - 16)
-    parts = [_grid_x(ticks, place, 8, height - 36, axis, height)]
-    for i, one in enumerate(given):
+    across = _scale(low, high, left, WIDTH - 16)
+    parts = [_grid_x(ticks, across, 8, height - 36, axis, height)]
+    for i, bar in enumerate(given):
         y = 12 + row * i + row / 2
-        parts.append(_text(0, y + 4, one.label, "name"))
-        if not math.isfinite(one.value):
+        parts.append(_text(0, y + 4, bar.label, "name"))
+        if not math.isfinite(bar.value):
             parts.append(_text(left, y + 4, "unknown", "faint"))
             continue
         parts.append(
-            f'<g class="{_class(one.arm)}"><title>{escape(one.told)}</title>'
-            f'<line class="reach" x1="{place(one.low):.1f}" x2="{place(one.high):.1f}" y1="{y}" y2="{y}"/>'
-            f'<circle cx="{place(one.value):.1f}" cy="{y}" r="5"/></g>'
+            f'<g class="{_class(bar.arm)}"><title>{escape(bar.hover)}</title>'
+            f'<line class="reach" x1="{across(bar.low):.1f}" x2="{across(bar.high):.1f}" y1="{y}" y2="{y}"/>'
+            f'<circle cx="{across(bar.value):.1f}" cy="{y}" r="5"/></g>'
         )
     return _svg(height, title, parts)
 
 
 def scatter(given: Sequence[Point], *, title: str, x_axis: str, y_axis: str, better: str) -> Markup:
-    """Quality against a cost. Costs that are far apart stand on a logarithmic axis, with 0 marked at its left edge."""
+    """Quality against a cost. Costs that are far apart are on a logarithmic axis, with 0 marked at its left edge."""
     height, top, bottom, left, right = 300, 30, 256, 44, WIDTH - 16
-    shown = [one for one in given if math.isfinite(one.x) and math.isfinite(one.y)]
+    shown = [point for point in given if math.isfinite(point.x) and math.isfinite(point.y)]
     if not shown:
         return Markup("")
-    place, grid = _cost_axis([one.x for one in shown], left, right)
-    values = [v for one in shown for v in (one.low, one.y, one.high) if math.isfinite(v)]
+    across, grid = _cost_axis([point.x for point in shown], left, right)
+    values = [v for point in shown for v in (point.low, point.y, point.high) if math.isfinite(v)]
     low, high, ticks = _ticks(min(values), max(values))
     up = _scale(low, high, bottom, top)
     parts = [_grid_y(ticks, up, left, right)]
-    for x, told in grid:
+    for x, label in grid:
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
-        parts.append(_text(x, bottom + 16, told, "tick", "middle"))
+        parts.append(_text(x, bottom + 16, label, "tick", "middle"))
     parts.append(_text((left + right) / 2, height - 8, x_axis, "axis", "middle"))
     parts.append(_text(0, 10, f"{y_axis} ({better} is better)", "axis"))
     taken: list[tuple[float, float, float, float]] = []
-    dots = [(one, place(one.x), up(one.y)) for one in shown]
+    dots = [(point, across(point.x), up(point.y)) for point in shown]
     taken += [(x - 7, y - 7, x + 7, y + 7) for _, x, y in dots]
-    for one, x, y in dots:
+    for point, x, y in dots:
         parts.append(
-            f'<g class="{_class(one.arm)}"><title>{escape(one.label)}: {one.y:.3f} at {one.x:,.0f}</title>'
+            f'<g class="{_class(point.arm)}"><title>{escape(point.label)}: {point.y:.3f} at {point.x:,.0f}</title>'
         )
-        if math.isfinite(one.low) and math.isfinite(one.high):
+        if math.isfinite(point.low) and math.isfinite(point.high):
             parts.append(
-                f'<line class="reach" x1="{x:.1f}" x2="{x:.1f}" y1="{up(one.low):.1f}" y2="{up(one.high):.1f}"/>'
+                f'<line class="reach" x1="{x:.1f}" x2="{x:.1f}" y1="{up(point.low):.1f}" y2="{up(point.high):.1f}"/>'
             )
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
-        label_x, label_y, anchor = _free(x, y, one.label, taken, (left, top, right, bottom))
-        parts.append(_text(label_x, label_y, one.label, "mark", anchor) + "</g>")
+        label_x, label_y, anchor = _free(x, y, point.label, taken, (left, top, right, bottom))
+        parts.append(_text(label_x, label_y, point.label, "mark", anchor) + "</g>")
     return _svg(height, title, parts)
 
 
 def _cost_axis(
     costs: Sequence[float], left: float, right: float
 ) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
-    """Where a cost stands, and the grid: places with what is written under them."""
-    positive = [one for one in costs if one > 0]
+    """The axis of costs: its position function, and the grid with labels."""
+    positive = [cost for cost in costs if cost > 0]
     zero = left + 8.0
     if not positive:
         return (lambda cost: zero), [(zero, "0")]
@@ -129,15 +129,15 @@ def _cost_axis(
 def lines(given: Sequence[Line], *, title: str, x_axis: str, y_axis: str) -> Markup:
     """Curves over steps, each named at its end."""
     height, top, bottom, left = 300, 30, 256, 44
-    known = [(x, y) for one in given for x, y in one.points if math.isfinite(y)]
-    if not known:
+    points = [(x, y) for line in given for x, y in line.points if math.isfinite(y)]
+    if not points:
         return Markup("")
-    names = [one.arm for one in given if not one.faint]
+    names = [line.arm for line in given if not line.faint]
     right = WIDTH - 14 - CHARACTER * max((len(name) for name in names), default=0)
-    x_low, x_high, x_ticks = _ticks(min(x for x, _ in known), max(x for x, _ in known), 5)
+    x_low, x_high, x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points), 5)
     across, (up, y_ticks) = (
         _scale(x_low, x_high, left + 6, right),
-        _loss_axis([y for _, y in known], bottom, top),
+        _loss_axis([y for _, y in points], bottom, top),
     )
     parts = [_grid_y(y_ticks, up, left, right)]
     for tick in x_ticks:
@@ -145,22 +145,22 @@ def lines(given: Sequence[Line], *, title: str, x_axis: str, y_axis: str) -> Mar
     parts.append(_text((left + right) / 2, height - 8, x_axis, "axis", "middle"))
     parts.append(_text(0, 10, y_axis, "axis"))
     ends: list[tuple[float, str]] = []
-    for one in given:
-        places = [(across(x), up(y)) for x, y in one.points if math.isfinite(y)]
-        if not places:
+    for line in given:
+        positions = [(across(x), up(y)) for x, y in line.points if math.isfinite(y)]
+        if not positions:
             continue
-        parts.append(f'<g class="{_class(one.arm)}">')
-        if len(places) >= DRAWN_AS_LINE:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            parts.append(f'<polyline class="{"faint-line" if one.faint else "line"}" points="{path}"/>')
-        dots = places[-1:] if len(places) >= DRAWN_AS_LINE else places
+        parts.append(f'<g class="{_class(line.arm)}">')
+        if len(positions) >= DRAWN_AS_LINE:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in positions)
+            parts.append(f'<polyline class="{"faint-line" if line.faint else "line"}" points="{path}"/>')
+        dots = positions[-1:] if len(positions) >= DRAWN_AS_LINE else positions
         parts += [
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
             for x, y in dots
-            if not one.faint or len(places) < DRAWN_AS_LINE
+            if not line.faint or len(positions) < DRAWN_AS_LINE
         ]
-        if not one.faint:
-            ends.append((places[-1][1], one.arm))
+        if not line.faint:
+            ends.append((positions[-1][1], line.arm))
         parts.append("</g>")
     for y, (_, arm) in zip(_apart([y + 4 for y, _ in sorted(ends)], bottom), sorted(ends), strict=True):
         parts.append(f'<g class="{_class(arm)}">{_text(right + 8, y, arm, "mark")}</g>')
@@ -170,7 +170,7 @@ def lines(given: Sequence[Line], *, title: str, x_axis: str, y_axis: str) -> Mar
 def _loss_axis(
     losses: Sequence[float], bottom: float, top: float
 ) -> tuple[Callable[[float], float], list[float]]:
-    """Where a loss lies, and the grid: logarithmic where losses fall manyfold, since what matters is then at the end."""
+    """The axis of losses with its grid: logarithmic where losses fall by orders of magnitude, so that the end stays readable."""
     low, high = min(losses), max(losses)
     if not is_logarithmic(losses):
         first, last, ticks = _ticks(low, high)
@@ -188,8 +188,8 @@ def _loss_axis(
 def _apart(places: Sequence[float], bottom: float) -> list[float]:
     """Places of labels, in order, moved so that none covers another and the last stays above the axis."""
     moved: list[float] = []
-    for place in places:
-        moved.append(max(place, moved[-1] + 14) if moved else place)
+    for position in places:
+        moved.append(max(position, moved[-1] + 14) if moved else position)
     limit = bottom
     for i in reversed(range(len(moved))):
         moved[i] = min(moved[i], limit)
@@ -257,7 +257,7 @@ def _ticks(low: float, high: float, count: int = 5) -> tuple[float, float, list[
         low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * one for one in (1, 2, 2.5, 5, 10) if power * one >= rough * 0.999)
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return first * step, last * step, [i * step for i in range(first, last + 1)]
 
@@ -275,14 +275,14 @@ def _short(value: float) -> str:
 
 
 def _grid_x(
-    ticks: Sequence[float], place: _Scale, top: float, bottom: float, axis: str, height: float
+    ticks: Sequence[float], across: _Scale, top: float, bottom: float, axis: str, height: float
 ) -> str:
     parts = []
     for tick in ticks:
-        x = place(tick)
+        x = across(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
         parts.append(_text(x, bottom + 14, _tick(tick), "tick", "middle"))
-    parts.append(_text((place.start + place.end) / 2, height - 4, axis, "axis", "middle"))
+    parts.append(_text((across.start + across.end) / 2, height - 4, axis, "axis", "middle"))
     return "".join(parts)
 
 
@@ -301,7 +301,7 @@ def _free(
     taken: list[tuple[float, float, float, float]],
     frame: tuple[float, float, float, float],
 ) -> tuple[float, float, str]:
-    """Where a label stands clear of what is there already: right, left, above, below, further out."""
+    """A position for a label clear of what is drawn already: right, left, above, below, then further out."""
     width = CHARACTER * len(label)
     left, top, right, bottom = frame
     for far in (0, 14, 28, 42):

@@ -67,7 +67,7 @@ def smoothed(points: Points, share: float = 0.05) -> Points:
 
 
 def is_logarithmic(losses: Sequence[float]) -> bool:
-    """Whether an axis of these losses is logarithmic: they fall manyfold, and the differences that matter are small."""
+    """Whether an axis of these losses is logarithmic: they fall by orders of magnitude, and the differences that matter are small."""
     return min(losses) > 0 and max(losses) >= LOGARITHMIC_FROM * min(losses)
 
 

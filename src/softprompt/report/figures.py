@@ -48,15 +48,17 @@ def estimate(figure: Figure | MetricFigure, *, rows: bool = False) -> str:
     return f"{figure.value:.{digits}f} ± {spread}" + (f" (n={figure.n})" if rows else "")
 
 
-def difference(found: Difference | None) -> str:
+def difference(difference: Difference | None) -> str:
     """-0.120 [-0.180, -0.060]"""
-    if found is None or not known(found.value):
+    if difference is None or not known(difference.value):
         return UNKNOWN
-    if found.low == found.high == found.value == 0:
+    if difference.low == difference.high == difference.value == 0:
         return "none on any row"
-    return f"{found.value:+.3f} [{number(found.low)}, {number(found.high)}]".replace("-", "\u2212")
+    return f"{difference.value:+.3f} [{number(difference.low)}, {number(difference.high)}]".replace(
+        "-", "\u2212"
+    )
 
 
-def sure(found: Difference | None) -> bool:
+def sure(difference: Difference | None) -> bool:
     """Whether a difference is significant: its 95 % interval excludes 0."""
-    return found is not None and known(found.low) and known(found.high) and found.sure
+    return difference is not None and known(difference.low) and known(difference.high) and difference.sure

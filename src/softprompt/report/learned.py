@@ -1,4 +1,4 @@
-"""How learning went: curves of any run, and the page of a tuning run by itself."""
+"""The course of learning: curves of any run, and the page of a tuning run by itself."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tuning_page(run: Run, tuning: Tuning, number: int) -> Page:
     )
     sections = [result, learning_curves(run.validation, run.training)]
     blocks = [Block(tuning.recipe.strip(), "Recipe")] if tuning.recipe else []
-    versions = ", ".join(f"{name} {one}" for name, one in tuning.versions.items())
+    versions = ", ".join(f"{name} {version}" for name, version in tuning.versions.items())
     base = tuning.base
     sections.append(
         Section(
@@ -58,17 +58,19 @@ def tuning_page(run: Run, tuning: Tuning, number: int) -> Page:
         )
     )
     before, after = figures_of_run.get("nll_base"), figures_of_run.get("nll_after")
-    said = ""
+    verdict = ""
     if before is not None and after is not None and figures.known(before) and figures.known(after):
         moved = "lowered" if after < before else "did not lower"
         rows_of = "held-out" if figures_of_run.get("judged_on") == "validation" else "training"
-        said = f"The prompt {moved} the {rows_of} loss: {before:.3f} nats per token for the base alone, {after:.3f} with it."
+        verdict = f"The prompt {moved} the {rows_of} loss: {before:.3f} nats per token for the base alone, {after:.3f} with it."
     facts = f"{tuning.kind} prompt, {tuning.length or 'unknown'} virtual tokens, base {base.name}."
-    return Page(f"run{number}", run.title, facts, said, [one for one in sections if one is not None])
+    return Page(
+        f"run{number}", run.title, facts, verdict, [section for section in sections if section is not None]
+    )
 
 
 def learning_curves(validation: Sequence[Series], training: Sequence[Series]) -> Section | None:
-    found = []
+    charts_of = []
     for given, title, note in (
         (validation, "Loss on the validation rows", "The step of the lowest loss is the one that is judged."),
         (training, "Loss on the training batches", "Smoothed over about a tenth of the steps."),
@@ -76,10 +78,10 @@ def learning_curves(validation: Sequence[Series], training: Sequence[Series]) ->
         smooth = given is training
         drawn = [
             charts.Line(one.arm, smoothed(one.points, 0.1) if smooth else one.points, faint=one.seed > 0)
-            for one in sorted(given, key=lambda one: -one.seed)
+            for one in sorted(given, key=lambda series: -series.seed)
         ]
         svg = charts.lines(drawn, title=title, x_axis="step", y_axis="nats per trained token")
         if svg:
-            found.append(Chart(title, svg, note))
-    text = ["Thin lines are further seeds."] if any(one.seed for one in validation) else []
-    return Section("curves", "Learning curves", text=text, charts=found) if found else None
+            charts_of.append(Chart(title, svg, note))
+    text = ["Thin lines are further seeds."] if any(series.seed for series in validation) else []
+    return Section("curves", "Learning curves", text=text, charts=charts_of) if charts_of else None

@@ -1,4 +1,4 @@
-"""What a comparison does not show: sentences that follow from how it was made."""
+"""Limits of a comparison: sentences that follow from how it was made."""
 
 from __future__ import annotations
 
@@ -14,52 +14,52 @@ def limits(comparison: Comparison) -> list[str]:
     summary = comparison.summary
     judge = summary.judged_by
     best = summary.arms[summary.best].metrics[judge]
-    found = []
+    sentences = []
     if best.n < FEW_ROWS:
-        found.append(
-            f"{best.n} rows were judged on, so small differences cannot be told; more test rows would."
+        sentences.append(
+            f"{best.n} rows were judged on, so small differences cannot be detected; more test rows would help."
         )
     settings = comparison.settings
     if settings is not None and settings.seeds == 1:
-        found.append(
+        sentences.append(
             "One seed: what another start or another order of rows would change is not in the intervals."
         )
     if len(summary.arms) > 1:
-        found.append(
+        sentences.append(
             "The best arm was picked on the rows it is judged on, which flatters it a little; differences to it are "
             "not corrected for having several arms."
         )
     if any(arm.metrics[judge].stderr == 0 for arm in summary.arms.values()):
-        found.append(
+        sentences.append(
             "A figure that is the same on every row (all right, or all wrong) has a standard error of 0; "
             "other rows could still differ."
         )
     if comparison.kind == "comparison":
-        found += _of_comparison(comparison)
+        sentences += _of_comparison(comparison)
     parameters = comparison.base.parameters
     if figures.known(parameters) and parameters < SMALL_BASE:
-        found.append(
+        sentences.append(
             f"The base has {figures.count(parameters)} weights and knows little of the world: this shows how the methods "
             "compare on it, not how well a larger base would do."
         )
     if {"bleu", "chrf", "rouge_l"} & set(comparison.metrics):
-        found.append(
+        sentences.append(
             "Overlap with a reference is a weak judge of text: a good answer in other words scores low."
         )
-    return found
+    return sentences
 
 
 def _of_comparison(comparison: Comparison) -> list[str]:
-    found = []
+    sentences = []
     arms, settings = comparison.summary.arms, comparison.settings
     rates = [f"{name} {arm.rate:.2g}" for name, arm in arms.items() if figures.known(arm.rate)]
     if rates:
-        found.append(
+        sentences.append(
             f"Every arm ran at one learning rate ({', '.join(rates)}); none was searched for, and another might suit it "
             "better."
         )
     seconds = settings.seconds if settings is not None else None
-    found.append(
+    sentences.append(
         f"Each learned arm had about {seconds:g} s of learning steps, whatever number that is."
         if seconds
         else "The learned arms took the same number of steps on the same rows; a step of one costs more than of another."
@@ -70,23 +70,25 @@ def _of_comparison(comparison: Comparison) -> list[str]:
         if arm.steps and arm.best_step == arm.steps and figures.known(arm.steps)
     ]
     if still:
-        found.append(
+        sentences.append(
             f"Still improving at the last step: {', '.join(still)}. A longer run would change their figures."
         )
     machine = comparison.machine
     if machine.get("load", 0) > (machine.get("cores") or 1):
-        found.append(
+        sentences.append(
             f"The machine was busy (load {machine['load']} on {machine['cores']} cores): wall times and speeds are worth "
             "little beyond their order, CPU times more."
         )
     if not comparison.own_process:
-        found.append("All arms ran in one process, so later ones inherit memory of earlier ones.")
+        sentences.append("All arms ran in one process, so later ones inherit memory of earlier ones.")
     if "base" in arms and "wording" not in arms:
-        found.append(
+        sentences.append(
             "The base was asked in one wording; it may know the task by another (the arm wording tries several)."
         )
     if "prompt" in arms or "few-shot" in arms:
-        found.append("Engineered prompts were tried once as given; a better text may exist.")
+        sentences.append("Engineered prompts were tried once as given; a better text may exist.")
     if "full" in arms:
-        found.append("Full fine-tuning learned in float32 and was judged in the base's own number format.")
-    return found
+        sentences.append(
+            "Full fine-tuning learned in float32 and was judged in the base's own number format."
+        )
+    return sentences

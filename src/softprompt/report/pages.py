@@ -1,4 +1,4 @@
-"""What a page says, section by section, as plain records: HTML, Markdown and the rest only write them out."""
+"""The page's content, section by section, as plain records that HTML, Markdown and the other formats write out."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from softprompt.report.verdict import against_base, choice, cost_of, margin_of, 
 
 def page(run: Run, number: int) -> Page:
     """The page of one run, without the folders of absolute paths; texts of rows are shown as they are."""
-    found = _page(run, number)
-    for section in found.sections:
+    page = _page(run, number)
+    for section in page.sections:
         section.text = without_folders(section.text)
         section.points = without_folders(section.points)
         section.blocks = [Block(without_folders(block.text), block.title) for block in section.blocks]
         section.tables = [replace(table, note=without_folders(table.note)) for table in section.tables]
-    found.title, found.facts = without_folders(found.title), without_folders(found.facts)
-    return found
+    page.title, page.facts = without_folders(page.title), without_folders(page.facts)
+    return page
 
 
 def _page(run: Run, number: int) -> Page:
@@ -53,7 +53,7 @@ def _page(run: Run, number: int) -> Page:
         run.title,
         _facts(comparison),
         verdict(comparison),
-        [one for one in sections if one is not None],
+        [section for section in sections if section is not None],
         _cards(comparison),
     )
 
@@ -101,7 +101,7 @@ def _facts(comparison: Comparison) -> str:
         f"base {base.name}, {figures.count(base.parameters)} weights, {base.dtype}",
         f"made {comparison.made.replace('T', ' ').replace('Z', ' UTC')}" if comparison.made else "",
     ]
-    return "; ".join(one for one in parts if one) + "."
+    return "; ".join(part for part in parts if part) + "."
 
 
 def _quality(comparison: Comparison) -> Section:
@@ -109,15 +109,15 @@ def _quality(comparison: Comparison) -> Section:
     arms, judge = _ranked(comparison), summary.judged_by
     names = list(comparison.metrics)
     rows = []
-    for arm, one in arms.items():
+    for arm, arm_summary in arms.items():
         rows.append(
             [
                 arm,
-                figures.estimate(one.metrics[judge]),
-                "best" if arm == summary.best else figures.difference(one.against_best),
+                figures.estimate(arm_summary.metrics[judge]),
+                "best" if arm == summary.best else figures.difference(arm_summary.against_best),
                 *([against_base(comparison, arm) or "\u2014"] if "base" in arms else []),
-                *(figures.estimate(one.metrics[name]) for name in names if name != judge),
-                f"{one.seeds}",
+                *(figures.estimate(arm_summary.metrics[name]) for name in names if name != judge),
+                f"{arm_summary.seeds}",
             ]
         )
     head = [
@@ -130,8 +130,8 @@ def _quality(comparison: Comparison) -> Section:
     ]
     best = list(arms).index(summary.best)
     bars = []
-    for arm, one in arms.items():
-        figure = one.metrics[judge]
+    for arm, arm_summary in arms.items():
+        figure = arm_summary.metrics[judge]
         low, high = _interval(figure)
         bars.append(charts.Bar(arm, arm, figure.value, low, high, figures.estimate(figure, rows=True)))
     chart = Chart(
@@ -141,9 +141,9 @@ def _quality(comparison: Comparison) -> Section:
         "paired differences in the table, not by whether these intervals touch.",
     )
     by_seed = [
-        [arm, *(figures.number(value) for value in one.metrics[judge].by_seed)]
-        for arm, one in arms.items()
-        if len(one.metrics[judge].by_seed) > 1
+        [arm, *(figures.number(value) for value in arm_summary.metrics[judge].by_seed)]
+        for arm, arm_summary in arms.items()
+        if len(arm_summary.metrics[judge].by_seed) > 1
     ]
     seeds = max((len(row) for row in by_seed), default=1) - 1
     note = "; ".join(f"{arm}: {comparison.arm_names[arm]}" for arm in arms if comparison.arm_names.get(arm))
@@ -162,8 +162,8 @@ def _quality(comparison: Comparison) -> Section:
         "quality",
         "Quality",
         text=[
-            "Value ± standard error over the judged rows (and over seeds, where there are several). Differences are "
-            "taken row by row on the very same rows; one is significant if its 95 % interval excludes 0."
+            "Value ± standard error over the judged rows (and over seeds, if there are several). Differences are "
+            "taken row by row on the same rows; one is significant if its 95 % interval excludes 0."
         ],
         charts=[chart],
         tables=tables,
@@ -185,43 +185,43 @@ def _named(name: str, unit: str) -> str:
 
 def _costs(comparison: Comparison) -> Section | None:
     arms = comparison.summary.arms
-    if not any(figures.known(one.stored_bytes) for one in arms.values()):
+    if not any(figures.known(arm_summary.stored_bytes) for arm_summary in arms.values()):
         return None
     learning = [
         [
             arm,
-            figures.count(one.trained_parameters),
-            figures.count(one.steps) if one.steps else "\u2014",
-            f"{one.rate:.2g}" if figures.known(one.rate) else "\u2014",
-            figures.seconds(one.learning_seconds),
-            figures.seconds(one.learning_cpu_seconds),
-            figures.size(one.peak_learning_bytes),
+            figures.count(arm_summary.trained_parameters),
+            figures.count(arm_summary.steps) if arm_summary.steps else "\u2014",
+            f"{arm_summary.rate:.2g}" if figures.known(arm_summary.rate) else "\u2014",
+            figures.seconds(arm_summary.learning_seconds),
+            figures.seconds(arm_summary.learning_cpu_seconds),
+            figures.size(arm_summary.peak_learning_bytes),
         ]
-        for arm, one in arms.items()
+        for arm, arm_summary in arms.items()
     ]
-    clock = "CPU " if all(one.decode_clock == "cpu" for one in arms.values()) else ""
+    clock = "CPU " if all(arm_summary.decode_clock == "cpu" for arm_summary in arms.values()) else ""
     using = [
         [
             arm,
-            figures.size(one.stored_bytes),
-            figures.count(one.added_tokens),
-            figures.count(one.decode_tokens_per_second),
-            figures.size(one.peak_judging_bytes),
+            figures.size(arm_summary.stored_bytes),
+            figures.count(arm_summary.added_tokens),
+            figures.count(arm_summary.decode_tokens_per_second),
+            figures.size(arm_summary.peak_judging_bytes),
         ]
-        for arm, one in arms.items()
+        for arm, arm_summary in arms.items()
     ]
     before = next(iter(arms.values())).general_before
     kept = [
         [
             arm,
-            "yes" if one.base_unchanged else "no: a model of its own",
-            _change(one.general_on, before),
-            _change(one.general_off, before),
+            "yes" if arm_summary.base_unchanged else "no: its own model",
+            _change(arm_summary.general_on, before),
+            _change(arm_summary.general_off, before),
         ]
-        for arm, one in arms.items()
+        for arm, arm_summary in arms.items()
     ]
     best = list(arms).index(comparison.summary.best)
-    own = "each run in a process of its own" if comparison.own_process else "all runs in one process"
+    own = "each run in its own process" if comparison.own_process else "all runs in one process"
     return Section(
         "costs",
         "Costs",
@@ -278,24 +278,24 @@ def _change(value: Any, before: Any) -> str:
 def _against_cost(comparison: Comparison) -> Section | None:
     summary = comparison.summary
     arms, judge = summary.arms, summary.judged_by
-    found = []
+    drawn = []
     for key, title, axis in (
         ("stored_bytes", "Quality against bytes kept for a task", "bytes"),
         ("milliseconds", "Quality against time for a new token", "milliseconds"),
     ):
         points = []
-        for arm, one in arms.items():
-            figure = one.metrics[judge]
-            speed = one.decode_tokens_per_second
+        for arm, arm_summary in arms.items():
+            figure = arm_summary.metrics[judge]
+            speed = arm_summary.decode_tokens_per_second
             milliseconds = 1000 / speed if figures.known(speed) and speed > 0 else math.nan
-            cost = milliseconds if key == "milliseconds" else float(one.stored_bytes)
+            cost = milliseconds if key == "milliseconds" else float(arm_summary.stored_bytes)
             points.append(charts.Point(arm, arm, cost, figure.value, *_interval(figure)))
         svg = charts.scatter(
             points, title=title, x_axis=axis, y_axis=judge.replace("_", " "), better=summary.better
         )
         if svg:
-            found.append(Chart(title, svg))
-    return Section("tradeoff", "Quality against cost", charts=found) if found else None
+            drawn.append(Chart(title, svg))
+    return Section("tradeoff", "Quality against cost", charts=drawn) if drawn else None
 
 
 def _samples(run: Run) -> Section | None:
@@ -314,14 +314,16 @@ def _confusion(comparison: Comparison) -> Section | None:
     for arm in dict.fromkeys([comparison.summary.best, "soft", *comparison.runs]):
         if arm not in comparison.runs:
             continue
-        found = comparison.runs[arm][0].confusion
-        if not found or len(found.labels) > 20 or len(tables) == 2:
+        confusion = comparison.runs[arm][0].confusion
+        if not confusion or len(confusion.labels) > 20 or len(tables) == 2:
             continue
         rows = [
             [label, *(str(count) if count else "·" for count in (*counts, other))]
-            for label, counts, other in zip(found.labels, found.table, found.other, strict=True)
+            for label, counts, other in zip(confusion.labels, confusion.table, confusion.other, strict=True)
         ]
-        tables.append(Table(["wanted \\ said", *found.labels, "other text"], rows, title=f"{arm}, seed 0"))
+        tables.append(
+            Table(["wanted \\ said", *confusion.labels, "other text"], rows, title=f"{arm}, seed 0")
+        )
     return (
         Section(
             "confusion",
@@ -335,8 +337,8 @@ def _confusion(comparison: Comparison) -> Section | None:
 
 
 def _health(comparison: Comparison) -> Section | None:
-    found = comparison.health
-    if not found:
+    health = comparison.health
+    if not health:
         return None
     head = [
         "rows",
@@ -351,44 +353,44 @@ def _health(comparison: Comparison) -> Section | None:
         "answers",
     ]
     rows, labels = [], []
-    for name, one in found.splits.items():
-        lengths = one.lengths or {}
+    for name, split in health.splits.items():
+        lengths = split.lengths or {}
         rows.append(
             [
                 name,
-                figures.count(one.rows),
-                figures.count(one.duplicates),
+                figures.count(split.rows),
+                figures.count(split.duplicates),
                 *(figures.count(lengths.get(key)) for key in ("shortest", "median", "p95", "longest")),
-                figures.count(one.truncated),
-                figures.count(one.dropped),
-                figures.count(one.answers) if one.answers is not None else "\u2014",
+                figures.count(split.truncated),
+                figures.count(split.dropped),
+                figures.count(split.answers) if split.answers is not None else "\u2014",
             ]
         )
-        if one.labels is not None:
-            labels.append((name, one.labels))
+        if split.labels is not None:
+            labels.append((name, split.labels))
     tables = [Table(head, rows, note="Lengths in positions, virtual tokens included.")]
     if labels:
-        known = list(labels[0][1])
+        label_names = list(labels[0][1])
         tables.append(
             Table(
-                ["rows", *known],
+                ["rows", *label_names],
                 [
-                    [name, *(figures.count(counts.get(label, 0)) for label in known)]
+                    [name, *(figures.count(counts.get(label, 0)) for label in label_names)]
                     for name, counts in labels
                 ],
                 title="Label balance",
             )
         )
     points = [
-        f"{found.judged_also_trained} judged rows ask the very same as a training row (case and blanks aside); "
-        f"{found.judged_also_validated} the same as a validation row.",
-        f"{found.validation_also_trained} validation rows ask the same as a training row.",
+        f"{health.judged_also_trained} judged rows ask the same as a training row (case and white space aside); "
+        f"{health.judged_also_validated} the same as a validation row.",
+        f"{health.validation_also_trained} validation rows ask the same as a training row.",
     ]
     if comparison.target:
-        points.append(f"{found.contradictions} inputs stand in the training rows with different answers.")
-    if found.labels_never_trained:
-        points.append(f"Labels that are judged but never trained: {', '.join(found.labels_never_trained)}.")
-    points += found.notes
+        points.append(f"{health.contradictions} inputs occur in the training rows with different answers.")
+    if health.labels_never_trained:
+        points.append(f"Labels that are judged but never trained: {', '.join(health.labels_never_trained)}.")
+    points += health.notes
     return Section("health", "Data health", tables=tables, points=points)
 
 
@@ -396,37 +398,37 @@ def _anatomy(comparison: Comparison) -> Section | None:
     section = Section("anatomy", "The prompt's anatomy")
     for arm in ("soft", "deep"):
         results = comparison.runs.get(arm)
-        found = results[0].anatomy if results else None
-        if found is None:
+        anatomy = results[0].anatomy if results else None
+        if anatomy is None:
             continue
-        if found.kind == "deep":
+        if anatomy.kind == "deep":
             rows = [
-                [str(i), figures.number(one.keys), figures.number(one.values)]
-                for i, one in enumerate(found.layers)
+                [str(i), figures.number(layer.keys), figures.number(layer.values)]
+                for i, layer in enumerate(anatomy.layers)
             ]
             section.tables.append(
                 Table(
                     ["layer", "keys", "values"],
                     rows,
-                    title=f"Deep prompt, {found.length} positions: mean norms",
+                    title=f"Deep prompt, {anatomy.length} positions: mean norms",
                 )
             )
             continue
-        low, high = found.table_norm_range
-        values = [one.norm for one in found.vectors]
+        low, high = anatomy.table_norm_range
+        values = [vector.norm for vector in anatomy.vectors]
         section.charts.append(
             Chart(
-                f"Soft prompt: norms of its {found.length} vectors (seed 0)",
-                charts.norms(values, low, found.table_norm_median, high, title="Norms of the vectors"),
+                f"Soft prompt: norms of its {anatomy.length} vectors (seed 0)",
+                charts.norms(values, low, anatomy.table_norm_median, high, title="Norms of the vectors"),
             )
         )
         rows = [
             [
                 str(i),
-                figures.number(one.norm),
-                "   ".join(f"{near.token!r} {near.cosine:.2f}" for near in one.nearest),
+                figures.number(vector.norm),
+                "   ".join(f"{near.token!r} {near.cosine:.2f}" for near in vector.nearest),
             ]
-            for i, one in enumerate(found.vectors)
+            for i, vector in enumerate(anatomy.vectors)
         ]
         section.tables.append(
             Table(
@@ -464,11 +466,11 @@ def _reproduce(comparison: Comparison) -> Section:
             + ", ".join(f"{name} {version}" for name, version in comparison.versions.items())
             + "."
         )
-    found = comparison.machine
-    if found:
+    machine = comparison.machine
+    if machine:
         lines.append(
-            f"Machine: {found.get('processor')}, {found.get('cores')} cores, {found.get('threads')} threads used, "
-            f"{found.get('device')}, {found.get('system')}."
+            f"Machine: {machine.get('processor')}, {machine.get('cores')} cores, {machine.get('threads')} threads used, "
+            f"{machine.get('device')}, {machine.get('system')}."
         )
     section.points = lines
     if comparison.recipe:

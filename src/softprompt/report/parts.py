@@ -1,4 +1,4 @@
-"""What a page is made of: plain records that every form of the report writes out in its own way."""
+"""The parts of a page: plain records that each format of the report writes in its own way."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ class Section:
 
     @property
     def some_same(self) -> bool:
-        return any(not one.differ for one in self.samples)
+        return any(not sample.differ for sample in self.samples)
 
     @property
     def some_differ(self) -> bool:
-        return any(one.differ for one in self.samples)
+        return any(sample.differ for sample in self.samples)
 
 
 @dataclass

@@ -29,7 +29,7 @@ DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a braille 
 
 
 def read_plotted(folders: Sequence[str | Path]) -> list[Curves]:
-    """Read the runs in `folders`; a sweep's folder stands for all its trials. Raises DataError where there is none."""
+    """Reads the runs in `folders`; a sweep's folder means all its trials. Raises DataError if there is none."""
     runs: list[Path] = []
     for folder in map(Path, folders):
         trials = sorted(path.parent for path in folder.glob(f"{TRIALS}/*/{EVENTS}"))
@@ -84,18 +84,16 @@ def for_terminal(curves: Sequence[Curves], width: int = 72, height: int = 16) ->
     return "\n".join([*drawn, "", *map(_figures, curves)])
 
 
-def _figures(one: Curves) -> str:
-    if not one.held_out:
-        return f"{one.name}: training loss {one.training[-1][1]:.4f} at step {one.training[-1][0]:g}"
-    step, best = min(one.held_out, key=lambda point: point[1])
-    base = f", base alone {one.base:.4f}" if math.isfinite(one.base) else ""
-    return (
-        f"{one.name}: held-out loss {one.held_out[0][1]:.4f} at the start, {best:.4f} at step {step:g}{base}"
-    )
+def _figures(curve: Curves) -> str:
+    if not curve.held_out:
+        return f"{curve.name}: training loss {curve.training[-1][1]:.4f} at step {curve.training[-1][0]:g}"
+    step, best = min(curve.held_out, key=lambda point: point[1])
+    base = f", base alone {curve.base:.4f}" if math.isfinite(curve.base) else ""
+    return f"{curve.name}: held-out loss {curve.held_out[0][1]:.4f} at the start, {best:.4f} at step {step:g}{base}"
 
 
 def draw(curves: Sequence[Curves], path: str | Path) -> None:
-    """Write the picture: held-out loss in full, training loss behind it, the base alone as a broken line.
+    """Writes the picture: held-out loss in full, training loss behind it, the base alone as a broken line.
 
     The file's ending says the format (png, svg, pdf). Raises MissingExtra without matplotlib, SaveError if it cannot
     be written."""
@@ -107,12 +105,12 @@ def draw(curves: Sequence[Curves], path: str | Path) -> None:
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for one in curves:
-        joined = "-" if len(one.held_out) >= DRAWN_AS_LINE else "none"
-        (line,) = axes.plot(*_columns(one.held_out), marker=".", linestyle=joined, label=one.name)
-        if one.training:
-            axes.plot(*_columns(smoothed(one.training)), color=line.get_color(), alpha=0.35, linewidth=1)
-    bases = {round(one.base, 6) for one in curves if math.isfinite(one.base)}
+    for curve in curves:
+        joined = "-" if len(curve.held_out) >= DRAWN_AS_LINE else "none"
+        (line,) = axes.plot(*_columns(curve.held_out), marker=".", linestyle=joined, label=curve.name)
+        if curve.training:
+            axes.plot(*_columns(smoothed(curve.training)), color=line.get_color(), alpha=0.35, linewidth=1)
+    bases = {round(curve.base, 6) for curve in curves if math.isfinite(curve.base)}
     for base in bases:
         axes.axhline(base, color="gray", linestyle="--", linewidth=1, label="base alone")
     losses = [loss for run in curves for _, loss in (*run.held_out, *run.training)]

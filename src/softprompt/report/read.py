@@ -33,9 +33,9 @@ class Sample:
     @property
     def differ(self) -> bool:
         """Whether the arms differ: some right and some wrong, or, where that means nothing, in what they said."""
-        known = {one for one in self.right.values() if one is not None}
-        if known:
-            return len(known) > 1
+        known_answers = {is_right for is_right in self.right.values() if is_right is not None}
+        if known_answers:
+            return len(known_answers) > 1
         return len({answer.strip() for answer in self.answers.values()}) > 1
 
 
@@ -66,7 +66,7 @@ class Tuning:
 
 @dataclass
 class Run:
-    """What one section of the report is made from: a comparison, or a tuning run."""
+    """The source of one section of the report: a comparison, or a tuning run."""
 
     title: str
     kind: str
@@ -160,9 +160,9 @@ def _comparison(folder: Path) -> Run:
             rows[arm] = read_rows(path)
         for result in results:
             for points, lines in ((result.validation, run.validation), (result.curve, run.training)):
-                known = [(point.step, point.nll) for point in points if math.isfinite(point.nll)]
-                if known:
-                    lines.append(Series(arm, result.seed, known))
+                points_known = [(point.step, point.nll) for point in points if math.isfinite(point.nll)]
+                if points_known:
+                    lines.append(Series(arm, result.seed, points_known))
     run.samples = _samples(rows) or _continued(comparison)
     run.sampled_from = len(next(iter(rows.values()), []))
     return run
@@ -259,18 +259,18 @@ def _tuning(folder: Path) -> Run:
 
 
 def _samples(rows: Mapping[str, Sequence[Row]]) -> list[Sample]:
-    """Up to 24 rows, those where the arms differ first among them; in the order of the data."""
+    """Samples of up to 24 rows, preferring those where the arms differ; in the order of the data."""
     if not rows or any(row.answer is None for judged in rows.values() for row in judged):
         return []
     short = all(len(row.wanted) <= 60 and "\n" not in row.wanted for row in next(iter(rows.values())))
-    found = []
-    for place in range(len(next(iter(rows.values())))):
-        group = {arm: judged[place] for arm, judged in rows.items()}
-        one = next(iter(group.values()))
-        found.append(
+    samples = []
+    for index in range(len(next(iter(rows.values())))):
+        group = {arm: judged[index] for arm, judged in rows.items()}
+        first = next(iter(group.values()))
+        samples.append(
             Sample(
-                one.input,
-                one.wanted,
+                first.input,
+                first.wanted,
                 {arm: row.answer or "" for arm, row in group.items()},
                 {
                     arm: (row.answer or "").strip() == row.wanted.strip() if short else None
@@ -278,9 +278,9 @@ def _samples(rows: Mapping[str, Sequence[Row]]) -> list[Sample]:
                 },
             )
         )
-    differing = [i for i, one in enumerate(found) if one.differ][: SAMPLES * 3 // 4]
-    rest = [i for i in range(len(found)) if i not in set(differing)][: SAMPLES - len(differing)]
-    return [found[i] for i in sorted([*differing, *rest])]
+    differing = [i for i, sample in enumerate(samples) if sample.differ][: SAMPLES * 3 // 4]
+    rest = [i for i in range(len(samples)) if i not in set(differing)][: SAMPLES - len(differing)]
+    return [samples[i] for i in sorted([*differing, *rest])]
 
 
 def _continued(comparison: Comparison) -> list[Sample]:

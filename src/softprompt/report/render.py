@@ -29,7 +29,7 @@ FILES = tuple(f"{NAME}.{ending}" for ending in ("html", "md", "csv", "json"))
 
 
 def write_reports(folders: Sequence[Path], out: str | Path) -> list[Path]:
-    """Read the runs in `folders` and write report.html, .md, .csv and .json into `out`; only reports of ours are replaced.
+    """Reads the runs in `folders` and write report.html, .md, .csv and .json into `out`; only reports of ours are replaced.
 
     Raises DataError, SaveError."""
     runs = read_runs(folders)
@@ -64,11 +64,11 @@ def as_html(pages: Sequence[Page]) -> str:
 def as_markdown(pages: Sequence[Page]) -> str:
     """The same without charts."""
     lines: list[str] = []
-    for one in pages:
-        lines += [f"# {_escaped(one.title)}", "", _escaped(one.facts), ""]
-        if one.verdict:
-            lines += [f"**{_escaped(one.verdict)}**", ""]
-        for section in one.sections:
+    for run_page in pages:
+        lines += [f"# {_escaped(run_page.title)}", "", _escaped(run_page.facts), ""]
+        if run_page.verdict:
+            lines += [f"**{_escaped(run_page.verdict)}**", ""]
+        for section in run_page.sections:
             if not (section.text or section.tables or section.points or section.blocks or section.samples):
                 continue  # charts alone
             if not (section.tables or section.points or section.blocks or section.samples):
@@ -127,17 +127,17 @@ def as_csv(runs: Sequence[Run]) -> str:
 
 def as_json(runs: Sequence[Run], pages: Sequence[Page]) -> str:
     """The records, the verdicts and the samples."""
-    found = [
+    entries = [
         {
             "title": without_folders(run.title),
             "kind": run.kind,
-            "verdict": one.verdict,
+            "verdict": page.verdict,
             "record": without_folders(_record(run)),
             "samples": [{**asdict(sample), "differ": sample.differ} for sample in run.samples],
         }
-        for run, one in zip(runs, pages, strict=True)
+        for run, page in zip(runs, pages, strict=True)
     ]
-    return json.dumps(plain(found), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(plain(entries), indent=1, ensure_ascii=False) + "\n"
 
 
 @cache
@@ -155,7 +155,7 @@ def _markdown_table(table: Table) -> list[str]:
     lines.append("| " + " | ".join(map(_cell, table.head)) + " |")
     lines.append("|" + "---|" * width)
     for row in table.rows:
-        lines.append("| " + " | ".join(_cell(one) for one in [*row, *[""] * (width - len(row))]) + " |")
+        lines.append("| " + " | ".join(_cell(cell) for cell in [*row, *[""] * (width - len(row))]) + " |")
     return [*lines, "", *([_escaped(table.note), ""] if table.note else [])]
 
 
@@ -168,7 +168,7 @@ def _one_line(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that Markdown must not read as marks of its own."""
+    """Text that Markdown must not read as its own marks."""
     for mark in "\\`*_<[#":
         text = text.replace(mark, "\\" + mark)
     return text

@@ -16,16 +16,16 @@ MOST_TIMES = 1000  # nobody judges on a thousand times the rows
 
 
 def verdict(comparison: Comparison) -> str:
-    """Which arm to take, by the judged figure and then by what it costs."""
+    """The arm to choose, by the judging metric and then by its costs."""
     summary = comparison.summary
     arms = summary.arms
     best, judge = summary.best, summary.judged_by
     figure = arms[best].metrics[judge]
     if not known(figure.value):
         return f"No arm could be judged by {judge}: the figure is not known for any of them."
-    found = f"{_named(judge)}, {estimate(figure, rows=True)},"
+    figure_text = f"{_named(judge)}, {estimate(figure, rows=True)},"
     if len(arms) == 1:
-        return f"The {found} is that of {spoken(best)}; there is nothing to compare it with."
+        return f"The {figure_text} is that of {spoken(best)}; there is nothing to compare it with."
     if len({arm.metrics[judge].value for arm in arms.values()}) == 1:
         same = (
             f"By {_named(judge)} no arm differs from another: all of them have {estimate(figure, rows=True)}."
@@ -37,28 +37,28 @@ def verdict(comparison: Comparison) -> str:
     worse, level, unsettled = (
         [arm for arm in others if standing[arm] == kind] for kind in ("worse", "level", "unsettled")
     )
-    lead = f"The best {found} comes from {spoken(best)}"
-    said = [f"{lead}, significantly better than {_listed(worse)}." if worse else f"{lead}."]
+    lead = f"The best {figure_text} comes from {spoken(best)}"
+    sentences = [f"{lead}, significantly better than {_listed(worse)}." if worse else f"{lead}."]
     if level:
         cheapest = min([best, *level], key=lambda arm: (arms[arm].stored_bytes, arms[arm].added_tokens))
         if cheapest == best:
             verb = "is" if len(level) == 1 else "are"
-            said.append(
+            sentences.append(
                 f"{_listed(level)} {verb} within {margin:g} of it, and {spoken(best)} costs the least to keep of those "
                 f"({cost_of(arms[best])})."
             )
         else:
-            said.append(
+            sentences.append(
                 f"Within {margin:g} of it, {spoken(cheapest)} costs the least to keep ({cost_of(arms[cheapest])})."
             )
     elif cost := _cost(arms, best, judge, summary.better == "higher"):
-        said.append(cost.strip())
+        sentences.append(cost.strip())
     if unsettled:
-        said.append(
+        sentences.append(
             f"No significant difference from {_listed(unsettled)}, which may still be more than {margin:g} worse: "
             f"{_more(comparison, unsettled, margin)}."
         )
-    return " ".join(sentence[0].upper() + sentence[1:] for sentence in said)
+    return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def choice(comparison: Comparison) -> Choice | None:
 
 
 def margin_of(comparison: Comparison) -> float:
-    """How much worse than the best an arm may be and still count as level, in units of the judging metric."""
+    """The margin by which an arm may be worse than the best and still count as level, in units of the judging metric."""
     within = 0.02 if comparison.settings is None else comparison.settings.within
     return within * METRICS[comparison.summary.judged_by].scale
 
@@ -105,10 +105,14 @@ def _standing(against_best: Difference | None, higher: bool, margin: float) -> s
 
 
 def _more(comparison: Comparison, arms: Sequence[str], margin: float) -> str:
-    """What would settle the differences of these arms from the best, if they are as large as they look."""
+    """The number of rows and seeds that would settle the differences of these arms from the best."""
     differences = [comparison.summary.arms[arm].against_best for arm in arms]
     times = max(
-        (rows_to_settle(found, margin) for found in differences if found is not None and known(found.low)),
+        (
+            rows_to_settle(difference, margin)
+            for difference in differences
+            if difference is not None and known(difference.low)
+        ),
         default=math.inf,
     )
     rows = comparison.summary.arms[comparison.summary.best].metrics[comparison.summary.judged_by].n
@@ -132,7 +136,7 @@ def against_base(comparison: Comparison, arm: str) -> str:
 
 
 def _cost(arms: Mapping[str, ArmSummary], best: str, judge: str, higher: bool) -> str:
-    """What the best costs beside the dearest to keep."""
+    """The cost of the best arm beside the one that is most expensive to store."""
     largest = max(arms, key=lambda arm: arms[arm].stored_bytes)
     mine, theirs = arms[best].stored_bytes, arms[largest].stored_bytes
     smaller = [arm for arm in arms if arms[arm].trained_parameters and arms[arm].stored_bytes < mine]
@@ -152,7 +156,7 @@ def _cost(arms: Mapping[str, ArmSummary], best: str, judge: str, higher: bool) -
 
 
 def _by_loss(arms: Mapping[str, ArmSummary], judge: str) -> str:
-    """Where answers tell nothing, the loss of the wanted ones may."""
+    """A verdict by the loss of the wanted texts, where the answers do not separate the arms."""
     losses = {name: arm.metrics["nll"].value for name, arm in arms.items() if "nll" in arm.metrics}
     if (
         judge == "nll"
@@ -180,5 +184,5 @@ def _named(judge: str) -> str:
 
 
 def _listed(arms: Sequence[str]) -> str:
-    said = [spoken(arm) for arm in arms]
-    return said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
+    names = [spoken(arm) for arm in arms]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -98,7 +98,7 @@ class Choices:
         yield b"data: [DONE]\n\n"
 
     def head(self, shape: str) -> dict[str, Any]:
-        """What every object of this answer begins with."""
+        """The fields that begin every object of this answer."""
         return {"id": self.id, "object": shape, "created": self.created, "model": self.served.name}
 
     def _event(
@@ -289,7 +289,7 @@ def by_text(lm: FrozenLM, likeliest: Sequence[tuple[int, float]]) -> dict[str, f
 
 
 def offsets(tokens: Sequence[str]) -> list[int]:
-    """Where each token begins in the text of all."""
+    """The character at which each token begins in the whole text."""
     starts, at = [], 0
     for token in tokens:
         starts.append(at)

@@ -244,7 +244,7 @@ def build_app(
         longest: int | None,
         top: int | None,
     ) -> list[Work]:
-        """What the engine is asked for, an entry for each input (and sample, where samples are all the same)."""
+        """The engine's work for a request, one entry for each input (and sample, where samples are all the same)."""
         demand_in_vocabulary(body, lm.vocab_size)
         rows_each = body.decode_settings(longest, False).n
         each = body.samples // rows_each
@@ -260,7 +260,7 @@ def build_app(
             Work(
                 served.digest,
                 given,
-                body.decode_settings(longest, top is not None),  # a seed of its own, where none was given
+                body.decode_settings(longest, top is not None),  # a fresh seed, unless one was given
                 caller.name,
                 top or 0,
                 steering(body, given, grammars),
@@ -338,7 +338,7 @@ def build_app(
     @app.post("/v1/softprompt/compare")
     async def compare(body: wire.CompareBody, request: Request) -> Response:
         """Several models over their inputs at once, as server-sent events with the number of their column. What is wrong
-        with one column is an event of it, and the others go on."""
+        with one column is an event of it, and the others continue."""
         caller = caller_of(request)
         chosen = [served_by(column.model, caller) for column in body.columns]
         _demand_known(body, strict)

@@ -1,4 +1,4 @@
-"""Which prompt a model's name means now: the base, prompts given by folder, and a library that is watched."""
+"""The prompt that a model's name means now: the base, prompts given by folder, and a library that is watched."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Catalogue:
         self.refresh()
 
     def add(self, folder: str | Path, name: str | None = None) -> Served:
-        """Serve the prompt of a folder under its folder's name, or `name`, in place of what the name meant before."""
+        """Serves the prompt of a folder under its folder's name, or `name`, in place of what the name meant before."""
         name = name or Path(folder).resolve().name
         if not NAME.fullmatch(name) or name in RESERVED:
             raise PromptError(
@@ -61,14 +61,14 @@ class Catalogue:
         return served
 
     def remove(self, name: str) -> bool:
-        """Serve a prompt that was added no longer."""
+        """Serves a prompt that was added no longer."""
         with self._lock:
             served = self._given.pop(name, None)
         self._unload(served)
         return served is not None
 
     def refresh(self) -> None:
-        """Read the library again where its index has changed. Call it every LOOK_EVERY_SECONDS, beside the answers.
+        """Reads the library again where its index has changed. Call it every LOOK_EVERY_SECONDS, beside the answers.
 
         A prompt that cannot be served is left out and named in `problems`; an index that cannot be read leaves
         everything as it was."""
@@ -108,7 +108,7 @@ class Catalogue:
             return [self._base(), *({**self._from_library, **self._given}).values()]
 
     def find(self, name: str) -> Served | None:
-        """What a name means now; None where there is nothing of that name."""
+        """The prompt or base that a name means now; None for an unknown name."""
         if name == BASE:
             return self._base()
         with self._lock:
@@ -123,7 +123,7 @@ class Catalogue:
         return Served(name, digest, template, prompt.kind, prompt.length, self.started, self.engine.lm.name)
 
     def _unload(self, former: Served | None) -> None:
-        """Hold a prompt no longer, unless another name still means it."""
+        """Holds a prompt no longer, unless another name still means it."""
         if former is None or former.digest is None:
             return
         with self._lock:

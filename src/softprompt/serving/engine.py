@@ -59,7 +59,7 @@ class PromptGone(SoftPromptError):
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked for: a prompt by its digest (None: the base alone), an input, how to decode, and for whom.
+    """A request to the engine: a prompt by its digest (None: the base alone), an input, how to decode, and for whom.
 
     `given` is a text, an example, or the marks of a whole sequence (token ids, and -1 - i for vector i). `top` is how
     many likeliest tokens are recorded beside each new one; `steer` makes what steers a row, if anything does. `begun` are,
@@ -101,7 +101,7 @@ Answer: TypeAlias = Piece | Finished
 
 
 class Engine(Protocol):
-    """What a server needs of an engine. `lm` is the base; of one that runs elsewhere its tokenizer and facts are enough."""
+    """The interface of an engine, as a server uses it. `lm` is the base; of one that runs elsewhere its tokenizer and facts are enough."""
 
     lm: FrozenLM
 
@@ -110,10 +110,10 @@ class Engine(Protocol):
         """Whether requests are answered."""
 
     def load(self, prompt: Prompt, digest: str) -> None:
-        """Hold a prompt ready; requests name it by its digest. Raises PromptError where this engine cannot serve it."""
+        """Holds a prompt ready; requests name it by its digest. Raises PromptError where this engine cannot serve it."""
 
     def unload(self, digest: str) -> None:
-        """Hold a prompt no longer; requests that have arrived keep it."""
+        """Holds a prompt no longer; requests that have arrived keep it."""
 
     def submit(self, work: Work) -> AsyncIterator[Answer]:
         """The answer as it comes. Leaving the iterator early cancels the work."""
@@ -149,7 +149,7 @@ class _Ticket:
 
 @dataclass
 class _Task:
-    """Something that runs on the model's thread between two steps."""
+    """A function to run on the model's thread between two steps."""
 
     run: Callable[[], None]
     fail: Callable[[BaseException], None] = lambda error: None
@@ -187,17 +187,17 @@ class LocalEngine:
         self._thread = threading.Thread(target=self._run, name="softprompt-engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Begins to work."""
         self._thread.start()
 
     def close(self) -> None:
-        """Take nothing more; what runs or waits is still answered."""
+        """Takes nothing more; what runs or waits is still answered."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
 
     def stop(self, grace_seconds: float = 30.0) -> None:
-        """Take nothing more, give what runs or waits so long to end, then cut it with an error."""
+        """Takes nothing more, gives what runs or waits so long to end, then cuts it with an error."""
         self.close()
         if not self._thread.is_alive():
             return
@@ -214,12 +214,12 @@ class LocalEngine:
         self.stop(0.0 if error[0] else 30.0)
 
     def load(self, prompt: Prompt, digest: str) -> None:
-        """Hold a prompt ready. Raises WrongBase where it belongs to another base."""
+        """Holds a prompt ready. Raises WrongBase where it belongs to another base."""
         prompt.base.demand(self.lm.fingerprint, prompt.name)
         self._prompts[digest] = prompt
 
     def unload(self, digest: str) -> None:
-        """Hold a prompt no longer; requests that have arrived keep it."""
+        """Holds a prompt no longer; requests that have arrived keep it."""
         self._prompts.pop(digest, None)
         self._later(lambda: self._discard(digest))
 
@@ -317,7 +317,7 @@ class LocalEngine:
             self._fail(error)
 
     def _turn(self) -> bool:
-        """Do what has been asked for, read and admit some texts, take a step. False when there is nothing more to do."""
+        """Does what has been asked for, read and admits some texts, takes a step. False when there is nothing more to do."""
         with self._wake:
             while not (self._tasks or self._waiting or self._running or self._stopping):
                 self._wake.wait()
@@ -333,7 +333,7 @@ class LocalEngine:
         return True
 
     def _admit(self) -> None:
-        """Read some of what waits, between two steps, and let the rows whose texts have been read join."""
+        """Reads some of what waits, between two steps, and lets the rows whose texts have been read join."""
         left = self.read_beside if len(self._lanes) else READ_ALONE
         joining: list[Request] = []
         for row in self._reading[:1]:
@@ -350,7 +350,7 @@ class LocalEngine:
             self._join(joining)
 
     def _read(self, row: Request, positions: int) -> list[Request]:
-        """Read the next part of a long text. Gives back the rows that may join: its last part is read as they do."""
+        """Reads the next part of a long text. Gives back the rows that may join: its last part is read as they do."""
         ticket = self._running[id(row)]
         try:
             if row.row.rest > positions:
@@ -406,7 +406,7 @@ class LocalEngine:
         )
 
     def _prepare(self, ticket: _Ticket) -> bool:
-        """Lay out the ticket's rows, once. False where that failed, of which the client is told."""
+        """Lays out the ticket's rows, once. False where that failed, which the client is told."""
         if ticket.waiting is not None:
             return True
         try:
@@ -460,7 +460,7 @@ class LocalEngine:
         return rows
 
     def _join(self, joining: list[Request]) -> None:
-        """Let rows join. Where reading them fails, the ones at fault fail, and the others join without them."""
+        """Lets rows join. Where reading them fails, the ones at fault fail, and the others join without them."""
         try:
             done = self._lanes.join(joining)
         except SoftPromptError as error:  # of a text, before any of its keys and values were kept
@@ -519,13 +519,13 @@ class LocalEngine:
                 ticket.tell(None)
 
     def _refuse(self, ticket: _Ticket, error: BaseException) -> None:
-        """Fail a whole work."""
+        """Fails a whole work."""
         if not ticket.is_over:
             ticket.tell(error)
         self._drop(ticket)
 
     def _drop(self, ticket: _Ticket) -> None:
-        """Nobody waits for it any more: its rows leave before the next step."""
+        """Removes the rows of a request that nobody waits for, before the next step."""
         ticket.is_over = True
         self._forget(ticket)
         for row in ticket.rows:

@@ -1,4 +1,4 @@
-"""From a request's body to what the engine is asked for: the input as the prompt lays it out, and what steers the row."""
+"""The engine's input from a request's body: the text as the prompt lays it out, and what steers the row."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ Steer = Callable[[FrozenLM, CompiledPrompt], Steering]
 
 
 def steering(body: wire.Decoding, given: Input, grammars: Grammars) -> Steer | None:
-    """What steers the rows of this body, if anything does. Raises Refused and RecipeError for what cannot be followed."""
+    """The steering of this body's rows, if any. Raises Refused and RecipeError for what cannot be followed."""
     makers: list[Steer] = []
     penalties = Penalties(body.presence_penalty or 0.0, body.frequency_penalty or 0.0)
     if penalties != Penalties():
@@ -129,7 +129,7 @@ def steering(body: wire.Decoding, given: Input, grammars: Grammars) -> Steer | N
 
 
 def demand_in_vocabulary(body: wire.Decoding, vocabulary: int) -> None:
-    """Raise Refused for a bias of a token that the base does not have."""
+    """Raises Refused for a bias of a token that the base does not have."""
     if any(
         not (token.isascii() and token.isdecimal() and len(token) < 10) or int(token) >= vocabulary
         for token in body.logit_bias or {}

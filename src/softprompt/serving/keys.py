@@ -1,4 +1,4 @@
-"""Who may use which prompts: keys are kept as digests and compared in constant time."""
+"""Keys and the prompts they may use: keys are stored as digests and compared in constant time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Key(BaseModel):
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: what they may see, and how many rows they may have at once."""
+    """A caller: the prompts they may see, and how many rows they may run at once."""
 
     name: str
     models: tuple[str, ...] = ("*",)
@@ -46,7 +46,7 @@ ANYONE = Caller("anyone", admin=False)
 
 
 def sha256_of(key: str) -> str:
-    """What a key file holds in place of the key."""
+    """The digest that a key file holds in place of the key."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -64,7 +64,7 @@ class Keys:
         return bool(self._keys)
 
     def refresh(self) -> None:
-        """Read the file again where it has changed: a key that was taken out is refused from then on.
+        """Reads the file again where it has changed: a key that was taken out is refused from then on.
 
         A file that cannot be read leaves the keys as they are, and is said in the log."""
         if self._path is None or _stamp(self._path) == self._stamp:
@@ -78,7 +78,7 @@ class Keys:
 
     @classmethod
     def load(cls, path: str | Path | None) -> Keys:
-        """Read a YAML list of {name, sha256, models, rows, admin}. Raises RecipeError."""
+        """Reads a YAML list of {name, sha256, models, rows, admin}. Raises RecipeError."""
         if path is None:
             return cls()
         try:
@@ -99,13 +99,13 @@ class Keys:
         return cls(keys, Path(path))
 
     def caller(self, authorization: str | None) -> Caller | None:
-        """Who a header stands for; None where the key is missing or wrong."""
+        """The caller that a header belongs to; None where the key is missing or wrong."""
         if not self._keys:
             return ANYONE
         scheme, _, key = (authorization or "").partition(" ")
         digest = sha256_of(key.strip())
         caller = None
-        for key_entry in self._keys:  # all are compared, so that time tells nothing
+        for key_entry in self._keys:  # all are compared, so that the time reveals nothing
             if hmac.compare_digest(key_entry.sha256, digest) and scheme.lower() == "bearer":
                 caller = Caller(key_entry.name, tuple(key_entry.models), key_entry.rows, key_entry.admin)
         return caller

@@ -1,4 +1,4 @@
-"""What a server bounds: the bytes of a body, and the rows that a caller has running."""
+"""Limits of a server: the bytes of a body, and the rows that a caller has running."""
 
 from __future__ import annotations
 
@@ -59,16 +59,16 @@ class Rows:
         self._taken: Counter[str] = Counter()
 
     def of(self, caller: str) -> int:
-        """How many they have."""
+        """The number of rows that a caller has running."""
         return self._taken[caller]
 
     def take(self, caller: str, rows: int) -> Lease:
-        """Count rows until the lease is given back."""
+        """Counts rows until the lease is given back."""
         self._taken[caller] += rows
         return Lease(self, caller, rows)
 
     def give_back(self, caller: str, rows: int) -> None:
-        """Count them no longer."""
+        """Counts them no longer."""
         self._taken[caller] -= rows
         if not self._taken[caller]:
             del self._taken[caller]
@@ -81,7 +81,7 @@ class Lease:
         self._rows, self._caller, self._taken = rows, caller, taken
 
     def end(self, *_: Any) -> None:
-        """Give the rows back."""
+        """Gives the rows back."""
         taken, self._taken = self._taken, 0
         if taken:
             self._rows.give_back(self._caller, taken)

@@ -1,4 +1,4 @@
-"""What a server counts, under vLLM's names with our prefix, in Prometheus' text format."""
+"""Counters of a server, under vLLM's names with our prefix, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Metrics:
         self.refusals = Counter("request_rejected", "Requests refused.", ["reason"], **named)
 
     def request(self, model: str) -> Callable[[Answer], None]:
-        """Begin to time a request; call the result with each of its answers."""
+        """Begins to time a request; call the result with each of its answers."""
         began, first = time.perf_counter(), True
 
         def answered(answer: Answer) -> None:
@@ -55,7 +55,7 @@ class Metrics:
         return answered
 
     def rejected(self, reason: str) -> None:
-        """Count a request that was refused."""
+        """Counts a request that was refused."""
         self.refusals.labels(reason).inc()
 
     def text(self) -> str:

@@ -46,12 +46,12 @@ def too_many(message: str) -> Refused:
 
 
 def failed() -> Refused:
-    """500: a fault of ours, of which the answer tells nothing."""
+    """500: a fault of ours, without details in the answer."""
     return Refused(500, "The server failed to answer. Its log says more.", "server_error", "internal_error")
 
 
 def as_refusal(error: BaseException, base: str) -> Refused:
-    """What an error means for a client. `base` is the base's name, of which a folder's path is not told."""
+    """The response to a client for an error. `base` is the base's name; a folder's path is not shown."""
     if isinstance(error, Refused):
         return error
     if not isinstance(error, SoftPromptError):

@@ -27,7 +27,7 @@ class Server:
         self.listener = Listener(self.app, settings.host, settings.port, self.drain)
 
     def run(self) -> None:
-        """Serve until SIGINT or SIGTERM; running answers are finished first. Raises SaveError where the port is taken."""
+        """Serves until SIGINT or SIGTERM; running answers are finished first. Raises SaveError where the port is taken."""
         self.engine.start()
         try:
             self.listener.listen()
@@ -36,13 +36,13 @@ class Server:
             self.engine.stop(0)
 
     def drain(self) -> None:
-        """Take nothing new, finish what runs within the grace, then cut it with an error."""
+        """Takes nothing new, finishes what runs within the grace period, then cuts it with an error."""
         self.app.state.ready["ready"] = False
         self.engine.stop(self.settings.grace_seconds)
 
 
 def make_server(lm: FrozenLM, settings: ServeSettings, prompts: Sequence[Path] = ()) -> Server:
-    """Load everything that is served. Raises the errors of softprompt.errors before anything listens."""
+    """Loads everything that is served. Raises the errors of softprompt.errors before anything listens."""
     keys = Keys.load(settings.keys)
     memory = (
         free_memory_bytes(lm.device) // 2

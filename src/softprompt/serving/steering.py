@@ -1,4 +1,4 @@
-"""What changes the next token of one row beside sampling: penalties, a choice of labels, a grammar."""
+"""Changes to the next token of one row beside sampling: penalties, a choice of labels, a grammar."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORBIDDEN = float("-inf")
 
 
 class Joined:
-    """Several, one after the other."""
+    """Several steerings, one after the other."""
 
     def __init__(self, parts: Sequence[Steering]) -> None:
         self.parts = parts

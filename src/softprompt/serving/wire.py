@@ -1,4 +1,4 @@
-"""What goes over the wire: the bodies of OpenAI's API, with the fields that are honoured. No model code here."""
+"""The wire format: bodies of OpenAI's API, with the fields that are honoured. No model code here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StreamOptions(BaseModel):
 
 
 class SoftPromptOptions(BaseModel):
-    """Ours: the fields of a template that has several inputs, and, for each choice, the first tokens of an answer that
+    """Our extension: the fields of a template that has several inputs, and, for each choice, the first tokens of an answer that
     was cut off at another server and goes on at this one."""
 
     model_config = ConfigDict(extra="forbid")
@@ -45,7 +45,7 @@ class SoftPromptOptions(BaseModel):
 
 
 class Decoding(Body):
-    """How to decode: shared by completions, chat and responses. `choice` and `regex` are ours, and vLLM's."""
+    """Options of decoding, shared by completions, chat and responses. `choice` and `regex` are ours, and vLLM's."""
 
     model: str
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -157,7 +157,7 @@ class ChatMessage(BaseModel):
 
     @property
     def more(self) -> dict[str, Any]:
-        """What a turn has beside its words: calls of functions, a name."""
+        """The keys of a turn beside its text: calls of functions, a name."""
         left_out = ("type", "id", "status", "refusal", "annotations", "phase")
         return {
             name: value
@@ -220,7 +220,7 @@ class Column(BaseModel):
 
 
 class CompareBody(Decoding):
-    """Several models side by side in one running batch, streamed: for the page."""
+    """A request to compare several models side by side in one running batch, streamed: for the page."""
 
     model: str = "base"
     columns: list[Column] = Field(min_length=1, max_length=16)
@@ -228,7 +228,7 @@ class CompareBody(Decoding):
 
 
 class ScoreBody(Body):
-    """How likely continuations are under several prompts: for the page, and for ranking labels."""
+    """A request for the log-probabilities of continuations under several prompts: for the page, and for ranking labels."""
 
     input: str = Field(max_length=100_000)
     continuations: list[str] = Field(min_length=1, max_length=64)

@@ -1,4 +1,4 @@
-"""Which base, loaded how: the settings that all verbs share. No torch here."""
+"""The base and how it is loaded: the settings that all verbs share. No torch here."""
 
 from __future__ import annotations
 

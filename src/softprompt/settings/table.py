@@ -69,7 +69,7 @@ class Table(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a YAML file, then apply `a.b=value` overrides in order. RecipeError names the file and the line."""
+        """Reads a YAML file, then applies `a.b=value` overrides in order. RecipeError names the file and the line."""
         return cls.from_flags({}, overrides, path=path)
 
     @classmethod
@@ -80,7 +80,7 @@ class Table(Section):
         *,
         path: str | Path | None = None,
     ) -> Self:
-        """Settle a table from a file, if any, then `--set` overrides, then flags by name ("--learning-rate")."""
+        """Settles a table from a file, if any, then `--set` overrides, then flags by name ("--learning-rate")."""
         (table,) = fill((cls,), flags, overrides, path=path)
         assert isinstance(table, cls)
         return table
@@ -124,7 +124,7 @@ def fill(
     *,
     path: str | Path | None = None,
 ) -> tuple[Table, ...]:
-    """Fill all tables of a verb from one YAML file, then `--set` overrides, then flags by name.
+    """Fills all tables of a verb from one YAML file, then `--set` overrides, then flags by name.
 
     Each key belongs to the tables that declare it; a key that none declares is refused. All faults are reported at
     once. A setting that is declared `by_hand` cannot be switched on by the file alone."""
@@ -194,7 +194,7 @@ def setting(
     by_hand: bool = False,
     **limits: Any,
 ) -> Any:
-    """Declare one setting.
+    """Declares one setting.
 
     `flag` is its name on the command line, `aliases` are further names there ("-n"), and `elsewhere` is what other
     tools call it. `was` is its name in former versions, which is still read. A setting `by_hand` must be set on the command line or in Python: a file alone cannot switch it on."""
@@ -296,7 +296,7 @@ def former_names(model: type[Section]) -> dict[str, str]:
 
 
 def merge_file(model: type[Section], tree: dict[str, Any], places: dict[str, str], path: str | Path) -> None:
-    """Add what a YAML file says to `tree`, and to `places` the line of each setting."""
+    """Adds what a YAML file says to `tree`, and to `places` the line of each setting."""
     _merge(model, tree, places, read_mapping(_read_file(path), str(path)))
 
 
@@ -308,7 +308,7 @@ def put(
     value: str | bool | Sequence[str],
     where: str,
 ) -> None:
-    """Set one setting by its dotted path from a flag's text or texts; `where` is what an error calls it."""
+    """Sets one setting by its dotted path from a flag's text or texts; `where` is what an error calls it."""
     *outer, last = path.split(".")
     section = model
     for name in outer:
@@ -345,7 +345,7 @@ def put(
 
 
 def _put_several(tree: dict[str, Any], name: str, values: Sequence[str], annotation: Any, where: str) -> None:
-    """Set a list or a mapping from the texts of a repeated flag; words of a known list may be joined by commas."""
+    """Sets a list or a mapping from the texts of a repeated flag; words of a known list may be joined by commas."""
     if _shape(annotation) == "mapping":
         tree[name] = {}
         for value in values:
@@ -376,28 +376,33 @@ def _as_kind(values: list[Any], annotation: Any) -> list[Any] | tuple[Any, ...]:
 
 def explain(model: type[Section], error: ValidationError, places: Mapping[str, str], origin: str) -> str:
     """One line for each setting that was refused: where, which, found, wanted."""
-    known = {each.path: each for each in settings(model)}
+    settings_by_path = {each.path: each for each in settings(model)}
     lines: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         names = [str(part) for part in problem["loc"]]
         # Unions append the member that failed; the setting is the longest known start of the path.
         path = next(
-            (p for end in range(len(names), 0, -1) if (p := ".".join(names[:end])) in known), ".".join(names)
+            (p for end in range(len(names), 0, -1) if (p := ".".join(names[:end])) in settings_by_path),
+            ".".join(names),
         )
         where = next((places[p] for p in (".".join(names), path) if p in places), origin)
         label = "" if where.endswith(path) else f" {path}:"
         if problem["type"] == "extra_forbidden":
             text = f"unknown setting.{_did_you_mean(model, path)}"
         elif problem["type"] == "missing":
-            flag = known[path].flag if path in known else None
+            flag = settings_by_path[path].flag if path in settings_by_path else None
             label, text = "", f"{path} is missing. "
             text += f"Use {flag}, or write it into the file" if flag else "Write it into the file"
-            text += f": {known[path].help}" if path in known else "."
+            text += f": {settings_by_path[path].help}" if path in settings_by_path else "."
         elif problem["type"] == "value_error":
             label, text = "", str(problem["ctx"]["error"])
         else:
             value: Any = problem["input"]
-            wanted = known[path].wanted if path in known else f"settings such as {_first_in(model, path)}"
+            wanted = (
+                settings_by_path[path].wanted
+                if path in settings_by_path
+                else f"settings such as {_first_in(model, path)}"
+            )
             if problem["type"] == "less_than_equal" and "of at most" not in wanted:
                 wanted = f"at most {problem['ctx']['le']}"
             text = f"found {describe_value(value)}, wanted {wanted}."
@@ -507,23 +512,23 @@ def _wanted(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 
 def _first_in(model: type[Section], section: str) -> str:
-    known = [each.path for each in settings(model)]
-    return next((path for path in known if path.startswith(f"{section}.")), known[0])
+    paths = [each.path for each in settings(model)]
+    return next((path for path in paths if path.startswith(f"{section}.")), paths[0])
 
 
 def _did_you_mean(model: type[Section], path: str) -> str:
     """The nearest known setting as a question, or where to look."""
-    known = [each.path for each in sorted(settings(model), key=lambda each: each.flag is None)]
+    paths = [each.path for each in sorted(settings(model), key=lambda each: each.flag is None)]
     section, _, last = path.rpartition(".")
-    same_name = [name for name in known if name.split(".")[-1] == last]
-    siblings = {name.split(".")[-1]: name for name in known if name.rpartition(".")[0] == section}
-    anywhere = {name.split(".")[-1]: name for name in reversed(known)}
+    same_name = [name for name in paths if name.split(".")[-1] == last]
+    siblings = {name.split(".")[-1]: name for name in paths if name.rpartition(".")[0] == section}
+    anywhere = {name.split(".")[-1]: name for name in reversed(paths)}
     elsewhere = {each.elsewhere: each.path for each in settings(model)}
     near = (
         " or ".join(same_name)
         or elsewhere.get(last)
         or siblings.get(nearest(last, siblings) or "")
         or anywhere.get(nearest(last, anywhere) or "")
-        or nearest(path, known, 0.75)
+        or nearest(path, paths, 0.75)
     )
     return f" Did you mean {near}?" if near else " `softprompt recipe` lists them all."

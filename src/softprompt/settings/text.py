@@ -26,7 +26,7 @@ _NUMBER = re.compile(
 
 # Far beyond any recipe; they keep a hostile file from taking all memory or time.
 MAX_CHARACTERS = 1_000_000
-MAX_VALUES = 10_000  # aliases opened: nine nested ones of nine items each would be a milliard
+MAX_VALUES = 10_000  # aliases opened: nine nested ones of nine items each would be 10**9
 MAX_DEPTH = 20
 MAX_DIGITS = 300  # Python itself refuses to read whole numbers of more than 4,300
 
@@ -56,7 +56,7 @@ def scalar(text: str) -> Scalar:
 
 
 def read_mapping(source: str, name: str) -> dict[str, Written]:
-    """Parse a whole recipe; an empty one is an empty mapping. Errors name `name` and the line."""
+    """Parses a whole recipe; an empty one is an empty mapping. Errors name `name` and the line."""
     if len(source) > MAX_CHARACTERS:
         raise RecipeError(
             f"{name}: found {len(source):,} characters, wanted a recipe of at most {MAX_CHARACTERS:,}. Is it the data?"
@@ -79,7 +79,7 @@ def read_mapping(source: str, name: str) -> dict[str, Written]:
 
 
 def read_value(text: str, where: str) -> Written:
-    """Parse the right-hand side of `--set key=value`, or a flag's value."""
+    """Parses the right-hand side of `--set key=value`, or a flag's value."""
     if len(text) > MAX_CHARACTERS:
         raise RecipeError(f"{where}: found {len(text):,} characters, wanted at most {MAX_CHARACTERS:,}.")
     try:
@@ -144,7 +144,7 @@ class _Budget:
         self.values = 0
 
     def spend(self, depth: int) -> None:
-        """Take note of one more value. RecipeError where there are too many, or too deep ones."""
+        """Takes note of one more value. RecipeError where there are too many, or too deep ones."""
         self.values += 1
         if depth > MAX_DEPTH:  # an alias within its own anchor
             raise _too_deep(self.name)
@@ -167,15 +167,15 @@ def _written(node: yaml.Node, name: str, budget: _Budget, *, lines: bool = True,
         )
     mapping: dict[str, Written] = {}
     for key_node, value_node in node.value:
-        place = f"{name}:{key_node.start_mark.line + 1}" if lines else name
+        key_where = f"{name}:{key_node.start_mark.line + 1}" if lines else name
         if not isinstance(key_node, yaml.ScalarNode):
-            raise RecipeError(f"{place}: found a list or mapping as a key, wanted the name of a setting.")
+            raise RecipeError(f"{key_where}: found a list or mapping as a key, wanted the name of a setting.")
         key = key_node.value
         if key in mapping:
             raise RecipeError(
-                f"{place}: {key} is given twice (first at {mapping[key].where}). Keep one of them."
+                f"{key_where}: {key} is given twice (first at {mapping[key].where}). Keep one of them."
             )
         value = _written(value_node, name, budget, lines=lines, depth=deeper)
         # An error should point at the key, also where a long text starts on the next line.
-        mapping[key] = Written(value.value, value.text, place)
+        mapping[key] = Written(value.value, value.text, key_where)
     return Written(mapping, "", where)

@@ -1,1 +1,1 @@
-"""Where prompts live: on disk in PEFT's format, in a library, on the hub."""
+"""Storage of prompts: on disk in PEFT's format, in a library, on the hub."""

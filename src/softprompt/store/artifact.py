@@ -55,7 +55,7 @@ Value = TypeVar("Value")
 
 
 def save_prompt(prompt: Prompt, folder: str | Path, *, overwrite: bool = True) -> Path:
-    """Write `prompt` into `folder`, beside whatever else is there.
+    """Writes `prompt` into `folder`, beside whatever else is there.
 
     A full disk or a kill, at any moment, leaves the former prompt or the new one. Only a prompt that softprompt wrote
     is replaced, and none with `overwrite` False. Raises SaveError."""
@@ -90,7 +90,7 @@ def save_prompt(prompt: Prompt, folder: str | Path, *, overwrite: bool = True) -
 
 
 def load_prompt(folder: str | Path, *, base: Fingerprint | None = None) -> Prompt:
-    """Read a prompt that softprompt or PEFT saved. Given the loaded `base`'s fingerprint, it must be the prompt's own.
+    """Reads a prompt that softprompt or PEFT saved. Given the loaded `base`'s fingerprint, it must be the prompt's own.
 
     Raises PromptError (no such prompt, or a kind that is not one), DamagedPrompt, or WrongBase."""
     folder = Path(folder).expanduser()
@@ -107,7 +107,7 @@ def prompt_bytes(folder: str | Path) -> int:
 
 
 def _undisturbed(folder: Path, read: Callable[[], Value]) -> Value:
-    """What `read` gives while no save changes the folder. What it refuses twice in an unchanged folder is refused."""
+    """The result of `read` while no save changes the folder. A refusal is raised if it occurs twice in an unchanged folder."""
     refused = 0
     for attempt in range(READ_ATTEMPTS):
         before = _stamp(folder)
@@ -129,7 +129,7 @@ def _undisturbed(folder: Path, read: Callable[[], Value]) -> Value:
 
 
 def _stamp(folder: Path) -> tuple[int, int, int] | None:
-    """What changes when another prompt is saved: which file softprompt.json is."""
+    """A value that changes when another prompt is saved: the identity of softprompt.json."""
     try:
         info = os.stat(folder / OURS)
     except OSError:
@@ -157,7 +157,7 @@ def _read(folder: Path) -> Prompt:
 
 
 def _place(folder: Path, name: str, ours: Ours) -> Path:
-    """Where a file of the prompt is: where it was drafted, if a kill kept it from its place."""
+    """The path of a file of the prompt: its draft, if a kill kept the draft from replacing it."""
     draft = draft_path(folder, name, str(ours.drafts))
     return draft if os.path.exists(draft) else folder / name
 

@@ -19,7 +19,7 @@ ABANDONED_SECONDS = 3600.0  # a draft folder this old belongs to a process that 
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write `path` so that a reader finds the old file or the new one, never half of it. Raises OSError."""
+    """Writes `path` so that a reader finds the old file or the new one, never half of it. Raises OSError."""
     draft = draft_path(path.parent, path.name, secrets.token_hex(8))
     try:
         _write(draft, content.encode() if isinstance(content, str) else content)
@@ -31,7 +31,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
 def write_together(
     folder: Path, files: Mapping[str, bytes], mark: str = "", *, without: Sequence[str] = ()
 ) -> None:
-    """Write all files in full before the first takes its place; then files named `without` are removed, if present.
+    """Writes all files in full before the first takes its place; then files named `without` are removed, if present.
 
     Raises SaveError, leaving nothing behind. Once the first has taken its place the others' drafts, named by `mark`,
     stay until they have taken theirs. Drafts of the same files that a killed write left are removed at the end."""
@@ -44,9 +44,9 @@ def write_together(
             _write(draft, content)
         whole = True
         with _interrupts_held():
-            for place, (draft, name) in enumerate(zip(drafts, files, strict=True)):
+            for index, (draft, name) in enumerate(zip(drafts, files, strict=True)):
                 os.replace(draft, folder / name)
-                if place == 0:  # from here on the new files count
+                if index == 0:  # from here on the new files count
                     for former in without:
                         (folder / former).unlink(missing_ok=True)
     except OSError as error:
@@ -69,7 +69,7 @@ def write_together(
 
 
 def sweep_drafts(folder: Path, names: Iterable[str] = ("*",), *, keep: str = "") -> None:
-    """Remove the drafts of `names` (glob patterns) that killed writes left, all but those of the mark `keep`.
+    """Removes the drafts of `names` (glob patterns) that killed writes left, all but those of the mark `keep`.
 
     Only for the one writer of these files: a draft that is just being written looks the same."""
     for name in names:
@@ -107,7 +107,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def draft_path(folder: Path, name: str, mark: str) -> Path:
-    """Where a file is drafted before it takes its place."""
+    """The path of a file's draft."""
     return folder / f".{name}.{mark}.draft"
 
 
@@ -120,7 +120,7 @@ def _write(draft: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Delay Ctrl-C until after the block: between two renames it would leave new files beside old ones."""
+    """Delays Ctrl-C until after the block: between two renames it would leave new files beside old ones."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is ever interrupted
         return

@@ -14,7 +14,7 @@ from softprompt.store.peft_format import text_for_peft, why_not_peft
 
 
 def card(prompt: Prompt) -> str:
-    """What this is, what it belongs to, what was measured and how to use it. No absolute path is in it."""
+    """A model card: what the prompt is, its base, its measurements and its use. It contains no absolute path."""
     # Imported here: only saving needs the hub's library.
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 

@@ -38,7 +38,7 @@ RESERVED = frozenset({"base"})
 
 
 def digest_of(prompt: Prompt) -> str:
-    """What tells a prompt from any other: its numbers, template, target and base."""
+    """A prompt's digest, over its numbers, template, target and base."""
     about = [prompt.kind, prompt.template, prompt.target, prompt.base.sha256]
     about += ["special_tokens"] if prompt.special_tokens else []
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
@@ -121,17 +121,17 @@ class Library:
     def find(self, name: str) -> Entry:
         """The current version of `name`, or the one that `name@3` means. Raises PromptError, naming what is near."""
         bare, _, version = name.partition("@")
-        known = self.entries()
-        for entry in known:
+        entries = self.entries()
+        for entry in entries:
             if entry.name == bare and (entry.is_current if not version else str(entry.version) == version):
                 return entry
-        names = ", ".join(sorted({entry.name for entry in known})) or "nothing"
+        names = ", ".join(sorted({entry.name for entry in entries})) or "nothing"
         raise PromptError(
             f"{self.path}: has no prompt {name}; it has {names}. `softprompt list {self.path}` shows all."
         )
 
     def publish(self, folder: str | Path, name: str, *, current: bool = True) -> Entry:
-        """Copy the prompt in `folder` into the library as `name` (the next version) or `name@3`.
+        """Copies the prompt in `folder` into the library as `name` (the next version) or `name@3`.
 
         The bare name then means it, unless `current` is false. The same prompt under a version that exists changes
         nothing; another one is refused, since versions never change."""
@@ -143,15 +143,15 @@ class Library:
         ):
             raise PromptError(
                 f"{name}: wanted a name of letters, digits, '.', '_' and '-' (not `base`), with @ and a whole number for a "
-                "version of its own, such as support or support@3."
+                "version, such as support or support@3."
             )
         prompt = load_prompt(folder)
         digest = digest_of(prompt)
         with self._locked():
             index = self._read()
-            known = index.names.get(bare)
-            version = int(asked) if asked else max(known.versions if known else [0]) + 1
-            former = known.versions.get(version) if known else None
+            existing = index.names.get(bare)
+            version = int(asked) if asked else max(existing.versions if existing else [0]) + 1
+            former = existing.versions.get(version) if existing else None
             if former is not None and former.digest != digest:
                 raise PromptError(
                     f"{bare}@{version}: is published already, with other content. Versions never change: publish as {bare}."
@@ -166,14 +166,14 @@ class Library:
                 bytes=sum(tensor.numel() * tensor.element_size() for tensor in prompt.plain),
                 published=former.published if former else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             )
-            versions = {**(known.versions if known else {}), version: entry}
-            now = version if current or known is None else known.current
+            versions = {**(existing.versions if existing else {}), version: entry}
+            now = version if current or existing is None else existing.current
             index.names[bare] = _Name(current=now, versions=versions)
             self._write(index)
         return self.find(f"{bare}@{version}")
 
     def switch(self, name: str) -> Entry:
-        """Let the bare name mean the version of `name@2`: an update, or back to a former one."""
+        """Lets the bare name mean the version of `name@2`: an update, or back to a former one."""
         entry = self.find(name)
         with self._locked():
             index = self._read()
@@ -182,24 +182,24 @@ class Library:
         return self.find(entry.full_name)
 
     def _copy(self, prompt: Prompt, name: str, version: int) -> None:
-        place = self.path / name / str(version)
+        folder = self.path / name / str(version)
         draft = self.path / name / f".{version}.{os.getpid()}.draft"
         try:
             shutil.rmtree(draft, ignore_errors=True)
             save_prompt(prompt, draft)
-            os.replace(draft, place)
+            os.replace(draft, folder)
         except OSError as error:
             raise SaveError(
-                f"{place}: cannot be written ({error.strerror or error}). Nothing was published."
+                f"{folder}: cannot be written ({error.strerror or error}). Nothing was published."
             ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
     def _entries(self, index: _Index) -> Iterator[Entry]:
-        for name, known in sorted(index.names.items()):
-            for version, entry in sorted(known.versions.items()):
+        for name, named in sorted(index.names.items()):
+            for version, entry in sorted(named.versions.items()):
                 path = self.path / name / str(version)
-                yield Entry(name, version, path, **entry.model_dump(), is_current=version == known.current)
+                yield Entry(name, version, path, **entry.model_dump(), is_current=version == named.current)
 
     def _read(self) -> _Index:
         try:

@@ -32,7 +32,7 @@ class FolderLock:
         self._descriptor: int | None = None
 
     def take(self, wait_seconds: float = 0.0) -> None:
-        """Become the owner, after at most `wait_seconds`. Raises SaveError that names the present one."""
+        """Becomes the owner, after at most `wait_seconds`. Raises SaveError that names the present one."""
         until = time.monotonic() + wait_seconds
         while not self._try():
             if time.monotonic() >= until:
@@ -43,7 +43,7 @@ class FolderLock:
             time.sleep(POLL_SECONDS)
 
     def release(self) -> None:
-        """Give the lock back; nothing happens without it."""
+        """Gives the lock back; nothing happens without it."""
         if self._descriptor is None:
             return
         with contextlib.suppress(OSError):  # the folder may be gone
@@ -88,7 +88,7 @@ class FolderLock:
 
 @contextlib.contextmanager
 def locked(folder: Path, doing: str, *, name: str = RUN, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Hold the lock of a folder that exists. Raises SaveError."""
+    """Holds the lock of a folder that exists. Raises SaveError."""
     lock = FolderLock(folder, doing, name)
     lock.take(wait_seconds)
     try:

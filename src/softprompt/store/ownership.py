@@ -1,4 +1,4 @@
-"""Who wrote a file: nothing is replaced or removed before it is clear that softprompt wrote it.
+"""Ownership of files: nothing is replaced or removed before it is clear that softprompt wrote it.
 
 A folder that softprompt writes into holds a marker, `.softprompt.json`: for every kind of thing in the folder its run
 id and the names of its files. A prompt needs no marker, since its softprompt.json says the same. Folders that version
@@ -33,7 +33,7 @@ WEIGHTS = (
 def check_replaceable(
     folder: str | Path, names: Iterable[str], *, kind: str = "prompt", overwrite: bool = True
 ) -> Path:
-    """Raise SaveError unless every one of `names` that exists in `folder` was written by softprompt.
+    """Raises SaveError unless every one of `names` that exists in `folder` was written by softprompt.
 
     With `overwrite` False our own files are refused too. A folder that holds a model takes nothing but another merged
     model. Gives the folder, with ~ expanded."""
@@ -65,7 +65,7 @@ def check_replaceable(
 
 
 def check_file(path: str | Path, is_ours: Callable[[Path], bool], *, overwrite: bool = True) -> Path:
-    """Raise SaveError if `path` exists and is not a plain file for which `is_ours` holds. Gives the path."""
+    """Raises SaveError if `path` exists and is not a plain file for which `is_ours` holds. Gives the path."""
     path = folder_named(path)
     if _lies(path):
         if not _is_plain_file(path) or not is_ours(path):
@@ -89,7 +89,7 @@ def claim(
     run: str = "",
     overwrite: bool = True,
 ) -> str:
-    """Check that `names` (and those that are written `later`) may be replaced, and mark `folder` as holding a `kind`
+    """Checks that `names` (and those that are written `later`) may be replaced, and marks `folder` as holding a `kind`
     of ours made of `names`. Gives the run id: `run`, or a new one. Raises SaveError."""
     names = list(names)
     folder = check_replaceable(folder, [*names, *later], kind=kind, overwrite=overwrite)
@@ -130,7 +130,7 @@ def writing(
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it. Raises SaveError."""
+    """Makes a folder and those above it. Raises SaveError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -140,12 +140,12 @@ def make_folder(folder: Path) -> None:
 
 
 def run_of(folder: Path, kind: str) -> str:
-    """The run id of what the marker names as a `kind`; empty where there is none."""
+    """The run id of what the marker names as a `kind`; empty if there is none."""
     return str(_marked(folder).get(kind, {}).get("run", ""))
 
 
 def remove_ours(folder: Path, kind: str, sign: str = "") -> None:
-    """Remove a folder and all that is in it. Raises SaveError unless it is marked as a `kind` of ours, or (0.1) holds
+    """Removes a folder and all that is in it. Raises SaveError unless it is marked as a `kind` of ours, or (0.1) holds
     a JSON object named `sign`."""
     marked = kind in _marked(folder) or (sign and _json(folder / sign) is not None)
     if folder.is_symlink() or (any(folder.iterdir()) and not marked):
@@ -199,7 +199,7 @@ def is_merged(folder: Path) -> bool:
 
 
 def _marked(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the marker says: kind -> its run id and files. Anything else in a marker counts as no marker."""
+    """The marker's content: kind -> its run id and files. Anything else in a marker counts as no marker."""
     holds = (_json(folder / MARKER) or {}).get("holds")
     return {
         kind: held
@@ -241,7 +241,7 @@ def _is_plain_file(path: Path) -> bool:
 
 
 def _what(path: Path) -> str:
-    """What a path is, for a message."""
+    """The kind of a path, for a message."""
     if path.is_symlink():
         return "a link"
     if path.is_dir():

@@ -20,13 +20,13 @@ DEEP = {"PREFIX_TUNING", "CARTRIDGE"}
 
 
 def why_not_peft(prompt: Prompt) -> str | None:
-    """Why PEFT would read this prompt wrongly; None where it reads it rightly."""
+    """The reason why PEFT would read this prompt wrongly; None where it reads it correctly."""
     try:
         template = Template.parse(prompt.template or "{text}", target=prompt.target, length=prompt.length)
     except RecipeError:
         return "its template cannot be read"
     pieces = list(template.pieces)
-    slots = [place for place, piece in enumerate(pieces) if isinstance(piece, Soft)]
+    slots = [index for index, piece in enumerate(pieces) if isinstance(piece, Soft)]
     # A deep prompt's keys and values come before all text, wherever its slot is.
     if isinstance(prompt, SoftPrompt) and slots != [0]:
         return "PEFT puts a prompt before everything else"
@@ -35,19 +35,19 @@ def why_not_peft(prompt: Prompt) -> str | None:
         return None if len(pieces) == 1 else "PEFT knows no text around a chat"
     if prompt.target is None:
         return None
-    place = pieces.index(Field(prompt.target))
-    if place + 1 < len(pieces):
+    target_at = pieces.index(Field(prompt.target))
+    if target_at + 1 < len(pieces):
         return "PEFT knows no text after the answer and would generate past it"
-    before = pieces[place - 1] if place else None
+    before = pieces[target_at - 1] if target_at else None
     if isinstance(before, Text) and before.text[-1:].isspace():
         # Here white space before the target is read as part of the answer's first token. PEFT's user gives it with the
-        # text, where it becomes a token of its own that the prompt never saw.
-        return "white space before the answer would reach PEFT as a token of its own"
+        # text, where it becomes a separate token that the prompt never saw.
+        return "white space before the answer would reach PEFT as a separate token"
     return None
 
 
 def text_for_peft(prompt: Prompt) -> str:
-    """What PEFT's user gives as the text, as a template: all that follows the slot, up to the answer."""
+    """The text that PEFT's user writes, as a template: all that follows the slot, up to the answer."""
     template = Template.parse(prompt.template or "{text}", target=prompt.target, length=prompt.length)
     kept = [
         piece
@@ -94,7 +94,7 @@ def peft_config(prompt: Prompt) -> dict[str, Any]:
 
 
 def check_readable(config: PeftConfig, folder: Path) -> None:
-    """Raise PromptError for an adapter that is no prompt for a causal model, or that holds more than a prompt."""
+    """Raises PromptError for an adapter that is no prompt for a causal model, or that holds more than a prompt."""
     kind = config.peft_type
     if kind == "MULTITASK_PROMPT_TUNING":
         raise PromptError(

@@ -1,4 +1,4 @@
-"""What may stand in a prompt's JSON files. They may come from a stranger, so every value has a type and a limit.
+"""The schema of a prompt's JSON files. They may come from a stranger, so every value has a type and a limit.
 
 Whatever does not fit is one DamagedPrompt that names the file, the key and what was wanted.
 """
@@ -95,8 +95,8 @@ def read(path: Path, model: type[Model]) -> Model:
 
 def fingerprint(record: dict[str, Any], path: Path) -> Fingerprint:
     """The base's fingerprint in softprompt.json; keys that are not known are left out. Raises DamagedPrompt."""
-    known = {key: value for key, value in record.items() if key in Fingerprint.__dataclass_fields__}
-    for key, value in known.items():
+    fields = {key: value for key, value in record.items() if key in Fingerprint.__dataclass_fields__}
+    for key, value in fields.items():
         if isinstance(value, bool) or (isinstance(value, int) and not 0 <= value <= 1 << 40):
             raise DamagedPrompt(
                 f"{path}: base.{key}: found {_short(value)}, wanted a size. Restore the file or tune again."
@@ -107,18 +107,18 @@ def fingerprint(record: dict[str, Any], path: Path) -> Fingerprint:
                 f"{path}: base.{key}: found {len(value):,} characters, wanted at most {limit:,}. Restore the file or tune again."
             )
     try:
-        found = _FINGERPRINT.validate_python(known)
+        fingerprint = _FINGERPRINT.validate_python(fields)
     except ValidationError as error:
         _refuse(path, error, "base.")
-    if found.config:  # JSON inside JSON
+    if fingerprint.config:  # JSON inside JSON
         try:
-            if not isinstance(_parsed(found.config), dict):
+            if not isinstance(_parsed(fingerprint.config), dict):
                 raise ValueError("it is no object")
         except (ValueError, RecursionError) as error:
             raise DamagedPrompt(
                 f"{path}: base.config: cannot be read as JSON ({_reason(error)}). Restore the file or tune again."
             ) from error
-    return found
+    return fingerprint
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _integer(digits: str) -> int:
 
 
 def _check_inside(value: Any) -> None:
-    """Refuse deep nesting, and text that is no Unicode (lone surrogates), which cannot be printed or saved again."""
+    """Refuses deep nesting, and text that is no Unicode (lone surrogates), which cannot be printed or saved again."""
     left = [(value, 0)]
     while left:
         item, depth = left.pop()

@@ -1,1 +1,1 @@
-"""How a prompt learns: the recipe, the loop, the optimisers, checkpoints."""
+"""Learning a prompt: the recipe, the loop, the optimisers, checkpoints."""

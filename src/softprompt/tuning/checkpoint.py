@@ -1,4 +1,4 @@
-"""Everything that a killed run needs to go on, on disk: written whole or not at all, the two newest kept.
+"""Everything that a killed run needs to continue, on disk: written whole or not at all, the two newest kept.
 
 A file is one line (what it is, and the digest of the rest) and then what torch.save makes of tensors and plain values.
 Reading it runs no code.
@@ -45,7 +45,7 @@ class Checkpoints:
         return time.monotonic() - self.last_time >= self.every_seconds
 
     def keep(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write `state`, then remove all but the two newest."""
+        """Writes `state`, then removes all but the two newest."""
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         content = buffer.getvalue()
@@ -57,14 +57,14 @@ class Checkpoints:
                 sweep_drafts(self.folder)
             write_together(self.folder, {f"{step:09}{ENDING}": head + content})
         except (SaveError, OSError) as error:
-            self.tell(f"No checkpoint of step {step}: {error} The run goes on, and tries again later.")
+            self.tell(f"No checkpoint of step {step}: {error} The run continues, and tries again later.")
             return
         self.own = True
         for old in self._newest_first()[KEPT:]:
             old.unlink(missing_ok=True)
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest whole checkpoint; damaged ones are reported and skipped. None where there is none."""
+        """The newest whole checkpoint; damaged ones are reported and skipped. None if there is none."""
         paths = self._newest_first()
         for number, path in enumerate(paths, 1):
             try:
@@ -80,7 +80,7 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Remove all of them."""
+        """Removes all of them."""
         for path in self._newest_first():
             path.unlink(missing_ok=True)
 
@@ -99,7 +99,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def identity(recipe: Recipe, base: Fingerprint, rows_sha256: str) -> dict[str, str]:
-    """What must be the same for a run to go on as the same run: every setting that counts, the base, the rows."""
+    """Everything that must be equal for a run to continue: every setting that counts, the base, the rows."""
     flat = {f"{BASE}{part}": value for part, value in base.parts.items()} | {"the data": rows_sha256}
     for section, value in recipe.model_dump().items():
         settings = value if isinstance(value, dict) else {"": value}
@@ -111,7 +111,7 @@ def identity(recipe: Recipe, base: Fingerprint, rows_sha256: str) -> dict[str, s
 
 
 def demand_same(then: Mapping[str, str], now: Mapping[str, str], out: str) -> None:
-    """Raise RecipeError, naming every difference, unless a checkpoint's run is the one that is asked for."""
+    """Raises RecipeError, naming every difference, unless a checkpoint's run is the one that is asked for."""
     differing = [
         f"{name} was {then.get(name, 'not known')}, is {now.get(name, 'not known')}"
         for name in sorted({*then, *now})
@@ -121,6 +121,6 @@ def demand_same(then: Mapping[str, str], now: Mapping[str, str], out: str) -> No
     ]
     if differing:
         raise RecipeError(
-            f"{out}: its checkpoint is of another run: {'; '.join(differing)}. Set these back to go on, or leave out "
+            f"{out}: its checkpoint is of another run: {'; '.join(differing)}. Set these back to continue, or leave out "
             "--resume to start from the beginning."
         )

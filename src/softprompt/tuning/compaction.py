@@ -33,7 +33,7 @@ ROWS_AT_ONCE = 8
 class Compacted:
     """The short prefix, keys and values [L, P, H, K], and which positions of the context its keys come from, [L, H, P].
 
-    `turned` tells whether the keys were turned to the short prefix's distances (rotary bases)."""
+    `turned` says whether the keys were turned to the short prefix's distances (rotary bases)."""
 
     plain: Plain
     places_LHP: Tensor
@@ -44,10 +44,10 @@ class Compacted:
 def compact(
     lm: FrozenLM, context: State, rows: Sequence[Sequence[int]], length: int, *, ridge: float = RIDGE
 ) -> Compacted:
-    """Cut `context` down to `length` positions, for texts like `rows` (token ids that follow the context).
+    """Cuts `context` down to `length` positions, for texts like `rows` (token ids that follow the context).
 
     The context's first position is always kept: much attention rests on it (Xiao et al. 2023, attention sinks). Raises
-    PromptError where the context has no more positions than that, or where there is no row."""
+    PromptError where the context has no more positions than that, or if there is no row."""
     if not 1 < length < context.length:
         raise PromptError(
             f"The context has {context.length} positions; it can be cut down to 2 to {context.length - 1}, found {length}. "
@@ -55,7 +55,7 @@ def compact(
         )
     if not rows:
         raise PromptError(
-            "There is no text that follows the context, so nothing tells which keys matter. Give some."
+            "There is no text that follows the context, so it is unknown which keys matter. Give some."
         )
     readings = [reading for row in _groups(rows) for reading in _read(lm, context, row)]
     rotary = rotary_of(lm)
@@ -89,7 +89,7 @@ def moved(lm: FrozenLM, plain: Plain, positions: int) -> Plain:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What one layer saw of one text behind the context: its queries [H, G, S, K] in groups of heads that share a
+    """One layer's view of one text behind the context: its queries [H, G, S, K] in groups of heads that share a
     key/value head, and the text's own keys and values [H, S, K]."""
 
     query_HGSK: Tensor
@@ -164,7 +164,7 @@ def _groups(rows: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
 
 
 def _read(lm: FrozenLM, context: State, rows: Sequence[Sequence[int]]) -> list[list[_Reading]]:
-    """Read texts behind the context; for each of them what every layer saw."""
+    """Reads texts behind the context; for each of them what every layer saw."""
     longest = max(map(len, rows))
     ids_BS = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=lm.device)
     cache, columns = batch_cache([context] * len(rows))

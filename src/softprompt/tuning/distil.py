@@ -138,7 +138,7 @@ def distil(
     progress: bool | None = None,
     resume: bool = False,
 ) -> DistilResult:
-    """Distil the long text that `settings` names into a short prompt, saved in `settings.out`.
+    """Distils the long text that `settings` names into a short prompt, saved in `settings.out`.
 
     Killed at any moment, it continues with `resume` from its last checkpoint to the same result. Progress is shown in
     terminals and notebooks, unless `progress` is False. Raises the errors of
@@ -268,7 +268,7 @@ def _questions(
         )
         if not splits.validation:
             raise DataError(
-                f"{splits.source}: too few rows to hold some out, so nothing tells how good the prompt is. Give more "
+                f"{splits.source}: too few rows to hold some out, so the prompt cannot be measured. Give more "
                 "questions, or --validation."
             )
         for text in splits.notes:
@@ -306,7 +306,7 @@ def _written_questions(
 
 
 def _as_chats(splits: Splits) -> Splits:
-    """Questions as a user's turn; of chats, what stands before the last answer of the assistant."""
+    """Questions as a user's turn; of chats, everything before the last answer of the assistant."""
 
     def chat(example: Example) -> Example:
         if example.messages is None:
@@ -364,7 +364,7 @@ def _ids(lm: FrozenLM, text: str) -> list[int]:
 
 
 def _in_front(text: str, layout: Template) -> str:
-    """The context as it stands in front of a question: a turn of its own in a chat, else parted by a blank line."""
+    """The context in front of a question: its own turn in a chat, else separated by a blank line."""
     return text if layout.chat or text.endswith("\n") or not text.strip() else f"{text}\n\n"
 
 
@@ -492,7 +492,7 @@ def _context_start(settings: DistilSettings, teacher: Teachers, lessons: Sequenc
     """Keys and values that a deep prompt starts from, out of the context's own."""
     starts, offset = [], 0
     for place, part in enumerate(teacher.parts):
-        # Every part gets its share of the positions; its keys are turned to where they stand among the others.
+        # Every part gets its share of the positions; its keys are turned to their positions among the others.
         length = settings.distil.length * (place + 1) // len(teacher.parts) - offset
         own = [lesson for lesson in lessons if teacher.of(lesson.question) is part]
         starts.append(moved(teacher.lm, _part_start(settings, part, own, length), offset))
@@ -501,7 +501,7 @@ def _context_start(settings: DistilSettings, teacher: Teachers, lessons: Sequenc
 
 
 def _part_start(settings: DistilSettings, part: Teacher, lessons: Sequence[Lesson], length: int) -> Plain:
-    """Keys and values of `length` positions out of one part's own, as if they stood at the very front."""
+    """Keys and values of `length` positions out of one part's own, as if they were at the front."""
     state = part.compiled.state
     if settings.distil.init == "first":
         first = state.first(length)
@@ -555,7 +555,7 @@ def _first_line(text: str) -> str:
 
 
 def _milliseconds_saved(teacher: Teachers, prompt: Prompt) -> float:
-    """How much sooner a request that reads everything from the start can begin to answer: the median of three."""
+    """The time by which a request that reads everything from the start can begin to answer earlier: the median of three."""
     times: list[list[float]] = [[], []]
     for _ in range(3):
         for place, length in enumerate((teacher.context_positions, prompt.length)):

@@ -14,7 +14,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class Questions(Section):
-    """What the teacher is asked."""
+    """The questions that the teacher is asked."""
 
     source: str | None = setting(
         None,
@@ -27,7 +27,7 @@ class Questions(Section):
     messages: str | None = setting(None, "The column of chat messages; the last user turn is the question.")
     target: str | None = setting(
         None,
-        "The column of right answers, where there are any: measured at the end, learned with `gold`, shown with `shots`.",
+        "The column of right answers, if there are any: measured at the end, learned with `gold`, shown with `shots`.",
         flag="--target",
     )
     template: str | None = setting(
@@ -60,7 +60,7 @@ class Context(Section):
 
 
 class Learning(Section):
-    """How the short prompt learns from the long text."""
+    """The settings by which the short prompt learns from the long text."""
 
     length: Annotated[int, Field(ge=2)] = setting(
         32, "Positions of the short prompt.", flag="--virtual-tokens", elsewhere="num_virtual_tokens"

@@ -35,7 +35,7 @@ class Found:
 
 
 def find_rate(plan: Plan, gradients: Gradients, middle: float) -> Found:
-    """Run five rates around `middle` through a whole schedule of a tenth of the steps (5 to 50), on the same rows in the same passes."""
+    """Runs five rates around `middle` through a whole schedule of a tenth of the steps (5 to 50), on the same rows in the same passes."""
     began = time.perf_counter()
     tune = plan.recipe.tune
     steps = min(plan.steps, max(FEWEST, min(MOST, round(SHARE * plan.steps))))

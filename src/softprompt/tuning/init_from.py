@@ -14,7 +14,7 @@ LENGTH = 20  # Lester et al. 2021: little is gained beyond 20 vectors
 
 
 def natural_length(recipe: Recipe, lm: FrozenLM | Outline) -> int:
-    """As many vectors as what the prompt starts from has."""
+    """The number of vectors of the prompt's starting point."""
     prompt = recipe.prompt
     if prompt.init_from and prompt.init in ("auto", "prompt", "mean", "concatenation"):
         lengths = [start.length for start in read_prompts(recipe, lm)]

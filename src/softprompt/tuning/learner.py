@@ -72,7 +72,7 @@ class Learner:
         return finite
 
     def promised_fall(self) -> float:
-        """By how much the loss falls, to first order, for a unit of learning rate: minus the sum of gradient times
+        """The fall of the loss, to first order, for a unit of learning rate: minus the sum of gradient times
         the optimiser's step at rate 1. Takes that step, so call it on a learner that is thrown away."""
         # Values before, since the step is taken in place; and a share per parameter, as `step` takes it.
         before = [parameter.detach().clone() for parameter in self.parameters]
@@ -88,7 +88,7 @@ class Learner:
     def note_validation(
         self, nll: float, prompt: Plain, *, score: float = math.nan, always: bool = False
     ) -> bool:
-        """Compare the held-out loss of `prompt` with the best so far; True if it is better, or with `always`.
+        """Compares the held-out loss of `prompt` with the best so far; True if it is better, or with `always`.
 
         A higher `score` is better whatever the loss; among equal scores, and without any, the lower loss is."""
         if math.isnan(self.nll_start):
@@ -122,7 +122,7 @@ class Learner:
         return sum(self.recent) / len(self.recent) > TRAINING_MARGIN * start + TRAINING_MARGIN_NATS
 
     def go_back(self) -> None:
-        """Return to the best step's form, with a fresh optimiser and a third of the rate. The schedule goes on."""
+        """Returns to the best step's form, with a fresh optimiser and a third of the rate. The schedule continues."""
         self.learning_rate /= LOWERED_BY
         self.times_lowered += 1
         self.recent = []
@@ -145,7 +145,7 @@ class Learner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a former `state()`."""
+        """Continues from a former `state()`."""
         self.form.load_state_dict(state["form"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.best, self.best_form = state["best"], state["best_form"]

@@ -29,11 +29,11 @@ def tune(
     progress: bool | None = None,
     resume: bool = False,
 ) -> TuneResult:
-    """Learn a prompt as `recipe` says and save the best validated one in `recipe.out`.
+    """Learns a prompt as `recipe` says and saves the best validated one in `recipe.out`.
 
-    `lm` and `splits` stand in for what the recipe would load, `loss` for FastLoss over the base, `plan` for all that
+    `lm` and `splits` replace what the recipe would load, `loss` for FastLoss over the base, `plan` for all that
     the recipe settles, `form` for the start that it names. Held-out loss is measured before the first step too, so the result is never worse there than its start. On Ctrl-C, a loss that is
-    not finite or any other failure, the best prompt so far is saved before the exception goes on. With `resume`, a
+    not finite or any other failure, the best prompt so far is saved before the exception is raised. With `resume`, a
     run that was killed continues from its last checkpoint, with the same result as if it had not been killed. Raises
     the errors of softprompt.errors. Progress is shown in terminals and notebooks, unless `progress` is False.
     """

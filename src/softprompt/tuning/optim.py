@@ -141,12 +141,12 @@ OPTIMIZERS: dict[str, Callable[[Parameters, float, float], Optimiser]] = {
 
 
 def linear(done: float) -> float:
-    """Down to nothing at a steady pace; `done` is the share of the steps after the warm-up, 0 to 1."""
+    """Linear decay to zero; `done` is the share of the steps after the warm-up, 0 to 1."""
     return 1.0 - done
 
 
 def cosine(done: float) -> float:
-    """Down to nothing along half a cosine."""
+    """Decay to zero along half a cosine."""
     return 0.5 * (1.0 + math.cos(math.pi * done))
 
 

@@ -28,7 +28,7 @@ class Plan:
     run lowers by what its first gradient says (`measured_rate`).
 
     `held_out` are the rows that choose the best step, each scored on the same tokens with a prompt and, as
-    `held_out_base`, without one. They are validation rows, or the training rows where there are none."""
+    `held_out_base`, without one. They are validation rows, or the training rows if there are none."""
 
     recipe: Recipe
     lm: FrozenLM

@@ -1,4 +1,4 @@
-"""What a recipe would learn, token by token, without loading one weight of the base."""
+"""A preview of what a recipe would learn, token by token, without loading any weights of the base."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from softprompt.tuning.task import task_of
 
 
 def preview(recipe: Recipe, *, splits: Splits | None = None, show: int = 3) -> Preview:
-    """Encode the training rows as `tune(recipe)` would and count what comes of them; the first `show` token by token.
+    """Encodes the training rows as `tune(recipe)` would and counts what comes of them; the first `show` token by token.
 
-    `splits` stand in for the recipe's data. Raises DataError where no row could be encoded, BaseError for a base that
+    `splits` replace the recipe's data. Raises DataError where no row could be encoded, BaseError for a base that
     is not one."""
     base = Outline.load(
         recipe.base, revision=recipe.base_revision, trust_remote_code=recipe.trust_remote_code

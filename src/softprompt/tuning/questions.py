@@ -85,7 +85,7 @@ def parts_of(document: str, characters: int = PART_CHARACTERS) -> list[str]:
 
 
 def first_question(text: str) -> str:
-    """The first line with words, without numbering and quotes; empty where there is none."""
+    """The first line with words, without numbering and quotes; empty if there is none."""
     for line in text.splitlines():
         question = re.sub(r"^[\s\-*\d.)\"'“]+|[\s\"'”]+$", "", line)
         if len(re.findall(r"\w+", question)) >= 3:

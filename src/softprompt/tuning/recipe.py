@@ -24,7 +24,7 @@ Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Data(Section):
-    """What is learned from."""
+    """The data to learn from."""
 
     source: str = setting(
         ...,
@@ -38,7 +38,7 @@ class Data(Section):
     column: str | None = setting(
         None, "The text column: the loss counts all of its tokens. `{text}` in the template.", flag="--column"
     )
-    fields: dict[str, str] = setting({}, "Names in the template, and the column that each stands for.")
+    fields: dict[str, str] = setting({}, "Names in the template, and the column that each takes.")
     messages: str | None = setting(
         None, "The column of chat messages: the base's chat template, and the loss on the assistant's turns."
     )
@@ -56,7 +56,7 @@ class Data(Section):
         None,
         "How a row becomes text, such as `{soft:20} {text}` or `Tweet: {text} Complaint? {label}`. `chat`: the base's "
         "chat template, other columns as its user and the target as its assistant; so by default with a target on a base "
-        "that has one. Else a line for each column. Without a target, the soft prompt stands right before the text.",
+        "that has one. Else a line for each column. Without a target, the soft prompt comes right before the text.",
         flag="--template",
     )
     limit: Count | None = setting(None, "Learn from the first N rows alone.", flag="--limit")
@@ -105,7 +105,7 @@ class Data(Section):
 
 
 class PromptSettings(Section):
-    """What is learned."""
+    """The prompt to learn."""
 
     kind: Literal["soft", "deep"] = setting(
         "soft",
@@ -149,7 +149,7 @@ class PromptSettings(Section):
 
 
 class TuneSettings(Section):
-    """How it is learned."""
+    """The way of learning."""
 
     learning_rate: Positive | Literal["auto", "find"] = setting(
         "auto",
@@ -179,7 +179,7 @@ class TuneSettings(Section):
     weight_decay: NotNegative = setting(0.0, "Pull towards zero; a prompt rarely gains by it.")
     context_cache_gigabytes: Annotated[float, Field(ge=0, le=1e9)] = setting(
         1.0,
-        "Memory for text that stands before the first soft token: it is read once and its keys and values are used "
+        "Memory for text before the first soft token: it is read once and its keys and values are used "
         "again in every epoch. 0 for none.",
     )
     int8_products: bool = setting(

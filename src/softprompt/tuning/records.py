@@ -1,4 +1,4 @@
-"""What a run leaves beside its prompt: the recipe as settled, and every figure it measured."""
+"""Records that a run leaves beside its prompt: the settled recipe, and every figure it measured."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RunFolder:
         self._lock = FolderLock(folder, "a run")
 
     def begin(self, kept_bytes: int = 0) -> None:
-        """Write the recipe, and cut the records to the first `kept_bytes`, those that the checkpoint knows of, so that
+        """Writes the recipe, and cuts the records to the first `kept_bytes`, those that the checkpoint knows of, so that
         no step is recorded twice. From here to `close` the folder is this run's alone. Raises SaveError where another
         run is writing there, or where it holds what softprompt did not write."""
         folder, waiting = self.path.parent, self._waiting.getvalue()
@@ -69,7 +69,7 @@ class RunFolder:
         self.recorded_bytes = kept_bytes + len(waiting)
 
     def __call__(self, event: Event) -> str | None:
-        """Record an event. Where that fails the run goes on; the first time, returns why."""
+        """Records an event. If that fails the run continues; the first time, returns why."""
         figures = plain(event)
         if isinstance(event, Started):
             figures["schema"] = SCHEMA
@@ -79,19 +79,19 @@ class RunFolder:
             self._file.flush()
         except OSError as error:
             first, self._whole = self._whole, False
-            return f"{self.path}: cannot be written ({error.strerror}); the run goes on." if first else None
+            return f"{self.path}: cannot be written ({error.strerror}); the run continues." if first else None
         self.recorded_bytes += len(line.encode())
         return None
 
     def close(self) -> None:
-        """Close the file; what was recorded stays."""
+        """Closes the file; what was recorded stays."""
         with contextlib.suppress(OSError):  # a full disk was reported before
             self._file.close()
         self._lock.release()
 
 
 def versions() -> dict[str, str]:
-    """What the run was made with: packages, Python, and the git revision of the working folder if it has one."""
+    """The versions that a run was made with: packages, Python, and the git revision of the working folder if it has one."""
     versions = {"python": platform.python_version()}
     for package in ("softprompt", "torch", "transformers"):
         try:

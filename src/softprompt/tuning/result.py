@@ -1,4 +1,4 @@
-"""What a run gives back: the prompt that it keeps, and its figures by name."""
+"""The result of a run: the prompt that it keeps, and its figures by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from softprompt.tuning.records import SCHEMA
 class TuneResult:
     """The best prompt of a run, and what was measured. A figure that is not known is nan, never 0.
 
-    Losses are in nats per trained token, on validation rows or, where there are none, on the training rows
+    Losses are in nats per trained token, on validation rows or, if there are none, on the training rows
     (`judged_on`): of the base alone, of the start, and of the prompt that is kept. `seconds` are those of the whole
     run, `tokens` all text tokens that were read in learning, `prompt_bytes` what the vectors take on disk. `stopped`
     is finished, patience, dropped, interrupted or failed."""
@@ -50,7 +50,7 @@ class TuneResult:
 
     @property
     def loss_name(self) -> str:
-        """Which rows the losses are of, for a heading."""
+        """The name of the rows that the losses are measured on, for a heading."""
         return "held-out loss" if self.judged_on == "validation" else "training loss"
 
     @property

@@ -1,4 +1,4 @@
-"""One run as it goes on: the rows of each step, when to validate and to write a checkpoint, and what is kept."""
+"""A run in progress: the rows of each step, when to validate and to write a checkpoint, and what is kept."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Run:
         return self.learner.steps_done
 
     def close(self) -> None:
-        """Close the records."""
+        """Closes the records."""
         self.log.close()
 
     def newest_checkpoint(self, identity: Mapping[str, str] | None = None) -> dict[str, Any] | None:
-        """The newest checkpoint in this run's folder, or None, with a note, where there is none.
+        """The newest checkpoint in this run's folder, or None, with a note, if there is none.
 
         One of another run (with another `identity`, by default this run's) is refused before any file is changed."""
         state = self.checkpoints.newest()
@@ -69,7 +69,7 @@ class Run:
         return state
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Start the records, then measure the base and the start, or continue the killed run of checkpoint `state`."""
+        """Starts the records, then measures the base and the start, or continues the killed run of checkpoint `state`."""
         self.log.begin(state["recorded_bytes"] if state else 0)
         if state:
             self._continue_from(state)
@@ -111,7 +111,7 @@ class Run:
                 yield [encoded[index] for index in indices]
 
     def record_step(self, rows: Sequence[Encoded], nll: float, seconds: float | None = None) -> None:
-        """Record a step that was taken on `rows`; `seconds` is its share of a pass that several runs take together."""
+        """Records a step that was taken on `rows`; `seconds` is its share of a pass that several runs take together."""
         plan = self.plan
         pace = self.log.count(sum(slot < 0 for row in rows for slot in row.soft), seconds)
         tokens_left = plan.text_tokens * plan.steps / plan.steps_per_epoch - self.log.tokens
@@ -131,7 +131,7 @@ class Run:
             self._go_back(f"training loss {sum(self.learner.recent) / len(self.learner.recent):.4f}")
 
     def _go_back(self, loss: str) -> None:
-        """Lower the rate and return to the best prompt, unless tasks share a part, which no one of them may undo."""
+        """Lowers the rate and returns to the best prompt, unless tasks share a part, which no one of them may undo."""
         if self.shares_a_part:
             return
         self.learner.go_back()
@@ -142,7 +142,7 @@ class Run:
 
     @property
     def validation_is_due(self) -> bool:
-        """After the last step; and on the way, where there are rows to judge by."""
+        """Whether to validate: after the last step, and during the run where there are held-out rows."""
         on_the_way = (
             self.plan.judged_on == "validation" and self.steps_done % self.plan.valid_every_steps == 0
         )
@@ -154,13 +154,13 @@ class Run:
         return self.steps_done == self.plan.steps
 
     def validate(self) -> None:
-        """Measure held-out loss, and keep the prompt if it is the best so far (or the last, with none held out)."""
+        """Measures held-out loss, and keeps the prompt if it is the best so far (or the last, with none held out)."""
         prompt = self.learner.snapshot()
         (nll,) = self.gradients.losses([prompt], [self.plan.held_out])
         self.record_validation(nll, prompt)
 
     def record_validation(self, nll: float, prompt: Plain) -> None:
-        """Record the held-out loss of `prompt`, and keep it if it is the best so far."""
+        """Records the held-out loss of `prompt`, and keeps it if it is the best so far."""
         plan, select = self.plan, self.plan.recipe.tune.select
         score = math.nan
         if select in SCORES:
@@ -171,12 +171,12 @@ class Run:
             self._go_back(f"held-out loss {nll:.4f}")
 
     def checkpoint(self) -> None:
-        """Write a checkpoint if one is due, or the run at its end."""
+        """Writes a checkpoint if one is due, or the run at its end."""
         if self.at_its_end or self.checkpoints.due(self.steps_done):
             self.write_checkpoint()
 
     def write_checkpoint(self) -> None:
-        """Write a checkpoint now."""
+        """Writes a checkpoint now."""
         self.checkpoints.keep(self.steps_done, self.state())
 
     def state(self) -> dict[str, Any]:
@@ -190,11 +190,11 @@ class Run:
         }
 
     def identity(self) -> dict[str, str]:
-        """What must be the same for a checkpoint to be this run's."""
+        """Everything that must be equal for a checkpoint to belong to this run."""
         return identity(self.plan.recipe, self.plan.lm.fingerprint, self.plan.rows_sha256())
 
     def save(self, reason: str) -> TuneResult:
-        """Write the best prompt and its figures."""
+        """Writes the best prompt and its figures."""
         plan, learner = self.plan, self.learner
         if (
             plan.judged_on == "training"

@@ -1,4 +1,4 @@
-"""What a run records and reports while it goes on: events to its folder, to trackers and to the caller; time and pace."""
+"""Recording and reporting of a run: events to its folder, to trackers and to the caller; time and speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from softprompt.tuning.trackers import TRACKERS, Tracker, figures
 
 
 class RunLog:
-    """Call it with each event. Counts the text tokens learned from, and seconds: of learning alone and of the run."""
+    """The run's log, called with each event. Counts the text tokens learned from, and seconds: of learning alone and of the run."""
 
     def __init__(self, recipe: Recipe, on_event: Callable[[Event], None]) -> None:
         self.recipe, self.on_event = recipe, on_event
@@ -25,12 +25,12 @@ class RunLog:
         self._step_began = self._began
 
     def begin(self, kept_bytes: int) -> None:
-        """Open the records, keeping the first `kept_bytes` of a run that is continued."""
+        """Opens the records, keeping the first `kept_bytes` of a run that is continued."""
         self.trackers = [TRACKERS[name](self.recipe) for name in self.recipe.tune.trackers]
         self.folder.begin(kept_bytes)
 
     def __call__(self, event: Event) -> None:
-        """Record an event, and pass it on."""
+        """Records an event, and passes it on."""
         trouble = self.folder(event)
         if tracked := figures(event):
             for tracker in self.trackers:
@@ -40,15 +40,15 @@ class RunLog:
             self.on_event(Note(trouble))
 
     def note(self, text: str) -> None:
-        """Record a sentence for the user."""
+        """Records a sentence for the user."""
         self(Note(text))
 
     def step_begins(self) -> None:
-        """Start the clock of a step."""
+        """Starts the clock of a step."""
         self._step_began = time.perf_counter()
 
     def count(self, tokens: int, seconds: float | None = None) -> float:
-        """Count a step's text tokens and its seconds (since `step_begins`, if not given). Tokens a second so far."""
+        """Counts a step's text tokens and its seconds (since `step_begins`, if not given). Tokens a second so far."""
         self.tokens += tokens
         self.seconds_learning += time.perf_counter() - self._step_began if seconds is None else seconds
         return self.tokens / self.seconds_learning
@@ -59,7 +59,7 @@ class RunLog:
         return self._seconds_before + time.perf_counter() - self._began
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """The part of a checkpoint that this log needs."""
         return {
             "tokens": self.tokens,
             "seconds_learning": self.seconds_learning,
@@ -68,12 +68,12 @@ class RunLog:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue the counts of a checkpoint."""
+        """Continues the counts of a checkpoint."""
         self.tokens, self.seconds_learning = state["tokens"], state["seconds_learning"]
         self._seconds_before = state["seconds"]
 
     def close(self) -> None:
-        """Close the records."""
+        """Closes the records."""
         self.folder.close()
         for tracker in self.trackers:
             tracker.close()

@@ -1,4 +1,4 @@
-"""What the best step is chosen by: held-out loss, or how often the frozen base would say just what is wanted."""
+"""The score that chooses the best step: held-out loss, or how often the frozen base would generate exactly the wanted text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SCORES: Mapping[str, Callable[[FrozenLM, Sequence[Encoded], Plain, int], float]]
 
 
 def _right(lm: FrozenLM, rows: Sequence[Encoded], prompt: Plain, batch_size: int) -> Iterator[Tensor]:
-    """For each row, in any order, which of its trained tokens are the most likely ones."""
+    """For each row, in any order: which of its trained tokens are the most likely ones."""
     device = lm.device
     ordered = sorted(rows, key=len)
     for first in range(0, len(ordered), batch_size):

@@ -1,4 +1,4 @@
-"""From a recipe to a Plan: loads what is not in hand, encodes the rows, and derives everything that is `auto`."""
+"""A Plan from a recipe: loads what is missing, encodes the rows, and derives everything that is `auto`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BATCH_SIZE = 8
 def make_plan(
     recipe: Recipe, *, lm: FrozenLM | None = None, splits: Splits | None = None, loss: Loss | None = None
 ) -> Plan:
-    """Load what is not in hand, encode every row, and settle all that is `auto`. `loss` may be shared by plans of one
+    """Loads what is missing, encodes every row, and settles all that is `auto`. `loss` may be shared by plans of one
     base and equal settings of it."""
     splits = splits or read_splits(recipe)
     lm = lm or load_base(recipe)

@@ -118,7 +118,7 @@ def _zero(plan: Plan, generator: torch.Generator) -> Plain:
 
 
 def _text_read_by_base(plan: Plan, generator: torch.Generator) -> Plain:
-    """What the base holds after reading the text; a text longer than the prompt is cut down to the keys that matter to
+    """The key/value state after reading the text; a text longer than the prompt is cut down to the keys that matter to
     the training rows, rather than cut off (tuning/compaction.py)."""
     text, length = plan.recipe.prompt.init_text or "", plan.template.soft_length
     ids = start_ids(plan.lm, text)
@@ -152,7 +152,7 @@ DEEP_STARTS: dict[str, Callable[[Plan, torch.Generator], Plain]] = {
 
 
 def frequent_vectors(lm: FrozenLM) -> Tensor:
-    """What the first layer reads for the most frequent tokens: not the table itself where the base scales it (Gemma)."""
+    """The first layer's inputs for the most frequent tokens: not the table itself where the base scales it (Gemma)."""
     return _embedded(lm, range(min(init.FREQUENT, lm.vocab_size)))
 
 

@@ -146,10 +146,10 @@ def sweep(
     progress: bool | None = None,
     resume: bool = False,
 ) -> SweepResult:
-    """Learn `recipe` under every setting and seed, `abreast` prompts in a pass, and save the winner in `recipe.out`.
+    """Learns `recipe` under every setting and seed, `abreast` prompts in a pass, and saves the winner in `recipe.out`.
 
-    Every trial has a folder of its own under `trials/`; `sweep.jsonl` holds a line for each trial and stretch. With
-    `resume`, a sweep that was killed goes on. Progress is shown in terminals and notebooks, unless `progress` is False.
+    Every trial has its own folder under `trials/`; `sweep.jsonl` holds a line for each trial and stretch. With
+    `resume`, a killed sweep continues. Progress is shown in terminals and notebooks, unless `progress` is False.
     Raises RecipeError for settings that do not fit, or NotFinite when every
     setting broke."""
     out = folder_named(recipe.out)
@@ -247,7 +247,7 @@ class _Records:
         self.stretches_done = 0
 
     def begin(self, resume: bool) -> dict[str, dict[str, Any]]:
-        """Start the file, or read what a killed sweep left: each trial's figures after its last stretch."""
+        """Starts the file, or reads what a killed sweep left: each trial's figures after its last stretch."""
         claim(self.path.parent, "sweep", (RECORDS,), later=PROMPT_FILES)
         if not resume or not self.path.exists():
             self._write([self.asked], "w")
@@ -260,7 +260,7 @@ class _Records:
                 break  # the kill cut it short
         if not lines or lines[0] != self.asked:
             raise RecipeError(
-                f"{self.path}: holds a sweep of other settings. Give the same ones to go on, or leave out --resume."
+                f"{self.path}: holds a sweep of other settings. Give the same ones to continue, or leave out --resume."
             )
         whole = [number for number, line in enumerate(lines) if line["event"] == "Stretch"]
         lines = lines[: whole[-1] + 1] if whole else lines[:1]

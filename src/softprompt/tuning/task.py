@@ -90,11 +90,11 @@ class Task:
         return encode_all(self.layout(slots=prompt and self.kind == "soft"), examples, to_judge)
 
     def preview(self, examples: Sequence[Example], *, show: int = 3) -> Preview:
-        """What learning would make of these rows: counts over all, the first `show` token by token."""
+        """A preview of learning from these rows: counts over all, the first `show` token by token."""
         return preview(self.layout(slots=True), examples, show=show)
 
     def layout(self, *, slots: bool) -> Layout:
-        """How a row of this task becomes token ids, with the template's slots or without."""
+        """The layout of this task's rows as token ids, with the template's slots or without."""
         return Layout.of(
             self.template,
             self.tokenizer,
@@ -107,7 +107,7 @@ class Task:
 
 
 def task_of(recipe: Recipe, base: FrozenLM | Outline, splits: Splits | None = None) -> Task:
-    """The task of a recipe on a base, with its weights or without. `splits` stand in for the recipe's data."""
+    """The task of a recipe on a base, with its weights or without. `splits` replace the recipe's data."""
     splits = splits or read_splits(recipe)
     layout = _layout(recipe, base, splits)
     base_positions = longest_text(base)
@@ -128,7 +128,7 @@ def task_of(recipe: Recipe, base: FrozenLM | Outline, splits: Splits | None = No
 
 @contextmanager
 def naming_rows(split: str) -> Iterator[None]:
-    """Name the split in errors about its rows, which are numbered by themselves."""
+    """Names the split in errors about its rows, which are numbered by themselves."""
     try:
         yield
     except DataError as error:
@@ -220,9 +220,9 @@ def _unread(data: Data, splits: Splits | None) -> tuple[str, ...]:
     others = [name for name in fields if name != "text" and not is_numbering(name)]
     if "text" not in fields or not others or data.column is not None or data.fields:
         return ()
-    verb, one = ("is", others[0]) if len(others) == 1 else ("are", "one of them")
+    verb, subject = ("is", others[0]) if len(others) == 1 else ("are", "one of them")
     return (
-        f"All of text is learned; {_named(others)} {verb} not read. To learn {one} from it: --target {others[0]}.",
+        f"All of text is learned; {_named(others)} {verb} not read. To learn {subject} from it: --target {others[0]}.",
     )
 
 
@@ -249,6 +249,6 @@ def _sized(recipe: Recipe, lm: FrozenLM | Outline, layout: _Layout) -> Template:
     template = Template.parse(layout.source, target=layout.target, length=length)
     if prompt.kind == "deep" and not re.match(r"\{soft:\d+\}(?!.*\{soft)", str(template), re.DOTALL):
         raise RecipeError(
-            f'data.template: found "{template}", but a deep prompt stands before all text. Put its one slot in front.'
+            f'data.template: found "{template}", but a deep prompt comes before all text. Put its one slot in front.'
         )
     return template

@@ -32,7 +32,7 @@ READ_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer to a question: its token ids, an end token included where there is one, and its text."""
+    """One answer to a question: its token ids, an end token included if there is one, and its text."""
 
     ids: tuple[int, ...]
     text: str
@@ -42,7 +42,7 @@ class Answer:
 class Teacher:
     """The base with `context` in front of every question. Make one with `teacher_of`.
 
-    `layout` is what stands around a question without the context: the student's template less its slot."""
+    `layout` is the text around a question without the context: the student's template less its slot."""
 
     lm: FrozenLM
     context: str
@@ -96,7 +96,7 @@ class Teacher:
 
     @torch.inference_mode()
     def targets(self, pairs: Sequence[tuple[Example, Sequence[int]]], k: int | None) -> list[SoftTargets]:
-        """For each question and answer, what the teacher finds likely at every token of the answer.
+        """The teacher's probabilities at every token of the answer, for each question and answer.
 
         Raises DataError where context, question and answer together do not fit into the base."""
         rows, starts = [], []
@@ -143,7 +143,7 @@ class Teachers:
 
     @property
     def layout(self) -> Template:
-        """What stands around a question without the context."""
+        """The layout of a question without the context."""
         return self.parts[0].layout
 
     @property
@@ -166,7 +166,7 @@ class Teachers:
         return [found[n] for n in range(len(questions))]
 
     def targets(self, pairs: Sequence[tuple[Example, Sequence[int]]], k: int | None) -> list[SoftTargets]:
-        """For each question and answer, what its teacher finds likely at every token of the answer."""
+        """The teacher's probabilities at every token of the answer, for each question and answer."""
         found: dict[int, SoftTargets] = {}
         for part, numbers in self._shared([question for question, _ in pairs]):
             found |= zip(numbers, part.targets([pairs[n] for n in numbers], k), strict=True)
@@ -181,7 +181,7 @@ class Teachers:
 
 
 def teacher_of(lm: FrozenLM, context: str, layout: Template) -> Teacher:
-    """Read `context` once, in front of `layout` (a template without slots).
+    """Reads `context` once, in front of `layout` (a template without slots).
 
     Raises DataError for a context without text, or one that leaves no room in the base."""
     if not context.strip():

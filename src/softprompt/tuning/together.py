@@ -35,7 +35,7 @@ from softprompt.tuning.task import read_splits
 
 
 class Together:
-    """Runs side by side over one base. Take them to a step with `advance`, drop some, go on, `save` the rest.
+    """Runs side by side over one base. Take them to a step with `advance`, drop some, continue, `save` the rest.
 
     Runs whose `forms` share a part resume together: one checkpoint holds them all, at one moment."""
 
@@ -89,7 +89,7 @@ class Together:
             run.gradients = self.gradients
 
     def advance(self, share: float = 1.0, numbers: Sequence[int] | None = None) -> None:
-        """Take the active runs, or those of `numbers`, to `share` of their steps, or to their own early end."""
+        """Takes the active runs, or those of `numbers`, to `share` of their steps, or to their own early end."""
         while True:
             rows: dict[int, list[Encoded]] = {}
             for number in self.active:
@@ -109,7 +109,7 @@ class Together:
         return dict(zip(self.active, self.gradients.losses(prompts, rows) if runs else [], strict=True))
 
     def checkpoint(self) -> None:
-        """Keep what every active run needs to go on, now."""
+        """Keeps what every active run needs to continue, now."""
         if self.sharing:
             self._keep_as_one()
         else:
@@ -117,25 +117,25 @@ class Together:
                 self.runs[number].write_checkpoint()
 
     def drop(self, number: int) -> None:
-        """End a run. Its best prompt so far is saved."""
+        """Ends a run. Its best prompt so far is saved."""
         self.active.remove(number)
         self.runs[number].save("dropped")
         self.runs[number].close()
 
     def save(self) -> dict[int, TuneResult]:
-        """Save what is still active, and give it; of runs that broke, the best so far is saved too."""
+        """Saves what is still active, and gives it; of runs that broke, the best so far is saved too."""
         results = {number: self.runs[number].save(self.runs[number].ending) for number in self.active}
         self._leave(list(self.failed), "failed")
         self.close()
         return results
 
     def leave(self, reason: str) -> None:
-        """Save the best so far of every run that has taken a step, as one that ended for `reason`."""
+        """Saves the best so far of every run that has taken a step, as one that ended for `reason`."""
         self._leave(self.active, reason)
         self._leave(list(self.failed), "failed")
 
     def close(self) -> None:
-        """Close the records of every run."""
+        """Closes the records of every run."""
         for run in self.runs:
             run.close()
 
@@ -197,7 +197,7 @@ class Together:
         }
         first.checkpoints.keep(self._passes, state)
         for run in others:
-            run.checkpoints.clear()  # of former runs: nothing may go on from those
+            run.checkpoints.clear()  # of former runs: nothing may continue from those
 
     def _begin_as_one(self, resume: bool) -> None:
         state = self.runs[0].newest_checkpoint(self._identity()) if resume else None
@@ -238,7 +238,7 @@ def _demand_folders_of_their_own(recipes: Sequence[Recipe]) -> None:
     for recipe in recipes:
         folder = Path(recipe.out).resolve()
         if folder in taken:
-            raise RecipeError(f"out: two recipes write to {recipe.out}. Give every one a folder of its own.")
+            raise RecipeError(f"out: two recipes write to {recipe.out}. Give each its own folder.")
         taken.add(folder)
 
 
@@ -252,7 +252,7 @@ def tune_together(
     progress: bool | None = None,
     resume: bool = False,
 ) -> list[TuneResult]:
-    """Learn a prompt for each recipe, all in the same passes over one base. Like `tune` for each of them.
+    """Learns a prompt for each recipe, all in the same passes over one base. Like `tune` for each of them.
 
     Deep prompts share the base and the loop, but take a pass each. Progress is shown in terminals and notebooks, unless
     `progress` is False. Raises the first error of any run after the others have ended and were saved."""
@@ -268,7 +268,7 @@ def tune_tasks(
     progress: bool | None = None,
     resume: bool = False,
 ) -> list[TuneResult]:
-    """Learn one prompt a task, each a part that all tasks share times a low-rank part of its own (Wang et al. 2023).
+    """Learns one prompt a task, each a part that all tasks share times its own low-rank part (Wang et al. 2023).
 
     The recipes have `prompt.form: multitask`, one kind, length and form_width, and their own data; the shared part
     starts from the first one's start, follows its rate and is frozen when it ends. Each task keeps its own best
@@ -321,7 +321,7 @@ def _shown(
 
 def _as_they_were(recipes: Sequence[Recipe]) -> list[int]:
     """The numbers of the recipes in the order of the checkpoint that holds them all, which lies in the first one's
-    folder; new ones come last. As given where there is no such checkpoint."""
+    folder; new ones come last. As given if there is no such checkpoint."""
     numbers = list(range(len(recipes)))
     for recipe in recipes:
         state = Checkpoints(Path(recipe.out), recipe.tune, lambda text: None).newest() or {}
@@ -332,7 +332,7 @@ def _as_they_were(recipes: Sequence[Recipe]) -> list[int]:
 
 
 def _folders(first: Recipe, recipes: Sequence[Recipe]) -> list[str]:
-    """Where each recipe writes, seen from where the first does: the same when all of it has been moved."""
+    """The folder of each recipe, relative to the first one's: equal when all of them have been moved."""
     return [os.path.relpath(recipe.out, first.out) for recipe in recipes]
 
 

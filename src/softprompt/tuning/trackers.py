@@ -21,13 +21,13 @@ class Tracker(Protocol):
 
 
 def figures(event: Event) -> tuple[int, dict[str, float]] | None:
-    """What a tracker is told of an event: the step, and its figures by name."""
+    """The figures that a tracker gets for an event: the step, and values by name."""
     match event:
         case Stepped():
             return event.step, {"training/nll": event.nll, "training/learning_rate": event.learning_rate}
         case Validated():
-            found = {"held_out/nll": event.nll}
-            return event.step, found if event.score != event.score else found | {
+            values = {"held_out/nll": event.nll}
+            return event.step, values if event.score != event.score else values | {
                 "held_out/score": event.score
             }
     return None

@@ -1,1 +1,1 @@
-"""What the fast loss is made of: the head, linear layers, attention and activations on a CPU."""
+"""Kernels of the fast loss on a CPU: the head, linear layers, attention and activations."""

@@ -54,14 +54,14 @@ class _FusedAttention(torch.autograd.Function):
         on_scores = torch._softmax_backward_data(on_chances, chances, -1, chances.dtype).mul_(scale)
         # The three gradients go straight into the layout of the fused projection.
         on_fused = fused_BSE.new_empty(rows, length, heads, 3, width // (3 * heads))
-        for place, part in enumerate(
+        for index, part in enumerate(
             (
                 torch.bmm(on_scores, key),
                 torch.bmm(on_scores.transpose(1, 2), query),
                 torch.bmm(chances.transpose(1, 2), slope),
             )
         ):
-            on_fused[:, :, :, place] = part.view(rows, heads, length, -1).transpose(1, 2)
+            on_fused[:, :, :, index] = part.view(rows, heads, length, -1).transpose(1, 2)
         return on_fused.view(rows, length, width), None, None, None
 
 

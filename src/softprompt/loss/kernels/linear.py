@@ -1,7 +1,7 @@
 """Products with weights that never change: no gradient but the input's, in the arithmetic that is fast here.
 
 With int8, weights are coded once (a scale for each output) and inputs in every call (a scale for each position);
-the backward pass has a coded copy of its own, because there the scales belong to the other side.
+the backward pass has its own coded copy, because there the scales belong to the other side.
 """
 
 from __future__ import annotations

@@ -23,11 +23,11 @@ SCORES_AT_ONCE = 2**23  # float32 scores of one chunk: 32 MB
 
 @dataclass(frozen=True)
 class Attending:
-    """Which packed positions attend to which, for a block of B rows; indices are into the packed rows.
+    """The packed positions that attend to each other, for a block of B rows; indices are into the packed rows.
 
     `query_at` [B, Q] and `key_at` [B, S] repeat some real position where a row is shorter than the block; of the queries
     `is_query` marks the real ones. `bias_BQT` ([B or 1, Q, T], 0 or -inf) decides; its T columns are those of the past
-    (where there is one), the first `shared` packed positions, and the row's own keys."""
+    (if there is one), the first `shared` packed positions, and the row's own keys."""
 
     query_at: Tensor
     is_query: Tensor
@@ -157,7 +157,7 @@ def _forward(
     positions: Positions,
     with_output: bool = True,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """What the backward pass needs (query, key, value, middle, gate, up), and the output."""
+    """The tensors that the backward pass needs (query, key, value, middle, gate, up), and the output."""
     kept = positions.kept
     normed_ND = _normed(hidden_ND, layer.before_attention)
     key_NE = linear(normed_ND, layer.key)
@@ -319,7 +319,7 @@ def _attention(
     layer: Layer,
     positions: Positions,
 ) -> Tensor:
-    """What attention gives each query, [M, Hq*K]; inputs are projections before head norms and rotation."""
+    """The output of attention for each query, [M, Hq*K]; inputs are projections before head norms and rotation."""
     context_ME = torch.empty_like(query_ME)
     query_MHK, key_NHK, value_NHK = _heads(query_ME, key_NE, value_NE, layer, positions)
     for block in positions.blocks:
@@ -412,7 +412,7 @@ def _heads_backward(
     layer: Layer,
     positions: Positions,
 ) -> tuple[Tensor, Tensor]:
-    """From the gradients at rotated heads to those at the projections."""
+    """The gradients at the projections from those at rotated heads."""
     results = []
     for on_NHK, tensor_NE, norm, kept in (
         (on_query_MHK, query_ME, layer.query_norm, positions.kept),
@@ -508,5 +508,5 @@ def _as_rows(grouped: Tensor, rows: int, count: int) -> Tensor:
 
 
 def _put_rows(target_ME: Tensor, block: Attending, rows_BQE: Tensor) -> None:
-    """Write the real queries of a block to their packed positions."""
+    """Writes the real queries of a block to their packed positions."""
     target_ME[block.query_at[block.is_query]] = rows_BQE[block.is_query].to(target_ME.dtype)

@@ -10,7 +10,7 @@ to a quarter of the whole: of vectors around a mean m with covariance C, weighed
 leaves an error of under 0.2 %, less than what bfloat16 products leave.
 
 Every call compares int8 with the real logits on the entries computed both ways, and where they are far apart, or where
-most of the vocabulary matters, the dense road is taken instead. The int8 copy is a byte a weight; nothing else is held
+most of the vocabulary matters, the dense loss is used instead. The int8 copy is a byte a weight; nothing else is held
 but one block of probabilities of bounded size.
 """
 
@@ -48,7 +48,7 @@ class PackedHead:
         self.covariance_DD = torch.empty(0)
 
     def pack(self) -> None:
-        """Every row of the weight as int8 with a scale of its own, packed as the product wants it; once."""
+        """Every row of the weight as int8 with its own scale, packed as the product wants it; once."""
         if self.blocks:
             return
         weight_VD = self.head.weight_VD
@@ -69,7 +69,7 @@ class PackedHead:
 
 
 class ScreenedHead:
-    """A road for `token_nll` over a packed head. It counts the blocks that int8 could not settle, to stop trying."""
+    """A loss for `token_nll` over a packed head. It counts the blocks that int8 could not settle, to stop trying."""
 
     def __init__(self, packed: PackedHead) -> None:
         self.packed, self.head = packed, packed.head
@@ -114,12 +114,12 @@ class ScreenedHead:
         # All logits with int8 products: their sums a block of the vocabulary, and each probability in bfloat16.
         codes_nD, step_n1 = quantised(hidden_nD * head.scale)
         sums_nM = hidden_nD.new_empty(len(hidden_nD), len(self.packed.blocks))
-        for place, block in enumerate(self.packed.blocks):
+        for index, block in enumerate(self.packed.blocks):
             likely_nv = block.product(codes_nD)
             torch.addcmul(below_n1, likely_nv, step_n1, out=likely_nv).exp_()
             stored_nv = probabilities_nV[:, block.first : block.first + likely_nv.shape[1]].copy_(likely_nv)
             # Sums are of what is stored: chosen entries are subtracted again below, and must leave nothing behind.
-            torch.sum(stored_nv, 1, dtype=torch.float32, out=sums_nM[:, place])
+            torch.sum(stored_nv, 1, dtype=torch.float32, out=sums_nM[:, index])
         sum_n1 = sums_nM.sum(1, keepdim=True)
         if not bool(torch.isfinite(sum_n1).all()):
             return None
