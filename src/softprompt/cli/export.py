@@ -113,7 +113,9 @@ def to_merged(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM], overwri
         if record["message"] not in ("{messages}", "{text}"):
             advice += f"; the user's message is {record['message']!r}"
     elif record["before_every_text"]:
-        advice = f"load it like any model; {tokens}, which its tokenizer puts before every text, not into chats"
+        advice = (
+            f"load it like any model; {tokens}, which its tokenizer puts before every text, not into chats"
+        )
     else:
         advice = f"load it like any model; {tokens}, which you write into the text: {record['text']}"
     if record["stop"]:
