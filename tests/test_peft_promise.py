@@ -9,6 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -19,13 +20,16 @@ from transformers import (
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
-from softprompt.data.example import Example, Message
+from softprompt.data.example import Example, Message, Splits
 from softprompt.errors import PromptError
 from softprompt.inference.compiled import as_deep, compile_prompt
+from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.inference.prefill import prefill
 from softprompt.prompt.soft_prompt import Prompt, SoftPrompt
 from softprompt.store.artifact import load_prompt, save_prompt
 from softprompt.store.peft_format import text_for_peft, why_not_peft
+from softprompt.tuning.loop import tune
+from softprompt.tuning.recipe import Recipe
 from tiny_models import tiny_model, tiny_tokenizer
 
 CHATML = (
@@ -179,3 +183,88 @@ def test_modules_and_tensors_beside_the_prompt_are_refused_by_name(tmp_path: Pat
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": None}))
     with pytest.raises(PromptError, match=r"also holds .*lm_head"):
         load_prompt(tmp_path)
+
+
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chatml_base(eos: str) -> FrozenLM:
+    """A base of turns that end in <|im_end|>, whose generate stops at `eos`."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tiny_tokenizer().backend_tokenizer.to_str()),
+        eos_token=eos,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    tokenizer.chat_template = TURNS
+    model = tiny_model("Llama", vocab_size=322, eos_token_id=tokenizer.eos_token_id)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return FrozenLM.wrap(model, tokenizer, "tiny/chat")
+
+
+def tuned(lm: FrozenLM, folder: Path, **data: str) -> Prompt:
+    rows = [("my order never came", "complaint"), ("thank you", "praise")] * 3
+    chats = [(Message("user", text), Message("assistant", label)) for text, label in rows]
+    examples = tuple(
+        Example({}, chat, row=row)
+        if "template" in data and "messages" in data["template"]
+        else Example({"text": text, "label": label}, row=row)
+        for row, ((text, label), chat) in enumerate(zip(rows, chats, strict=True))
+    )
+    recipe = Recipe(
+        data={"source": "rows", "validation": 0, **data},
+        prompt={"length": 6},
+        tune={"max_steps": 1},
+        out=str(folder),
+    )
+    return tune(recipe, lm=lm, splits=Splits(examples), progress=False).prompt
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # PEFT's own remark in every generate
+@pytest.mark.parametrize("data", [{"target": "label"}, {"template": "{soft}{messages}"}])
+def test_a_prompt_learned_in_a_chat_template_answers_alike_in_peft_where_the_base_stops_at_its_turns_end(
+    data: dict[str, str], tmp_path: Path
+) -> None:
+    lm = chatml_base("<|im_end|>")
+    prompt = tuned(lm, tmp_path, **data)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(lm.model), tmp_path).eval()
+    asked = [{"role": "user", "content": "my order never came"}]
+    found = lm.tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    if "target" in data:  # what the card says to give is what the chat template writes
+        text = text_for_peft(prompt).format(text="my order never came")
+        assert lm.tokenizer(text)["input_ids"] == found["input_ids"][0].tolist()
+    with torch.no_grad():
+        logits = theirs(**found).logits[0, -1]
+    compiled = compile_prompt(lm, prompt)
+    given = compiled.template.example("my order never came")
+    torch.testing.assert_close(logits, our_logits(lm, prompt, given), atol=2e-5, rtol=1e-4)
+    (ours,) = generate(lm, [given], prompt, DecodeSettings(max_new_tokens=8))
+    said = theirs.generate(**found, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert said[0, found["input_ids"].shape[1] :][: len(ours.token_ids)].tolist() == list(ours.token_ids)
+
+
+@pytest.mark.parametrize("data", [{"target": "label"}, {"template": "{soft}{messages}"}])
+def test_peft_is_not_promised_where_the_base_does_not_stop_at_the_learned_end(
+    data: dict[str, str], tmp_path: Path
+) -> None:
+    """Its generate stops at </s> alone, and answers were learned to end in <|im_end|>."""
+    lm = chatml_base("</s>")
+    prompt = tuned(lm, tmp_path / "run", **data)
+    assert "generate past it" in str(why_not_peft(prompt))
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
+    assert "peft" not in (tmp_path / "run" / "README.md").read_text().lower()
+    assert load_prompt(tmp_path / "run") == prompt
+
+
+def test_a_blank_that_joins_the_answer_is_seen_in_the_rows(
+    tmp_path: Path,
+) -> None:
+    lm = chatml_base("</s>")
+    broken = tuned(lm, tmp_path / "blank", target="label", template="{soft:6}{text} Kind: {label}")
+    assert "white space" in str(why_not_peft(broken))
+    kept = tuned(lm, tmp_path / "none", target="label", template="{soft:6}{text} Kind:{label}")
+    assert why_not_peft(kept) is None

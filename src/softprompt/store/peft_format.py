@@ -7,10 +7,13 @@ peft` speak of PEFT, only where that gives what softprompt gives. Format: PEFT 0
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from softprompt.data.template import Field, Messages, Soft, Template, Text
+from softprompt.data.template import Field, Soft, Template, Text
 from softprompt.errors import PromptError, RecipeError
 from softprompt.prompt.soft_prompt import Prompt, SoftPrompt
 from softprompt.store.schema import PeftConfig
@@ -19,8 +22,22 @@ SHALLOW = {"PROMPT_TUNING", "P_TUNING", "CPT"}
 DEEP = {"PREFIX_TUNING", "CARTRIDGE"}
 
 
+@dataclass(frozen=True)
+class PlainReading:
+    """What training saw of a program that gets a row under `template` as plain text, kept in a prompt's notes.
+
+    `same_text`: its tokenizer gives the ids that were trained. `same_end`: the base's own generate stops at the token that
+    answers end with."""
+
+    template: str
+    same_text: bool
+    same_end: bool
+
+
 def why_not_peft(prompt: Prompt) -> str | None:
-    """The reason why PEFT would read this prompt wrongly; None where it reads it correctly."""
+    """The reason why PEFT would read this prompt wrongly; None where it reads it correctly.
+
+    Where the prompt's notes do not say how its rows were read, only what is right on every base passes."""
     try:
         template = Template.parse(prompt.template or "{text}", target=prompt.target, length=prompt.length)
     except RecipeError:
@@ -31,32 +48,40 @@ def why_not_peft(prompt: Prompt) -> str | None:
     if isinstance(prompt, SoftPrompt) and slots != [0]:
         return "PEFT puts a prompt before everything else"
     pieces = [piece for piece in pieces if not isinstance(piece, Soft)]
-    if template.chat:
-        return None if len(pieces) == 1 else "PEFT knows no text around a chat"
-    if prompt.target is None:
+    reading = _plain_reading(prompt)
+    if template.chat and len(pieces) > 1:
+        return "PEFT knows no text around a chat"
+    if prompt.target is None and not template.chat:
         return None
-    target_at = pieces.index(Field(prompt.target))
-    if target_at + 1 < len(pieces):
+    target_at = len(pieces) if template.chat else pieces.index(Field(prompt.target or ""))
+    if target_at + 1 < len(pieces) and not (reading and reading.same_end):
         return "PEFT knows no text after the answer and would generate past it"
+    if reading and not reading.same_end:
+        return "the base does not stop at the token that answers end with, so PEFT would generate past it"
     before = pieces[target_at - 1] if target_at else None
-    if isinstance(before, Text) and before.text[-1:].isspace():
-        # Here white space before the target is read as part of the answer's first token. PEFT's user gives it with the
-        # text, where it becomes a separate token that the prompt never saw.
-        return "white space before the answer would reach PEFT as a separate token"
-    return None
+    if reading.same_text if reading else not (isinstance(before, Text) and before.text[-1:].isspace()):
+        return None
+    # Here white space before the target is read as part of the answer's first token. PEFT's user gives it with the
+    # text, where it becomes a separate token that the prompt never saw.
+    return "white space before the answer would reach PEFT as a separate token"
 
 
 def text_for_peft(prompt: Prompt) -> str:
     """The text that PEFT's user writes, as a template: all that follows the slot, up to the answer."""
     template = Template.parse(prompt.template or "{text}", target=prompt.target, length=prompt.length)
-    kept = [
-        piece
-        for piece in template.pieces
-        if not isinstance(piece, Soft) and piece != Field(prompt.target or "")
-    ]
-    if any(isinstance(piece, Messages) for piece in kept):
+    if template.chat:
         return "tokenizer.apply_chat_template(messages, add_generation_prompt=True)"
-    return str(Template(tuple(kept)))
+    target = Field(prompt.target or "")
+    before = takewhile(lambda piece: piece != target, template.pieces)
+    return str(Template(tuple(piece for piece in before if not isinstance(piece, Soft))))
+
+
+def _plain_reading(prompt: Prompt) -> PlainReading | None:
+    """The note of training, if it is about this template; notes may come from anyone."""
+    note = prompt.notes.get("plain_reading")
+    if not isinstance(note, Mapping) or note.get("template") != prompt.template:
+        return None
+    return PlainReading(prompt.template, note.get("same_text") is True, note.get("same_end") is True)
 
 
 def peft_config(prompt: Prompt) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from softprompt.store.json_values import plain
 from softprompt.tuning.checkpoint import Checkpoints, demand_same, identity
 from softprompt.tuning.find_rate import find_rate
 from softprompt.tuning.learner import Learner, is_finite
+from softprompt.tuning.plain_reading import plain_reading
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.rate import measured_rate
 from softprompt.tuning.records import versions
@@ -279,6 +281,7 @@ def as_prompt(plan: Plan, learned: Plain, figures: Mapping[str, Any], *, run: st
     """A plain prompt with all that belongs to it: base, template, how it was made and what was measured.
 
     `run` is the id of the run, by which the records beside the prompt are known to be its own."""
+    reading = plain_reading(plan)
     common: dict[str, Any] = {
         "base": plan.lm.fingerprint,
         "template": str(plan.template),
@@ -293,6 +296,7 @@ def as_prompt(plan: Plan, learned: Plain, figures: Mapping[str, Any], *, run: st
             "recipe": plan.recipe.model_dump(),
             "versions": versions(),
             **({"run": run} if run else {}),
+            **({"plain_reading": asdict(reading)} if reading is not None else {}),
         },
     }
     return prompt_of(learned, **common)
