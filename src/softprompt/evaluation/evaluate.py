@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from softprompt.data.template import Field, Messages, Soft, Template, Text
 from softprompt.errors import DataError, GateFailed, RecipeError
 from softprompt.evaluation.metric import METRICS, Confusion, Estimate, Metric, confusion
 from softprompt.evaluation.record import SCHEMA, write_json
-from softprompt.evaluation.rows import SUMMARY, Row, RowFile
+from softprompt.evaluation.references import References
+from softprompt.evaluation.row_counts import RowCounts
+from softprompt.evaluation.rows import SUMMARY, Row, RowFile, RowsWithoutFolder
 
+LONGEST_LABEL = 60  # characters
 CHUNK = 64  # rows between two writes: at most so many are lost in a kill
 
 
@@ -45,10 +49,11 @@ Predict = Callable[[Sequence[Example]], Sequence[Answer]]
 class Evaluation:
     """Every row, and a figure for every metric.
 
+    `rows` are read from their file when they are asked for, once they are too many to hold (evaluation/rows.py).
     `reused` rows came from an earlier, unfinished run. `about` holds what the answers depend on: base, prompt, template,
     data and settings."""
 
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     estimates: Mapping[str, Estimate]
     confusion: Confusion | None
     seconds: float
@@ -100,38 +105,46 @@ def judge_rows(
         raise DataError("There is no example to judge on. Name another split or file.")
     started = time.perf_counter()
     about = about or {}
-    keep = None if out is None else RowFile(out, digest_of(about, examples))
-    rows_by_index = dict(keep.judged) if keep else {}
-    reused = len(rows_by_index)
-    todo = [index for index in range(len(examples)) if index not in rows_by_index]
-    wanted = [as_learned(wanted_text(layout, example)) for example in examples]
-    further = [tuple(map(as_learned, example.references)) for example in examples]
-    several = _references(examples, layout, wanted, further)
-    on_progress(reused, len(examples))
+    keep = RowsWithoutFolder() if out is None else RowFile(out, digest_of(about, examples))
     try:
-        for start in range(0, len(todo), chunk):
-            indices = todo[start : start + chunk]
-            answers = predict([examples[index] for index in indices])
+        references = _references(examples, layout, as_learned)
+        is_known = bytearray(len(examples))
+        counts = {metric.name: RowCounts() for metric in metrics}
+
+        def count(row: Row) -> None:
+            is_known[row.index] = True
+            for metric in metrics:
+                counts[metric.name].append(metric.counted(row))
+
+        for row in keep.judged():
+            if row.index < len(examples) and not is_known[row.index]:
+                count(row)
+        reused = done = sum(is_known)
+        todo = (index for index in range(len(examples)) if not is_known[index])
+        on_progress(done, len(examples))
+        while indices := list(islice(todo, chunk)):
+            asked = [examples[index] for index in indices]
             rows = [
-                replace(
-                    judged(index, examples[index], layout, answer, wanted[index]), **several.get(index, {})
+                _with_references(
+                    judged(index, example, layout, answer, as_learned(wanted_text(layout, example))),
+                    references,
                 )
-                for index, answer in zip(indices, answers, strict=True)
+                for index, example, answer in zip(indices, asked, predict(asked), strict=True)
             ]
-            rows_by_index.update((row.index, row) for row in rows)
-            if keep:
-                keep.add(rows)
-            on_progress(len(rows_by_index), len(examples))
+            keep.add(rows)
+            for row in rows:
+                count(row)
+            done += len(rows)
+            on_progress(done, len(examples))
+        ordered = keep.rows()
     finally:
-        if keep:
-            keep.close()
-    ordered = tuple(rows_by_index[index] for index in range(len(examples)))
-    estimates = {metric.name: metric.estimate(ordered) for metric in metrics}
+        keep.close()
+    estimates = {metric.name: metric.estimate_of(counts[metric.name]) for metric in metrics}
     labelled = {"accuracy", "macro_f1"} & set(estimates)
     table = confusion(ordered) if labelled else None
     result = Evaluation(ordered, estimates, table, time.perf_counter() - started, reused, about)
-    if keep and out:
-        write_json(out / SUMMARY, {"digest": keep.digest, "complete": True, **result.to_record()})
+    if isinstance(keep, RowFile):
+        write_json(keep.folder / SUMMARY, {"digest": keep.digest, "complete": True, **result.to_record()})
     return result
 
 
@@ -142,25 +155,24 @@ def judged(index: int, example: Example, layout: Template, answer: Answer, wante
 
 
 def _references(
-    examples: Sequence[Example],
-    layout: Template,
-    wanted: Sequence[str],
-    further: Sequence[Sequence[str]],
-) -> dict[int, dict[str, Any]]:
-    """All references of each example that has more than its wanted text: those in its own row (`further`), and those of
-    other rows with the same input."""
+    examples: Sequence[Example], layout: Template, as_learned: Callable[[str], str]
+) -> References | None:
+    """All right texts of each example that has more than its wanted one: those in its own row, and those of other rows
+    with the same input."""
     if layout.target is None:
-        return {}
-    rows_of_input: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        rows_of_input.setdefault(shown_input(layout, example), []).append(index)
-    several: dict[int, dict[str, Any]] = {}
-    for indices in rows_of_input.values():
-        texts = tuple(dict.fromkeys(text for index in indices for text in (wanted[index], *further[index])))
-        if len(texts) > 1:
-            for index in indices:
-                several[index] = {"references": texts, "repeated": index != indices[0]}
-    return several
+        return None
+
+    def right(example: Example) -> list[str]:
+        return [as_learned(text) for text in (wanted_text(layout, example), *example.references)]
+
+    return References(examples, lambda example: shown_input(layout, example), right)
+
+
+def _with_references(row: Row, references: References | None) -> Row:
+    group = references[row.index] if references is not None else None
+    if group is None:
+        return row
+    return replace(row, references=group.texts, repeated=row.index != group.first)
 
 
 def as_record(evaluation: Evaluation) -> dict[str, Any]:
@@ -235,14 +247,18 @@ def default_metrics(layout: Template, examples: Iterable[Example]) -> list[str]:
     """Metrics that suit the task: labels (few, short, repeated), an answer, or running text. The first one ranks."""
     if layout.target is None:
         return ["nll", "perplexity", "bits_per_byte"]
-    distinct: set[str] = set()
-    rows = 0
+    distinct: set[int] = set()  # hashes of the labels, since there may be a million
+    rows, short, numbered = 0, True, True
     for example in examples:
-        distinct.add(wanted_text(layout, example).strip())
+        label = wanted_text(layout, example).strip()
+        short = short and len(label) <= LONGEST_LABEL
+        if short:
+            distinct.add(hash(label))
+        numbered = numbered and "####" in label
         rows += 1
-    if len(distinct) <= max(2, rows // 2) and all(len(label) <= 60 for label in distinct):
+    if short and len(distinct) <= max(2, rows // 2):
         return ["accuracy", "macro_f1", "nll"]
-    if all("####" in answer for answer in distinct):
+    if numbered:
         return ["numeric_match", "nll", "bits_per_byte"]
     return ["rouge_l", "chrf", "nll", "bits_per_byte"]
 

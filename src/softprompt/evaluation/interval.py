@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-Counts = Mapping[str, float]
+from softprompt.evaluation.row_counts import Counts, RowCounts
+
 Total = Callable[[Counts], float]
+TOTALS_KEPT = 50_000  # of different counts; more would take more memory than the counts of a million rows
 NORMAL_975 = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 
 
@@ -41,7 +44,7 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def jackknife(counts: Sequence[Counts], total: Total) -> Estimate:
+def jackknife(counts: RowCounts, total: Total) -> Estimate:
     """`total` of the summed counts, with its standard error by leaving out one row at a time (Efron and Stein 1981).
 
     For a mean this equals the usual standard error; for ratios and F1 it is their linear approximation.
@@ -49,11 +52,11 @@ def jackknife(counts: Sequence[Counts], total: Total) -> Estimate:
     n = len(counts)
     if n == 0:
         return Estimate(math.nan, math.nan, 0)
-    summed = _sum(counts)
+    summed = counts.summed()
     return Estimate(total(summed), _spread(_left_out(counts, summed, total)), n)
 
 
-def mean_over_seeds(seeds: Sequence[Sequence[Counts]], total: Total) -> Estimate:
+def mean_over_seeds(seeds: Sequence[RowCounts], total: Total) -> Estimate:
     """The mean over runs that differ only in their seed, all on the same rows.
 
     The standard error combines the spread over rows with the spread over seeds.
@@ -64,9 +67,7 @@ def mean_over_seeds(seeds: Sequence[Sequence[Counts]], total: Total) -> Estimate
     return Estimate(_mean(values), _joined(rows, _seed_error(values)), len(seeds[0]))
 
 
-def paired_difference(
-    ours: Sequence[Sequence[Counts]], theirs: Sequence[Sequence[Counts]], total: Total
-) -> Difference:
+def paired_difference(ours: Sequence[RowCounts], theirs: Sequence[RowCounts], total: Total) -> Difference:
     """The difference, ours minus theirs, on the same rows and the same seeds in the same order; a single run is used for
     all seeds.
 
@@ -84,7 +85,7 @@ def paired_difference(
         our_values[min(k, len(ours) - 1)] - their_values[min(k, len(theirs) - 1)] for k in range(pairs)
     ]
     value = _mean(differences)
-    rows = _spread([a - b for a, b in zip(our_left_out, their_left_out, strict=True)])
+    rows = _spread(array("d", (a - b for a, b in zip(our_left_out, their_left_out, strict=True))))
     seeds = _seed_error(differences)
     error = _joined(rows, seeds)
     if not math.isfinite(error):
@@ -150,25 +151,30 @@ def _simpson(density: Callable[[float], float], end: float, freedom: float) -> f
     return (density(0.0) + inner + density(end)) * width / 3
 
 
-def _by_seed(seeds: Sequence[Sequence[Counts]], total: Total) -> tuple[list[float], list[float]]:
+def _by_seed(seeds: Sequence[RowCounts], total: Total) -> tuple[list[float], Sequence[float]]:
     """Each seed's value; and for every row, the seeds' mean value without it."""
-    sums = [_sum(counts) for counts in seeds]
+    sums = [counts.summed() for counts in seeds]
     values = [total(summed) for summed in sums]
     each = [_left_out(counts, summed, total) for counts, summed in zip(seeds, sums, strict=True)]
-    return values, [_mean(row) for row in zip(*each, strict=True)]
+    return values, array("d", (_mean(row) for row in zip(*each, strict=True)))
 
 
-def _left_out(counts: Sequence[Counts], summed: Counts, total: Total) -> list[float]:
-    totals: dict[tuple[tuple[str, float], ...], float] = {}  # rows of equal counts leave the same rest
-    values = []
+def _left_out(counts: RowCounts, summed: Counts, total: Total) -> Sequence[float]:
+    """The figure without each row in turn."""
+    # Rows of equal counts leave the same rest, so a metric of few different counts (accuracy) computes it a few times.
+    totals: dict[tuple[tuple[str, float], ...], float] = {}
+    values = array("d")
     for row_counts in counts:
         key = tuple(sorted(row_counts.items()))
-        if key not in totals:
+        value = totals.get(key)
+        if value is None:
             rest = dict(summed)
             for name, count in row_counts.items():
                 rest[name] -= count
-            totals[key] = total(rest)
-        values.append(totals[key])
+            value = total(rest)
+            if len(totals) < TOTALS_KEPT:
+                totals[key] = value
+        values.append(value)
     return values
 
 
@@ -196,15 +202,7 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def _sum(counts: Sequence[Counts]) -> dict[str, float]:
-    parts: dict[str, list[float]] = {}
-    for row_counts in counts:
-        for name, count in row_counts.items():
-            parts.setdefault(name, []).append(count)
-    return {name: math.fsum(values) for name, values in parts.items()}
-
-
-def _need_pairs(runs: Sequence[Sequence[Counts]]) -> None:
+def _need_pairs(runs: Sequence[RowCounts]) -> None:
     sizes = {len(run) for run in runs}
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(

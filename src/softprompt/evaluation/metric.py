@@ -5,8 +5,10 @@ No torch here.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -15,7 +17,6 @@ from softprompt.errors import MissingExtra, RecipeError, did_you_mean
 from softprompt.evaluation import overlap
 from softprompt.evaluation.interval import (
     NORMAL_975,
-    Counts,
     Difference,
     bounded_interval,
     jackknife,
@@ -23,9 +24,11 @@ from softprompt.evaluation.interval import (
     paired_difference,
 )
 from softprompt.evaluation.interval import Estimate as Estimate
+from softprompt.evaluation.row_counts import Counts, RowCounts
 from softprompt.evaluation.rows import Row
 
 Needs = Literal["loss", "answer"]
+MOST_LABELS = 1_000  # of a confusion table, which has the square of it in cells
 
 
 @dataclass(frozen=True)
@@ -60,28 +63,32 @@ class Metric:
         reach = NORMAL_975 * estimate.stderr
         return max(low, estimate.value - reach), estimate.value + reach
 
-    def estimate(self, rows: Sequence[Row]) -> Estimate:
+    def estimate(self, rows: Iterable[Row]) -> Estimate:
         """The figure on these rows; nan, never 0, where rows were not measured."""
-        return jackknife([self._counted(row) for row in rows], self._total_or_nan)
+        return self.estimate_of(RowCounts(map(self.counted, rows)))
+
+    def estimate_of(self, counts: RowCounts) -> Estimate:
+        """The figure of what was `counted` of every row."""
+        return jackknife(counts, self._total_or_nan)
 
     def over_seeds(self, seeds: Sequence[Sequence[Row]]) -> Estimate:
         """The mean figure of several runs on the same rows."""
-        return mean_over_seeds([[self._counted(row) for row in rows] for rows in seeds], self._total_or_nan)
+        return mean_over_seeds([RowCounts(map(self.counted, rows)) for rows in seeds], self._total_or_nan)
 
     def difference(self, ours: Sequence[Sequence[Row]], theirs: Sequence[Sequence[Row]]) -> Difference:
         """The difference, ours minus theirs, each a list of runs. Raises ValueError unless all were judged on the same rows."""
-        judged = {tuple((row.index, row.input, row.wanted) for row in rows) for rows in (*ours, *theirs)}
-        if len(judged) != 1:
+        if len({rows_digest(rows) for rows in (*ours, *theirs)}) != 1:
             raise ValueError("the runs were judged on different rows, so their difference has no meaning.")
         difference = paired_difference(
-            [[self._counted(row) for row in rows] for rows in ours],
-            [[self._counted(row) for row in rows] for rows in theirs],
+            [RowCounts(map(self.counted, rows)) for rows in ours],
+            [RowCounts(map(self.counted, rows)) for rows in theirs],
             self._total_or_nan,
         )
         most = self.bounds[1] - self.bounds[0]  # no two figures are further apart
         return replace(difference, low=_clipped(difference.low, most), high=_clipped(difference.high, most))
 
-    def _counted(self, row: Row) -> Counts:
+    def counted(self, row: Row) -> Counts:
+        """The counts of a row that the figure is made of; `unknown` where it was not measured."""
         if (math.isnan(row.nll) or not row.tokens) if self.needs == "loss" else row.answer is None:
             return {"unknown": 1.0}
         return self.counts(row)
@@ -101,9 +108,14 @@ class Confusion:
     other: tuple[int, ...]
 
 
-def confusion(rows: Sequence[Row]) -> Confusion:
-    """The confusion table over the labels that occur among the wanted ones."""
-    labels = tuple(sorted({row.wanted.strip() for row in rows}))
+def confusion(rows: Sequence[Row]) -> Confusion | None:
+    """The confusion table over the labels that occur among the wanted ones; None where they are too many for a table."""
+    wanted = sorted({row.wanted.strip() for row in rows})
+    return None if len(wanted) > MOST_LABELS else count_confusions(wanted, rows)
+
+
+def count_confusions(labels: Sequence[str], rows: Iterable[Row]) -> Confusion:
+    """The table over `labels`, which are all that is wanted of the rows."""
     column_of = {label: i for i, label in enumerate(labels)}
     table = [[0] * len(labels) for _ in labels]
     other = [0] * len(labels)
@@ -113,7 +125,15 @@ def confusion(rows: Sequence[Row]) -> Confusion:
             other[wanted] += 1
         else:
             table[wanted][answered] += 1
-    return Confusion(labels, tuple(map(tuple, table)), tuple(other))
+    return Confusion(tuple(labels), tuple(map(tuple, table)), tuple(other))
+
+
+def rows_digest(rows: Iterable[Row]) -> bytes:
+    """The digest of the inputs and wanted texts: equal for runs that were judged on the same rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.index, row.input, row.wanted]).encode())
+    return digest.digest()
 
 
 def metrics_named(names: Sequence[str]) -> list[Metric]:

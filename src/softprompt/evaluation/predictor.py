@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from itertools import chain
 
 from softprompt.base.frozen_lm import FrozenLM
@@ -23,6 +23,7 @@ from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.inference.score import Scored, score
 
+LABELS_KEPT = 50_000  # texts whose tokens are remembered: labels come again and again
 # Inputs without content (Zhao et al. 2021): the label probabilities after them are the prompt's bias.
 CONTENT_FREE = ("N/A", "...", "none")
 
@@ -39,10 +40,15 @@ def settled(
     `max_new_tokens` allows the longest wanted answer and a quarter more. Answers stop at the end of a line unless a
     wanted answer has several lines. Labels to rank are those of `labelled` and `examples`.
     """
-    wanted = {wanted_text(layout, example) for example in examples}
     written_after = ending_of(layout, lm.tokenizer).text
-    longest = max((len(lm.tokenizer(text + written_after)["input_ids"]) for text in wanted), default=1)
-    stop = [] if any("\n" in text.strip() for text in wanted) else ["\n"]
+    tokens = lru_cache(LABELS_KEPT)(lambda text: len(lm.tokenizer(text + written_after)["input_ids"]))
+    longest, several_lines = 0, False
+    for example in examples:
+        wanted = wanted_text(layout, example)
+        longest = max(longest, tokens(wanted))
+        several_lines = several_lines or "\n" in wanted.strip()
+    longest = longest if examples else 1
+    stop = [] if several_lines else ["\n"]
     return settings.model_copy(
         update={
             "labels": settings.labels
@@ -115,7 +121,9 @@ def as_learned(lm: FrozenLM, *, special_tokens: bool = False) -> Callable[[str],
 
     A tokenizer may lowercase, change width or drop characters, so that no answer could equal the original."""
     special = special_tokens_of(lm.tokenizer)
-    return cache(lambda text: surviving(lm.tokenizer, text, special, special_tokens=special_tokens))
+    return lru_cache(LABELS_KEPT)(
+        lambda text: surviving(lm.tokenizer, text, special, special_tokens=special_tokens)
+    )
 
 
 def text_prompt(

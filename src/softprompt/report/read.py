@@ -153,7 +153,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _comparison(folder: Path) -> Run:
     comparison = Comparison.read(folder / COMPARISON)
     run = Run(f"{comparison.data.source} on {comparison.base.name}", "comparison", comparison)
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, Sequence[Row]] = {}
     for arm, results in comparison.runs.items():
         path = folder / "arms" / f"{arm}-{results[0].seed}" / ROWS if results else folder
         if path.is_file():

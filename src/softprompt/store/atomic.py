@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from softprompt.errors import SaveError
 
@@ -19,10 +20,20 @@ ABANDONED_SECONDS = 3600.0  # a draft folder this old belongs to a process that 
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Writes `path` so that a reader finds the old file or the new one, never half of it. Raises OSError."""
+    """Write `path` so that a reader finds the old file or the new one, never half of it. Raises OSError."""
+    with replaced_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill, which takes the place of `path` when the block ends, and is removed when it fails. Raises OSError."""
     draft = draft_path(path.parent, path.name, secrets.token_hex(8))
     try:
-        _write(draft, content.encode() if isinstance(content, str) else content)
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

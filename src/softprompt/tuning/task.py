@@ -4,6 +4,7 @@ judges takes its rows from here, so that all of them see the same ones."""
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from softprompt.data.batch import EncodedSet, encode_all
 from softprompt.data.default_template import CHAT, ColumnChat, input_columns, is_numbering, lines_template
 from softprompt.data.ending import End
 from softprompt.data.example import Example, Shape, Splits
+from softprompt.data.examples import Examples
 from softprompt.data.layout import Layout, Overflow, TooLong, to_judge, to_learn
 from softprompt.data.preview import Preview, preview
 from softprompt.data.source import load_splits
@@ -59,19 +61,19 @@ class Task:
         examples: Sequence[Example],
         split: str,
         positions: Callable[[Example], int] | None = None,
-    ) -> tuple[tuple[Example, ...], int]:
+    ) -> tuple[Sequence[Example], int]:
         """The rows that can be judged on this base, each of them whole, and how many were left out.
 
         Whatever `data.max_length` cuts for learning, rows are judged whole. Call it before anything is learned: a row
         that is empty or that does not fit raises DataError, which names the `split`; with on_overflow drop a row that
         does not fit is left out. `positions` counts those of a row under another prompt than the task's own."""
         layout = replace(self.layout(slots=True), max_length=None)
-        limit, kept = self.base_positions, []
+        limit, kept = self.base_positions, array("q")
         with naming_rows(split):
-            for example in examples:
+            for place, example in enumerate(examples):
                 need = len(to_judge(layout, example)) if positions is None else positions(example)
                 if limit is None or need <= limit:
-                    kept.append(example)
+                    kept.append(place)
                 elif self.on_overflow != "drop":
                     raise TooLong(
                         f"{example.where}: {need} positions with the prompt, but the base has {limit}. Judge on shorter "
@@ -79,7 +81,12 @@ class Task:
                     )
         if examples and not kept:
             raise DataError(f"All {len(examples)} {split} rows are longer than the base's {limit} positions.")
-        return tuple(kept), len(examples) - len(kept)
+        left_out = len(examples) - len(kept)
+        if not left_out:
+            return examples, 0
+        if isinstance(examples, Examples):
+            return examples.select(kept), left_out
+        return tuple(examples[place] for place in kept), left_out
 
     def to_learn(self, examples: Sequence[Example], *, slots: bool = True) -> EncodedSet:
         """Rows to learn from; without `slots` as a base without a prompt reads them (LoRA, full fine-tuning)."""
