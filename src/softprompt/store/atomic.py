@@ -20,7 +20,7 @@ ABANDONED_SECONDS = 3600.0  # a draft folder this old belongs to a process that 
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write `path` so that a reader finds the old file or the new one, never half of it. Raises OSError."""
+    """Writes `path` so that a reader finds the old file or the new one, never half of it. Raises OSError."""
     with replaced_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
