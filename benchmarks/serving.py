@@ -42,7 +42,8 @@ def arms(lm: Any, rows: int, new: int) -> dict[str, Callable[[], Any]]:
 
     from softprompt.inference.settings import DecodeSettings
     from softprompt.prompt.soft_prompt import SoftPrompt
-    from softprompt.serving.engine import LocalEngine, Work
+    from softprompt.serving.engine import Work
+    from softprompt.serving.local_engine import LocalEngine
 
     texts = texts_of(rows)
     lm.tokenizer.padding_side = "left"
@@ -83,7 +84,7 @@ def long_row(lm: Any, rounds: int) -> dict[str, Any]:
     from softprompt.inference.prefill import PrefillRow, read_on
     from softprompt.inference.running_batch import Running, request
     from softprompt.inference.settings import DecodeSettings
-    from softprompt.serving.engine import READ_BESIDE_CPU
+    from softprompt.serving.local_engine import READ_BESIDE_CPU
 
     base = compile_prompt(lm, None)
     greedy = DecodeSettings(max_new_tokens=100, ignore_end=True)

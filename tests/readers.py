@@ -132,7 +132,7 @@ def _served() -> Any:
     from softprompt.base.frozen_lm import FrozenLM
     from softprompt.serving.app import build_app
     from softprompt.serving.catalogue import Catalogue
-    from softprompt.serving.engine import LocalEngine
+    from softprompt.serving.local_engine import LocalEngine
     from tiny_models import tiny_model, tiny_tokenizer
 
     tokenizer = copy.deepcopy(tiny_tokenizer())  # the cached one is every test's

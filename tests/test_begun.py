@@ -13,7 +13,8 @@ from softprompt.errors import DataError
 from softprompt.inference.generate import generate
 from softprompt.inference.settings import DecodeSettings
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
-from softprompt.serving.engine import Finished, LocalEngine, Piece, Work
+from softprompt.serving.engine import Finished, Piece, Work
+from softprompt.serving.local_engine import LocalEngine
 from softprompt.serving.steering import choice_of
 from softprompt.store.library import digest_of
 from test_serving import prompt_of

@@ -21,18 +21,20 @@ from softprompt.inference.generate import generate
 from softprompt.inference.lanes import Lanes
 from softprompt.inference.prefill import PrefillRow, read_on
 from softprompt.inference.running_batch import Running, position_bytes, request
+from softprompt.inference.score import score
 from softprompt.inference.settings import DecodeSettings
 from softprompt.prompt.soft_prompt import SoftPrompt
-from softprompt.serving import engine as engine_module
+from softprompt.serving import held_prompts, local_engine
 from softprompt.serving.engine import (
     EngineFailed,
     Finished,
-    LocalEngine,
     Piece,
     PromptGone,
+    Room,
     ShuttingDown,
     Work,
 )
+from softprompt.serving.local_engine import LocalEngine
 from tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = ["The quick brown fox", "Tweet: my order never came", "I want you", "a"]
@@ -85,7 +87,7 @@ def test_a_prompt_that_is_not_finite_fails_its_request_and_no_other(
             return done
         return replace(done, state=EMPTY, vectors_PD=torch.full((4, lm.width), float("nan")))
 
-    monkeypatch.setattr(engine_module, "compile_prompt", compiled)
+    monkeypatch.setattr(held_prompts, "compile_prompt", compiled)
     with LocalEngine(lm) as engine:
         engine.load(broken, "broken")
         found = together(engine, [Work(None, TEXTS[0], greedy()), Work("broken", "a", greedy())] * 3)
@@ -204,7 +206,7 @@ def test_memory_bounds_the_rows_and_one_that_can_never_fit_is_refused(lm: Frozen
 def test_a_large_row_is_passed_by_small_ones_only_so_often(
     lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "MAX_PASSED", 4)
+    monkeypatch.setattr(local_engine, "MAX_PASSED", 4)
     order: list[str] = []
 
     async def go(engine: LocalEngine) -> None:
@@ -290,7 +292,7 @@ def test_a_long_text_is_read_between_the_steps_of_others_and_changes_nothing(
         return read_on(lm, row, positions)
 
     monkeypatch.setattr(Lanes, "advance", stepping)
-    monkeypatch.setattr(engine_module, "read_on", reading)
+    monkeypatch.setattr(local_engine, "read_on", reading)
     prompt = prompt_of(lm, 2)
 
     async def go(engine: LocalEngine) -> list[str]:
@@ -403,3 +405,91 @@ def test_a_text_read_in_parts_is_the_text(lm: FrozenLM, positions: int) -> None:
     while len(solo):
         solo.step()
     assert read.text == generate(lm, [LONG], prompt, greedy())[0].text
+
+
+def test_a_prompt_of_one_request_does_not_wait_for_another_prompts_many(lm: FrozenLM) -> None:
+    """Without keys everybody is one owner; prompts take turns all the same."""
+    order: list[str] = []
+
+    async def go(engine: LocalEngine) -> None:
+        async def ask(digest: str) -> None:
+            await whole(engine, Work(digest, "a", greedy(6)))
+            order.append(digest)
+
+        many = [asyncio.ensure_future(ask("many")) for _ in range(20)]
+        await asyncio.sleep(0)
+        await asyncio.gather(ask("few"), *many)
+
+    with LocalEngine(lm, max_rows=1) as engine:
+        for seed, digest in enumerate(("many", "few")):
+            engine.load(prompt_of(lm, seed), digest)
+        asyncio.run(go(engine))
+    assert order.index("few") <= 2
+
+
+def test_a_cancelled_work_ends_with_what_it_has_and_frees_its_place(lm: FrozenLM) -> None:
+    async def go(engine: LocalEngine) -> None:
+        long, waits = (Work(None, TEXTS[0], greedy(200)) for _ in range(2))
+        pieces: list[str] = []
+        ended: list[Finished] = []
+
+        async def follow(work: Work) -> None:
+            async for answer in engine.submit(work):
+                if isinstance(answer, Finished):
+                    ended.append(answer)
+                else:
+                    pieces.append(answer.text)
+
+        tasks = [asyncio.ensure_future(follow(work)) for work in (long, waits)]
+        while len(pieces) < 3:
+            await asyncio.sleep(0.001)
+        engine.cancel(waits)
+        engine.cancel(long)
+        await asyncio.gather(*tasks)
+        assert [answer.reason for answer in ended] == ["cancelled", "cancelled"]
+        waited, ran = ended
+        assert waited.token_ids == ()
+        assert 3 <= len(ran.token_ids) < 200
+        assert alone(lm, TEXTS[0], greedy(200)).startswith(ran.text)
+        assert "".join(pieces) == ran.text
+        engine.cancel(long)  # over already
+        engine.cancel(Work(None, "a", greedy()))  # unknown
+        assert await whole(engine, Work(None, "a", greedy())) == alone(lm, "a", greedy())
+        assert engine.health()["running"] == engine.health()["waiting"] == 0
+
+    with LocalEngine(lm, max_rows=1) as engine:
+        asyncio.run(go(engine))
+
+
+def test_the_room_of_an_engine_is_what_it_still_takes(lm: FrozenLM) -> None:
+    async def go(engine: LocalEngine) -> None:
+        assert engine.room() == Room(rows=2, requests=3, bytes=10**6)
+        tasks = [asyncio.ensure_future(whole(engine, Work(None, "a", greedy(60)))) for _ in range(2)]
+        while engine.health()["running"] < 2:
+            await asyncio.sleep(0.001)
+        tasks += [asyncio.ensure_future(whole(engine, Work(None, "a", greedy(2)))) for _ in range(2)]
+        while engine.health()["waiting"] < 2:
+            await asyncio.sleep(0.001)
+        room = engine.room()
+        assert (room.rows, room.requests) == (0, 1)
+        assert room.bytes == 10**6 - engine.health()["kv_bytes"] < 10**6
+        await asyncio.gather(*tasks)
+
+    with LocalEngine(lm, max_rows=2, max_waiting=3, memory_bytes=10**6) as engine:
+        asyncio.run(go(engine))
+
+
+def test_scores_of_an_engine_are_those_of_scoring(lm: FrozenLM) -> None:
+    prompt = prompt_of(lm, 5)
+    with LocalEngine(lm) as engine:
+        engine.load(prompt, "d")
+        assert engine.prompts == {"d"}
+        rated = asyncio.run(engine.score("d", TEXTS[0], " jumps", 2))
+        (scored,) = score(lm, [TEXTS[0]], " jumps", prompt)
+        assert [token.token_id for token in rated] == list(scored.token_ids)
+        assert [token.log_probability for token in rated] == pytest.approx(scored.token_log_probabilities)
+        assert all(len(token.likeliest) == 2 for token in rated)
+        of_the_input = asyncio.run(engine.score(None, TEXTS[0]))
+        assert [token.token_id for token in of_the_input] == lm.tokenizer(TEXTS[0])["input_ids"]
+        with pytest.raises(PromptGone):
+            asyncio.run(engine.score("gone", "a"))

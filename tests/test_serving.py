@@ -24,8 +24,9 @@ from softprompt.inference.sampling import DecodeSettings
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.serving.app import build_app
 from softprompt.serving.catalogue import Catalogue
-from softprompt.serving.engine import Finished, LocalEngine, Overloaded, Work
+from softprompt.serving.engine import Finished, Overloaded, Work
 from softprompt.serving.keys import Keys
+from softprompt.serving.local_engine import LocalEngine
 from softprompt.store.artifact import save_prompt
 from softprompt.store.library import Library
 from tiny_models import tiny_model, tiny_tokenizer

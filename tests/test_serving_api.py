@@ -29,8 +29,8 @@ from softprompt.inference.generate import generate
 from softprompt.inference.score import score
 from softprompt.inference.settings import DecodeSettings
 from softprompt.serving.catalogue import Catalogue
-from softprompt.serving.engine import LocalEngine
 from softprompt.serving.keys import Keys, sha256_of
+from softprompt.serving.local_engine import LocalEngine
 from softprompt.serving.steering import Choice
 from softprompt.store.artifact import save_prompt
 from softprompt.store.library import Library
@@ -535,7 +535,7 @@ def test_a_broken_index_leaves_what_is_served_and_a_removed_prompt_is_given_back
         catalogue.refresh()
         assert catalogue.find("goes") is None
         assert catalogue.find("keeps") is not None
-        assert len(engine._prompts) == 1
+        assert len(engine.prompts) == 1
         assert catalogue.problems == {}
 
 

@@ -14,7 +14,7 @@ import pytest
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.inference.score import score
 from softprompt.serving.catalogue import Catalogue
-from softprompt.serving.engine import LocalEngine
+from softprompt.serving.local_engine import LocalEngine
 from softprompt.store.artifact import save_prompt
 from test_serving import Serving, alone, prompt_of
 from tiny_models import tiny_model, tiny_tokenizer

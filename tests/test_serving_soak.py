@@ -15,8 +15,8 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.inference.generate import generate
 from softprompt.inference.settings import DecodeSettings
 from softprompt.serving.catalogue import Catalogue
-from softprompt.serving.engine import LocalEngine
 from softprompt.serving.keys import Keys, sha256_of
+from softprompt.serving.local_engine import LocalEngine
 from softprompt.store.artifact import save_prompt
 from softprompt.store.library import Library
 from test_serving import Serving, prompt_of
@@ -133,8 +133,8 @@ def test_every_request_gets_its_own_answer_or_an_error_and_memory_stays_flat(tmp
                 break
             asyncio.run(asyncio.sleep(0.01))
         assert engine.health() == {"alive": 1, "running": 0, "waiting": 0, "kv_bytes": 0}
-        assert not engine._load
-        assert (engine._reading, engine._waiting, engine._lanes.requests) == ([], [], [])
+        assert engine._waiting.is_idle
+        assert (engine._reading, engine._tickets, engine._lanes.requests) == ([], {}, [])
         server.close()
     assert sum(counted.values()) + len(answered) == REQUESTS
     # Whether the queue was ever full depends on the machine's speed; a test of its own fills one.

@@ -9,9 +9,9 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.hardware import free_memory_bytes
 from softprompt.serving.app import build_app
 from softprompt.serving.catalogue import Catalogue
-from softprompt.serving.engine import LocalEngine
 from softprompt.serving.keys import Keys
 from softprompt.serving.listener import Listener
+from softprompt.serving.local_engine import LocalEngine
 from softprompt.serving.settings import ServeSettings
 from softprompt.store.library import Library
 
@@ -32,12 +32,12 @@ class Server:
         try:
             self.listener.listen()
         finally:
-            self.app.state.ready["ready"] = False
+            self.app.state.service.is_ready = False
             self.engine.stop(0)
 
     def drain(self) -> None:
         """Takes nothing new, finishes what runs within the grace period, then cuts it with an error."""
-        self.app.state.ready["ready"] = False
+        self.app.state.service.is_ready = False
         self.engine.stop(self.settings.grace_seconds)
 
 
