@@ -465,7 +465,7 @@ def test_the_room_of_an_engine_is_what_it_still_takes(lm: FrozenLM) -> None:
     async def go(engine: LocalEngine) -> None:
         assert engine.room() == Room(rows=2, requests=3, bytes=10**6)
         tasks = [asyncio.ensure_future(whole(engine, Work(None, "a", greedy(60)))) for _ in range(2)]
-        while engine.health()["running"] < 2:
+        while engine.health()["running"] < 2 or not engine.health()["kv_bytes"]:
             await asyncio.sleep(0.001)
         tasks += [asyncio.ensure_future(whole(engine, Work(None, "a", greedy(2)))) for _ in range(2)]
         while engine.health()["waiting"] < 2:
