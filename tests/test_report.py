@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from softprompt.evaluation.rows import Row
 from softprompt.report import charts, figures
 from softprompt.report.limits import limits
 from softprompt.report.pages import page
+from softprompt.report.parts import Page, Section
 from softprompt.report.paths import without_folders
-from softprompt.report.read import Run, read_runs
+from softprompt.report.read import Run, Sample, read_runs
 from softprompt.report.render import as_csv, as_html, as_markdown, write_reports
 from softprompt.report.verdict import choice, verdict
 
@@ -607,3 +609,73 @@ def test_three_cards_answer_first_and_the_table_is_sorted_by_the_figure(tmp_path
     ]
     assert [row[0] for row in shown.sections[0].tables[0].rows] == ["full", "soft", "base"]
     assert as_html([shown]).count('class="card arm') == 3
+
+
+def test_the_front_is_of_the_arms_that_none_beats_in_figure_and_cost() -> None:
+    def arm(name: str, cost: float, figure: float) -> charts.Point:
+        return charts.Point(name, name, cost, figure, nan, nan)
+
+    arms = [
+        arm("full", 270e6, 0.94),  # dearer and worse than lora
+        arm("lora", 9.8e6, 0.95),
+        arm("soft", 23e3, 0.85),
+        arm("prompt", 516, 0.18),
+        arm("few-shot", 516, 0.12),  # the same bytes, worse
+        arm("base", 0, 0.18),  # as good as prompt for nothing
+    ]
+    assert [point.arm for point in charts.pareto_front(arms, higher=True)] == ["base", "soft", "lora"]
+    losses = [arm("a", 0, 2.0), arm("b", 1, 2.0), arm("c", 5, 0.5), arm("d", 9, 0.7)]
+    assert [point.arm for point in charts.pareto_front(losses, higher=False)] == ["a", "c"]
+    drawn = charts.scatter(arms, title="t", x_axis="bytes", y_axis="accuracy", better="higher")
+    assert drawn.count('class="front"') == 1
+    alone = charts.scatter(
+        [arm("b", 1, 0.2), arm("a", 0, 0.3)], title="t", x_axis="x", y_axis="y", better="higher"
+    )
+    assert 'class="front"' not in alone
+
+
+@pytest.mark.parametrize(
+    ("wanted", "answer", "mark"),
+    [
+        ("return", " return\n", "right"),
+        ("return", "Delivery, Return, payment", "says more"),
+        ("return", "The kind is return.", "says more"),
+        ("return", "delivery", "wrong"),
+        ("return", "", "wrong"),
+        ("", "delivery", "wrong"),
+    ],
+)
+def test_an_answer_that_holds_the_label_and_more_has_a_mark_of_its_own(
+    wanted: str, answer: str, mark: str
+) -> None:
+    sample = Sample("Where is it?", wanted, {"base": answer}, {"base": answer.strip() == wanted})
+    assert sample.mark("base") == mark
+    shown = Page("p", "t", "", "", [Section("samples", "Samples", samples=[sample])])
+    assert f'<span class="{mark.replace(" ", "-")}">' in as_html([shown])
+    assert f"({mark})" in as_markdown([shown])
+
+
+def test_text_that_is_continued_is_neither_right_nor_wrong() -> None:
+    assert Sample("Once", "", {"base": "upon"}, {"base": None}).mark("base") == ""
+
+
+@pytest.mark.parametrize(
+    ("template", "target", "title"),
+    [
+        ("{soft:2}{text} Kind: {label}", "label", "Label from text: rows.csv on a/base"),
+        ("{soft:2}{a}\n{b}: {kind}", "kind", "Kind from a and b: rows.csv on a/base"),
+        ("{soft:2}{text}", None, "rows.csv on a/base"),
+    ],
+)
+def test_a_title_says_what_the_task_is(template: str, target: str | None, title: str, tmp_path: Path) -> None:
+    comparison(
+        tmp_path,
+        {"base": 2, "soft": 30},
+        seeds=1,
+        template=template,
+        target=target,
+        data={"source": "rows.csv", "judged_on": "test", "rows": {"judged": 40}},
+        base={"name": "./a/base"},
+    )
+    (run,) = read_runs([tmp_path])
+    assert run.title == title

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup, escape
 
@@ -91,6 +92,12 @@ def scatter(given: Sequence[Point], *, title: str, x_axis: str, y_axis: str, bet
     parts.append(_text(0, 10, f"{y_axis} ({better} is better)", "axis"))
     taken: list[tuple[float, float, float, float]] = []
     dots = [(point, across(point.x), up(point.y)) for point in shown]
+    best = pareto_front(shown, higher=better == "higher")
+    if len(best) > 1:  # stairs: between two costs, the cheaper arm's figure is the best that can be had
+        corners = [f"{across(best[0].x):.1f},{up(best[0].y):.1f}"]
+        for cheaper, dearer in pairwise(best):
+            corners += [f"{across(dearer.x):.1f},{up(y):.1f}" for y in (cheaper.y, dearer.y)]
+        parts.append(f'<polyline class="front" points="{" ".join(corners)}"/>')
     taken += [(x - 7, y - 7, x + 7, y + 7) for _, x, y in dots]
     for point, x, y in dots:
         parts.append(
@@ -104,6 +111,16 @@ def scatter(given: Sequence[Point], *, title: str, x_axis: str, y_axis: str, bet
         label_x, label_y, anchor = _free(x, y, point.label, taken, (left, top, right, bottom))
         parts.append(_text(label_x, label_y, point.label, "mark", anchor) + "</g>")
     return _svg(height, title, parts)
+
+
+def pareto_front(points: Sequence[Point], *, higher: bool) -> list[Point]:
+    """The points that no other point beats, from the cheapest on: none is as good or better at a lower or the same cost."""
+    sign = 1 if higher else -1
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.x, -sign * point.y)):
+        if not front or sign * point.y > sign * front[-1].y:
+            front.append(point)
+    return front
 
 
 def _cost_axis(

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from softprompt.comparison.arm import spoken
 from softprompt.comparison.records import ArmSummary, Comparison, Figure
 from softprompt.evaluation.interval import NORMAL_975
 from softprompt.report import charts, figures
@@ -73,6 +74,7 @@ def _cards(comparison: Comparison) -> list[Card]:
         Card(
             title,
             arm,
+            spoken(arm),
             figures.estimate(summary.arms[arm].metrics[summary.judged_by]),
             cost_of(summary.arms[arm]),
         )
@@ -98,7 +100,7 @@ def _facts(comparison: Comparison) -> str:
     parts = [
         f"{figures.count(rows['train'])} rows learned from" if "train" in rows else "",
         f"{figures.count(rows.get('judged'))} judged on ({data.judged_on})",
-        f"base {base.name}, {figures.count(base.parameters)} weights, {base.dtype}",
+        f"base {(base.name or 'unknown').removeprefix('./')}, {figures.count(base.parameters)} weights, {base.dtype}",
         f"made {comparison.made.replace('T', ' ').replace('Z', ' UTC')}" if comparison.made else "",
     ]
     return "; ".join(part for part in parts if part) + "."
@@ -123,7 +125,7 @@ def _quality(comparison: Comparison) -> Section:
     head = [
         "arm",
         _named(judge, summary.unit),
-        "difference to the best [95 %]",
+        "difference to the best [95\u00a0%]",
         *(["against the base"] if "base" in arms else []),
         *(_named(name, arms[summary.best].metrics[name].unit) for name in names if name != judge),
         "seeds",
@@ -184,7 +186,7 @@ def _named(name: str, unit: str) -> str:
 
 
 def _costs(comparison: Comparison) -> Section | None:
-    arms = comparison.summary.arms
+    arms = _ranked(comparison)
     if not any(figures.known(arm_summary.stored_bytes) for arm_summary in arms.values()):
         return None
     learning = [
@@ -204,7 +206,7 @@ def _costs(comparison: Comparison) -> Section | None:
         [
             arm,
             figures.size(arm_summary.stored_bytes),
-            figures.count(arm_summary.added_tokens),
+            figures.count(arm_summary.added_tokens).replace("-", "\u2212"),
             figures.count(arm_summary.decode_tokens_per_second),
             figures.size(arm_summary.peak_judging_bytes),
         ]
@@ -295,7 +297,8 @@ def _against_cost(comparison: Comparison) -> Section | None:
         )
         if svg:
             drawn.append(Chart(title, svg))
-    return Section("tradeoff", "Quality against cost", charts=drawn) if drawn else None
+    text = "The dashed line joins the arms that no other arm beats in both: as good a figure or a better one, at a lower cost."
+    return Section("tradeoff", "Quality against cost", text=[text], charts=drawn) if drawn else None
 
 
 def _samples(run: Run) -> Section | None:

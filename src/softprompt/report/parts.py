@@ -41,6 +41,7 @@ class Card:
 
     title: str
     arm: str
+    name: str
     figure: str
     cost: str
 

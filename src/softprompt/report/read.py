@@ -10,7 +10,8 @@ from typing import Any
 
 from softprompt.comparison.records import ArmResult, BaseFacts, Comparison, DataFacts, MetricFigure
 from softprompt.comparison.summary import summarise
-from softprompt.errors import DataError
+from softprompt.data.template import Template
+from softprompt.errors import DataError, RecipeError
 from softprompt.evaluation.metric import METRICS, Confusion
 from softprompt.evaluation.record import read_json, typed
 from softprompt.evaluation.rows import ROWS, SUMMARY, Row, read_rows
@@ -29,6 +30,17 @@ class Sample:
     wanted: str
     answers: Mapping[str, str]
     right: Mapping[str, bool | None]
+
+    def mark(self, arm: str) -> str:
+        """right, wrong, or says more: the wanted words and others too, upper and lower case alike. "" where it means
+        nothing."""
+        is_right = self.right[arm]
+        if is_right is None:
+            return ""
+        wanted = self.wanted.strip().casefold()
+        if is_right:
+            return "right"
+        return "says more" if wanted and wanted in self.answers[arm].casefold() else "wrong"
 
     @property
     def differ(self) -> bool:
@@ -152,7 +164,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _comparison(folder: Path) -> Run:
     comparison = Comparison.read(folder / COMPARISON)
-    run = Run(f"{comparison.data.source} on {comparison.base.name}", "comparison", comparison)
+    run = Run(_title(comparison), "comparison", comparison)
     rows: dict[str, Sequence[Row]] = {}
     for arm, results in comparison.runs.items():
         path = folder / "arms" / f"{arm}-{results[0].seed}" / ROWS if results else folder
@@ -210,10 +222,22 @@ def _evaluations(folders: Sequence[Path]) -> list[Run]:
         target=first.about.target,
         arm_names={arm: _described(record.about) for arm, record in zip(arms, records, strict=True)},
     )
-    run = Run(f"{data.source} on {first.about.base.name}", "evaluations", comparison)
+    run = Run(_title(comparison), "evaluations", comparison)
     run.samples = _samples({arm: judged for arm, (judged,) in rows.items()})
     run.sampled_from = len(judged_rows[0])
     return [run]
+
+
+def _title(comparison: Comparison) -> str:
+    """The task, in words: what is told from what, in which data, on which base."""
+    target = comparison.target
+    try:
+        inputs = Template.parse(comparison.template, target=target).inputs
+    except RecipeError:
+        inputs = ()
+    learned = f"{target} from {' and '.join(inputs)}" if target and inputs else target or ""
+    rows = f"{comparison.data.source or 'rows'} on {(comparison.base.name or 'an unknown base').removeprefix('./')}"
+    return f"{learned[:1].upper()}{learned[1:]}: {rows}" if learned else rows
 
 
 def _described(about: _About) -> str:

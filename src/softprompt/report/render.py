@@ -82,9 +82,9 @@ def as_markdown(pages: Sequence[Page]) -> str:
                 lines += [f"- {_one_line(sample.input) or '(no input)'}"]
                 if sample.wanted:
                     lines.append(f"  - wanted: {_one_line(sample.wanted)}")
-                lines += [
-                    f"  - {arm}: {_one_line(answer) or '(nothing)'}" for arm, answer in sample.answers.items()
-                ]
+                for arm, answer in sample.answers.items():
+                    mark = f" ({mark})" if (mark := sample.mark(arm)) else ""
+                    lines.append(f"  - {arm}: {_one_line(answer) or '(nothing)'}{mark}")
             if section.samples:
                 lines.append("")
             lines += [f"- {_escaped(text)}" for text in section.points]
