@@ -88,7 +88,7 @@ def main() -> None:
             ("recomputed, all text learned", whole),
         ):
             prompt_PD = start_PD.to(lm.device, copy=True).requires_grad_()
-            lm.contexts.budget_bytes = budget if arm == "kept" else 0
+            lm.context_cache.budget_bytes = budget if arm == "kept" else 0
             took, losses[arm] = epoch(lm, data, options.batch_size, prompt_PD)
             slopes[arm] = prompt_PD.grad
             if turn == 0 and arm == "kept":
@@ -112,7 +112,7 @@ def main() -> None:
         },
         "first_epoch_kept_seconds": reads,
         "times_faster": {"median": statistics.median(ratios), "epochs": ratios},
-        "kept_bytes": lm.contexts.bytes,
+        "kept_bytes": lm.context_cache.bytes,
         "loss": losses,
         "relative_difference_of_the_gradient": float(difference),
     }

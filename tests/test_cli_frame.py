@@ -229,7 +229,7 @@ def test_the_starting_recipe_is_valid_and_says_the_defaults(capsys: pytest.Captu
 
 def test_a_flag_names_the_same_setting_in_every_verb() -> None:
     from softprompt.cli.settings import verbs_with_settings
-    from softprompt.settings.table import joined, settings
+    from softprompt.settings.section import joined, settings
 
     meanings: dict[str, set[str]] = {}
     for tables in verbs_with_settings().values():

@@ -182,9 +182,9 @@ def test_a_comparison_that_was_killed_goes_on_at_the_arm_that_was_running(
     ran: list[str] = []
 
     def counted(
-        name: str, arm: Callable[[arms.Assignment], arms.Ready]
-    ) -> Callable[[arms.Assignment], arms.Ready]:
-        def run(given: arms.Assignment) -> arms.Ready:
+        name: str, arm: Callable[[arms.Assignment], arms.PreparedArm]
+    ) -> Callable[[arms.Assignment], arms.PreparedArm]:
+        def run(given: arms.Assignment) -> arms.PreparedArm:
             ran.append(name)
             if name == "few-shot" and ran.count(name) == 1:
                 raise KeyboardInterrupt
@@ -202,7 +202,7 @@ def test_a_comparison_that_was_killed_goes_on_at_the_arm_that_was_running(
 def test_an_arm_that_fails_is_named_with_its_reason_and_the_others_stand(
     task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(task: arms.Assignment) -> arms.Ready:
+    def broken(task: arms.Assignment) -> arms.PreparedArm:
         raise NotFinite("the loss is not finite")
 
     monkeypatch.setattr(run_arm, "MAKERS", {**arms.MAKERS, "soft": broken})

@@ -64,8 +64,8 @@ def test_loss_and_gradient_are_those_of_reading_everything(architecture: str) ->
     loss = FastLoss(FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer(), architecture))
     first_N, first_slope = learned(loss, ROWS)
     again_N, again_slope = learned(loss, ROWS)
-    assert loss.contexts.read == 2  # one context stands in two rows, and none is read again
-    loss.contexts.budget_bytes = 0
+    assert loss.context_cache.read == 2  # one context stands in two rows, and none is read again
+    loss.context_cache.budget_bytes = 0
     whole_N, whole_slope = learned(loss, ROWS)
     for ours_N, our_slope in ((first_N, first_slope), (again_N, again_slope)):
         torch.testing.assert_close(ours_N, whole_N, rtol=1e-5, atol=1e-5)
@@ -79,7 +79,7 @@ def assert_contexts_do_not_depend_on_history(lm: FrozenLM, rows: list[Encoded]) 
         learned(used, rows[first : first + 5])
     batch = [rows[index] for index in (14, 3, 9, 6, 2)]
     (used_N, used_slope), (fresh_N, fresh_slope) = learned(used, batch), learned(fresh, batch)
-    assert used.contexts.read == len({tuple(row.ids) for row in rows})
+    assert used.context_cache.read == len({tuple(row.ids) for row in rows})
     assert torch.equal(used_N, fresh_N)
     assert torch.equal(used_slope, fresh_slope)
 
@@ -118,7 +118,7 @@ def test_what_a_judgement_read_serves_learning_too() -> None:
     with torch.inference_mode():
         loss(collate(ROWS), (torch.zeros(3, loss.lm.width),))
     learned(loss, ROWS)
-    assert loss.contexts.read == 2
+    assert loss.context_cache.read == 2
 
 
 def test_no_more_is_kept_than_the_budget_allows_and_the_rest_is_still_right() -> None:
@@ -126,12 +126,12 @@ def test_no_more_is_kept_than_the_budget_allows_and_the_rest_is_still_right() ->
     loss = FastLoss(lm)
     kept = context_bytes(lm, contexts_of(ROWS[:1]))
     assert context_bytes(lm, contexts_of(ROWS)) > kept
-    loss.contexts.budget_bytes = kept
+    loss.context_cache.budget_bytes = kept
     ours_N, our_slope = learned(loss, ROWS)
     learned(loss, ROWS)
-    assert loss.contexts.bytes == kept
-    assert (len(loss.contexts), loss.contexts.read) == (1, 3)
-    loss.contexts.budget_bytes = 0
+    assert loss.context_cache.bytes == kept
+    assert (len(loss.context_cache), loss.context_cache.read) == (1, 3)
+    loss.context_cache.budget_bytes = 0
     whole_N, whole_slope = learned(loss, ROWS)
     torch.testing.assert_close(ours_N, whole_N, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(our_slope, whole_slope, rtol=1e-4, atol=1e-5)
@@ -145,7 +145,7 @@ def test_rows_that_start_with_the_slot_or_learn_their_context_are_read_whole() -
     for rows in ([*ROWS, front], [trained]):
         nll_N, _ = learned(loss, rows)
         assert len(nll_N) == sum(one.trained_tokens for one in rows)
-    assert (len(loss.contexts), loss.contexts.read) == (0, 0)
+    assert (len(loss.context_cache), loss.context_cache.read) == (0, 0)
 
 
 def test_a_run_says_what_is_kept_and_reads_every_context_once(tmp_path: object) -> None:
@@ -174,4 +174,4 @@ def test_a_run_says_what_is_kept_and_reads_every_context_once(tmp_path: object) 
         on_event=lambda event: said.append(event.text) if isinstance(event, Note) else None,
     )
     assert any("4 contexts" in text and "tune.context_cache_gigabytes" in text for text in said)
-    assert (len(loss.contexts), loss.contexts.read) == (4, 4)
+    assert (len(loss.context_cache), loss.context_cache.read) == (4, 4)

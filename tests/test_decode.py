@@ -35,7 +35,7 @@ from softprompt.inference.running_batch import Running, position_bytes, request
 from softprompt.inference.sampling import biased, completing, draw, filtered_probabilities, penalised, without
 from softprompt.inference.score import score
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
-from softprompt.settings.table import settings
+from softprompt.settings.section import settings
 from softprompt.store.artifact import save_prompt
 from tiny_models import tiny_model, tiny_tokenizer
 

@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from softprompt.errors import RecipeError
-from softprompt.settings.table import Section, Table, explain, fill, merge_file, put, setting, settings
+from softprompt.settings.explain import explain
+from softprompt.settings.section import Section, setting, settings
+from softprompt.settings.sources import merge_file, put
+from softprompt.settings.table import Table, fill
 from softprompt.settings.text import scalar
 from softprompt.tuning.recipe import Recipe
 

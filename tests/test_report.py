@@ -29,9 +29,9 @@ from softprompt.report.limits import limits
 from softprompt.report.pages import page
 from softprompt.report.parts import Page, Section
 from softprompt.report.paths import without_folders
-from softprompt.report.read import Run, Sample, read_runs
+from softprompt.report.read import ReportedRun, Sample, read_runs
 from softprompt.report.render import as_csv, as_html, as_markdown, write_reports
-from softprompt.report.verdict import choice, verdict
+from softprompt.report.verdict import picks, verdict
 
 NASTY = '<script>alert("x")</script> & | `code` ünï 😀'
 RIGHT = {"base": 2, "few-shot": 8, "soft": 30, "lora": 31, "full": 32}
@@ -597,11 +597,11 @@ def test_in_a_real_browser_nothing_sticks_out_and_the_samples_can_be_narrowed(
 def test_three_cards_answer_first_and_the_table_is_sorted_by_the_figure(tmp_path: Path) -> None:
     """Of 40 rows: 39 and 39 right are level, 2 are worse; a soft prompt is 20.6 KB and a full copy 13.7 MB."""
     made = comparison(tmp_path / "cards", {"base": 2, "full": 39, "soft": 39}, seeds=1)
-    chosen = choice(made)
+    chosen = picks(made)
     assert chosen is not None
     assert chosen.best == "full"  # the first of equals
     assert (chosen.cheapest, chosen.recommended) == ("soft", "soft")
-    shown = page(Run("cards", "comparison", comparison=made), 1)
+    shown = page(ReportedRun("cards", "comparison", comparison=made), 1)
     assert [(card.title, card.arm) for card in shown.cards] == [
         ("Best accuracy", "full"),
         ("Cheapest within 0.02 of it", "soft"),

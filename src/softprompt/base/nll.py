@@ -113,11 +113,11 @@ def _dense_block(
         higher_n1 = torch.maximum(highest_n1, logits_nv.amax(1, keepdim=True))
         shrink_n1 = torch.exp(highest_n1 - higher_n1)
         highest_n1 = higher_n1
-        slope_nv = slope(logits_nv, head) if wants_gradient else None
+        derivative_nv = softcap_derivative(logits_nv, head) if wants_gradient else None
         likely_nv = logits_nv.sub_(highest_n1).exp_()
         sum_n1.mul_(shrink_n1).add_(likely_nv.sum(1, keepdim=True))
         if wants_gradient:
-            pulling_nv = (likely_nv if slope_nv is None else likely_nv.mul_(slope_nv)).to(dtype)
+            pulling_nv = (likely_nv if derivative_nv is None else likely_nv.mul_(derivative_nv)).to(dtype)
             pull_nD.mul_(shrink_n1)
             if dtype == torch.float32:
                 pull_nD.addmm_(pulling_nv, weight_vD)
@@ -128,9 +128,9 @@ def _dense_block(
     if not wants_gradient:
         return nll_n, None
     # Gradient: the expected row of the weight less the target's row.
-    slope_n1 = slope(target_n1, head)
+    derivative_n1 = softcap_derivative(target_n1, head)
     target_nD = weight_VD[targets_n].float()
-    pull_nD.div_(sum_n1).sub_(target_nD if slope_n1 is None else target_nD * slope_n1)
+    pull_nD.div_(sum_n1).sub_(target_nD if derivative_n1 is None else target_nD * derivative_n1)
     return nll_n, pull_nD.mul_(head.scale)
 
 
@@ -149,6 +149,6 @@ def capped(raw_nv: Tensor, head: Head, bias_v: Tensor | None) -> Tensor:
     return raw_nv
 
 
-def slope(logits_nv: Tensor, head: Head) -> Tensor | None:
+def softcap_derivative(logits_nv: Tensor, head: Head) -> Tensor | None:
     """The factor that a soft cap leaves of the gradient; None without a cap."""
     return None if head.softcap is None else 1.0 - (logits_nv / head.softcap).square()

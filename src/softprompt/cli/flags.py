@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from softprompt.settings.table import Setting, Table, fill, joined, settings
+from softprompt.settings.section import Setting, joined, settings
+from softprompt.settings.table import Table, fill
 
 Verb = Callable[..., None]
 LINE_BREAK = "\\n"  # how people write a line break of a template in a shell, whose quotes keep the backslash

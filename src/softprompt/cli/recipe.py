@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from softprompt.settings.table import Section, Setting, sections, settings
+from softprompt.settings.section import Section, Setting, sections, settings
 from softprompt.tuning.recipe import Recipe
 
 EXAMPLE = "softprompt recipe > my.yaml"

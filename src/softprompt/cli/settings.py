@@ -9,7 +9,8 @@ import typer
 
 from softprompt.cli.recipe import starting_file, table_of
 from softprompt.errors import RecipeError
-from softprompt.settings.table import Section, Table, joined, settings
+from softprompt.settings.section import Section, joined, settings
+from softprompt.settings.table import Table
 from softprompt.tuning.recipe import Recipe
 
 EXAMPLE = "softprompt settings generate > generate.yaml"

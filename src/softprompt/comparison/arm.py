@@ -15,14 +15,14 @@ ArmName: TypeAlias = Literal["base", "wording", "prompt", "few-shot", "soft", "d
 class Arm:
     """One way to solve the task.
 
-    `words` describe it in a list, `spoken` in a sentence. `seeded` arms differ from seed to seed; `learned` ones train.
+    `words` describe it in a list, `in_words` in a sentence. `seeded` arms differ from seed to seed; `learned` ones train.
     `default_rate` is the learning rate without one of the user's own (nan: the recipe's, or derived).
     An arm that is the base with other numbers decodes as fast as it by construction: a difference would be noise.
     """
 
     name: str
     words: str
-    spoken: str
+    in_words: str
     seeded: bool = False
     learned: bool = False
     default_rate: float = math.nan
@@ -54,6 +54,6 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
-def spoken(arm: str) -> str:
+def in_words(arm: str) -> str:
     """An arm's name in a sentence."""
-    return ARMS[arm].spoken if arm in ARMS else arm
+    return ARMS[arm].in_words if arm in ARMS else arm

@@ -60,12 +60,12 @@ class Assignment:
     @property
     def rate(self) -> float:
         """The learning rate of an arm that trains weights: the user's own, or the table's."""
-        given: Mapping[str, float] = {str(arm): rate for arm, rate in self.job.settings.rates.items()}
-        return given.get(self.job.arm, ARMS[self.job.arm].default_rate)
+        user_rates: Mapping[str, float] = {str(arm): rate for arm, rate in self.job.settings.rates.items()}
+        return user_rates.get(self.job.arm, ARMS[self.job.arm].default_rate)
 
 
 @dataclass
-class Ready:
+class PreparedArm:
     """An arm that can answer: a model, the compiled prompt it reads, and what it took.
 
     `in_front` is what comes before text of any other task when the arm is on. `restore` returns the base's own
@@ -86,33 +86,35 @@ class Ready:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def base(given: Assignment) -> Ready:
+def base(assignment: Assignment) -> PreparedArm:
     """The base alone: nothing is learned, the template has no slots."""
-    lm = given.lm
-    return Ready(
+    lm = assignment.lm
+    return PreparedArm(
         lm,
-        compile_prompt(lm, None, template=given.task.template, special_tokens=given.task.special_tokens),
+        compile_prompt(
+            lm, None, template=assignment.task.template, special_tokens=assignment.task.special_tokens
+        ),
         restore=lambda: lm,
     )
 
 
-def wording(given: Assignment) -> Ready:
+def wording(assignment: Assignment) -> PreparedArm:
     """The base under the wording that suits it best: the one of lowest loss on some training rows.
 
     A base may have read the task in one wording and never in another, so a figure under a single wording says little."""
-    lm, task = given.lm, given.task
+    lm, task = assignment.lm, assignment.task
     rows = task.splits.train[:CHOOSING_ROWS]
     metrics = [METRICS["nll"]]
-    settings = JudgeSettings(batch_rows=given.job.settings.batch_rows)
+    settings = JudgeSettings(batch_rows=assignment.job.settings.batch_rows)
     losses: dict[str, float] = {}
-    for template in candidate_wordings(task.template, given.job.settings.wordings):
+    for template in candidate_wordings(task.template, assignment.job.settings.wordings):
         alone = compile_prompt(lm, None, template=template, special_tokens=task.special_tokens)
         judged = judge_rows(
             predictor(lm, alone, template, metrics, settings, end=task.end), rows, metrics, template
         )
         losses[str(template)] = judged.estimates["nll"].value
     best = min(losses, key=lambda source: losses[source])
-    return Ready(
+    return PreparedArm(
         lm,
         compile_prompt(
             lm,
@@ -125,59 +127,62 @@ def wording(given: Assignment) -> Ready:
     )
 
 
-def prompt(given: Assignment) -> Ready:
+def prompt(assignment: Assignment) -> PreparedArm:
     """The user's own text in front of every input."""
-    return _text(given, given.job.settings.text or "")
+    return _text(assignment, assignment.job.settings.text or "")
 
 
-def few_shot(given: Assignment) -> Ready:
+def few_shot(assignment: Assignment) -> PreparedArm:
     """Examples from the training rows in front, drawn by the seed; with labels, each as often as the others."""
     chosen = draw_examples(
-        given.task.splits.train, given.task.template, given.job.settings.shots, given.job.seed
+        assignment.task.splits.train,
+        assignment.task.template,
+        assignment.job.settings.shots,
+        assignment.job.seed,
     )
     rows = [example.row for example in chosen]
-    if given.task.chat is not None:  # examples are exchanges before the question, as a chat shows them
-        layout = given.task.behind("", chosen)
+    if assignment.task.chat is not None:  # examples are exchanges before the question, as a chat shows them
+        layout = assignment.task.behind("", chosen)
         shown = "".join(piece.text for piece in layout.pieces[:1] if isinstance(piece, Text))
-        return _text(given, shown, layout, rows=rows)
-    plain = without_slots(given.task.template)
+        return _text(assignment, shown, layout, rows=rows)
+    plain = without_slots(assignment.task.template)
     text = "".join(written_out(plain, example) + _answer(plain, example) + "\n" for example in chosen)
-    return _text(given, text, rows=rows)
+    return _text(assignment, text, rows=rows)
 
 
-def soft(given: Assignment) -> Ready:
+def soft(assignment: Assignment) -> PreparedArm:
     """Prompt tuning, by the recipe."""
-    return _tuned(given, "soft", given.recipe)
+    return _tuned(assignment, "soft", assignment.recipe)
 
 
-def deep(given: Assignment) -> Ready:
+def deep(assignment: Assignment) -> PreparedArm:
     """Keys and values for every layer; its slot moves to the front, the only place where it works."""
-    tree = given.recipe.model_dump()
-    length = given.task.template.soft_length
-    tree["data"]["template"] = f"{{soft:{length}}}{without_slots(given.task.template)}"
+    tree = assignment.recipe.model_dump()
+    length = assignment.task.template.soft_length
+    tree["data"]["template"] = f"{{soft:{length}}}{without_slots(assignment.task.template)}"
     tree["prompt"] |= {"kind": "deep", "length": length}
-    if "deep" not in given.job.settings.rates:
+    if "deep" not in assignment.job.settings.rates:
         tree["tune"]["learning_rate"] = "auto"
-    return _tuned(given, "deep", Recipe(**tree))
+    return _tuned(assignment, "deep", Recipe(**tree))
 
 
-def lora(given: Assignment) -> Ready:
+def lora(assignment: Assignment) -> PreparedArm:
     """Low-rank updates by PEFT, kept apart from the base's weights so that the base stays shared."""
-    lm = given.lm
-    plan = make_plan(_within_seconds(given, _lora_probe), lm=lm, splits=given.splits)
-    rate = given.rate
-    recorder = CurveRecorder(given.tell)
-    model, trained = weights.with_lora(lm, given.job.seed)
+    lm = assignment.lm
+    plan = make_plan(_within_seconds(assignment, _lora_probe), lm=lm, splits=assignment.splits)
+    rate = assignment.rate
+    recorder = CurveRecorder(assignment.tell)
+    model, trained = weights.with_lora(lm, assignment.job.seed)
     best = weights.learn_weights(
         plan,
         trained,
         lambda batch: weights.plain_nll(model, batch),
         lambda: weights.held_out(lm.model, plan),
         rate,
-        given.job.folder / "best.pt",
+        assignment.job.folder / "best.pt",
         recorder,
     )
-    folder = given.job.folder / "lora"
+    folder = assignment.job.folder / "lora"
     model.save_pretrained(folder)
     size = (folder / "adapter_model.safetensors").stat().st_size
 
@@ -186,9 +191,11 @@ def lora(given: Assignment) -> Ready:
         return lm
 
     adapted = weights.served(lm.model, lm)
-    return Ready(
+    return PreparedArm(
         adapted,
-        compile_prompt(adapted, None, template=given.task.template, special_tokens=given.task.special_tokens),
+        compile_prompt(
+            adapted, None, template=assignment.task.template, special_tokens=assignment.task.special_tokens
+        ),
         trained_parameters=sum(weight.numel() for weight in trained),
         stored_bytes=size,
         steps=plan.steps,
@@ -201,12 +208,12 @@ def lora(given: Assignment) -> Ready:
     )
 
 
-def full(given: Assignment) -> Ready:
-    """Every weight of a copy, in float32; it then serves in the base's own number format."""
-    plan = make_plan(_within_seconds(given, _full_probe), lm=given.lm, splits=given.splits)
-    rate = given.rate
-    recorder = CurveRecorder(given.tell)
-    model = weights.trainable_copy(given.lm)
+def full(assignment: Assignment) -> PreparedArm:
+    """Every weight of a copy, in float32; it then serves in the base's own dtype."""
+    plan = make_plan(_within_seconds(assignment, _full_probe), lm=assignment.lm, splits=assignment.splits)
+    rate = assignment.rate
+    recorder = CurveRecorder(assignment.tell)
+    model = weights.trainable_copy(assignment.lm)
     trained = list(model.parameters())
 
     best = weights.learn_weights(
@@ -215,14 +222,16 @@ def full(given: Assignment) -> Ready:
         lambda batch: weights.plain_nll(model, batch),
         lambda: weights.held_out(model, plan),
         rate,
-        given.job.folder / "best.pt",
+        assignment.job.folder / "best.pt",
         recorder,
     )
-    model.to(given.lm.dtype)
-    served = weights.served(model, given.lm)
-    return Ready(
+    model.to(assignment.lm.dtype)
+    served = weights.served(model, assignment.lm)
+    return PreparedArm(
         served,
-        compile_prompt(served, None, template=given.task.template, special_tokens=given.task.special_tokens),
+        compile_prompt(
+            served, None, template=assignment.task.template, special_tokens=assignment.task.special_tokens
+        ),
         trained_parameters=sum(weight.numel() for weight in trained),
         stored_bytes=sum(weight.numel() * weight.element_size() for weight in model.parameters()),
         steps=plan.steps,
@@ -233,7 +242,7 @@ def full(given: Assignment) -> Ready:
     )
 
 
-MAKERS: dict[str, Callable[[Assignment], Ready]] = {
+MAKERS: dict[str, Callable[[Assignment], PreparedArm]] = {
     "base": base,
     "wording": wording,
     "prompt": prompt,
@@ -270,15 +279,15 @@ def draw_examples(train: Sequence[Example], layout: Template, count: int, seed: 
     return drawn_shots(train, lambda example: wanted_text(layout, example), count, seed)
 
 
-def _text(given: Assignment, text: str, layout: Template | None = None, **about: Any) -> Ready:
-    lm = given.lm
-    return Ready(
+def _text(assignment: Assignment, text: str, layout: Template | None = None, **about: Any) -> PreparedArm:
+    lm = assignment.lm
+    return PreparedArm(
         lm,
         compile_prompt(
             lm,
-            layout or given.task.behind(text),
-            name=given.job.arm,
-            special_tokens=given.task.special_tokens,
+            layout or assignment.task.behind(text),
+            name=assignment.job.arm,
+            special_tokens=assignment.task.special_tokens,
         ),
         in_front=text,
         stored_bytes=len(text.encode()),
@@ -292,22 +301,22 @@ def _answer(plain: Template, example: Example) -> str:
     return wanted_text(plain, example) if plain.target is not None else ""
 
 
-def _tuned(given: Assignment, kind: str, recipe: Recipe) -> Ready:
+def _tuned(assignment: Assignment, kind: str, recipe: Recipe) -> PreparedArm:
     tree = recipe.model_dump()
     tree["prompt"]["kind"] = kind
-    if kind in given.job.settings.rates:
-        tree["tune"]["learning_rate"] = float(given.job.settings.rates[kind])
+    if kind in assignment.job.settings.rates:
+        tree["tune"]["learning_rate"] = float(assignment.job.settings.rates[kind])
     recipe = Recipe(**tree)
 
     def learn(steps: Recipe, tell: Callable[[Event], None]) -> TuneResult:
-        return tune(steps, lm=given.lm, splits=given.splits, on_event=tell, progress=False)
+        return tune(steps, lm=assignment.lm, splits=assignment.splits, on_event=tell, progress=False)
 
-    recipe = _within_seconds(given, lambda _, probe, tell: learn(probe, tell), recipe)
-    recorder = CurveRecorder(given.tell)
+    recipe = _within_seconds(assignment, lambda _, probe, tell: learn(probe, tell), recipe)
+    recorder = CurveRecorder(assignment.tell)
     done = learn(recipe, recorder)
-    return Ready(
-        given.lm,
-        compile_prompt(given.lm, done.prompt),
+    return PreparedArm(
+        assignment.lm,
+        compile_prompt(assignment.lm, done.prompt),
         in_front=done.prompt,
         trained_parameters=recorder.trained or sum(tensor.numel() for tensor in done.prompt.tensors.values()),
         stored_bytes=prompt_bytes(recipe.out),
@@ -316,7 +325,7 @@ def _tuned(given: Assignment, kind: str, recipe: Recipe) -> Ready:
         learning_rate=done.learning_rate,
         curve=recorder.curve,
         validation=recorder.validation,
-        restore=lambda: given.lm,
+        restore=lambda: assignment.lm,
         about={"path": recipe.out, "virtual_tokens": done.prompt.length, "learned": done.prompt},
     )
 
@@ -348,40 +357,42 @@ class CurveRecorder:
 Probe = Callable[[Assignment, Recipe, Callable[[Event], None]], Any]
 
 
-def _within_seconds(given: Assignment, probe: Probe, recipe: Recipe | None = None) -> Recipe:
+def _within_seconds(assignment: Assignment, probe: Probe, recipe: Recipe | None = None) -> Recipe:
     """The recipe with as many steps as fit into the time allowed, by the pace of a few; unchanged without one."""
-    recipe = recipe or given.recipe
-    seconds = given.job.settings.seconds
+    recipe = recipe or assignment.recipe
+    seconds = assignment.job.settings.seconds
     if seconds is None:
         return recipe
     tree = recipe.model_dump()
     tree["tune"]["max_steps"] = PROBED_STEPS
-    tree["out"] = str(given.job.folder / "pace")
+    tree["out"] = str(assignment.job.folder / "pace")
     recorder = CurveRecorder(lambda event: None)
-    probe(given, Recipe(**tree), recorder)
+    probe(assignment, Recipe(**tree), recorder)
     pace = (recorder.times[-1] - recorder.times[0]) / max(1, len(recorder.times) - 1)
     tree = recipe.model_dump()
     steps = max(1, int(seconds / max(pace, 1e-6)))
-    rows = len(given.task.splits.train)
+    rows = len(assignment.task.splits.train)
     batch = settled_batch_size(recipe)
     tree["tune"] |= {"max_steps": steps, "epochs": math.ceil(steps / math.ceil(rows / batch))}
     return Recipe(**tree)
 
 
-def _lora_probe(given: Assignment, recipe: Recipe, tell: Callable[[Event], None]) -> None:
-    plan = make_plan(recipe, lm=given.lm, splits=given.splits)
-    model, trained = weights.with_lora(given.lm, given.job.seed)
-    _probe_weights(plan, trained, lambda batch: weights.plain_nll(model, batch), given, tell)
+def _lora_probe(assignment: Assignment, recipe: Recipe, tell: Callable[[Event], None]) -> None:
+    plan = make_plan(recipe, lm=assignment.lm, splits=assignment.splits)
+    model, trained = weights.with_lora(assignment.lm, assignment.job.seed)
+    _probe_weights(plan, trained, lambda batch: weights.plain_nll(model, batch), assignment, tell)
     model.unload()
 
 
-def _full_probe(given: Assignment, recipe: Recipe, tell: Callable[[Event], None]) -> None:
-    plan = make_plan(recipe, lm=given.lm, splits=given.splits)
-    model = weights.trainable_copy(given.lm)
-    _probe_weights(plan, list(model.parameters()), lambda batch: weights.plain_nll(model, batch), given, tell)
+def _full_probe(assignment: Assignment, recipe: Recipe, tell: Callable[[Event], None]) -> None:
+    plan = make_plan(recipe, lm=assignment.lm, splits=assignment.splits)
+    model = weights.trainable_copy(assignment.lm)
+    _probe_weights(
+        plan, list(model.parameters()), lambda batch: weights.plain_nll(model, batch), assignment, tell
+    )
 
 
 def _probe_weights(
-    plan: Plan, trained: list[Any], nll: weights.Nll, given: Assignment, tell: Callable[[Event], None]
+    plan: Plan, trained: list[Any], nll: weights.Nll, assignment: Assignment, tell: Callable[[Event], None]
 ) -> None:
-    weights.learn_weights(plan, trained, nll, lambda: 0.0, 1e-9, given.job.folder / "pace.pt", tell)
+    weights.learn_weights(plan, trained, nll, lambda: 0.0, 1e-9, assignment.job.folder / "pace.pt", tell)

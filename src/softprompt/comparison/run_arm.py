@@ -18,7 +18,7 @@ from softprompt.base import hardware
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.comparison import forgetting, measure
 from softprompt.comparison.anatomy import anatomy
-from softprompt.comparison.arms import MAKERS, Assignment, Ready
+from softprompt.comparison.arms import MAKERS, Assignment, PreparedArm
 from softprompt.comparison.records import (
     ArmResult,
     Clocked,
@@ -54,7 +54,7 @@ Tell = Callable[[str, int, int], None]
 
 
 def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> ArmResult:
-    """Makes the arm ready, judge it, measures what it costs; the result is also left in the job's folder."""
+    """Makes the arm prepared, judge it, measures what it costs; the result is also left in the job's folder."""
     settings = job.settings
     job.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(job.seed)
@@ -71,19 +71,19 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> ArmResult:
 
     hardware.forget_peak(lm.device)
     clock = measure.Clock(lm.device)
-    ready = MAKERS[job.arm](Assignment(lm, task, job, _learning(tell)))
+    prepared = MAKERS[job.arm](Assignment(lm, task, job, _learning(tell)))
     learning = clock.read()
     peak_learning = hardware.peak_memory_bytes(lm.device)
 
     labelled = chain(task.splits.train, judged)
     metrics = metrics_named(settings.metrics or default_metrics(layout, labelled))
     asked = settled(settings, lm, layout, judged, task.splits.train)
-    if ready.trained_parameters:  # answers of earlier weights are not those of the present ones
+    if prepared.trained_parameters:  # answers of earlier weights are not those of the present ones
         discard_rows(job.folder)
     hardware.forget_peak(lm.device)
     clock = measure.Clock(lm.device)
     evaluation = judge_rows(
-        predictor(ready.lm, ready.prompt, layout, metrics, asked, end=task.end),
+        predictor(prepared.lm, prepared.prompt, layout, metrics, asked, end=task.end),
         judged,
         metrics,
         layout,
@@ -97,7 +97,7 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> ArmResult:
 
     tell("measuring", 0, 1)
     alone = compile_prompt(lm, None, template=layout, special_tokens=task.special_tokens)
-    unchanged, digests, after = _base_after(ready, before, general, general_before.value)
+    unchanged, digests, after = _base_after(prepared, before, general, general_before.value)
     result = ArmResult(
         arm=job.arm,
         seed=job.seed,
@@ -113,23 +113,25 @@ def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> ArmResult:
             for metric in metrics
         },
         confusion=evaluation.confusion,
-        trained_parameters=ready.trained_parameters,
-        stored_bytes=ready.stored_bytes,
-        added_tokens=measure.added_tokens(lm, ready.prompt, alone, judged),
-        decode_tokens_per_second=measure.decoding_speed(ready.lm, ready.prompt, judged),
+        trained_parameters=prepared.trained_parameters,
+        stored_bytes=prepared.stored_bytes,
+        added_tokens=measure.added_tokens(lm, prepared.prompt, alone, judged),
+        decode_tokens_per_second=measure.decoding_speed(prepared.lm, prepared.prompt, judged),
         decode_clock=measure.decoding_clock(lm.device),
-        learning=Learning(**learning, steps=ready.steps, best_step=ready.best_step, rate=ready.learning_rate),
+        learning=Learning(
+            **learning, steps=prepared.steps, best_step=prepared.best_step, rate=prepared.learning_rate
+        ),
         judging=Clocked(**judging),
         memory=Memory(loaded_bytes, peak_learning, peak_judging),
         general=after,
         base_unchanged=unchanged,
         base_sha256=digests,
-        dtype=str(ready.lm.dtype).removeprefix("torch."),
-        samples=samples(ready, layout, judged),
-        curve=tuple(Point(**point) for point in ready.curve),
-        validation=tuple(Point(**point) for point in ready.validation),
-        about={key: value for key, value in ready.about.items() if key != "learned"},
-        anatomy=anatomy(lm, ready.about["learned"]) if "learned" in ready.about else None,
+        dtype=str(prepared.lm.dtype).removeprefix("torch."),
+        samples=samples(prepared, layout, judged),
+        curve=tuple(Point(**point) for point in prepared.curve),
+        validation=tuple(Point(**point) for point in prepared.validation),
+        about={key: value for key, value in prepared.about.items() if key != "learned"},
+        anatomy=anatomy(lm, prepared.about["learned"]) if "learned" in prepared.about else None,
         machine=hardware.machine(lm.device),
         made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
@@ -152,24 +154,26 @@ def judged_rows(task: Task, lm: FrozenLM, settings: CompareSettings) -> tuple[li
     return list(fit), split
 
 
-def samples(ready: Ready, layout: Template, judged: list[Example]) -> tuple[Continued, ...]:
+def samples(prepared: PreparedArm, layout: Template, judged: list[Example]) -> tuple[Continued, ...]:
     """Running text continued from the first words of some rows, so that arms without a target can be read too."""
     if layout.target is not None or layout.chat or len(layout.inputs) != 1:
         return ()
     (name,) = layout.inputs
     starts = [" ".join(example.fields[name].split()[:SAMPLE_WORDS]) for example in judged[:SAMPLES]]
     settings = DecodeSettings(max_new_tokens=SAMPLE_TOKENS)
-    continuations = generate(ready.lm, [Example({name: start}) for start in starts], ready.prompt, settings)
+    continuations = generate(
+        prepared.lm, [Example({name: start}) for start in starts], prepared.prompt, settings
+    )
     return tuple(Continued(start, text.text) for start, text in zip(starts, continuations, strict=True))
 
 
 def _base_after(
-    ready: Ready, before: str, general: list[Example], general_before: float
+    prepared: PreparedArm, before: str, general: list[Example], general_before: float
 ) -> tuple[bool, dict[str, str], General]:
     """Whether the base is what it was, bit for bit; its digests; and general text with the task on and off."""
-    in_front = forgetting.before_general_text(ready.lm, ready.in_front)
-    on = forgetting.general_loss(ready.lm, in_front, general).value
-    base = ready.restore() if ready.restore else ready.lm
+    in_front = forgetting.before_general_text(prepared.lm, prepared.in_front)
+    on = forgetting.general_loss(prepared.lm, in_front, general).value
+    base = prepared.restore() if prepared.restore else prepared.lm
     off = forgetting.general_loss(base, forgetting.before_general_text(base, None), general).value
     after = base.weights_sha256()
     losses = General(general_before, on, off, len(general))

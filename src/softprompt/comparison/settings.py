@@ -15,7 +15,7 @@ from softprompt.comparison.arm import ARMS, ArmName
 from softprompt.errors import DataError, RecipeError, SoftPromptError, did_you_mean
 from softprompt.evaluation.record import read_json
 from softprompt.evaluation.settings import Count, JudgeSettings, NotNegative
-from softprompt.settings.table import setting
+from softprompt.settings.section import setting
 from softprompt.tuning.recipe import Recipe
 
 Positive: TypeAlias = Annotated[float, Field(gt=0)]

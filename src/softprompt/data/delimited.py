@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -43,7 +44,7 @@ def delimited_rows(
             "delimiter": delimiter,
             "quoting": csv.QUOTE_NONE if unquoted else csv.QUOTE_MINIMAL,
         }
-        reader = csv.reader(_chain(first, lines), **style)
+        reader = csv.reader(itertools.chain([first], lines), **style)
         try:
             header = [name.strip() for name in next(reader)]
             twice = {name for name in header if name and header.count(name) > 1}
@@ -132,11 +133,6 @@ def _reads_unquoted(sample: str, path: Path, notes: list[str]) -> bool:
         "Set data.quoting to double if they enclose cells."
     )
     return True
-
-
-def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def _delimiter(first: str, usual: str, path: Path, notes: list[str]) -> str:

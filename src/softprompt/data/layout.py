@@ -137,7 +137,7 @@ def _fitted(layout: Layout, example: Example, *, answering: bool) -> Encoded:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Segment:
     """A part of a row of one kind: a slot (`soft` virtual tokens), or text that is trained or only read."""
 
     text: str = ""
@@ -150,54 +150,54 @@ class _Run:
 
 def _laid(layout: Layout, example: Example, *, answering: bool, shortened: bool = False) -> Encoded:
     """The row with its slots, however long it is."""
-    runs, wants_end = _runs(layout, example, answering=answering)
+    segments, wants_end = _segments(layout, example, answering=answering)
     encoded = Encoded([], [], [], example.row, 0)
     virtual, has_text = 0, False
     before: tuple[int, ...] | None = None if layout.template.chat else layout.special.before
-    for run in runs:
-        if run.soft:
-            encoded.ids += [0] * run.soft
-            encoded.soft += range(virtual, virtual + run.soft)
-            encoded.trained += [False] * run.soft
-            virtual += run.soft
+    for segment in segments:
+        if segment.soft:
+            encoded.ids += [0] * segment.soft
+            encoded.soft += range(virtual, virtual + segment.soft)
+            encoded.trained += [False] * segment.soft
+            virtual += segment.soft
             continue
         if before is not None:
             _append(encoded, before, trained=False)
-            run = _without_typed(layout, run, before)
+            segment = _without_typed(layout, segment, before)
             encoded.special, before = len(before), None
-        data = () if layout.special_tokens else run.data
+        data = () if layout.special_tokens else segment.data
         ids = (
-            run.ids
-            if run.ids is not None
-            else tokens(layout.tokenizer, run.text, layout.special, continues=has_text, data=data)
+            segment.ids
+            if segment.ids is not None
+            else tokens(layout.tokenizer, segment.text, layout.special, continues=has_text, data=data)
         )
-        _append(encoded, ids, trained=run.trained)
-        if run.trained:
-            words = run.text if run.words is None else run.words
+        _append(encoded, ids, trained=segment.trained)
+        if segment.trained:
+            words = segment.text if segment.words is None else segment.words
             encoded.text_bytes += len(words.encode())
-            if run.ids is None and not answering:
-                _compare(layout, encoded, run, list(ids), example)
-        has_text = has_text or bool(run.text)
+            if segment.ids is None and not answering:
+                _compare(layout, encoded, segment, list(ids), example)
+        has_text = has_text or bool(segment.text)
     if wants_end and not (shortened and layout.template.target is None):
         _append_end(layout, encoded)
     return encoded
 
 
-def _without_typed(layout: Layout, run: _Run, before: tuple[int, ...]) -> _Run:
-    """The first run without a start token that the template spells out, since it is there already."""
-    marks = special_spans(run.text, layout.special)
-    if not marks or marks[0][0] != 0 or any(first < marks[0][1] for first, _ in run.data):
-        return run
-    typed = run.text[: marks[0][1]]
+def _without_typed(layout: Layout, segment: _Segment, before: tuple[int, ...]) -> _Segment:
+    """The first segment without a start token that the template spells out, since it is there already."""
+    marks = special_spans(segment.text, layout.special)
+    if not marks or marks[0][0] != 0 or any(first < marks[0][1] for first, _ in segment.data):
+        return segment
+    typed = segment.text[: marks[0][1]]
     if tokens(layout.tokenizer, typed, layout.special, continues=False) != list(before):
-        return run
-    data = tuple((first - len(typed), last - len(typed)) for first, last in run.data)
-    return replace(run, text=run.text[len(typed) :], data=data)
+        return segment
+    data = tuple((first - len(typed), last - len(typed)) for first, last in segment.data)
+    return replace(segment, text=segment.text[len(typed) :], data=data)
 
 
-def _compare(layout: Layout, encoded: Encoded, run: _Run, ids: list[int], example: Example) -> None:
-    """Keeps what the tokens of a trained run say where that is not its text. Raises Unlabelled where it is nothing."""
-    text, seen = run.text, layout.seen
+def _compare(layout: Layout, encoded: Encoded, segment: _Segment, ids: list[int], example: Example) -> None:
+    """Keeps what the tokens of a trained segment say where that is not its text. Raises Unlabelled where it is nothing."""
+    text, seen = segment.text, layout.seen
     left = seen.get(text)
     if left is None:
         left = read_back(layout.tokenizer, text, ids)
@@ -206,11 +206,11 @@ def _compare(layout: Layout, encoded: Encoded, run: _Run, ids: list[int], exampl
     if left == text:
         return
     for first, last in reversed(special_spans(text, layout.special)):
-        if layout.special_tokens or not any(start < last and first < stop for start, stop in run.data):
+        if layout.special_tokens or not any(start < last and first < stop for start, stop in segment.data):
             text = text[:first] + text[last:]  # reading back leaves special tokens out
     if left.strip() == text.strip():
         return
-    if not left.strip() and _row_text(run).strip():
+    if not left.strip() and _row_text(segment).strip():
         raise Unlabelled(
             f"{example.where} has no token to learn: the base's tokenizer has none for {shown(text.strip())} and "
             "drops it. Write it with other characters, or leave the row out."
@@ -218,9 +218,9 @@ def _compare(layout: Layout, encoded: Encoded, run: _Run, ids: list[int], exampl
     encoded.altered = encoded.altered or (text, left)
 
 
-def _row_text(run: _Run) -> str:
-    """The part of a run's text that comes from the row."""
-    return "".join(run.text[first:last] for first, last in run.data) if run.data else run.text
+def _row_text(segment: _Segment) -> str:
+    """The part of a segment's text that comes from the row."""
+    return "".join(segment.text[first:last] for first, last in segment.data) if segment.data else segment.text
 
 
 def _append_end(layout: Layout, encoded: Encoded) -> None:
@@ -234,28 +234,28 @@ def _append_end(layout: Layout, encoded: Encoded) -> None:
         )
 
 
-def _runs(layout: Layout, example: Example, *, answering: bool) -> tuple[list[_Run], bool]:
-    """The row as runs, neighbours of one kind joined; and whether an end token is wanted."""
+def _segments(layout: Layout, example: Example, *, answering: bool) -> tuple[list[_Segment], bool]:
+    """The row as segments, neighbours of one kind joined; and whether an end token is wanted."""
     target = layout.template.target
-    runs: list[_Run] = []
+    segments: list[_Segment] = []
     trained = target is None and not answering
     is_open = True
     for piece in layout.template.pieces:
         match piece:
             case Soft(length):
-                runs.append(_Run(soft=length))
+                segments.append(_Segment(soft=length))
             case Text(text):
-                _join(runs, text, trained)
+                _join(segments, text, trained)
             case Field(name) if name == target:
-                space = _take_space(runs)
+                space = _take_space(segments)
                 if answering:
-                    _join(runs, "", False)
+                    _join(segments, "", False)
                     break
                 trained = True
                 text = space + _field(example, name)
-                runs.append(_Run(text, True, data=((len(space), len(text)),)))
+                segments.append(_Segment(text, True, data=((len(space), len(text)),)))
             case Field(name):
-                _join(runs, _field(example, name), trained, data=True)
+                _join(segments, _field(example, name), trained, data=True)
             case Messages():
                 turns = chat.turns(
                     example,
@@ -263,13 +263,15 @@ def _runs(layout: Layout, example: Example, *, answering: bool) -> tuple[list[_R
                     generation=answering,
                     special=None if layout.special_tokens else layout.special,
                 )
-                runs += [
-                    _Run(turn.text, turn.said_by_assistant, ids=turn.ids, data=turn.data, words=turn.words)
+                segments += [
+                    _Segment(
+                        turn.text, turn.said_by_assistant, ids=turn.ids, data=turn.data, words=turn.words
+                    )
                     for turn in turns
                 ]
                 is_open = turns[-1].open
     wants_end = appends_end(layout.template, layout.tokenizer, layout.special, layout.end, is_open=is_open)
-    return runs, wants_end and not answering
+    return segments, wants_end and not answering
 
 
 def _append(encoded: Encoded, ids: Iterable[int], *, trained: bool) -> None:
@@ -279,26 +281,26 @@ def _append(encoded: Encoded, ids: Iterable[int], *, trained: bool) -> None:
     encoded.trained += [trained] * len(ids)
 
 
-def _join(runs: list[_Run], text: str, trained: bool, *, data: bool = False) -> None:
-    last = runs[-1] if runs else None
+def _join(segments: list[_Segment], text: str, trained: bool, *, data: bool = False) -> None:
+    last = segments[-1] if segments else None
     if last is not None and not last.soft and last.trained == trained and last.ids is None:
         start = len(last.text)
         spans = (*last.data, (start, start + len(text))) if data else last.data
-        runs[-1] = replace(last, text=last.text + text, data=spans)
+        segments[-1] = replace(last, text=last.text + text, data=spans)
     else:
-        runs.append(_Run(text, trained, data=((0, len(text)),) if data else ()))
+        segments.append(_Segment(text, trained, data=((0, len(text)),) if data else ()))
 
 
-def _take_space(runs: list[_Run]) -> str:
-    """Moves the blanks at the end of the last run to the target: tokenizers merge them with the word that follows.
+def _take_space(segments: list[_Segment]) -> str:
+    """Moves the blanks at the end of the last segment to the target: tokenizers merge them with the word that follows.
 
     A line break stays: no tokenizer merges it with a word, and generation that stops at line ends would stop at once."""
-    if not runs or runs[-1].soft:
+    if not segments or segments[-1].soft:
         return ""
-    text = runs[-1].text
+    text = segments[-1].text
     kept = re.sub(r"[^\S\r\n]+\Z", "", text)
-    data = tuple((first, min(last, len(kept))) for first, last in runs[-1].data if first < len(kept))
-    runs[-1] = replace(runs[-1], text=kept, data=data)
+    data = tuple((first, min(last, len(kept))) for first, last in segments[-1].data if first < len(kept))
+    segments[-1] = replace(segments[-1], text=kept, data=data)
     return text[len(kept) :]
 
 
@@ -329,8 +331,8 @@ def _untrained_at(encoded: Encoded, position: int, layout: Layout, example: Exam
     Raises Unlabelled when that was the only token to learn."""
     if not encoded.trained[position]:
         return encoded
-    runs, _ = _runs(layout, example, answering=False)
-    text = next(run.text for run in runs if not run.soft and run.text)
+    segments, _ = _segments(layout, example, answering=False)
+    text = next(segment.text for segment in segments if not segment.soft and segment.text)
     trained = list(encoded.trained)
     trained[position] = False
     lost = first_token_bytes(layout.tokenizer, text, layout.special, continues=False)

@@ -21,7 +21,7 @@ from softprompt.errors import DataError, MissingExtra
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.inference.score import score
-from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
+from softprompt.prompt.soft_prompt import Prompt
 from softprompt.store.artifact import load_prompt
 
 try:
@@ -44,7 +44,7 @@ class SoftPromptLM(LM):  # type: ignore[misc]
 
     def __init__(
         self,
-        prompt: str | SoftPrompt | DeepPrompt | None = None,
+        prompt: str | Prompt | None = None,
         base: str | None = None,
         lm: FrozenLM | None = None,
         dtype: str = "auto",
@@ -66,7 +66,7 @@ class SoftPromptLM(LM):  # type: ignore[misc]
         )
         self.rolling = self._compiled(learned, Template((*front, Field("text"))))
 
-    def _compiled(self, learned: SoftPrompt | DeepPrompt | None, layout: Template) -> CompiledPrompt:
+    def _compiled(self, learned: Prompt | None, layout: Template) -> CompiledPrompt:
         return compile_prompt(self.lm, learned, template=layout)
 
     @property

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from softprompt.settings.table import Table, setting
+from softprompt.settings.section import setting
+from softprompt.settings.table import Table
 from softprompt.tuning.recipe import Data
 
 Count: TypeAlias = Annotated[int, Field(ge=1)]

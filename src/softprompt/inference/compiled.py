@@ -27,7 +27,7 @@ from softprompt.data.tokenizer import SpecialTokens, special_tokens_of, tokens
 from softprompt.errors import DataError, PromptError, RecipeError
 from softprompt.inference.prefill import PrefillRow, prefill
 from softprompt.inference.verify import demand_exact
-from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
+from softprompt.prompt.soft_prompt import DeepPrompt, Prompt, SoftPrompt
 from softprompt.store.artifact import load_prompt
 
 
@@ -122,7 +122,7 @@ class CompiledPrompt:
         return PrefillRow(self.state.first(used), tuple(marks), self.vectors_PD)
 
 
-Promptable: TypeAlias = SoftPrompt | DeepPrompt | CompiledPrompt | TextPrompt | Template | str | Path | None
+Promptable: TypeAlias = Prompt | CompiledPrompt | TextPrompt | Template | str | Path | None
 """What is taken wherever a prompt is: a learned prompt, its folder (a str or Path), a compiled one, a text in front
 (TextPrompt), text around the input (Template), or None for the base alone."""
 
@@ -213,7 +213,7 @@ def end_ids(lm: FrozenLM) -> frozenset[int]:
     return frozenset(int(token) for token in ids)
 
 
-def _from_folder(folder: str | Path) -> SoftPrompt | DeepPrompt:
+def _from_folder(folder: str | Path) -> Prompt:
     if not os.path.isdir(os.path.expanduser(folder)):  # Path.is_dir raises for a long text
         shown = str(folder) if len(str(folder)) <= 60 else f"{str(folder)[:57]}..."
         raise PromptError(

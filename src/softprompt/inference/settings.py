@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from softprompt.settings.table import Table, setting
+from softprompt.settings.section import setting
+from softprompt.settings.table import Table
 
 LARGEST = 2**31 - 1  # of a count: anything above means "all"
 

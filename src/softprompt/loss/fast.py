@@ -45,7 +45,7 @@ class FastLoss:
     ) -> None:
         self.lm = lm
         self.int8_products, self.recompute = int8_products, recompute
-        self.contexts = ContextCache(lm, self._read, context_bytes)
+        self.context_cache = ContextCache(lm, self._read, context_bytes)
 
     def __call__(self, batch: Batch, prompt: Plain | None = None) -> Tensor:
         """Loss in nats of every trained token, float32 [N], in the order of the batch's rows and positions.
@@ -58,7 +58,7 @@ class FastLoss:
     def hidden(self, batch: Batch, prompt: Plain | None = None) -> Tensor:
         """The last hidden states that predict the trained tokens, [N, D], in the order of the losses."""
         batch = batch.to(self.lm.device)
-        split = self.contexts.split(batch) if prompt is not None and len(prompt) == 1 else None
+        split = self.context_cache.split(batch) if prompt is not None and len(prompt) == 1 else None
         if split is None:
             placed = place(self.lm, batch, prompt)
         else:

@@ -111,7 +111,7 @@ def _block(
     if not wants_gradient:
         return loss_n, None
     # d loss / d logit_v = p_v - t_v, since the teacher's probabilities add up to 1; then through cap, scale and weight.
-    slope_nV = logits_nV.sub(log_sum_n1).exp_().scatter_add_(1, ids_nk, -probabilities_nk)
+    grad_nV = logits_nV.sub(log_sum_n1).exp_().scatter_add_(1, ids_nk, -probabilities_nk)
     if head.softcap is not None:
-        slope_nV.mul_(1.0 - (logits_nV / head.softcap).square())
-    return loss_n, (slope_nV.to(head.weight_VD.dtype) @ head.weight_VD).float().mul_(head.scale)
+        grad_nV.mul_(1.0 - (logits_nV / head.softcap).square())
+    return loss_n, (grad_nV.to(head.weight_VD.dtype) @ head.weight_VD).float().mul_(head.scale)

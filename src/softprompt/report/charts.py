@@ -16,8 +16,7 @@ from softprompt.comparison.arm import ARMS
 from softprompt.report.curves import DRAWN_AS_LINE, is_logarithmic
 
 WIDTH = 440
-FONT = 12
-CHARACTER = 7.4  # of the page's font at 12 units, in bold, on the wide side
+CHARACTER = 7.4  # units a character of bold text takes, on the wide side
 
 
 @dataclass(frozen=True)

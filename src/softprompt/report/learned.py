@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from softprompt.report import charts, figures
 from softprompt.report.curves import smoothed
 from softprompt.report.parts import Block, Chart, Page, Section, Table
-from softprompt.report.read import Run, Series, Tuning
+from softprompt.report.read import ReportedRun, Series, Tuning
 
 
-def tuning_page(run: Run, tuning: Tuning, number: int) -> Page:
+def tuning_page(run: ReportedRun, tuning: Tuning, number: int) -> Page:
     """Losses before and after, curves, and how to reproduce it."""
     figures_of_run = tuning.metrics
     rows = [

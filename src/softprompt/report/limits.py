@@ -88,7 +88,5 @@ def _of_comparison(comparison: Comparison) -> list[str]:
     if "prompt" in arms or "few-shot" in arms:
         sentences.append("Engineered prompts were tried once as given; a better text may exist.")
     if "full" in arms:
-        sentences.append(
-            "Full fine-tuning learned in float32 and was judged in the base's own number format."
-        )
+        sentences.append("Full fine-tuning learned in float32 and was judged in the base's own dtype.")
     return sentences

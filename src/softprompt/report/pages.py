@@ -16,11 +16,11 @@ from softprompt.report.learned import learning_curves, tuning_page
 from softprompt.report.limits import limits
 from softprompt.report.parts import Block, Card, Chart, Page, Section, Table
 from softprompt.report.paths import without_folders
-from softprompt.report.read import Run
-from softprompt.report.verdict import against_base, choice, cost_of, margin_of, verdict
+from softprompt.report.read import ReportedRun
+from softprompt.report.verdict import against_base, cost_of, margin_of, picks, verdict
 
 
-def page(run: Run, number: int) -> Page:
+def page(run: ReportedRun, number: int) -> Page:
     """The page of one run, without the folders of absolute paths; texts of rows are shown as they are."""
     page = _page(run, number)
     for section in page.sections:
@@ -32,7 +32,7 @@ def page(run: Run, number: int) -> Page:
     return page
 
 
-def _page(run: Run, number: int) -> Page:
+def _page(run: ReportedRun, number: int) -> Page:
     if run.tuning is not None:
         return tuning_page(run, run.tuning, number)
     comparison = run.comparison
@@ -60,7 +60,7 @@ def _page(run: Run, number: int) -> Page:
 
 
 def _cards(comparison: Comparison) -> list[Card]:
-    chosen = choice(comparison)
+    chosen = picks(comparison)
     if chosen is None:
         return []
     summary = comparison.summary
@@ -301,7 +301,7 @@ def _against_cost(comparison: Comparison) -> Section | None:
     return Section("tradeoff", "Quality against cost", text=[text], charts=drawn) if drawn else None
 
 
-def _samples(run: Run) -> Section | None:
+def _samples(run: ReportedRun) -> Section | None:
     if not run.samples:
         return None
     text = (

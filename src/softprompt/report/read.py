@@ -77,7 +77,7 @@ class Tuning:
 
 
 @dataclass
-class Run:
+class ReportedRun:
     """The source of one section of the report: a comparison, or a tuning run."""
 
     title: str
@@ -140,12 +140,12 @@ class _Notes:
     run: str | None = None
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
     """A section for each comparison and each tuning run; evaluations on the same rows share one.
 
     Raises DataError for a folder that no command of softprompt wrote.
     """
-    runs: list[Run] = []
+    runs: list[ReportedRun] = []
     evaluations: list[Path] = []
     for folder in folders:
         if (folder / COMPARISON).exists():
@@ -162,9 +162,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return runs + _evaluations(evaluations)
 
 
-def _comparison(folder: Path) -> Run:
+def _comparison(folder: Path) -> ReportedRun:
     comparison = Comparison.read(folder / COMPARISON)
-    run = Run(_title(comparison), "comparison", comparison)
+    run = ReportedRun(_title(comparison), "comparison", comparison)
     rows: dict[str, Sequence[Row]] = {}
     for arm, results in comparison.runs.items():
         path = folder / "arms" / f"{arm}-{results[0].seed}" / ROWS if results else folder
@@ -180,7 +180,7 @@ def _comparison(folder: Path) -> Run:
     return run
 
 
-def _evaluations(folders: Sequence[Path]) -> list[Run]:
+def _evaluations(folders: Sequence[Path]) -> list[ReportedRun]:
     """Evaluations as arms of one comparison where all were judged on the same rows, else each by itself."""
     if not folders:
         return []
@@ -222,7 +222,7 @@ def _evaluations(folders: Sequence[Path]) -> list[Run]:
         target=first.about.target,
         arm_names={arm: _described(record.about) for arm, record in zip(arms, records, strict=True)},
     )
-    run = Run(_title(comparison), "evaluations", comparison)
+    run = ReportedRun(_title(comparison), "evaluations", comparison)
     run.samples = _samples({arm: judged for arm, (judged,) in rows.items()})
     run.sampled_from = len(judged_rows[0])
     return [run]
@@ -251,7 +251,7 @@ def _described(about: _About) -> str:
     return kinds.get(str(about.arm), "") + (f", {Path(folder).name}" if folder else "")
 
 
-def _tuning(folder: Path) -> Run:
+def _tuning(folder: Path) -> ReportedRun:
     """A tuning run: its events, and the prompt's own notes.
 
     A run that was killed before it saved leaves a former run's prompt beside its own recipe and events: that prompt is
@@ -275,7 +275,7 @@ def _tuning(folder: Path) -> Run:
         recipe.read_text("utf-8", "replace") if recipe.exists() else "",
     )
     curves = read_curves(folder)
-    run = Run(tuning.name, "tuning", tuning=tuning)
+    run = ReportedRun(tuning.name, "tuning", tuning=tuning)
     for points, lines in ((curves.held_out, run.validation), (curves.training, run.training)):
         if points:
             lines.append(Series(prompt.kind, 0, points))

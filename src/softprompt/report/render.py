@@ -19,7 +19,7 @@ from softprompt.errors import SaveError
 from softprompt.report.pages import page
 from softprompt.report.parts import Page, Table
 from softprompt.report.paths import without_folders
-from softprompt.report.read import Run, read_runs
+from softprompt.report.read import ReportedRun, read_runs
 from softprompt.store.atomic import replace_file
 from softprompt.store.json_values import plain
 from softprompt.store.ownership import claim, folder_named
@@ -96,7 +96,7 @@ def as_markdown(pages: Sequence[Page]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def as_csv(runs: Sequence[Run]) -> str:
+def as_csv(runs: Sequence[ReportedRun]) -> str:
     """A line for each arm of each run, figures in full precision; unknown ones are empty."""
     table: list[dict[str, Any]] = []
     for run in runs:
@@ -125,7 +125,7 @@ def as_csv(runs: Sequence[Run]) -> str:
     return out.getvalue()
 
 
-def as_json(runs: Sequence[Run], pages: Sequence[Page]) -> str:
+def as_json(runs: Sequence[ReportedRun], pages: Sequence[Page]) -> str:
     """The records, the verdicts and the samples."""
     entries = [
         {
@@ -178,7 +178,7 @@ def _unknown(value: Any) -> bool:
     return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
-def _record(run: Run) -> dict[str, Any]:
+def _record(run: ReportedRun) -> dict[str, Any]:
     if run.comparison is not None:
         return run.comparison.to_record()
     return {"kind": "tuning", **(asdict(run.tuning) if run.tuning is not None else {})}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from softprompt.comparison.arm import spoken
+from softprompt.comparison.arm import in_words
 from softprompt.comparison.records import ArmSummary, Comparison
 from softprompt.evaluation.interval import Difference, rows_to_settle
 from softprompt.evaluation.metric import METRICS
@@ -25,7 +25,7 @@ def verdict(comparison: Comparison) -> str:
         return f"No arm could be judged by {judge}: the figure is not known for any of them."
     figure_text = f"{_named(judge)}, {estimate(figure, rows=True)},"
     if len(arms) == 1:
-        return f"The {figure_text} is that of {spoken(best)}; there is nothing to compare it with."
+        return f"The {figure_text} is that of {in_words(best)}; there is nothing to compare it with."
     if len({arm.metrics[judge].value for arm in arms.values()}) == 1:
         same = (
             f"By {_named(judge)} no arm differs from another: all of them have {estimate(figure, rows=True)}."
@@ -37,19 +37,19 @@ def verdict(comparison: Comparison) -> str:
     worse, level, unsettled = (
         [arm for arm in others if standing[arm] == kind] for kind in ("worse", "level", "unsettled")
     )
-    lead = f"The best {figure_text} comes from {spoken(best)}"
+    lead = f"The best {figure_text} comes from {in_words(best)}"
     sentences = [f"{lead}, significantly better than {_listed(worse)}." if worse else f"{lead}."]
     if level:
         cheapest = min([best, *level], key=lambda arm: (arms[arm].stored_bytes, arms[arm].added_tokens))
         if cheapest == best:
             verb = "is" if len(level) == 1 else "are"
             sentences.append(
-                f"{_listed(level)} {verb} within {margin:g} of it, and {spoken(best)} costs the least to keep of those "
+                f"{_listed(level)} {verb} within {margin:g} of it, and {in_words(best)} costs the least to keep of those "
                 f"({cost_of(arms[best])})."
             )
         else:
             sentences.append(
-                f"Within {margin:g} of it, {spoken(cheapest)} costs the least to keep ({cost_of(arms[cheapest])})."
+                f"Within {margin:g} of it, {in_words(cheapest)} costs the least to keep ({cost_of(arms[cheapest])})."
             )
     elif cost := _cost(arms, best, judge, summary.better == "higher"):
         sentences.append(cost.strip())
@@ -62,7 +62,7 @@ def verdict(comparison: Comparison) -> str:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Picks:
     """The arms a reader may want: of the best figure, the cheapest whose figure is within the margin, and the one that the
     verdict recommends, which is as good as the best as far as the intervals show."""
 
@@ -71,7 +71,7 @@ class Choice:
     recommended: str
 
 
-def choice(comparison: Comparison) -> Choice | None:
+def picks(comparison: Comparison) -> Picks | None:
     """The three arms; None where the best figure is not known or nothing is compared."""
     summary = comparison.summary
     arms, best, judge, higher = summary.arms, summary.best, summary.judged_by, summary.better == "higher"
@@ -85,7 +85,7 @@ def choice(comparison: Comparison) -> Choice | None:
     def price(arm: str) -> tuple[float, float]:
         return arms[arm].stored_bytes, arms[arm].added_tokens
 
-    return Choice(best, min(near, key=price), min(level, key=price))
+    return Picks(best, min(near, key=price), min(level, key=price))
 
 
 def margin_of(comparison: Comparison) -> float:
@@ -144,12 +144,12 @@ def _cost(arms: Mapping[str, ArmSummary], best: str, judge: str, higher: bool) -
         sign = 1 if higher else -1
         next_best = max(smaller, key=lambda arm: sign * arms[arm].metrics[judge].value)
         figure = estimate(arms[next_best].metrics[judge])
-        return f" It takes {cost_of(arms[best])}; the best of the smaller, {spoken(next_best)}, {figure}, takes {cost_of(arms[next_best])}."
+        return f" It takes {cost_of(arms[best])}; the best of the smaller, {in_words(next_best)}, {figure}, takes {cost_of(arms[next_best])}."
     if largest == best or not mine:
         return f" It takes {cost_of(arms[best])}."
     times = theirs / mine
     return (
-        f" It takes {cost_of(arms[best])}, {times:,.0f} times less than {spoken(largest)}."
+        f" It takes {cost_of(arms[best])}, {times:,.0f} times less than {in_words(largest)}."
         if times >= 2
         else ""
     )
@@ -168,8 +168,8 @@ def _by_loss(arms: Mapping[str, ArmSummary], judge: str) -> str:
     lowest = min(losses, key=lambda arm: losses[arm])
     dearest = max(losses, key=lambda arm: losses[arm])
     return (
-        f" Of the wanted answers, {spoken(lowest)} has the lowest loss ({losses[lowest]:.3f} nats per token) "
-        f"and {spoken(dearest)} the highest ({losses[dearest]:.3f})."
+        f" Of the wanted answers, {in_words(lowest)} has the lowest loss ({losses[lowest]:.3f} nats per token) "
+        f"and {in_words(dearest)} the highest ({losses[dearest]:.3f})."
     )
 
 
@@ -184,5 +184,5 @@ def _named(judge: str) -> str:
 
 
 def _listed(arms: Sequence[str]) -> str:
-    names = [spoken(arm) for arm in arms]
+    names = [in_words(arm) for arm in arms]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

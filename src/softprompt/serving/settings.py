@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from softprompt.settings.base_settings import BaseSettings
-from softprompt.settings.table import setting
+from softprompt.settings.section import setting
 
 
 class ServeSettings(BaseSettings):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from softprompt.settings.table import Table, setting
+from softprompt.settings.section import setting
+from softprompt.settings.table import Table
 
 
 class BaseSettings(Table):

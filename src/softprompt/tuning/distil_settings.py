@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from softprompt.settings.base_settings import BaseSettings
-from softprompt.settings.table import Section, setting
+from softprompt.settings.section import Section, setting
 from softprompt.tuning.recipe import Count, NotNegative, Rows, Share, TuneSettings
 
 Text = Annotated[str, Field(min_length=1)]

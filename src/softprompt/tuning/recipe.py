@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self, TypeAlias
 from pydantic import Field, model_validator
 
 from softprompt.settings.base_settings import BaseSettings
-from softprompt.settings.table import Section, setting
+from softprompt.settings.section import Section, setting
 
 Auto: TypeAlias = Literal["auto"]
 Count: TypeAlias = Annotated[int, Field(ge=1, le=10**12)]

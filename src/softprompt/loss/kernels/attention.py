@@ -31,11 +31,11 @@ class _FusedAttention(torch.autograd.Function):
     def forward(ctx: Any, fused_BSE: Tensor, bias_BHSS: Tensor, heads: int, scale: float) -> Tensor:
         rows, length, width = fused_BSE.shape
         query, key, value = _apart(fused_BSE, heads)
-        chances = _chances(query, key, bias_BHSS, scale)
+        probabilities = _probabilities(query, key, bias_BHSS, scale)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(fused_BSE, bias_BHSS)
         ctx.heads, ctx.scale = heads, scale
-        context = torch.bmm(chances, value).view(rows, heads, length, -1)
+        context = torch.bmm(probabilities, value).view(rows, heads, length, -1)
         return context.transpose(1, 2).to(fused_BSE.dtype).reshape(rows, length, width // 3)
 
     @staticmethod
@@ -45,33 +45,37 @@ class _FusedAttention(torch.autograd.Function):
         rows, length, width = fused_BSE.shape
         query, key, value = _apart(fused_BSE, heads)
         # Recomputed: saving them would hold S x S probabilities for every layer.
-        chances = _chances(query, key, bias_BHSS, scale)
-        slope = upstream[0].view(rows, length, heads, -1).transpose(1, 2)
-        slope = _laid_out("slope", slope, query.dtype).view(rows * heads, length, -1)
-        on_chances = torch.bmm(
-            slope, value.transpose(1, 2), out=scratch("scores", *chances.shape, dtype=chances.dtype)
+        probabilities = _probabilities(query, key, bias_BHSS, scale)
+        grad = upstream[0].view(rows, length, heads, -1).transpose(1, 2)
+        grad = _laid_out("grad", grad, query.dtype).view(rows * heads, length, -1)
+        grad_probabilities = torch.bmm(
+            grad,
+            value.transpose(1, 2),
+            out=scratch("scores", *probabilities.shape, dtype=probabilities.dtype),
         )
-        on_scores = torch._softmax_backward_data(on_chances, chances, -1, chances.dtype).mul_(scale)
+        grad_scores = torch._softmax_backward_data(
+            grad_probabilities, probabilities, -1, probabilities.dtype
+        ).mul_(scale)
         # The three gradients go straight into the layout of the fused projection.
         on_fused = fused_BSE.new_empty(rows, length, heads, 3, width // (3 * heads))
         for index, part in enumerate(
             (
-                torch.bmm(on_scores, key),
-                torch.bmm(on_scores.transpose(1, 2), query),
-                torch.bmm(chances.transpose(1, 2), slope),
+                torch.bmm(grad_scores, key),
+                torch.bmm(grad_scores.transpose(1, 2), query),
+                torch.bmm(probabilities.transpose(1, 2), grad),
             )
         ):
             on_fused[:, :, :, index] = part.view(rows, heads, length, -1).transpose(1, 2)
         return on_fused.view(rows, length, width), None, None, None
 
 
-def _chances(query: Tensor, key: Tensor, bias_BHSS: Tensor, scale: float) -> Tensor:
+def _probabilities(query: Tensor, key: Tensor, bias_BHSS: Tensor, scale: float) -> Tensor:
     """Attention probabilities [B*H, S, S], in memory that the next layer reuses."""
     rows, heads, length, _ = bias_BHSS.shape
     bias = bias_BHSS.to(query.dtype).view(rows * heads, length, length)
     scores = scratch("scores", *bias.shape, dtype=bias.dtype)
     torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale, out=scores)
-    return torch.softmax(scores, -1, out=scratch("chances", *bias.shape, dtype=bias.dtype))
+    return torch.softmax(scores, -1, out=scratch("probabilities", *bias.shape, dtype=bias.dtype))
 
 
 def _apart(fused_BSE: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

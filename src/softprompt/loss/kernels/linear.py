@@ -43,11 +43,11 @@ class _WideProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = upstream
-        rows_NO = slope.reshape(-1, slope.shape[-1])
-        on_inputs = slope.new_empty(len(rows_NO), ctx.weight_OI.shape[1])
-        on_inputs.copy_(_product(rows_NO, ctx.weight_OI))
-        return on_inputs.view(*slope.shape[:-1], -1), None, None
+        (grad,) = upstream
+        rows_NO = grad.reshape(-1, grad.shape[-1])
+        grad_inputs = grad.new_empty(len(rows_NO), ctx.weight_OI.shape[1])
+        grad_inputs.copy_(_product(rows_NO, ctx.weight_OI))
+        return grad_inputs.view(*grad.shape[:-1], -1), None, None
 
 
 def _product(left_NK: Tensor, right_KM: Tensor) -> Tensor:
@@ -102,5 +102,5 @@ class _Int8Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        (slope,) = upstream
-        return ctx.back.product(slope, None), None, None, None
+        (grad,) = upstream
+        return ctx.back.product(grad, None), None, None, None
