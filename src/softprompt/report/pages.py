@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from softprompt.comparison.arm import spoken
+from softprompt.comparison.arm import in_words
 from softprompt.comparison.records import ArmSummary, Comparison, Figure
 from softprompt.evaluation.interval import NORMAL_975
 from softprompt.report import charts, figures
@@ -74,7 +74,7 @@ def _cards(comparison: Comparison) -> list[Card]:
         Card(
             title,
             arm,
-            spoken(arm),
+            in_words(arm),
             figures.estimate(summary.arms[arm].metrics[summary.judged_by]),
             cost_of(summary.arms[arm]),
         )
