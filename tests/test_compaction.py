@@ -8,7 +8,7 @@ from torch import Tensor
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State, row_state
-from softprompt.base.nll import Head
+from softprompt.base.nll import Head, dense
 from softprompt.base.rotary import rotary_of, turned_state
 from softprompt.errors import PromptError
 from softprompt.inference.prefill import PrefillRow, prefill
@@ -130,8 +130,12 @@ def test_loss_and_gradient_are_torchs_cross_entropy_with_soft_targets(
     drawn = torch.Generator().manual_seed(1)
     hidden_ND = torch.randn(7, 8, generator=drawn).requires_grad_()
     targets = SoftTargets.of(torch.randn(7, 50, generator=drawn) * 3, k)
-    dense_NV = torch.zeros(7, 50).scatter(1, targets.ids_Nk, targets.probabilities_Nk)
-    theirs_N = torch.nn.functional.cross_entropy(head(**about).logits(hidden_ND), dense_NV, reduction="none")
+    # torch's own softmax over the listed tokens and, as one class, the log-sum of all others.
+    listed_NV = torch.zeros(7, 50, dtype=torch.bool).scatter(1, targets.ids_Nk, True)
+    likely_NV = head(**about).logits(hidden_ND).log_softmax(1)
+    rest_N = likely_NV.masked_fill(listed_NV, -torch.inf).logsumexp(1) if k else torch.zeros(7)
+    wanted_NV = torch.zeros(7, 50).scatter(1, targets.ids_Nk, targets.probabilities_Nk)
+    theirs_N = -(wanted_NV * likely_NV).sum(1) - targets.rest_N * rest_N
     ours_N = soft_cross_entropy(hidden_ND, targets, head(**about))
     torch.testing.assert_close(ours_N, theirs_N)
     weights_N = torch.arange(1.0, 8.0)
@@ -140,10 +144,43 @@ def test_loss_and_gradient_are_torchs_cross_entropy_with_soft_targets(
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_the_loss_is_never_below_the_teachers_entropy_and_reaches_it_at_the_teacher() -> None:
+@pytest.mark.parametrize("about", [{}, {"scale": 0.5}, {"softcap": 3.0}], ids=["plain", "scaled", "capped"])
+def test_by_way_of_one_target_the_loss_and_its_gradient_are_the_same(about: dict[str, float]) -> None:
+    """`dense` is the loss of single targets, which the screened head stands in for on large vocabularies."""
+    drawn = torch.Generator().manual_seed(1)
+    hidden_ND = torch.randn(7, 8, generator=drawn).requires_grad_()
+    targets = SoftTargets.of(torch.randn(7, 50, generator=drawn) * 3, 5)
+    weights_N = torch.arange(1.0, 8.0)
+    found = []
+    for head_loss in (None, dense):
+        loss_N = soft_cross_entropy(hidden_ND, targets, head(**about), head_loss)
+        found.append((loss_N, *torch.autograd.grad((loss_N * weights_N).sum(), hidden_ND)))
+    for plain, screened in zip(*found, strict=True):
+        torch.testing.assert_close(screened, plain, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", [None, 5], ids=["whole vocabulary", "top 5"])
+def test_the_loss_is_never_below_the_teachers_entropy_and_reaches_it_at_the_teacher(k: int | None) -> None:
     drawn = torch.Generator().manual_seed(2)
-    hidden_ND = torch.randn(6, 8, generator=drawn)
-    targets = SoftTargets.of(head().logits(hidden_ND), None)
-    torch.testing.assert_close(soft_cross_entropy(hidden_ND, targets, head()), targets.entropy_N)
+    hidden_ND = torch.randn(6, 8, generator=drawn).requires_grad_()
+    targets = SoftTargets.of(head().logits(hidden_ND.detach()), k)
+    own_N = soft_cross_entropy(hidden_ND, targets, head())
+    torch.testing.assert_close(own_N.detach(), targets.entropy_N)
+    (pull_ND,) = torch.autograd.grad(own_N.sum(), hidden_ND)
+    torch.testing.assert_close(pull_ND, torch.zeros_like(pull_ND), atol=1e-5, rtol=0)
     other_N = soft_cross_entropy(torch.randn(6, 8, generator=drawn), targets, head())
     assert bool((other_N >= targets.entropy_N).all())
+
+
+def test_right_answers_get_their_share_once_whether_the_teacher_lists_them_or_not() -> None:
+    targets = SoftTargets.of(torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(2, 1), 2).mixed(
+        torch.tensor([1, 3]), 0.25
+    )
+    whole_NV = torch.zeros(2, 4).scatter_add(1, targets.ids_Nk, targets.probabilities_Nk)
+    likely_V = torch.tensor([2.0, 1.0, 0.0, -1.0]).softmax(0)
+    assert whole_NV[0, 1] == pytest.approx(0.75 * float(likely_V[1]) + 0.25)
+    assert whole_NV[1, 3] == pytest.approx(0.25)
+    torch.testing.assert_close(targets.rest_N, (0.75 * likely_V[2:].sum()).repeat(2))
+    for ids_k, probabilities_k in zip(targets.ids_Nk, targets.probabilities_Nk, strict=True):
+        named = ids_k[probabilities_k > 0].tolist()
+        assert len(named) == len(set(named))

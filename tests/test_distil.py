@@ -9,20 +9,24 @@ import pytest
 import torch
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.nll import Head
 from softprompt.cli.app import main
 from softprompt.data.batch import collate
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import BaseError, DataError, RecipeError
+from softprompt.inference.generate import generate
 from softprompt.inference.settings import DecodeSettings
 from softprompt.loss.fast import FastLoss
-from softprompt.loss.soft_targets import SoftTargets
+from softprompt.loss.soft_targets import SoftTargets, soft_cross_entropy
 from softprompt.progress.events import Event, Note, Stepped
 from softprompt.store.artifact import load_prompt
-from softprompt.tuning.distil import DistilLoss, distil, few_shot_text
+from softprompt.tuning.distil import distil
 from softprompt.tuning.distil_settings import DistilSettings
+from softprompt.tuning.distil_source import few_shot_text
+from softprompt.tuning.lessons import DistilLoss, lessons_of
 from softprompt.tuning.questions import first_question, parts_of
-from softprompt.tuning.teacher import teacher_of
+from softprompt.tuning.teacher import Teachers, teacher_of
 from tiny_models import tiny_model, tiny_tokenizer
 
 CONTEXT = "The quick brown fox jumps over the lazy dog. I want you to act as a logistician. " * 2
@@ -95,26 +99,64 @@ def test_the_loss_is_the_divergence_that_the_whole_vocabulary_gives(tmp_path: Pa
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
-def test_few_of_the_teachers_tokens_give_nearly_the_same_loss_as_all_of_them() -> None:
-    logits_NV = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)) * 6
-    few, everything = SoftTargets.of(logits_NV, 100), SoftTargets.of(logits_NV, None)
-    torch.testing.assert_close(few.entropy_N, everything.entropy_N, atol=0.05, rtol=0.05)
+def test_few_of_the_teachers_tokens_give_nearly_the_divergence_of_all_of_them_and_never_more() -> None:
+    """Tokens that are counted together can only hide a difference (the data-processing inequality)."""
+    drawn = torch.Generator().manual_seed(0)
+    teacher_NV, hidden_ND = (
+        torch.randn(40, 300, generator=drawn) * 4,
+        torch.randn(40, 300, generator=drawn) * 4,
+    )
+    hidden_ND = teacher_NV + 0.1 * hidden_ND
+    divergences = []
+    for k in (20, None):
+        targets = SoftTargets.of(teacher_NV, k)
+        divergences.append(soft_cross_entropy(hidden_ND, targets, Head(torch.eye(300))) - targets.entropy_N)
+    few_N, all_N = divergences
+    assert bool((few_N <= all_N + 1e-5).all())
+    assert float(few_N.mean()) > 0.9 * float(all_N.mean())
 
 
-def test_a_killed_distillation_resumes_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_policy", [0, 1])
+@pytest.mark.parametrize("killed_after", [3, 9])
+def test_a_killed_distillation_resumes_to_the_same_bits(
+    tmp_path: Path, on_policy: int, killed_after: int
+) -> None:
+    """With answers that are drawn again in the middle, before and after that too."""
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    whole = distil(settings(tmp_path / "whole"), lm=lm_of())
+    whole = distil(settings(tmp_path / "whole", on_policy=on_policy), lm=lm_of())
+    steps = 0
 
     def kill(event: Event) -> None:
-        if isinstance(event, Stepped) and event.step == 5:
+        nonlocal steps
+        steps += isinstance(event, Stepped)
+        if steps == killed_after:
             raise SystemExit
 
-    cut = settings(tmp_path / "cut")
+    cut = settings(tmp_path / "cut", on_policy=on_policy)
     with pytest.raises(SystemExit):
         distil(cut, lm=lm_of(), on_event=kill)
     resumed = distil(cut, lm=lm_of(), resume=True)
     assert all(torch.equal(a, b) for a, b in zip(whole.prompt.plain, resumed.prompt.plain, strict=True))
+
+
+def test_answers_of_the_short_prompt_itself_are_learned_from_with_the_teachers_probabilities(
+    tmp_path: Path,
+) -> None:
+    lm = lm_of()
+    given = settings(tmp_path, temperature=0.0)
+    prompt = distil(given, lm=lm).prompt
+    teacher = Teachers((teacher_of(lm, CONTEXT, Template.parse("{text}\n")),))
+    questions = [Example({"text": text}, row=n) for n, text in enumerate(QUESTIONS[:4])]
+    lessons = lessons_of(teacher, questions, given, student=prompt, number=1)
+    own = [text.token_ids for text in generate(lm, questions, prompt, DecodeSettings(max_new_tokens=6))]
+    assert [lesson.answer.ids for lesson in lessons] == own
+    for lesson in lessons:
+        ids = lm.tokenizer(f"{CONTEXT}{lesson.question.fields['text']}\n")["input_ids"]
+        with torch.no_grad():
+            logits_SV = lm.model(input_ids=torch.tensor([[*ids, *lesson.answer.ids]])).logits[0]
+        theirs = logits_SV.softmax(-1)[len(ids) - 1 : -1].gather(1, lesson.targets.ids_Nk)
+        torch.testing.assert_close(lesson.targets.probabilities_Nk, theirs, atol=1e-5, rtol=1e-3)
 
 
 def test_what_cannot_be_distilled_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -162,6 +204,10 @@ def test_a_document_longer_than_the_base_reads_is_cut_into_parts(tmp_path: Path)
         ({"context": {"shots": 4}}, "shots needs labelled rows"),
         ({"context": {"instruction": "be kind"}}, "needs texts that it is applied to"),
         ({"context": {"document": "a"}, "distil": {"gold": 0.5}}, "gold needs right answers"),
+        (
+            {"context": {"document": "a"}, "data": {"target": "b"}, "distil": {"gold": 0.5, "on_policy": 1}},
+            "from right answers, and on_policy",
+        ),
         ({"context": {"document": "a"}, "distil": {"kind": "soft"}}, "cannot hold keys and values"),
     ],
 )

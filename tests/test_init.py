@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from softprompt.base.kv import new_cache
 from softprompt.data.example import Example, Splits
 from softprompt.errors import RecipeError, WrongBase
+from softprompt.inference.compiled import as_deep
 from softprompt.prompt import init
+from softprompt.store.artifact import save_prompt
 from softprompt.tuning.settle import make_plan
 from softprompt.tuning.starts import start
 from test_learn import SPLITS, learn, lm_of, recipe, vectors
@@ -125,14 +128,70 @@ def test_a_deep_prompt_starts_from_a_soft_ones_state(tmp_path: Path, learned: li
     assert deep.nll_before == pytest.approx(learned[0].nll_after, abs=1e-5)
 
 
-def test_deep_prompts_have_a_mean_but_no_concatenation(tmp_path: Path) -> None:
+def test_the_mean_of_deep_prompts_is_that_of_their_keys_and_values(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         learn(tmp_path / name, "prompt.kind=deep", "tune.max_steps=1", f"tune.seed={seed}")
     both = ("prompt.kind=deep", f"prompt.init_from=[{tmp_path / 'a'}, {tmp_path / 'b'}]")
     found = [started(tmp_path / "c", both[0], f"prompt.init_from=[{tmp_path / name}]") for name in "ab"]
     torch.testing.assert_close(started(tmp_path / "c", *both, "prompt.init=mean"), (found[0] + found[1]) / 2)
-    with pytest.raises(RecipeError, match="whose keys belong to their positions"):
-        started(tmp_path / "c", *both, "prompt.init=concatenation")
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "GPT-NeoX", "Cohere"])
+@pytest.mark.parametrize("kind", ["deep", "soft"])
+def test_concatenated_deep_prompts_hold_the_keys_that_the_base_computes_at_those_positions(
+    tmp_path: Path, architecture: str, kind: str
+) -> None:
+    """Deep prompts compiled from vectors, so that the base itself can read those vectors further on. Deep from deep and
+    deep from soft alike; repeated beyond their own length too."""
+    lm = lm_of(architecture)
+    sources = []
+    for name, seed, length in (("a", 0, 4), ("b", 1, 3)):
+        run = tmp_path / name
+        result = learn(run, "tune.max_steps=1", f"tune.seed={seed}", f"prompt.length={length}", lm=lm)
+        sources.append(vectors(result))
+        if kind == "deep":
+            save_prompt(as_deep(lm, result.prompt), tmp_path / f"deep-{name}")
+    folders = [tmp_path / (f"deep-{name}" if kind == "deep" else name) for name in "ab"]
+    flags = [
+        f"prompt.init_from=[{folders[0]}, {folders[1]}]",
+        "prompt.kind=deep",
+        "prompt.init=concatenation",
+    ]
+    for length in ("null", "9"):
+        plan = make_plan(recipe(tmp_path / "c", *flags, f"prompt.length={length}"), lm=lm, splits=SPLITS)
+        keys_LPHK, values_LPHK = start(plan)()
+        first = 0
+        for vectors_PD in [*sources, sources[0][:2]][: 2 if length == "null" else 3]:
+            last = first + len(vectors_PD)
+            cache = new_cache()
+            lm.hidden(vectors_PD[None], positions_BS=torch.arange(first, last)[None], past=cache)
+            for layer, (keys_PHK, values_PHK) in enumerate(zip(keys_LPHK, values_LPHK, strict=True)):
+                theirs = cache.layers[layer]
+                torch.testing.assert_close(
+                    keys_PHK[first:last].transpose(0, 1), theirs.keys[0], atol=2e-5, rtol=1e-4
+                )
+                torch.testing.assert_close(
+                    values_PHK[first:last].transpose(0, 1), theirs.values[0], atol=2e-5, rtol=1e-4
+                )
+            first = last
+        assert keys_LPHK.shape[1] == first
+
+
+def test_deep_prompts_are_not_concatenated_where_keys_cannot_be_turned(tmp_path: Path) -> None:
+    lm = lm_of("GPT-2")
+    for name in "ab":
+        learn(tmp_path / name, "prompt.kind=deep", "tune.max_steps=1", lm=lm)
+    both = ("prompt.kind=deep", f"prompt.init_from=[{tmp_path / 'a'}, {tmp_path / 'b'}]")
+    with pytest.raises(RecipeError, match="no rotary positions by which"):
+        started(tmp_path / "c", *both, "prompt.init=concatenation", lm=lm)
+
+
+def test_deep_prompts_of_unlike_lengths_have_no_mean(tmp_path: Path) -> None:
+    for name, length in (("a", 4), ("b", 3)):
+        learn(tmp_path / name, "prompt.kind=deep", "tune.max_steps=1", f"prompt.length={length}")
+    both = ("prompt.kind=deep", f"prompt.init_from=[{tmp_path / 'a'}, {tmp_path / 'b'}]")
+    with pytest.raises(RecipeError, match="give prompts of one length"):
+        started(tmp_path / "c", *both, "prompt.init=mean")
 
 
 def test_a_soft_prompt_cannot_start_from_a_deep_one(tmp_path: Path) -> None:

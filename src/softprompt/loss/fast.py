@@ -53,7 +53,7 @@ class FastLoss:
         `prompt` is what is learned or judged: (vectors [P, D],), (keys, values) [L, P, H, K] each, or None for the
         untouched base. Differentiable towards it, and towards nothing else."""
         targets_N = batch.ids_BS[:, 1:][batch.trained_BS[:, 1:]].to(self.lm.device)
-        return token_nll(self.hidden(batch, prompt), targets_N, self.lm.head, self._head_loss)
+        return token_nll(self.hidden(batch, prompt), targets_N, self.lm.head, self.head_loss)
 
     def hidden(self, batch: Batch, prompt: Plain | None = None) -> Tensor:
         """The last hidden states that predict the trained tokens, [N, D], in the order of the losses."""
@@ -97,7 +97,8 @@ class FastLoss:
         return self._checkpointed(_shared(self.lm).int8_body)
 
     @cached_property
-    def _head_loss(self) -> ScreenedHead | None:
+    def head_loss(self) -> ScreenedHead | None:
+        """The screened road through a large head on a CPU; None where the plain one is as fast."""
         head = _shared(self.lm).head
         return None if head is None else ScreenedHead(head)
 

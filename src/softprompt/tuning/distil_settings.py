@@ -84,6 +84,12 @@ class Learning(Section):
     teacher_top_k: Annotated[int, Field(ge=0)] = setting(
         20, "The teacher's likeliest tokens that are kept at each position; 0 keeps the whole vocabulary."
     )
+    on_policy: Annotated[int, Field(ge=0)] = setting(
+        0,
+        "How often the answers that are learned from are drawn again, from the short prompt itself, with the teacher's "
+        "probabilities; the steps are shared among the rounds.",
+        flag="--on-policy",
+    )
     gold: Annotated[float, Field(ge=0, le=1)] = setting(
         0.0,
         "The share of the loss that right answers get beside the teacher's; needs `target`.",
@@ -129,6 +135,8 @@ class DistilSettings(BaseSettings):
             raise ValueError("an instruction needs texts that it is applied to. Give --data.")
         if self.distil.gold and self.data.target is None:
             raise ValueError("gold needs right answers. Give --target.")
+        if self.distil.gold and self.distil.on_policy:
+            raise ValueError("gold learns from right answers, and on_policy from the prompt's own. Keep one.")
         if self.distil.kind == "soft" and self.distil.init != "vocabulary":
             raise ValueError(
                 "a soft prompt cannot hold keys and values: set --init vocabulary, or --kind deep."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.outline import Outline
+from softprompt.base.rotary import rotary_of
 from softprompt.data.tokenizer import special_tokens_of
 from softprompt.errors import RecipeError
 from softprompt.prompt.soft_prompt import Prompt, SoftPrompt
@@ -30,11 +31,20 @@ def read_prompts(recipe: Recipe, lm: FrozenLM | Outline) -> list[Prompt]:
             raise RecipeError(
                 f"prompt.init_from: {path} is a deep prompt, which has no vectors. Set prompt.kind to deep."
             )
-        moved = recipe.prompt.init == "concatenation" or prompt.length != prompts[0].length
-        if moved and len(prompts) > 1 and not isinstance(prompt, SoftPrompt):
+        if isinstance(prompt, SoftPrompt) or len(prompts) == 1:
+            continue
+        if recipe.prompt.init == "concatenation":
+            # An outline has no weights to try: the start itself refuses then.
+            if isinstance(lm, FrozenLM) and rotary_of(lm) is None:
+                raise RecipeError(
+                    f"prompt.init_from: {path} is a deep prompt, whose keys belong to their positions, and {lm.name} has no "
+                    "rotary positions by which they could be turned to others. Concatenate soft prompts, or take the mean "
+                    "of deep ones of one length."
+                )
+        elif prompt.length != prompts[0].length:
             raise RecipeError(
-                f"prompt.init_from: {path} is a deep prompt, whose keys belong to their positions, so it works at "
-                "no other. Concatenate soft prompts, or take the mean of deep ones of one length."
+                f"prompt.init_from: {path} is a deep prompt of {prompt.length} positions, and the first has "
+                f"{prompts[0].length}. A mean of deep prompts is of keys at the same positions: give prompts of one length."
             )
     return prompts
 

@@ -36,7 +36,14 @@ from softprompt.tuning.starts import start
 class Run:
     """Joins what is learned (`learner`), from what (`plan`), and what is recorded (`log`)."""
 
-    def __init__(self, plan: Plan, on_event: Callable[[Event], None], form: Form | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        on_event: Callable[[Event], None],
+        form: Form | None = None,
+        *,
+        shares_a_part: bool = False,
+    ) -> None:
         self.plan = plan
         tune = plan.recipe.tune
         out = Path(plan.recipe.out)
@@ -45,7 +52,7 @@ class Run:
         self.log = RunLog(plan.recipe, on_event)
         self.checkpoints = Checkpoints(out, tune, self.log.note)
         self.nll_base = math.nan
-        self.shares_a_part = form is not None
+        self.shares_a_part = shares_a_part
         self.ending = "finished"
 
     @property

@@ -14,7 +14,7 @@ from softprompt.inference.compiled import read_ids, text_state, vectors_state
 from softprompt.prompt import init
 from softprompt.prompt.reparam import FORMS, Form, as_plain, as_rows
 from softprompt.prompt.soft_prompt import Plain, SoftPrompt
-from softprompt.tuning.compaction import compact
+from softprompt.tuning.compaction import compact, moved
 from softprompt.tuning.init_from import read_prompts, start_ids, text_ids
 from softprompt.tuning.plan import Plan
 
@@ -94,10 +94,25 @@ def _from_prompts(combine: Callable[[Sequence[Tensor], int], Tensor]) -> Callabl
             vectors_state(plan.lm, prompt.embeddings_PD) if isinstance(prompt, SoftPrompt) else prompt.plain
             for prompt in prompts
         ]
+        if combine is init.concatenation:
+            deep = _one_after_another(plan.lm, deep, length)
         layers, _, heads, width = deep[0][0].shape
         return as_plain(combine([as_rows(plain) for plain in deep], length), (layers, length, heads, width))
 
     return combined
+
+
+def _one_after_another(lm: FrozenLM, prompts: Sequence[Plain], length: int) -> list[Plain]:
+    """Deep prompts, repeated until they have `length` positions, with keys as they are at their places in that row.
+
+    A key holds its position where the base rotates keys; each prompt's are turned on by all that stands before it."""
+    placed: list[Plain] = []
+    before = 0
+    while not placed or before < length:
+        for plain in prompts:
+            placed.append(moved(lm, plain, before))
+            before += plain[0].shape[1]
+    return placed
 
 
 def _alone(start: Callable[[Plan, torch.Generator], Tensor]) -> Callable[[Plan, torch.Generator], Plain]:

@@ -62,15 +62,8 @@ class Teacher:
         self, questions: Sequence[Example], settings: DecodeSettings, *, batch_rows: int = 16
     ) -> list[list[Answer]]:
         """`settings.n` answers to each question."""
-        texts = generate(
-            self.lm,
-            [self.example(question) for question in questions],
-            self.compiled,
-            settings,
-            batch_rows=batch_rows,
-        )
-        found = [Answer(text.token_ids, text.text) for text in texts]
-        return [found[start : start + settings.n] for start in range(0, len(found), settings.n)]
+        asked = [self.example(question) for question in questions]
+        return answers_under(self.lm, self.compiled, asked, settings, batch_rows=batch_rows)
 
     def gold(self, question: Example) -> Answer:
         """The row's own right answer, as the template's target writes it, with an end token."""
@@ -178,6 +171,20 @@ class Teachers:
             numbers = [n for n, question in enumerate(questions) if question.row % len(self.parts) == place]
             if numbers:
                 yield part, numbers
+
+
+def answers_under(
+    lm: FrozenLM,
+    prompt: CompiledPrompt,
+    questions: Sequence[Example],
+    settings: DecodeSettings,
+    *,
+    batch_rows: int = 16,
+) -> list[list[Answer]]:
+    """`settings.n` answers to each question under a prompt."""
+    texts = generate(lm, questions, prompt, settings, batch_rows=batch_rows)
+    answers = [Answer(text.token_ids, text.text) for text in texts]
+    return [answers[start : start + settings.n] for start in range(0, len(answers), settings.n)]
 
 
 def teacher_of(lm: FrozenLM, context: str, layout: Template) -> Teacher:

@@ -65,7 +65,12 @@ class Together:
         made: Sequence[Form | None] = forms(plans) if forms else [None] * len(plans)
         self.sharing = forms is not None
         self.runs = [
-            Run(plan, lambda event, number=number: on_event(number, event), form)  # type: ignore[misc]
+            Run(
+                plan,
+                lambda event, number=number: on_event(number, event),  # type: ignore[misc]
+                form,
+                shares_a_part=self.sharing,
+            )
             for number, (plan, form) in enumerate(zip(plans, made, strict=True))
         ]
         rows = sum(run.plan.batch_size for run in self.runs)
