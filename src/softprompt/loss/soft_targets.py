@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.base.nll import BLOCK_LOGITS, Head, HeadLoss, slope
+from softprompt.base.nll import BLOCK_LOGITS, Head, HeadLoss, softcap_derivative
 
 FEW_LISTED = 256  # listed tokens; with more, all logits cost no more than their rows
 # A rest that is known as 1 less the listed is rounding where the teacher's is below the first; the ratio of both rests
@@ -170,7 +170,7 @@ def _from_likeliest(
     if not wants_gradient or pull_nD is None:
         return loss_n, None
     # pull is sum_v p_v w_v - w_1. Wanted: that sum times (1 - R / r), and p_k R / r - t_k of every listed row.
-    slopes_nk = slope(logits_nk, head)
+    slopes_nk = softcap_derivative(logits_nk, head)
     rows_nkD = rows_nkD if slopes_nk is None else rows_nkD * slopes_nk[..., None]
     ratio_n1 = (wanted_rest_n1 / rest_n1).clamp(max=MOST_RATIO)
     ratio_n1 = torch.where(wanted_rest_n1 < SMALLEST_REST, torch.ones_like(ratio_n1), ratio_n1)
