@@ -136,11 +136,11 @@ def test_a_step_that_breaks_fails_what_runs_and_the_engine_goes_on(
 def test_an_engine_that_fails_tells_everybody_and_says_so(
     lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(self: LocalEngine) -> None:
+    def failing(self: Lanes, requests: Sequence[object]) -> bool:
         raise RuntimeError("a fault of ours")
 
     with LocalEngine(lm) as engine:
-        monkeypatch.setattr(LocalEngine, "_admit", failing)
+        monkeypatch.setattr(Lanes, "fits", failing)
         found = together(engine, [Work(None, text, greedy()) for text in TEXTS])
         assert {type(result) for result in found} == {EngineFailed}
         assert engine.health()["alive"] == 0
@@ -338,7 +338,7 @@ def test_rows_of_unlike_length_run_in_lanes_each_as_alone(
             running.cancel(gone)
             everyone.remove(gone)
         running.advance()
-        most = max(most, len(running._lanes))
+        most = max(most, len(running.sizes))
     assert most > 1
     assert running.bytes == 0
     for row in everyone:
@@ -359,21 +359,19 @@ def test_rows_of_unlike_length_run_in_lanes_each_as_alone(
 @pytest.mark.parametrize("long_first", [True, False])
 def test_many_short_rows_leave_a_long_one_alone_however_they_come(lm: FrozenLM, long_first: bool) -> None:
     """Each short row alone would add little padding; together they would compute the long one's columns 30 times."""
-    running = Lanes(lm, max_rows=64)
+    running = Lanes(lm, max_rows=64, lane_cost=1_000)
     base = compile_prompt(lm, None)
     long = [request(lm, base, LONG, greedy(60))]
     short = [[request(lm, base, "a", greedy(3))] for _ in range(60)]
-    running._lane_cost = 1_000
     for joining in [long, *short] if long_first else [*short, long]:
         running.join(joining)
-    assert len(running._lanes) == 2
-    assert min(len(lane) for lane in running._lanes) <= 1 + 1_000 // 60
-    together = Lanes(lm, max_rows=64)
-    together._lane_cost = 1_000
+    assert len(running.sizes) == 2
+    assert min(running.sizes) <= 1 + 1_000 // 60
+    together = Lanes(lm, max_rows=64, lane_cost=1_000)
     together.join(
         [request(lm, base, row.row.marks, row.settings) for row in [*long, *(each[0] for each in short)]]
     )
-    assert sorted(len(lane) for lane in together._lanes) == [1, 60]
+    assert sorted(together.sizes) == [1, 60]
 
 
 def test_buffers_shrink_when_a_long_row_has_left(lm: FrozenLM) -> None:

@@ -56,7 +56,7 @@ def learned(lm: FrozenLM, body: object) -> tuple[Tensor, Tensor]:
     drawn = torch.Generator().manual_seed(3)
     prompt_PD = (torch.randn(4, lm.width, generator=drawn) * lm.embedding_VD.float().std()).requires_grad_()
     loss = FastLoss(lm)
-    vars(loss)["_body"] = body
+    vars(loss)["body"] = body
     nll_N = loss(batch(), (prompt_PD,))
     (gradient_PD,) = torch.autograd.grad(nll_N.sum(), prompt_PD)
     return nll_N.detach(), gradient_PD
@@ -70,7 +70,7 @@ def test_the_bloom_twin_is_another_body_with_the_same_weights_and_the_model_stay
     model = tiny_model("BLOOM (ALiBi)")
     lm = FrozenLM.wrap(model, tiny_tokenizer())
     before = [type(module) for module in model.modules()], lm.weights_sha256()
-    twin = FastLoss(lm)._body
+    twin = FastLoss(lm).body
     assert twin is not lm.body
     theirs = {weight.data_ptr() for weight in model.parameters()}
     assert {weight.data_ptr() for weight in twin.parameters()} <= theirs
@@ -122,7 +122,7 @@ def test_a_twin_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> Non
     lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer())
     other = FrozenLM.wrap(tiny_model("Llama", seed=1), tiny_tokenizer())
     monkeypatch.setattr(fast, "learning_body", lambda body: other.body)
-    assert FastLoss(lm)._body is lm.body
+    assert FastLoss(lm).body is lm.body
 
 
 @pytest.mark.parametrize("length", [1, 5, 40])
@@ -157,11 +157,11 @@ def test_the_arithmetic_chosen_once_is_kept_for_runs_that_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    measured = rates._float32_is_faster(torch.bfloat16)
-    monkeypatch.setattr(rates, "_float32_is_faster", lambda than: measured)
+    measured = rates.measure_float32_is_faster(torch.bfloat16)
+    monkeypatch.setattr(rates, "measure_float32_is_faster", lambda than: measured)
     rates.float32_is_faster.cache_clear()
     assert rates.float32_is_faster(torch.bfloat16) is measured
-    monkeypatch.setattr(rates, "_float32_is_faster", lambda than: not measured)  # as on a busy machine
+    monkeypatch.setattr(rates, "measure_float32_is_faster", lambda than: not measured)  # as on a busy machine
     rates.float32_is_faster.cache_clear()
     assert rates.float32_is_faster(torch.bfloat16) is measured
     (tmp_path / "softprompt" / "rates.json").write_text("damaged")

@@ -196,7 +196,7 @@ def test_digests_are_computed_once_for_files_and_again_when_a_byte_changed(
     base = saved(tmp_path / "base")
     first = loaded(base)
     with monkeypatch.context() as patch:
-        for name in ("_weights_sha256", "_tokenizer_sha256"):
+        for name in ("compute_weights_sha256", "compute_tokenizer_sha256"):
             patch.setattr(identity, name, lambda *given: pytest.fail("it was computed again"))
         assert loaded(base) == first
     path = base / "model.safetensors"

@@ -130,7 +130,7 @@ def test_bleu_without_sacrebleu_says_what_to_install_in_one_line(monkeypatch: py
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
-    metric._sacrebleu.cache_clear()
+    metric.sacrebleu_metric.cache_clear()
     with pytest.raises(MissingExtra, match=r"pip install 'softprompt\[eval\]'") as told:
         metrics_named(["bleu"])
     assert "\n" not in str(told.value)

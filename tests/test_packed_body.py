@@ -11,7 +11,7 @@ from torch import Tensor
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import collate
 from softprompt.data.encoded import Encoded
-from softprompt.loss import fast, packed_body
+from softprompt.loss import packed_body
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.gradient import Loss
 from softprompt.loss.kernels import llama_layer
@@ -92,7 +92,7 @@ def learned(loss: Loss, rows: list[Encoded], prompt: Plain) -> tuple[Tensor, tup
 
 
 def assert_like_transformers(lm: FrozenLM, loss: FastLoss, rows: list[Encoded], deep: bool) -> None:
-    assert isinstance(loss._body, PackedBody)
+    assert isinstance(loss.body, PackedBody)
     if deep:
         rows = [without_slot(row) for row in rows]
     prompt = prompt_for(lm, deep)
@@ -183,7 +183,7 @@ def distance(tensor: Tensor, reference: Tensor) -> float:
 def test_a_common_beginning_is_read_once_and_padding_never() -> None:
     batch = collate(LAYOUTS["a common text after the prompt"])
     wanted_BS = torch.nn.functional.pad(batch.trained_BS[:, 1:], (0, 1))
-    packing = packed_body._packed(batch, wanted_BS, share=True)
+    packing = packed_body.packed(batch, wanted_BS, share=True)
     # The third row learns the token after the slot, so that the slot's last state is read: three are shared.
     assert packing.shared == SOFT - 1
     assert len(packing.source_N) == 3 + sum(len(row) - 3 for row in LAYOUTS["a common text after the prompt"])
@@ -191,6 +191,5 @@ def test_a_common_beginning_is_read_once_and_padding_never() -> None:
 
 def test_a_packed_body_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer())
-    monkeypatch.setattr(llama_layer, "_swiglu", lambda gate_MF, up_MF: gate_MF * up_MF)
-    fast._SHARED.pop(lm, None)
-    assert not isinstance(FastLoss(lm)._body, PackedBody)
+    monkeypatch.setattr(llama_layer, "swiglu", lambda gate_MF, up_MF: gate_MF * up_MF)
+    assert not isinstance(FastLoss(lm).body, PackedBody)

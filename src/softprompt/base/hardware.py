@@ -45,12 +45,12 @@ def float32_is_faster(than: torch.dtype) -> bool:
     key = f"{processor_name()}, torch {torch.__version__}, float32 faster than {than}"
     faster = read_table(RATES).get(key)
     if not isinstance(faster, bool):
-        faster = _float32_is_faster(than)
+        faster = measure_float32_is_faster(than)
         remember(RATES, key, faster)
     return faster
 
 
-def _float32_is_faster(than: torch.dtype) -> bool:
+def measure_float32_is_faster(than: torch.dtype) -> bool:
     with torch.inference_mode():
         left, right = torch.ones(ROWS, WIDTH, dtype=than), torch.ones(COLUMNS, WIDTH, dtype=than)
         wide = left.float()

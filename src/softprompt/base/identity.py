@@ -63,13 +63,13 @@ def weights_sha256(model: Any, files: Stamp | None = None) -> str:
     `files` are those that the model was just loaded from: their digest is computed once."""
     dtypes = sorted({str(weight.dtype) for weight in model.parameters()})
     way = f"weights, {type(model).__name__}, {dtypes}, transformers {transformers.__version__}"
-    return kept_digest(files, way, lambda: _weights_sha256(model))
+    return kept_digest(files, way, lambda: compute_weights_sha256(model))
 
 
 def tokenizer_sha256(tokenizer: Any, files: Stamp | None = None) -> str:
     """Digest of every token's id, of where texts begin and end, and of the ids of a few test texts."""
     way = f"tokenizer, {type(tokenizer).__name__}, transformers {transformers.__version__}"
-    return kept_digest(files, way, lambda: _tokenizer_sha256(tokenizer))
+    return kept_digest(files, way, lambda: compute_tokenizer_sha256(tokenizer))
 
 
 def config_identity(config: Any) -> str:
@@ -89,7 +89,7 @@ def sampled_sha256(model: Any) -> str:
     return hashlib.sha256(b"".join(sorted(parts))).hexdigest()
 
 
-def _weights_sha256(model: Any) -> str:
+def compute_weights_sha256(model: Any) -> str:
     parameters = list(model.parameters())
     kept = {tensor.data_ptr() for tensor in parameters}
     buffers = [
@@ -112,7 +112,7 @@ def _tensor_digest(tensor: Tensor) -> bytes:
     return hashlib.sha256(shape + b":" + hashlib.sha256(content).digest()).digest()
 
 
-def _tokenizer_sha256(tokenizer: Any) -> str:
+def compute_tokenizer_sha256(tokenizer: Any) -> str:
     facts = {
         "vocabulary": sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
         "begin and end": [tokenizer.bos_token_id, tokenizer.eos_token_id],

@@ -144,7 +144,7 @@ def metrics_named(names: Sequence[str]) -> list[Metric]:
                 f"metric: found {name!r}, wanted one of {', '.join(METRICS)}.{did_you_mean(name, list(METRICS))}"
             )
         if name == "bleu":
-            _sacrebleu()
+            sacrebleu_metric()
     return [METRICS[name] for name in dict.fromkeys(names)]
 
 
@@ -204,7 +204,7 @@ def _per(unit: str, figure: Callable[[float], float] = lambda nats: nats) -> Cal
 
 
 @cache
-def _sacrebleu() -> Any:
+def sacrebleu_metric() -> Any:
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError:
@@ -217,7 +217,7 @@ def _sacrebleu() -> Any:
 def _bleu_counts(row: Row) -> Counts:
     if row.repeated:
         return {}
-    score = _sacrebleu().sentence_score(row.answer or "", list(row.references or (row.wanted,)))
+    score = sacrebleu_metric().sentence_score(row.answer or "", list(row.references or (row.wanted,)))
     return {
         **{f"hit{order}": float(count) for order, count in enumerate(score.counts)},
         **{f"all{order}": float(count) for order, count in enumerate(score.totals)},
@@ -229,7 +229,7 @@ def _bleu_counts(row: Row) -> Counts:
 def _bleu(counts: Counts) -> float:
     if "hit0" not in counts:
         return math.nan
-    score = type(_sacrebleu()).compute_bleu(
+    score = type(sacrebleu_metric()).compute_bleu(
         [int(counts[f"hit{order}"]) for order in range(4)],
         [int(counts[f"all{order}"]) for order in range(4)],
         int(counts["answered"]),

@@ -48,17 +48,32 @@ class Lanes:
 
     It is used as a running batch is: `join` what `fits`, then `advance` until nothing is left; `cancel` any row in
     between. A row's result does not depend on which rows run beside it.
+    `lane_cost` is what one more lane costs a step, in columns; without it, what it costs on this kind of device.
     """
 
-    def __init__(self, lm: FrozenLM, *, max_rows: int = 16, memory_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        lm: FrozenLM,
+        *,
+        max_rows: int = 16,
+        memory_bytes: int | None = None,
+        lane_cost: int | None = None,
+    ) -> None:
         self.lm = lm
         self.max_rows = max_rows
         self.memory_bytes = memory_bytes
         self._lanes: list[Running] = []
-        self._lane_cost = LANE_COST_CPU if torch.device(lm.device).type == "cpu" else LANE_COST_GPU
+        if lane_cost is None:
+            lane_cost = LANE_COST_CPU if torch.device(lm.device).type == "cpu" else LANE_COST_GPU
+        self.lane_cost = lane_cost
 
     def __len__(self) -> int:
         return sum(len(lane) for lane in self._lanes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of rows in each lane."""
+        return [len(lane) for lane in self._lanes]
 
     @property
     def requests(self) -> list[Request]:
@@ -137,7 +152,7 @@ class Lanes:
             # All the padding counts, and not this row's alone: many short rows beside a long one add up.
             padding = shape.join(total).padding
             adds = padding - shape.padding > total // 2
-            if adds and padding > self._lane_cost and len(shapes) < MAX_LANES:
+            if adds and padding > self.lane_cost and len(shapes) < MAX_LANES:
                 key = -1 - len(shapes)
                 shape = _Shape(0, 0, 0)
             shapes[key] = shape.join(total)

@@ -70,7 +70,7 @@ class FastLoss:
 
     def prepare(self) -> None:
         """Builds the fast body now rather than in the first loss."""
-        _ = self._body
+        _ = self.body
 
     def _states_at(self, placed: Placed, batch: Batch, wanted_BS: Tensor) -> Tensor:
         """Last hidden states of the wanted positions, [N, D]: of those alone, where the body can."""
@@ -86,10 +86,10 @@ class FastLoss:
     @property
     def _current_body(self) -> Any:
         int8 = self.int8_products and torch.is_grad_enabled()
-        return self._int8_body if int8 else self._body
+        return self._int8_body if int8 else self.body
 
     @cached_property
-    def _body(self) -> Any:
+    def body(self) -> Any:
         return self._checkpointed(_shared(self.lm).body)
 
     @cached_property

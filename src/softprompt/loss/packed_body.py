@@ -71,7 +71,7 @@ class PackedBody(nn.Module):
         embeddings_BSD = placed.embeddings_BSD
         rows, length, width = embeddings_BSD.shape
         past = _past_length(placed)
-        packing = _packed(batch, wanted_BS, share=past == 0)
+        packing = packed(batch, wanted_BS, share=past == 0)
         hidden_ND = embeddings_BSD.reshape(rows * length, width).index_select(0, packing.source_N)
 
         # Rotary angles come from the body itself, which knows about every scaling of positions.
@@ -107,7 +107,7 @@ def _past_length(placed: Placed) -> int:
     return 0 if placed.past is None else int(placed.past.get_seq_length())
 
 
-def _packed(batch: Batch, wanted_BS: Tensor, share: bool) -> _Packing:
+def packed(batch: Batch, wanted_BS: Tensor, share: bool) -> _Packing:
     rows, length = batch.ids_BS.shape
     shared = _common_beginning(batch, wanted_BS) if share else 0
     rest_B1 = (batch.lengths_B - shared)[:, None]

@@ -134,6 +134,11 @@ class LocalEngine:
         """Whether requests are answered: its thread runs and has not failed."""
         return self._failure is None and self._thread.is_alive()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left of any request: none waits, is read, runs or is counted."""
+        return self._waiting.is_idle and not (self._reading or self._tickets or len(self._lanes))
+
     def room(self) -> Room:
         """What it can take now; see Engine."""
         left = None if self.memory_bytes is None else max(0, self.memory_bytes - self._lanes.bytes)

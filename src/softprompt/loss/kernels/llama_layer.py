@@ -171,7 +171,7 @@ def _forward(
     saved = (query_ME, key_NE, value_NE, middle_MD, gate_MF, up_MF)
     if not with_output:
         return saved, middle_MD
-    output_MD = linear(_swiglu(gate_MF, up_MF), layer.down)
+    output_MD = linear(swiglu(gate_MF, up_MF), layer.down)
     output_MD += middle_MD
     return saved, output_MD
 
@@ -282,7 +282,7 @@ def _chunks(rows_ND: Tensor) -> list[slice]:
 # SwiGLU
 
 
-def _swiglu(gate_MF: Tensor, up_MF: Tensor) -> Tensor:
+def swiglu(gate_MF: Tensor, up_MF: Tensor) -> Tensor:
     """silu(gate) * up."""
     output_MF = torch.empty_like(gate_MF)
     for chunk in _chunks(gate_MF):
