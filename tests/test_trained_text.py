@@ -150,7 +150,9 @@ def test_special_tokens_in_data_are_text_as_transformers_splits_them() -> None:
         assert tokenizer.eos_token_id not in own
         assert trained(encode(KIND, row, tokenizer)) == [*own, tokenizer.eos_token_id]
         label = row.fields["label"].removesuffix("</s>")
-        read = encode(KIND, row, tokenizer, special_tokens=True)  # as a special token it is the end, and there is one
+        read = encode(
+            KIND, row, tokenizer, special_tokens=True
+        )  # as a special token it is the end, and there is one
         assert trained(read) == [*tokenizer(" " + label)["input_ids"], tokenizer.eos_token_id]
     assert "4 rows spell special tokens, the first of them row 0: they are read as plain text" in " ".join(
         preview(KIND, case("label-with-eos.jsonl"), tokenizer).remarks

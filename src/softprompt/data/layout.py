@@ -226,7 +226,9 @@ def _row_text(segment: _Segment) -> str:
 def _append_end(layout: Layout, encoded: Encoded) -> None:
     eos = layout.tokenizer.eos_token_id
     if eos is not None:
-        if not (encoded.trained and encoded.trained[-1] and encoded.ids[-1] == int(eos)):  # a row may spell it itself
+        if not (
+            encoded.trained and encoded.trained[-1] and encoded.ids[-1] == int(eos)
+        ):  # a row may spell it itself
             _append(encoded, [int(eos)], trained=True)
         encoded.end = 1
     elif layout.end == "always":
