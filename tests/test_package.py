@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,29 @@ def test_citation_changelog_and_package_have_one_version() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest is not None
-    assert cited["version"] == PROJECT["version"] == newest[1]
+    assert cited["version"] == newest[1] == runpy.run_path(str(ROOT / "hatch_build.py"))["NEXT"]
+    assert "version" in PROJECT["dynamic"]
     assert cited["license"] == PROJECT["license"]
     assert {"cff-version", "message", "title", "authors"} <= set(cited)
+
+
+def test_the_version_follows_from_the_tags_of_the_checkout(tmp_path: Path) -> None:
+    version = runpy.run_path(str(ROOT / "hatch_build.py"))["version"]
+
+    def git(*words: str) -> None:
+        person = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *person, *words], check=True, capture_output=True)
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    assert version(str(tmp_path)) == "0.2.0.dev1"
+    git("tag", "v1.4.0")
+    assert version(str(tmp_path)) == "1.4.0"
+    git("commit", "--allow-empty", "-m", "second")
+    git("tag", "unrelated")
+    assert version(str(tmp_path)) == "1.4.1.dev1"
+    (tmp_path / "unpacked").mkdir()
+    assert version(str(tmp_path / "unpacked")) == "0.2.0.dev0"  # not a checkout
 
 
 def test_ci_runs_every_python_that_the_package_names() -> None:

@@ -19,7 +19,7 @@ from softprompt.cli.ending import exit_code
 from softprompt.cli.streams import prepare_streams, refuse_broken_arguments
 
 VERBS = {
-    "demo": "The whole path in under two minutes, offline: load, tune, compare before and after.",
+    "demo": "The whole path, offline, in one to three minutes: load, tune, compare before and after.",
     "tune": "Learn a soft prompt from a recipe, or from flags alone.",
     "distil": "Make a short prompt of a long instruction, few-shot block or document, without labels.",
     "together": "Learn a prompt for each of several recipes in the same passes over one base.",

@@ -102,29 +102,33 @@ def wording(assignment: Assignment) -> PreparedArm:
     """The base under the wording that suits it best: the one of lowest loss on some training rows.
 
     A base may have read the task in one wording and never in another, so a figure under a single wording says little."""
-    lm, task = assignment.lm, assignment.task
+    lm, task, settings = assignment.lm, assignment.task, assignment.job.settings
+    compiled, losses, rows = best_wording(lm, task, settings.wordings, batch_rows=settings.batch_rows)
+    return PreparedArm(
+        lm,
+        compiled,
+        restore=lambda: lm,
+        about={"template": str(compiled.template), "losses": losses, "rows": rows},
+    )
+
+
+def best_wording(
+    lm: FrozenLM, task: Task, own: Sequence[str] = (), *, batch_rows: int = 32
+) -> tuple[CompiledPrompt, dict[str, float], int]:
+    """The base alone under the candidate wording of lowest loss, the loss of each in nats per token, and the number of
+    training rows they were measured on."""
     rows = task.splits.train[:CHOOSING_ROWS]
     metrics = [METRICS["nll"]]
-    settings = JudgeSettings(batch_rows=assignment.job.settings.batch_rows)
+    settings = JudgeSettings(batch_rows=batch_rows)
     losses: dict[str, float] = {}
-    for template in candidate_wordings(task.template, assignment.job.settings.wordings):
+    for template in candidate_wordings(task.template, own):
         alone = compile_prompt(lm, None, template=template, special_tokens=task.special_tokens)
         judged = judge_rows(
             predictor(lm, alone, template, metrics, settings, end=task.end), rows, metrics, template
         )
         losses[str(template)] = judged.estimates["nll"].value
-    best = min(losses, key=lambda source: losses[source])
-    return PreparedArm(
-        lm,
-        compile_prompt(
-            lm,
-            None,
-            template=Template.parse(best, target=task.template.target),
-            special_tokens=task.special_tokens,
-        ),
-        restore=lambda: lm,
-        about={"template": best, "losses": losses, "rows": len(rows)},
-    )
+    best = Template.parse(min(losses, key=lambda source: losses[source]), target=task.template.target)
+    return compile_prompt(lm, None, template=best, special_tokens=task.special_tokens), losses, len(rows)
 
 
 def prompt(assignment: Assignment) -> PreparedArm:
