@@ -160,7 +160,7 @@ def test_log_probabilities_are_transformers_own(serving: Serving, lm: FrozenLM) 
     """With echo, as evaluation harnesses ask: the text's own tokens, each after those before it."""
     ids = lm.tokenizer(TEXTS[0])["input_ids"]
     answer = serving.client().completions.create(
-        model="base", prompt=ids, max_tokens=1, echo=True, logprobs=1
+        model="base", prompt=ids, max_tokens=1, echo=True, logprobs=1, temperature=0
     )
     found = answer.choices[0].logprobs
     assert found is not None
@@ -169,7 +169,13 @@ def test_log_probabilities_are_transformers_own(serving: Serving, lm: FrozenLM) 
     wanted = [float(theirs[place - 1, token]) for place, token in enumerate(ids) if place]
     assert found.token_logprobs is not None
     assert found.token_logprobs[0] is None
-    assert found.token_logprobs[1:] == pytest.approx(wanted, abs=1e-4)
+    # Harnesses drop the last value, which is that of the one new token.
+    assert found.token_logprobs[1:] == pytest.approx([*wanted, float(theirs[-1].max())], abs=1e-4)
+    assert answer.choices[0].text == lm.tokenizer.decode([*ids, int(theirs[-1].argmax())])
+    read = serving.client().completions.create(model="base", prompt=ids, max_tokens=0, echo=True, logprobs=1)
+    assert read.choices[0].logprobs is not None
+    assert read.choices[0].logprobs.token_logprobs == found.token_logprobs[:-1]
+    assert read.choices[0].text == TEXTS[0]
     said = serving.client().completions.create(
         model="base", prompt=ids, max_tokens=3, temperature=0, logprobs=1
     )

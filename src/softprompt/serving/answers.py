@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.errors import SoftPromptError
+from softprompt.inference.score import RatedToken
 from softprompt.serving import wire
 from softprompt.serving.catalogue import Served
 from softprompt.serving.engine import Answer, Finished, Piece
@@ -33,12 +34,17 @@ class Answers(Protocol):
 
 
 class Choices:
-    """Completions and chats: a choice for each text and sample."""
+    """Completions and chats: a choice for each text and sample. With `echoed`, every choice begins with its text's own
+    tokens."""
 
     def __init__(
-        self, lm: FrozenLM, body: wire.CompletionBody | wire.ChatBody, served: Served, texts: int
+        self,
+        lm: FrozenLM,
+        body: wire.CompletionBody | wire.ChatBody,
+        served: Served,
+        echoed: Sequence[Sequence[RatedToken]] = (),
     ) -> None:
-        self.lm, self.body, self.served, self.texts = lm, body, served, texts
+        self.lm, self.body, self.served, self.echoed = lm, body, served, echoed
         self.is_chat = isinstance(body, wire.ChatBody)
         self.shape = "chat.completion" if self.is_chat else "text_completion"
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
@@ -55,14 +61,34 @@ class Choices:
             words: dict[str, Any] = (
                 {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
                 if self.is_chat
-                else {"text": answer.text}
+                else {"text": self._echo(index) + answer.text}
             )
             if self.body.return_token_ids:
                 words["token_ids"] = list(answer.token_ids)
             choices.append(
-                {"index": index, **words, "logprobs": self._logprobs(answer), "finish_reason": reason(answer)}
+                {
+                    "index": index,
+                    **words,
+                    "logprobs": self._logprobs(answer, index),
+                    "finish_reason": reason(answer),
+                }
             )
         return {**self.head(self.shape), "choices": choices, "usage": self._usage(done)}
+
+    def of_echoes(self) -> dict[str, Any]:
+        """One object of the texts alone, where no new token is wanted."""
+        choices = [
+            {
+                "index": index,
+                "text": self._echo(index),
+                "logprobs": None if self._top is None else self._table(self._rated_echo(index)),
+                "finish_reason": "length",
+            }
+            for index in range(len(self.echoed) * self.body.samples)
+        ]
+        read = sum(len(tokens) for tokens in self.echoed)
+        virtual = self.served.virtual_tokens * len(self.echoed)
+        return {**self.head(self.shape), "choices": choices, "usage": wire.usage(read, virtual, 0)}
 
     async def streamed(self, first: tuple[int, Answer], events: Events) -> AsyncIterator[bytes]:
         """A piece of text each; then the usage where it was asked for, and [DONE]."""
@@ -88,7 +114,7 @@ class Choices:
                     words = {"delta": {}} if self.is_chat else {"text": ""}
                     if self.body.return_token_ids:
                         words["token_ids"] = list(answer.token_ids[shown[index] :])
-                    yield self._event(shape, index, words, reason(answer), self._logprobs(answer))
+                    yield self._event(shape, index, words, reason(answer), self._logprobs(answer, index))
         except Exception as error:  # the status has been sent; an error can only be an event
             yield sse(_told(error, self.lm))
             return
@@ -116,24 +142,43 @@ class Choices:
             sum(len(answer.token_ids) for answer in done.values()),
         )
 
-    def _logprobs(self, answer: Finished) -> dict[str, Any] | None:
-        if not answer.log_probabilities:
+    def _logprobs(self, answer: Finished, index: int) -> dict[str, Any] | None:
+        if self._top is None:
             return None
         if self.is_chat:
             return {"content": chat_logprobs(self.lm, answer), "refusal": None}
-        tokens = [token_text(self.lm, token) for token in answer.token_ids]
-        likeliest = [list(best) for best in answer.likeliest] or [[] for _ in tokens]
+        likeliest = answer.likeliest or [()] * len(answer.token_ids)
+        rated = [
+            RatedToken(token, value, (*best, (token, value)))
+            for token, value, best in zip(answer.token_ids, answer.log_probabilities, likeliest, strict=True)
+        ]
+        return self._table([*self._rated_echo(index), *rated])
+
+    @property
+    def _top(self) -> int | None:
+        """How many likeliest tokens are wanted beside each; None where no log-probabilities are."""
+        if isinstance(self.body, wire.ChatBody):
+            return (self.body.top_logprobs or 0) if self.body.logprobs else None
+        return self.body.logprobs
+
+    def _table(self, rated: Sequence[RatedToken]) -> dict[str, Any]:
+        """Completions' columns: a token's text, its log-probability, the likeliest in its place, and where it begins."""
+        tokens = [token_text(self.lm, token.token_id) for token in rated]
         return {
             "tokens": tokens,
-            "token_logprobs": list(answer.log_probabilities),
+            "token_logprobs": [token.log_probability for token in rated],
             "top_logprobs": [
-                by_text(self.lm, [*best, (token, value)])
-                for best, token, value in zip(
-                    likeliest, answer.token_ids, answer.log_probabilities, strict=True
-                )
+                None if token.log_probability is None else by_text(self.lm, token.likeliest)
+                for token in rated
             ],
             "text_offset": offsets(tokens),
         }
+
+    def _rated_echo(self, index: int) -> Sequence[RatedToken]:
+        return self.echoed[index // self.body.samples] if self.echoed else ()
+
+    def _echo(self, index: int) -> str:
+        return str(self.lm.tokenizer.decode([token.token_id for token in self._rated_echo(index)]))
 
 
 class ResponseShape:

@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 
 from softprompt.errors import SoftPromptError
+from softprompt.serving import wire
 from softprompt.serving.catalogue import LOOK_EVERY_SECONDS, Catalogue
 from softprompt.serving.engine import Engine
 from softprompt.serving.keys import Keys
@@ -26,6 +27,17 @@ from softprompt.serving.service import Service
 
 PAGE = Path(__file__).parent / "playground.html"
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+
+ERRORS = {
+    400: "The request cannot be answered as it is",
+    401: "The key is missing or not known",
+    403: "The key may not do this",
+    404: "There is no such model, for this key",
+    413: "The body is too large",
+    429: "There is no room now; Retry-After says when to try again",
+    500: "A fault of the server",
+    503: "The server is ending",
+}
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +59,12 @@ def build_app(
             task.cancel()
 
     app = FastAPI(
-        title="softprompt", version=version("softprompt"), docs_url=None, redoc_url=None, lifespan=looking
+        title="softprompt",
+        version=version("softprompt"),
+        docs_url=None,
+        redoc_url=None,
+        lifespan=looking,
+        responses={status: {"model": wire.ErrorBody, "description": what} for status, what in ERRORS.items()},
     )
     app.state.service = service
     app.add_middleware(BodyLimit)
@@ -55,7 +72,15 @@ def build_app(
     _add_probes(app, service)
     app.include_router(openai_routes(service))
     app.include_router(own_routes(service))
+    _leave_out_422(app)
     return app
+
+
+def _leave_out_422(app: FastAPI) -> None:
+    """FastAPI documents 422 for a body that does not fit; here that is 400, as everywhere in OpenAI's API."""
+    for path in app.openapi()["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
 
 
 def _answer_errors(app: FastAPI, service: Service) -> None:
@@ -111,7 +136,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     async def versions() -> dict[str, str]:
         return {"softprompt": version("softprompt")}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def measured(request: Request) -> Response:
         """Prometheus' text format. It names every model, so that with keys it needs one with admin: true."""
         if service.keys.are_wanted:

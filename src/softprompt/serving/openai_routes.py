@@ -9,14 +9,16 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.inference.score import RatedToken
 from softprompt.serving import wire
-from softprompt.serving.answers import Choices, ResponseShape, by_text, offsets, token_text
+from softprompt.serving.answers import Choices, ResponseShape
 from softprompt.serving.catalogue import BASE, Served
+from softprompt.serving.connection import while_connected
 from softprompt.serving.inputs import Input, chat_input, completion_input, messages
-from softprompt.serving.keys import Caller
 from softprompt.serving.refusals import Refused, shown_name
 from softprompt.serving.service import Service, headers_of
 
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # with stream=true
 DEFAULT_NEW_TOKENS = 16  # OpenAI's, of completions
 
 
@@ -39,7 +41,7 @@ def openai_routes(service: Service) -> APIRouter:
     async def model(name: str, request: Request) -> dict[str, Any]:
         return shown(lm, service.served_by(name, service.caller_of(request)))
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=STREAMED)
     async def completions(body: wire.CompletionBody, request: Request) -> Response:
         caller, served = service.asked_by(body, request)
         if body.suffix or (body.best_of or body.samples) > body.samples:
@@ -47,13 +49,15 @@ def openai_routes(service: Service) -> APIRouter:
                 400, "suffix and best_of are not supported.", param="suffix" if body.suffix else "best_of"
             )
         inputs = [completion_input(lm, served, given, body) for given in body.prompts]
-        if body.echo:
-            return await echoed(body, served, inputs, caller)
+        echoed = await while_connected(request, echoes(body, served, inputs)) if body.echo else []
+        answers = Choices(lm, body, served, echoed)
         if body.max_tokens == 0:
-            raise Refused(400, "max_tokens: wanted at least 1, or echo.", param="max_tokens")
+            if not body.echo:
+                raise Refused(400, "max_tokens: wanted at least 1, or echo.", param="max_tokens")
+            return JSONResponse(answers.of_echoes(), headers=headers_of(body, served.digest))
         top = body.logprobs
         return await service.respond(
-            Choices(lm, body, served, len(inputs)),
+            answers,
             service.works(
                 body,
                 served,
@@ -67,7 +71,7 @@ def openai_routes(service: Service) -> APIRouter:
             request,
         )
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=STREAMED)
     async def chat(body: wire.ChatBody, request: Request) -> Response:
         caller, served = service.asked_by(body, request)
         if body.tools:
@@ -76,9 +80,9 @@ def openai_routes(service: Service) -> APIRouter:
         top = (body.top_logprobs or 0) if body.logprobs else None
         longest = body.max_completion_tokens or body.max_tokens
         asked = service.works(body, served, [given], caller, longest, top)
-        return await service.respond(Choices(lm, body, served, 1), asked, body, caller, request)
+        return await service.respond(Choices(lm, body, served), asked, body, caller, request)
 
-    @router.post("/v1/responses")
+    @router.post("/v1/responses", responses=STREAMED)
     async def responses(body: wire.ResponsesBody, request: Request) -> Response:
         caller, served = service.asked_by(body, request)
         if body.previous_response_id or body.store:
@@ -100,40 +104,13 @@ def openai_routes(service: Service) -> APIRouter:
         asked = service.works(body, served, [given], caller, body.max_output_tokens, None)
         return await service.respond(ResponseShape(lm, body, served), asked, body, caller, request)
 
-    async def echoed(
-        body: wire.CompletionBody, served: Served, inputs: Sequence[Input], caller: Caller
-    ) -> Response:
-        """The input's own tokens with their log-probabilities, as evaluation harnesses ask for them; the one token that
-        OpenAI's answer would end with is left out."""
-        if body.stream or (body.max_tokens or 0) > 1 or body.samples > 1:
-            raise Refused(400, "echo works with max_tokens of at most 1, without stream and n.", param="echo")
-        answers = Choices(lm, body, served, len(inputs))
-        choices, read = [], 0
-        for index, given in enumerate(inputs):
-            rated = await engine.score(served.digest, given, top=max(1, body.logprobs or 0))
-            tokens = [token_text(lm, token.token_id) for token in rated]
-            read += len(tokens)
-            logprobs = {
-                "tokens": tokens,
-                "token_logprobs": [token.log_probability for token in rated],
-                "top_logprobs": [
-                    None if token.log_probability is None else by_text(lm, token.likeliest) for token in rated
-                ],
-                "text_offset": offsets(tokens),
-            }
-            choices.append(
-                {
-                    "index": index,
-                    "text": "".join(tokens),
-                    "logprobs": logprobs if body.logprobs is not None else None,
-                    "finish_reason": "length",
-                }
-            )
-        usage = wire.usage(read, served.virtual_tokens, 0)
-        return JSONResponse(
-            {**answers.head(answers.shape), "choices": choices, "usage": usage},
-            headers=headers_of(body, served.digest),
-        )
+    async def echoes(
+        body: wire.CompletionBody, served: Served, inputs: Sequence[Input]
+    ) -> list[Sequence[RatedToken]]:
+        """The tokens of every input, rated: what an echo begins with."""
+        if body.stream:
+            raise Refused(400, "echo: a stream has none. Send stream=false.", param="echo")
+        return [await engine.score(served.digest, given, top=max(1, body.logprobs or 0)) for given in inputs]
 
     return router
 

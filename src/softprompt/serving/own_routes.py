@@ -16,7 +16,7 @@ from softprompt.serving import wire
 from softprompt.serving.answers import columns, token_text
 from softprompt.serving.engine import Work
 from softprompt.serving.inputs import completion_input
-from softprompt.serving.openai_routes import DEFAULT_NEW_TOKENS, shown
+from softprompt.serving.openai_routes import DEFAULT_NEW_TOKENS, STREAMED, shown
 from softprompt.serving.refusals import Refused, too_many
 from softprompt.serving.service import Service, ending, headers_of
 from softprompt.serving.streams import EventStream, side_by_side
@@ -27,7 +27,7 @@ def own_routes(service: Service) -> APIRouter:
     router = APIRouter()
     engine, lm, catalogue = service.engine, service.lm, service.catalogue
 
-    @router.post("/v1/softprompt/compare")
+    @router.post("/v1/softprompt/compare", responses=STREAMED)
     async def compare(body: wire.CompareBody, request: Request) -> Response:
         """Several models over their inputs at once, as server-sent events with the number of their column. What is wrong
         with one column is an event of it, and the others continue."""

@@ -280,6 +280,19 @@ def usage(input_tokens: int, virtual_tokens: int, new_tokens: int) -> dict[str, 
     }
 
 
+class ErrorFacts(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is no answer."""
+
+    error: ErrorFacts
+
+
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's shape."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,386 @@
+"""A server under everything at once: thousands of requests while clients vanish, names are switched, keys are taken out, the
+queue is full and the server is killed with kill -9.
+
+    python tests/soak.py --requests 10000 --kills 2 [--out FILE]
+
+Every answer is compared with the same request generated alone. A request may be refused or cut off with an error; one that
+ends without an answer and without an error is lost. Two kinds of clients vanish: before the answer and during a stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import psutil
+import torch
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.inference.compiled import as_deep
+from softprompt.inference.generate import generate
+from softprompt.inference.settings import DecodeSettings
+from softprompt.prompt.soft_prompt import Prompt, SoftPrompt
+from softprompt.serving.keys import sha256_of
+from softprompt.store.artifact import save_prompt
+from softprompt.store.library import Library
+from tiny_models import tiny_model, tiny_tokenizer
+
+TEXTS = ["a", "The quick brown fox", "Tweet: my order never came", "I want you to act as a logistician. " * 3]
+AT_ONCE = 30  # clients that have a request under way
+MAX_ROWS, MAX_WAITING = 8, 12
+RETRIES = 2
+SWITCH_SECONDS, KEYS_SECONDS, LOOK_SECONDS = 0.3, 4.0, 1.0
+KEYS = ("stays", "goes")
+SETTLED_SECONDS = 5.0  # after which a key that was taken out, or put back, counts for certain
+
+
+@dataclass
+class Result:
+    """What became of the requests. `wrong` and `lost` are the ones that nothing excuses."""
+
+    counted: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    digests: set[str] = field(default_factory=set)
+    memory: dict[int, list[int]] = field(
+        default_factory=dict
+    )  # resident bytes of each process, once a second
+
+    def growth(self) -> float:
+        """How many times the first quarter's memory the longest-lived server takes in its last quarter (medians)."""
+        sizes = max(self.memory.values(), key=len)
+        quarter = max(1, len(sizes) // 4)
+        early, late = sizes[quarter : 2 * quarter] or sizes, sizes[-quarter:]
+        return statistics.median(late) / statistics.median(early)
+
+
+class Soak:
+    """One run over a library that is made in `folder`."""
+
+    def __init__(self, folder: Path, requests: int, kills: int, seed: int = 0) -> None:
+        self.folder, self.requests, self.kills = folder, requests, kills
+        self.rng = random.Random(seed)
+        self.result = Result()
+        self._make_library()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.server: subprocess.Popen[bytes] | None = None
+        self.up = asyncio.Event()  # new requests wait for a server that was killed to be there again
+        self.done = 0
+        self.killed_at: list[float] = []
+        self.revoked: tuple[bool, float] = (False, 0.0)
+        self.answered: list[tuple[str, str, DecodeSettings, list[str]]] = []
+
+    def _make_library(self) -> None:
+        model, tokenizer = tiny_model("Llama"), tiny_tokenizer()
+        model.save_pretrained(self.folder / "base")
+        tokenizer.save_pretrained(self.folder / "base")
+        self.lm = FrozenLM.load(str(self.folder / "base"), dtype="float32", device="cpu")
+        self.library = Library(self.folder / "library")
+        self.prompts: dict[str, Prompt | None] = {"base": None}
+        for seed in range(4):
+            drawn = torch.Generator().manual_seed(seed)
+            vectors = torch.randn(4, self.lm.width, generator=drawn)
+            prompt: Prompt = SoftPrompt(vectors, self.lm.fingerprint, "{soft:4}{text}", name="task")
+            name = "task" if seed < 3 else "deep"
+            save_prompt(as_deep(self.lm, prompt) if name == "deep" else prompt, self.folder / name)
+            entry = self.library.publish(self.folder / name, name)
+            self.prompts[entry.digest] = prompt  # a deep prompt answers as the one that it was compiled from
+        self.names = {f"{entry.name}@{entry.version}": entry.digest for entry in self.library.entries()}
+        self._write_keys(KEYS)
+
+    def _write_keys(self, names: tuple[str, ...]) -> None:
+        entries = [{"name": name, "sha256": sha256_of(name), "rows": 64} for name in names]
+        draft = self.folder / "keys.draft"
+        draft.write_text(json.dumps(entries), encoding="utf-8")
+        os.replace(draft, self.folder / "keys.yaml")
+
+    async def run(self) -> Result:
+        """All of it; the server is ended by SIGTERM and must exit with 0."""
+        await self._start()
+        limits = httpx.Limits(max_connections=4 * AT_ONCE)
+        async with httpx.AsyncClient(base_url=self.url, timeout=120, limits=limits) as client:
+            turns = iter(range(self.requests))
+            disturbing = [
+                asyncio.create_task(each) for each in (self._disturb(), self._watch(), self._kill())
+            ]
+            try:
+                await asyncio.gather(*(self._clients(client, turns) for _ in range(AT_ONCE)))
+                await self.up.wait()
+            finally:
+                for task in disturbing:
+                    task.cancel()
+            for task in disturbing:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+            await self._settle(client)
+        assert self.server is not None
+        self.server.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(self.server.wait, 60) == 0
+        self._judge()
+        return self.result
+
+    async def _start(self) -> None:
+        command = [sys.executable, "-m", "softprompt", "serve", "--base", str(self.folder / "base")]
+        command += ["--library", str(self.folder / "library"), "--keys", str(self.folder / "keys.yaml")]
+        command += ["--port", str(self.port), "--dtype", "float32", "--device", "cpu"]
+        command += ["--max-rows", str(MAX_ROWS), "--max-waiting", str(MAX_WAITING)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        log = (self.folder / "server.log").open("ab")
+        self.server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        log.close()
+        async with httpx.AsyncClient(timeout=5) as client:
+            for _ in range(1200):
+                with contextlib.suppress(httpx.HTTPError):
+                    if (await client.get(f"{self.url}/ready")).status_code == 200:
+                        self.up.set()
+                        return
+                assert self.server.poll() is None, (self.folder / "server.log").read_text()
+                await asyncio.sleep(0.1)
+        raise AssertionError("the server does not start")
+
+    async def _clients(self, client: httpx.AsyncClient, turns: Any) -> None:
+        for number in turns:
+            await self.up.wait()
+            await self._ask(client, number)
+            self.done += 1
+
+    async def _ask(self, client: httpx.AsyncClient, number: int) -> None:
+        rng = self.rng
+        model = rng.choice(["base", "deep", "task", "task", "task", "task@1", "task@2", "task@3"])
+        text, n, warm = rng.choice(TEXTS), rng.choice([1, 1, 2]), rng.random() < 0.5
+        settings = DecodeSettings(
+            max_new_tokens=rng.choice([1, 8, 30]),
+            temperature=1.0 if warm else 0.0,
+            seed=number % 5,
+            n=n if warm else 1,
+        )
+        body = {
+            "model": model,
+            "prompt": text,
+            "max_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "seed": settings.seed,
+            "n": settings.n,
+        }
+        key = rng.choice(
+            ["stays", "stays", "goes", "unknown"] if rng.random() < 0.1 else ["stays", "stays", "goes"]
+        )
+        headers = {"authorization": f"Bearer {key}"}
+        kind = rng.choice(["whole", "stream", "whole", "stream", "leaves", "leaves a stream"])
+        began = time.monotonic()
+        asked = (model, text, settings, key, began)
+        try:
+            match kind:
+                case "whole" | "stream":
+                    send = self._whole if kind == "whole" else self._stream
+                    for attempt in range(RETRIES + 1):  # as openai's client does by itself
+                        refused = await send(client, body, headers, asked)
+                        if refused is None:
+                            break
+                        self.result.counted["times the queue was full"] += 1
+                        if attempt == RETRIES:
+                            self.result.counted["refused: the queue was full each time"] += 1
+                        await asyncio.sleep(refused * 2**attempt)
+                case _:
+                    long = {**body, "max_tokens": 100, "ignore_eos": True, "stream": kind != "leaves"}
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._read(client, long, headers), rng.random() * 0.1)
+                    self.result.counted["vanished"] += 1
+        except (httpx.HTTPError, OSError) as error:
+            # The client sees this error. Nothing but a kill may be its cause.
+            near = [at for at in self.killed_at if began <= at <= time.monotonic()]
+            if not near:
+                self.result.lost.append(f"{kind}: {error!r}, and nothing was killed")
+            self.result.counted["cut off with an error by a kill"] += 1
+            await asyncio.sleep(0.2)
+
+    async def _read(self, client: httpx.AsyncClient, body: dict[str, Any], headers: dict[str, str]) -> None:
+        async with client.stream("POST", "/v1/completions", json=body, headers=headers) as stream:
+            async for _ in stream.aiter_lines():
+                pass
+
+    async def _whole(
+        self, client: httpx.AsyncClient, body: dict[str, Any], headers: dict[str, str], asked: Any
+    ) -> float | None:
+        """None when it is over; or the seconds after which to try again."""
+        answer = await client.post("/v1/completions", json=body, headers=headers)
+        if answer.status_code == 429:
+            return self._again_after(answer)
+        if self._is_answer(answer, answer.content, asked):
+            texts = [choice["text"] for choice in answer.json()["choices"]]
+            self._note(answer, texts, asked)
+        return None
+
+    async def _stream(
+        self, client: httpx.AsyncClient, body: dict[str, Any], headers: dict[str, str], asked: Any
+    ) -> float | None:
+        """None when it is over; or the seconds after which to try again."""
+        async with client.stream(
+            "POST", "/v1/completions", json={**body, "stream": True}, headers=headers
+        ) as answer:
+            lines = [line async for line in answer.aiter_lines() if line]
+        if answer.status_code == 429:
+            return self._again_after(answer)
+        if not self._is_answer(answer, "\n".join(lines).encode(), asked):
+            return None
+        if any("error" in json.loads(line[6:]) for line in lines if line != "data: [DONE]"):
+            self.result.lost.append(f"a stream ended with the error {lines[-1]}")
+            return None
+        if lines[-1:] != ["data: [DONE]"]:
+            self.result.lost.append("a stream ended without its end and without an error")
+            return None
+        pieces = dict.fromkeys(range(body["n"]), "")
+        for line in lines[:-1]:
+            for choice in json.loads(line[6:])["choices"]:
+                pieces[choice["index"]] += choice["text"]
+        self._note(answer, [pieces[index] for index in sorted(pieces)], asked)
+        return None
+
+    def _again_after(self, answer: httpx.Response) -> float:
+        if "retry-after" not in answer.headers:
+            self.result.wrong.append("429 without Retry-After")
+        return float(answer.headers.get("retry-after-ms", 500)) / 1000
+
+    def _is_answer(self, answer: httpx.Response, content: bytes, asked: Any) -> bool:
+        """Whether it is an answer; a refusal is counted, and must be OpenAI's, and one that was to be expected."""
+        model, _, _, key, began = asked
+        if answer.status_code == 200:
+            is_out, since = self.revoked
+            if key == "unknown" or (key == "goes" and is_out and began > since + SETTLED_SECONDS):
+                self.result.wrong.append(f"the key {key} was answered")
+            return True
+        error = json.loads(content)["error"]
+        if not {"message", "type", "param", "code"} <= set(error):
+            self.result.wrong.append(f"an error is not OpenAI's: {error}")
+        if answer.status_code == 401 and key != "stays":
+            self.result.counted["refused: the key"] += 1
+        else:
+            self.result.lost.append(f"{model}: {answer.status_code} {error}")
+        return False
+
+    def _note(self, answer: httpx.Response, texts: list[str], asked: Any) -> None:
+        model, text, settings, _, _ = asked
+        digest = answer.headers["x-softprompt-digest"]
+        wanted = {"base": "base", **self.names}.get(model)
+        if model == "deep":
+            wanted = self.names["deep@1"]
+        if (wanted is not None and digest != wanted) or digest not in self.prompts:
+            self.result.wrong.append(f"{model} was answered by {digest}")
+        if model == "task":
+            self.result.digests.add(digest)
+        self.answered.append((digest, text, settings, texts))
+        self.result.counted["answered"] += 1
+
+    async def _disturb(self) -> None:
+        """Names are switched, and a key comes and goes."""
+        turn, changed = 0, time.monotonic()
+        while True:
+            await asyncio.sleep(SWITCH_SECONDS)
+            turn += 1
+            await asyncio.to_thread(self.library.switch, f"task@{1 + turn % 3}")
+            if time.monotonic() - changed > KEYS_SECONDS * (1 if self.revoked[0] else 2):
+                changed = time.monotonic()
+                self.revoked = (not self.revoked[0], changed)
+                self._write_keys(KEYS[:1] if self.revoked[0] else KEYS)
+
+    async def _watch(self) -> None:
+        """Memory of the server, once a second."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            with contextlib.suppress(psutil.Error):
+                assert self.server is not None
+                size = psutil.Process(self.server.pid).memory_info().rss
+                self.result.memory.setdefault(self.server.pid, []).append(size)
+
+    async def _kill(self) -> None:
+        """Kill -9, when a part of the requests has been sent, and start again."""
+        for kill in range(self.kills):
+            # Early, so that the last server lives long enough to show whether its memory grows.
+            while self.done < self.requests * (kill + 1) / (2 * self.kills + 2):
+                await asyncio.sleep(0.02)
+            assert self.server is not None
+            self.up.clear()
+            self.killed_at.append(time.monotonic())
+            self.server.kill()
+            await asyncio.to_thread(self.server.wait)
+            await self._start()
+            self.result.counted["kills"] += 1
+
+    async def _settle(self, client: httpx.AsyncClient) -> None:
+        """When all clients have gone, nothing runs, nothing waits, and no memory is held for rows."""
+        for _ in range(600):
+            health = (await client.get("/health")).json()
+            if (health["running"], health["waiting"], health["kv_bytes"]) == (0, 0, 0):
+                return
+            await asyncio.sleep(0.05)
+        self.result.lost.append(f"rows are left: {health}")
+
+    def _judge(self) -> None:
+        """Compare every answer with the same request alone."""
+        alone: dict[Any, list[str]] = {}
+        for digest, text, settings, texts in self.answered:
+            key = (digest, text, settings)
+            if key not in alone:
+                answers = generate(self.lm, [text], self.prompts[digest], settings)
+                alone[key] = [answer.text for answer in answers]
+            if texts != alone[key]:
+                self.result.wrong.append(f"{key}: {texts} instead of {alone[key]}")
+
+
+def soak(folder: Path, requests: int, kills: int, seed: int = 0) -> Result:
+    """Run it in a folder that is empty."""
+    return asyncio.run(Soak(folder, requests, kills, seed).run())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A server under everything at once.")
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        result = soak(Path(folder), options.requests, options.kills, options.seed)
+    sizes = max(result.memory.values(), key=len)
+    record = {
+        "requests": options.requests,
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        **dict(sorted(result.counted.items())),
+        "versions that answered for the name that was switched": len(result.digests),
+        "wrong": len(result.wrong),
+        "lost without an error": len(result.lost),
+        "memory, last quarter over second": round(result.growth(), 3),
+        "memory, most bytes": max(sizes),
+        "memory, seconds watched": len(sizes),
+    }
+    print(json.dumps(record, indent=1))
+    for problem in [*result.wrong, *result.lost][:20]:
+        print(problem, file=sys.stderr)
+    if options.out is not None:
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    sys.exit(bool(result.wrong or result.lost))
+
+
+if __name__ == "__main__":
+    main()
