@@ -24,6 +24,7 @@ settings.load_profile("house")
 
 SLOW: dict[str, tuple[str, ...]] = {
     "test_architectures.py": ("",),
+    "test_begun.py": ("test_an_answer_goes_on",),
     "test_artifact.py": ("test_a_kill_at_any_moment",),
     "test_builtin_base.py": ("test_a_killed_training", "test_the_"),
     "test_checkpoint.py": ("test_a_run_killed_many_times", "test_the_command_goes_on"),
@@ -33,6 +34,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_cli_tune.py": ("test_ctrl_c_a_stopped_job", "test_the_tutorials_recipe_runs"),
     "test_compare.py": ("",),
     "test_fuzz.py": ("",),
+    "test_gateway.py": ("",),
     "test_docs.py": ("test_the_commands_and_the_python",),
     "test_example_programs.py": ("",),
     "test_notebooks.py": ("",),

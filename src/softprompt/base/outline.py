@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,15 @@ from softprompt.prompt.soft_prompt import Fingerprint
 
 @dataclass(frozen=True)
 class Outline:
-    """A base without its weights. Make one with `load`; `config` is the language model's, as a FrozenLM has it."""
+    """A base without its weights. Make one with `load`; `config` is the language model's, as a FrozenLM has it.
+
+    `generation_config` is that of the base's files; None where they have none."""
 
     name: str
     revision: str | None
     tokenizer: Any
     config: Any
+    generation_config: Any = None
 
     @classmethod
     def load(
@@ -32,10 +36,16 @@ class Outline:
         where, name = locate(name_or_path)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 
-        def read_config(local: bool) -> Any:
-            return transformers.AutoConfig.from_pretrained(where, local_files_only=local, **options)
+        def read_configs(local: bool) -> tuple[Any, Any]:
+            config = transformers.AutoConfig.from_pretrained(where, local_files_only=local, **options)
+            generation = None
+            with contextlib.suppress(OSError):  # not every base has one
+                generation = transformers.GenerationConfig.from_pretrained(
+                    where, local_files_only=local, revision=revision or "main"
+                )
+            return config, generation
 
-        tokenizer, config = load_local_first(where, name, options, read_config)
+        tokenizer, (config, generation) = load_local_first(where, name, options, read_configs)
         kind = type(config)
         own_code = getattr(config, "auto_map", None) or {}
         if kind not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
@@ -47,7 +57,9 @@ class Outline:
         demand_one_vector(text_config, type(text_config).__name__, name)
         if rows := getattr(text_config, "vocab_size", None):
             demand_ids_in_table(tokenizer, rows, name)
-        return cls(name, revision or getattr(config, "_commit_hash", None), tokenizer, text_config)
+        return cls(
+            name, revision or getattr(config, "_commit_hash", None), tokenizer, text_config, generation
+        )
 
     @property
     def fingerprint(self) -> Fingerprint:

@@ -12,21 +12,25 @@ import typer
 from softprompt.cli.flags import takes
 from softprompt.cli.screen import fact, heading, screen
 from softprompt.errors import MissingExtra, RecipeError
+from softprompt.scale.settings import GatewaySettings
 from softprompt.serving.settings import ServeSettings
 
 EXAMPLE = "softprompt serve --base builtin runs/support"
 
 
-@takes(ServeSettings)
+@takes(ServeSettings, GatewaySettings)
 def command(
     settings: ServeSettings,
+    front: GatewaySettings,
     *,
     prompts: Annotated[
         list[Path] | None,
         typer.Argument(metavar="[PROMPT...]", help="Folders of prompts to serve by their names."),
     ] = None,
 ) -> None:
-    """Serve the base and any number of prompts, each a model by name, until it is interrupted."""
+    """Serve the base and any number of prompts, each a model by name, until it is interrupted.
+
+    With --engine no base is loaded here: requests go to the engines behind it, and outlive one that dies."""
     if find_spec("fastapi") is None or find_spec("uvicorn") is None or find_spec("prometheus_client") is None:
         raise MissingExtra(
             "serve needs a web server, which is not installed: pip install 'softprompt[serve]'."
@@ -42,6 +46,9 @@ def command(
         raise RecipeError(
             f"--host {settings.host} can be reached by others, and anybody could use it. Give --keys FILE, or serve on 127.0.0.1."
         )
+    if front.engine:
+        _serve_gateway(settings, front, prompts)
+        return
     from softprompt.base.frozen_lm import FrozenLM
     from softprompt.serving.server import make_server
 
@@ -65,6 +72,27 @@ def command(
     for name, problem in server.catalogue.problems.items():
         console.print(f"{name} is not served: {problem}", markup=False, soft_wrap=True)
     fact(console, "page", f"http://{settings.host}:{settings.port}/")
+    fact(console, "API", f"http://{settings.host}:{settings.port}/v1")
+    server.run()
+
+
+def _serve_gateway(settings: ServeSettings, front: GatewaySettings, prompts: list[Path] | None) -> None:
+    """A front for engines that run elsewhere."""
+    if find_spec("httpx2") is None:
+        raise MissingExtra("--engine needs httpx2, which is not installed: pip install 'softprompt[serve]'.")
+    from softprompt.scale.server import OURS, addresses, make_gateway
+
+    if all(kind == OURS for kind, _ in addresses(front.engine)) and (
+        prompts or settings.library is not None or settings.base is not None
+    ):
+        raise RecipeError(
+            "--engine: the engines hold base and prompts. Give --base, --library and prompts to them, not to the gateway."
+        )
+    server = make_gateway(settings, front, prompts or [])
+    console = screen()
+    heading(console, "serving what the engines serve")
+    for peer in server.gateway.peers:
+        fact(console, "engine", peer.url)
     fact(console, "API", f"http://{settings.host}:{settings.port}/v1")
     server.run()
 

@@ -10,11 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.exceptions import HTTPException
 
-from softprompt.errors import SoftPromptError
 from softprompt.serving import wire
 from softprompt.serving.catalogue import LOOK_EVERY_SECONDS, Catalogue
 from softprompt.serving.engine import Engine
@@ -22,7 +19,7 @@ from softprompt.serving.keys import Keys
 from softprompt.serving.limits import BodyLimit
 from softprompt.serving.openai_routes import openai_routes
 from softprompt.serving.own_routes import own_routes
-from softprompt.serving.refusals import Refused, as_refusal, failed
+from softprompt.serving.refusals import answer_errors
 from softprompt.serving.service import Service
 
 PAGE = Path(__file__).parent / "playground.html"
@@ -68,7 +65,9 @@ def build_app(
     )
     app.state.service = service
     app.add_middleware(BodyLimit)
-    _answer_errors(app, service)
+    answer_errors(
+        app, lambda error: service.metrics.rejected(error.code or str(error.status)), service.lm.name
+    )
     _add_probes(app, service)
     app.include_router(openai_routes(service))
     app.include_router(own_routes(service))
@@ -81,38 +80,6 @@ def _leave_out_422(app: FastAPI) -> None:
     for path in app.openapi()["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
-
-
-def _answer_errors(app: FastAPI, service: Service) -> None:
-    """Every error becomes OpenAI's object, whatever raised it."""
-
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> Response:
-        service.metrics.rejected(error.code or str(error.status))
-        return error.response
-
-    @app.exception_handler(SoftPromptError)
-    async def unfit(request: Request, error: SoftPromptError) -> Response:
-        return await refused(request, as_refusal(error, service.lm.name))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        what = str(first["msg"]).removeprefix("Value error, ")
-        return await refused(request, Refused(400, f"{where or 'body'}: {what}.", param=where or None))
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
-        response = await refused(
-            request, Refused(error.status_code, str(error.detail), code=str(error.status_code))
-        )
-        response.headers.update(error.headers or {})
-        return response
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> Response:
-        return failed().response
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:

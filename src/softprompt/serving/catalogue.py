@@ -67,16 +67,16 @@ class Catalogue:
         self._unload(served)
         return served is not None
 
-    def refresh(self) -> None:
+    def refresh(self, *, again: bool = False) -> None:
         """Reads the library again where its index has changed. Call it every LOOK_EVERY_SECONDS, beside the answers.
 
-        A prompt that cannot be served is left out and named in `problems`; an index that cannot be read leaves
-        everything as it was."""
+        A prompt that cannot be served is left out and named in `problems`, and tried `again` where that is asked; an index
+        that cannot be read leaves everything as it was."""
         if self.library is None:
             return
         with self._refreshing:
             stamp = self.library.stamp()
-            if stamp == self._stamp:
+            if stamp == self._stamp and not again:
                 return
             try:
                 entries = self.library.entries()

@@ -96,6 +96,9 @@ class Engine(Protocol):
     lm: FrozenLM
     """The base. Of an engine that runs elsewhere its tokenizer, which lays inputs out, and its facts are enough."""
 
+    kind: str
+    """Engines of one kind and dtype give the same answer to the same request, drawn ones too."""
+
     @property
     def is_alive(self) -> bool:
         """Whether requests are answered."""

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from softprompt.errors import RecipeError
+from softprompt.serving.refusals import Refused
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,17 @@ class Keys:
                 f"{path}: holds no key, so nobody could ask anything. Add one, or leave --keys out."
             )
         return cls(keys, Path(path))
+
+    def demand_caller(self, authorization: str | None) -> Caller:
+        """Who a header stands for. Raises Refused (401) where the key is missing or wrong."""
+        caller = self.caller(authorization)
+        if caller is None:
+            raise Refused(
+                401,
+                "The key is missing or not known. Send it as 'Authorization: Bearer KEY'.",
+                code="invalid_api_key",
+            )
+        return caller
 
     def caller(self, authorization: str | None) -> Caller | None:
         """The caller that a header belongs to; None where the key is missing or wrong."""

@@ -63,6 +63,8 @@ class _Task:
 class LocalEngine:
     """An engine in this process. Use `start` and `stop`, or as a context."""
 
+    kind = "softprompt"
+
     def __init__(
         self,
         lm: FrozenLM,

@@ -8,12 +8,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from softprompt.base.frozen_lm import FrozenLM
 from softprompt.inference.score import RatedToken
 from softprompt.serving import wire
 from softprompt.serving.answers import Choices, ResponseShape
 from softprompt.serving.catalogue import BASE, Served
 from softprompt.serving.connection import while_connected
+from softprompt.serving.engine import Engine
 from softprompt.serving.inputs import Input, chat_input, completion_input, messages
 from softprompt.serving.refusals import Refused, shown_name
 from softprompt.serving.service import Service, headers_of
@@ -33,13 +33,13 @@ def openai_routes(service: Service) -> APIRouter:
         return {
             "object": "list",
             "data": [
-                shown(lm, served) for served in service.catalogue.models() if caller.may_use(served.name)
+                shown(engine, served) for served in service.catalogue.models() if caller.may_use(served.name)
             ],
         }
 
     @router.get("/v1/models/{name}")
     async def model(name: str, request: Request) -> dict[str, Any]:
-        return shown(lm, service.served_by(name, service.caller_of(request)))
+        return shown(engine, service.served_by(name, service.caller_of(request)))
 
     @router.post("/v1/completions", responses=STREAMED)
     async def completions(body: wire.CompletionBody, request: Request) -> Response:
@@ -115,7 +115,7 @@ def openai_routes(service: Service) -> APIRouter:
     return router
 
 
-def shown(lm: FrozenLM, served: Served) -> dict[str, Any]:
+def shown(engine: Engine, served: Served) -> dict[str, Any]:
     """A model as OpenAI lists it, with what is ours beside it."""
     return {
         "id": served.name,
@@ -124,11 +124,12 @@ def shown(lm: FrozenLM, served: Served) -> dict[str, Any]:
         "owned_by": "softprompt",
         "root": shown_name(served.root),
         "parent": None if served.digest is None else BASE,
-        "max_model_len": lm.max_positions,
+        "max_model_len": engine.lm.max_positions,
         "softprompt": {
             "digest": served.digest,
-            "base_sha256": lm.fingerprint.sha256,
-            "dtype": str(lm.dtype).removeprefix("torch."),
+            "engine": engine.kind,
+            "base_sha256": engine.lm.fingerprint.sha256,
+            "dtype": str(engine.lm.dtype).removeprefix("torch."),
             "kind": served.kind,
             "virtual_tokens": served.virtual_tokens,
             "template": str(served.template),

@@ -92,7 +92,7 @@ def own_routes(service: Service) -> APIRouter:
     @router.post("/admin/prompts")
     async def load(body: wire.LoadBody, request: Request) -> dict[str, Any]:
         service.demand_admin(request)
-        return shown(lm, await asyncio.to_thread(catalogue.add, body.path, body.name))
+        return shown(engine, await asyncio.to_thread(catalogue.add, body.path, body.name))
 
     @router.delete("/admin/prompts/{name}")
     async def unload(name: str, request: Request) -> dict[str, Any]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 from softprompt.errors import MissingExtra, OutOfMemory, SoftPromptError
 from softprompt.serving import wire
@@ -45,6 +49,16 @@ def too_many(message: str) -> Refused:
     return Refused(429, f"{message} Try again in a moment.", "rate_limit_error", "rate_limit_exceeded")
 
 
+def no_such_model(name: str) -> Refused:
+    """404: a model that there is not, or not for this caller."""
+    return Refused(
+        404,
+        f"The model {name!r} does not exist. GET /v1/models lists those that do.",
+        code="model_not_found",
+        param="model",
+    )
+
+
 def failed() -> Refused:
     """500: a fault of ours, without details in the answer."""
     return Refused(500, "The server failed to answer. Its log says more.", "server_error", "internal_error")
@@ -76,3 +90,36 @@ def as_refusal(error: BaseException, base: str) -> Refused:
 def shown_name(base: str) -> str:
     """A base's name, or the last part of its folder's path."""
     return PurePath(base).name if PurePath(base).is_absolute() else base
+
+
+def answer_errors(app: FastAPI, refused: Callable[[Refused], None], base: str) -> None:
+    """Answer every error of an application in OpenAI's shape; each of them is told to `refused`."""
+
+    def answered(error: Refused) -> Response:
+        refused(error)
+        return error.response
+
+    @app.exception_handler(Refused)
+    async def by_us(request: Request, error: Refused) -> Response:
+        return answered(error)
+
+    @app.exception_handler(SoftPromptError)
+    async def unfit(request: Request, error: SoftPromptError) -> Response:
+        return answered(as_refusal(error, base))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        what = str(first["msg"]).removeprefix("Value error, ")
+        return answered(Refused(400, f"{where or 'body'}: {what}.", param=where or None))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        response = answered(Refused(error.status_code, str(error.detail), code=str(error.status_code)))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return failed().response

@@ -18,7 +18,7 @@ from softprompt.serving.inputs import Input, demand_in_vocabulary, steering
 from softprompt.serving.keys import Caller, Keys
 from softprompt.serving.limits import Lease, Rows
 from softprompt.serving.metrics import Metrics
-from softprompt.serving.refusals import Refused, too_many
+from softprompt.serving.refusals import Refused, no_such_model, too_many
 from softprompt.serving.steering import Grammars
 from softprompt.serving.streams import EventStream, numbered
 
@@ -38,14 +38,7 @@ class Service:
 
     def caller_of(self, request: Request) -> Caller:
         """Who asks. Raises Refused for a key that is missing or not known."""
-        caller = self.keys.caller(request.headers.get("authorization"))
-        if caller is None:
-            raise Refused(
-                401,
-                "The key is missing or not known. Send it as 'Authorization: Bearer KEY'.",
-                code="invalid_api_key",
-            )
-        return caller
+        return self.keys.demand_caller(request.headers.get("authorization"))
 
     def demand_admin(self, request: Request) -> None:
         """Raises Refused for a key that may not administrate."""
@@ -56,12 +49,7 @@ class Service:
         """What a model's name means for a caller. Raises Refused where it does not exist for them."""
         served = self.catalogue.find(name)
         if served is None or not caller.may_use(name):
-            raise Refused(
-                404,
-                f"The model {name!r} does not exist. GET /v1/models lists those that do.",
-                code="model_not_found",
-                param="model",
-            )
+            raise no_such_model(name)
         return served
 
     def asked_by(self, body: wire.Decoding, request: Request) -> tuple[Caller, Served]:

@@ -1,0 +1,1 @@
+"""Past one process: a gateway before several engines, and engines of others."""
