@@ -17,6 +17,7 @@ from softprompt.data.template import Template
 from softprompt.errors import BaseError, DataError, RecipeError
 from softprompt.inference.generate import generate
 from softprompt.inference.settings import DecodeSettings
+from softprompt.loss.divergence import DivergenceLoss
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.soft_targets import SoftTargets, soft_cross_entropy
 from softprompt.progress.events import Event, Note, Stepped
@@ -24,7 +25,7 @@ from softprompt.store.artifact import load_prompt
 from softprompt.tuning.distil import distil
 from softprompt.tuning.distil_settings import DistilSettings
 from softprompt.tuning.distil_source import few_shot_text
-from softprompt.tuning.lessons import DistilLoss, lessons_of
+from softprompt.tuning.lessons import lessons_of
 from softprompt.tuning.questions import first_question, parts_of
 from softprompt.tuning.teacher import Teachers, teacher_of
 from tiny_models import tiny_model, tiny_tokenizer
@@ -86,7 +87,7 @@ def test_the_loss_is_the_divergence_that_the_whole_vocabulary_gives(tmp_path: Pa
     answers = [own[0] for own in teacher.answers(questions, DecodeSettings(max_new_tokens=5))]
     targets = teacher.targets([(q, a.ids) for q, a in zip(questions, answers, strict=True)], None)
     rows = [teacher.student_row(q, a.ids, n) for n, (q, a) in enumerate(zip(questions, answers, strict=True))]
-    loss = DistilLoss(FastLoss(lm), dict(enumerate(targets)))
+    loss = DivergenceLoss(FastLoss(lm), dict(enumerate(targets)))
     found = torch.split(loss(collate(rows)), [len(answer.ids) for answer in answers])
     for question, answer, ours in zip(questions, answers, found, strict=True):
         both = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 
@@ -35,6 +35,15 @@ class Encoded:
     @property
     def trained_tokens(self) -> int:
         return sum(self.trained)
+
+    def behind_slot(self, length: int) -> Encoded:
+        """The row with `length` virtual positions in front."""
+        return replace(
+            self,
+            ids=[*[0] * length, *self.ids],
+            soft=[*range(length), *self.soft],
+            trained=[*[False] * length, *self.trained],
+        )
 
 
 class EncodedRows(Sequence[Encoded]):

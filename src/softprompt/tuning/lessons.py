@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from softprompt.base.context_length import longest_text
-from softprompt.data.batch import Batch, EncodedSet
-from softprompt.data.encoded import Encoded, EncodedRows
+from softprompt.data.batch import EncodedSet
+from softprompt.data.encoded import EncodedRows
 from softprompt.data.example import Example, Splits
 from softprompt.data.template import Soft, Template
 from softprompt.inference.compiled import compile_prompt
 from softprompt.inference.sampling import DecodeSettings
-from softprompt.loss.fast import FastLoss
-from softprompt.loss.soft_targets import SoftTargets, soft_cross_entropy
-from softprompt.prompt.soft_prompt import Plain, Prompt
+from softprompt.loss.divergence import DivergenceLoss
+from softprompt.loss.soft_targets import SoftTargets
+from softprompt.prompt.soft_prompt import Prompt
 from softprompt.tuning.distil_settings import DistilSettings
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Data, PromptSettings, Recipe
@@ -34,22 +33,6 @@ class Lesson:
     question: Example
     answer: Answer
     targets: SoftTargets
-
-
-class DistilLoss:
-    """KL divergence of the student from the teacher at every token of an answer, as a loss to learn with.
-
-    The targets of a row are found by its number. Below zero only by rounding; 0 where the student is the teacher."""
-
-    def __init__(self, fast: FastLoss, targets: Mapping[int, SoftTargets]) -> None:
-        self.fast, self.targets = fast, targets
-
-    def __call__(self, batch: Batch, prompt: Plain | None = None) -> Tensor:
-        """Nats at every trained token, float32 [N]."""
-        hidden_ND = self.fast.hidden(batch, prompt)
-        wanted = SoftTargets.joined([self.targets[row] for row in batch.rows]).to(hidden_ND.device)
-        loss_N = soft_cross_entropy(hidden_ND, wanted, self.fast.lm.head, self.fast.head_loss)
-        return loss_N - wanted.entropy_N
 
 
 def lessons_of(
@@ -139,14 +122,14 @@ def distil_plan(
         template, splits, lm.tokenizer, longest_text(lm), on_overflow="error", end=recipe.data.end, kind=kind
     )
     if kind == "soft":
-        train, held_out = ([_with_slot(row, length) for row in part] for part in (train, held_out))
+        train, held_out = ([row.behind_slot(length) for row in part] for part in (train, held_out))
     targets = {n: lesson.targets for n, lesson in enumerate(everything)}
     batch_size = settled_batch_size(recipe)
     steps = tune.epochs * math.ceil(len(train) / batch_size)
     return Plan(
         recipe=recipe,
         lm=lm,
-        loss=DistilLoss(fast_loss(recipe, lm), targets),
+        loss=DivergenceLoss(fast_loss(recipe, lm), targets),
         task=task,
         train=EncodedSet(EncodedRows(train)),
         held_out=held_out,
@@ -155,14 +138,4 @@ def distil_plan(
         learning_rate=settled_rate(recipe, lm),
         batch_size=batch_size,
         steps=math.ceil(min(steps, tune.max_steps or steps) / (settings.distil.on_policy + 1)),
-    )
-
-
-def _with_slot(row: Encoded, length: int) -> Encoded:
-    """The row with the soft prompt's positions in front."""
-    return replace(
-        row,
-        ids=[*[0] * length, *row.ids],
-        soft=[*range(length), *row.soft],
-        trained=[*[False] * length, *row.trained],
     )

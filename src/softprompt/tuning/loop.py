@@ -44,6 +44,7 @@ def tune(
             run.begin(run.newest_checkpoint() if resume else None)
             for rows in run.batches():
                 (nll,) = loss_and_gradient([learner.form], [rows])  # in pieces that fit into memory
+                run.add_keep_gradient()
                 if not learner.step(nll):  # clipped and scheduled
                     raise run.not_finite(rows, nll)
                 run.record_step(rows, nll)

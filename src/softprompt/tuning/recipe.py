@@ -188,6 +188,15 @@ class TuneSettings(Section):
         "Held-out losses stay those of the base as it is. A small approximation; other machines take no notice.",
         was="int8",
     )
+    keep: NotNegative = setting(
+        0.0,
+        "Pull towards what the base predicts of general text without the prompt: the weight of that KL divergence "
+        "beside the task's loss. 0 for none; 0.5 keeps most of it for two more passages a step.",
+        flag="--keep",
+    )
+    keep_text: str | None = setting(
+        None, "A file of running text for `keep`; without it, the base writes some itself."
+    )
     clip: Positive | None = setting(1.0, "Largest norm of the gradient; null for no limit.")
     gradient_checkpointing: bool = setting(
         False,

@@ -22,6 +22,7 @@ from softprompt.store.artifact import prompt_bytes, save_prompt
 from softprompt.store.json_values import plain
 from softprompt.tuning.checkpoint import Checkpoints, demand_same, identity
 from softprompt.tuning.find_rate import find_rate
+from softprompt.tuning.keep import Keeper
 from softprompt.tuning.learner import Learner, is_finite
 from softprompt.tuning.plain_reading import plain_reading
 from softprompt.tuning.plan import Plan
@@ -49,6 +50,7 @@ class Run:
         out = Path(plan.recipe.out)
         self.learner = Learner(form or start(plan), tune, plan.learning_rate, plan.steps)
         self.gradients = Gradients(plan.loss, plan.batch_size, self._halved)
+        self.keeper = Keeper(plan) if tune.keep else None
         self.log = RunLog(plan.recipe, on_event)
         self.checkpoints = Checkpoints(out, tune, self.log.note)
         self.nll_base = math.nan
@@ -118,6 +120,11 @@ class Run:
                     return
                 self.log.step_begins()
                 yield [encoded[index] for index in indices]
+
+    def add_keep_gradient(self) -> None:
+        """Adds the pull towards the bare base on general text to the form's gradient, where `tune.keep` asks for it."""
+        if self.keeper is not None:
+            self.keeper.add_gradient(self.learner.form, self.steps_done)
 
     def record_step(self, rows: Sequence[Encoded], nll: float, seconds: float | None = None) -> None:
         """Records a step that was taken on `rows`; `seconds` is its share of a pass that several runs take together."""

@@ -149,6 +149,8 @@ class Together:
         runs = {number: self.runs[number] for number in rows}
         self.stepping = list(rows)
         losses = self.gradients([run.learner.form for run in runs.values()], list(rows.values()))
+        for run in runs.values():
+            run.add_keep_gradient()
         seconds = (time.perf_counter() - began) / len(runs)
         for (number, run), nll in zip(runs.items(), losses, strict=True):
             try:
