@@ -61,7 +61,7 @@ def test_the_demo_ends_with_one_json_object_and_tells_people_the_rest(
         "What the base answers by itself",
         "base, same layout",
         "base, instruction",
-        "an answer counts if it is exactly the label",
+        "of the test messages right",
         "[20 virtual tokens: 0 to 19]",
         "context",
         "trained",

@@ -22,6 +22,7 @@ from softprompt.tuning.recipe import Data, PromptSettings, Recipe, TuneSettings
 if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
     from softprompt.data.example import Example
+    from softprompt.evaluation.interval import Estimate
     from softprompt.inference.compiled import CompiledPrompt
     from softprompt.prompt.soft_prompt import Prompt
     from softprompt.tuning.task import Task
@@ -158,25 +159,20 @@ def sort_messages(console: Screen, lm: FrozenLM, recipe: Recipe, *, real: bool) 
     test = task.splits.test[: REAL_TEST_ROWS if real else None]
     worded, _, _ = best_wording(lm, task)
     instructed = compile_prompt(lm, None, template=task.behind(INSTRUCTION))
-    right = {
-        "base": accuracy(lm, compile_prompt(lm, None, template=task.template), task, test),
-        "best_wording": accuracy(lm, worded, task, test),
-        "instruction": accuracy(lm, instructed, task, test),
-        "prompt": accuracy(lm, compile_prompt(lm, tuned.prompt), task, test),
+    tried = {
+        "base": (compile_prompt(lm, None, template=task.template), "base, same layout"),
+        "best_wording": (worded, f"base, {worded.template}"),
+        "instruction": (instructed, "base, instruction"),
+        "prompt": (compile_prompt(lm, tuned.prompt), "soft prompt"),
     }
-    names = {
-        "base": "base, same layout",
-        "best_wording": f"base, {worded.template}",
-        "instruction": "base, instruction",
-        "prompt": "soft prompt",
-    }
-    for name, share in right.items():
-        fact(console, names[name].replace("\n", "\\n"), f"{share:.3f} right")
-    fact(console, "test messages", f"{len(test)}; an answer counts if it is exactly the label")
+    right = {}
+    for name, (compiled, shown) in tried.items():
+        right[name] = accuracy(lm, compiled, task, test)
+        fact(console, shown.replace("\n", "\\n"), f"{right[name]} of the test messages right")
     return {
         "path": tuned.path,
         "bytes": tuned.prompt_bytes,
-        "accuracy": right,
+        "accuracy": {name: estimate.value for name, estimate in right.items()},
         "wording": str(worded.template),
         "rows": len(test),
         "tune": tuned.to_record(),
@@ -230,17 +226,17 @@ def held_out(lm: FrozenLM, prompt: Prompt, task: Task) -> tuple[float, float, in
     return mean_nll(loss, base), mean_nll(loss, tuned, prompt.plain), len(test)
 
 
-def accuracy(lm: FrozenLM, compiled: CompiledPrompt, task: Task, test: Sequence[Example]) -> float:
-    """Share of test rows whose label is generated exactly, out of the whole vocabulary."""
-    from softprompt.inference.generate import generate
-    from softprompt.inference.sampling import DecodeSettings
+def accuracy(lm: FrozenLM, compiled: CompiledPrompt, task: Task, test: Sequence[Example]) -> Estimate:
+    """Share of test rows whose label is generated, out of the whole vocabulary, as `softprompt evaluate` counts it."""
+    from softprompt.evaluation.evaluate import judge_rows
+    from softprompt.evaluation.metric import METRICS
+    from softprompt.evaluation.predictor import predictor, settled
+    from softprompt.evaluation.settings import JudgeSettings
 
-    generated = generate(lm, test, compiled, DecodeSettings(max_new_tokens=6), batch_rows=32)
-    right = sum(
-        answer.text.strip() == example.fields[str(task.template.target)]
-        for answer, example in zip(generated, test, strict=True)
-    )
-    return right / len(test)
+    metrics = [METRICS["accuracy"]]
+    answering = settled(JudgeSettings(batch_rows=32), lm, task.template, test)
+    predict = predictor(lm, compiled, task.template, metrics, answering, end=task.end)
+    return judge_rows(predict, test, metrics, task.template).estimates["accuracy"]
 
 
 def next_commands(console: Screen, base: str, messages: str, roles: str | None) -> None:
