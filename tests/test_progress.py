@@ -12,6 +12,8 @@ from softprompt.comparison.compare import compare
 from softprompt.comparison.settings import CompareSettings
 from softprompt.evaluation.judge import evaluate
 from softprompt.evaluation.settings import JudgeSettings
+from softprompt.inference.generate import DecodeSettings, generate
+from softprompt.inference.score import score
 from softprompt.progress.console import Screen
 from softprompt.tuning.loop import tune
 from softprompt.tuning.recipe import Recipe
@@ -67,7 +69,16 @@ def run_compare(base: Path, out: Path, progress: bool | None) -> None:
     compare(recipe(base, out), CompareSettings(arms=["base"]), own_process=False, progress=progress)
 
 
-VERBS = (run_tune, run_sweep, run_together, run_evaluate, run_compare)
+def run_generate(base: Path, out: Path, progress: bool | None) -> None:
+    settings = DecodeSettings(max_new_tokens=2)
+    generate(FrozenLM.load(str(base / "base")), ["one", "two"], None, settings, progress=progress)
+
+
+def run_score(base: Path, out: Path, progress: bool | None) -> None:
+    score(FrozenLM.load(str(base / "base")), ["one", "two"], " more", progress=progress)
+
+
+VERBS = (run_tune, run_sweep, run_together, run_evaluate, run_compare, run_generate, run_score)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -89,3 +100,32 @@ def test_a_long_call_shows_progress_where_someone_watches_and_never_when_it_is_o
             assert written.out == ""  # what a script prints stays its own
             shown[terminal, progress] = bool(written.err)
     assert shown == {(True, None): True, (True, False): False, (False, None): False, (False, False): False}
+
+
+def test_progress_of_generating_and_scoring_counts_every_text_to_the_end(base: Path) -> None:
+    lm = FrozenLM.load(str(base / "base"))
+    texts = [f"text {number}" for number in range(5)]
+    calls: list[tuple[int, int]] = []
+    for work in (
+        lambda advance: generate(
+            lm, texts, None, DecodeSettings(max_new_tokens=3), batch_rows=2, progress=advance
+        ),
+        lambda advance: score(lm, texts, " more", batch_rows=2, progress=advance),
+    ):
+        calls.clear()
+        assert len(work(lambda done, total: calls.append((done, total)))) == 5
+        assert [total for _, total in calls] == [5] * len(calls)
+        assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+        assert len(calls) > 1
+        assert calls[-1] == (5, 5)
+
+
+def test_a_streamed_text_and_a_single_one_show_no_bar(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    lm = FrozenLM.load(str(base / "base"))
+    capsys.readouterr()
+    generate(lm, "one", None, DecodeSettings(max_new_tokens=2))
+    generate(lm, ["one", "two"], None, DecodeSettings(max_new_tokens=2), on_text=lambda number, piece: None)
+    assert capsys.readouterr().err == ""

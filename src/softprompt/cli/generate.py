@@ -69,6 +69,7 @@ def command(
         settings,
         with_base=side_by_side or not loaded,
         on_text=(lambda index, piece: _write(piece)) if streams else None,
+        progress=False if screen().quiet else None,
     )
     if streams:
         _write("\n")
@@ -109,6 +110,7 @@ def answers(
     *,
     with_base: bool,
     on_text: Callable[[int, str], None] | None = None,
+    progress: bool | None = None,
 ) -> list[Generation]:
     """Each input continued by the base (if wanted) and by each prompt, in that order, in one batch.
 
@@ -127,6 +129,7 @@ def answers(
         [column for _ in inputs for column in columns],
         settings,
         on_text=on_text,
+        progress=progress,
     )
     given = [text for text in inputs for _ in columns for _ in range(settings.n)]
     return [replace(row, input=text) for row, text in zip(rows, given, strict=True)]

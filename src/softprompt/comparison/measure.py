@@ -49,7 +49,7 @@ def decoding_speed(lm: FrozenLM, prompt: CompiledPrompt, examples: Sequence[Exam
     speeds = []
     for _ in range(2):
         clock = Clock(lm.device)
-        done = generate(lm, rows, prompt, settings, batch_rows=DECODED_ROWS)
+        done = generate(lm, rows, prompt, settings, batch_rows=DECODED_ROWS, progress=False)
         kind = "cpu_seconds" if decoding_clock(lm.device) == "cpu" else "seconds"
         speeds.append(sum(generation.tokens for generation in done) / clock.read()[kind])
     return max(speeds)

@@ -162,7 +162,7 @@ def samples(prepared: PreparedArm, layout: Template, judged: list[Example]) -> t
     starts = [" ".join(example.fields[name].split()[:SAMPLE_WORDS]) for example in judged[:SAMPLES]]
     settings = DecodeSettings(max_new_tokens=SAMPLE_TOKENS)
     continuations = generate(
-        prepared.lm, [Example({name: start}) for start in starts], prepared.prompt, settings
+        prepared.lm, [Example({name: start}) for start in starts], prepared.prompt, settings, progress=False
     )
     return tuple(Continued(start, text.text) for start, text in zip(starts, continuations, strict=True))
 

@@ -88,7 +88,7 @@ class SoftPromptLM(LM):  # type: ignore[misc]
         """Log-probability of each continuation, and whether greedy decoding would have generated it."""
         examples = [Example({"context": request.args[0], "wanted": request.args[1]}) for request in requests]
         self._need_room([request.args[0] + request.args[1] for request in requests])
-        scored = score(self.lm, examples, None, self.continuing, batch_rows=self.batch_rows)
+        scored = score(self.lm, examples, None, self.continuing, batch_rows=self.batch_rows, progress=False)
         return [(scores.log_probability, scores.greedy) for scores in scored]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -101,6 +101,7 @@ class SoftPromptLM(LM):  # type: ignore[misc]
             None,
             self.rolling,
             batch_rows=self.batch_rows,
+            progress=False,
         )
         return [scores.log_probability for scores in scored]
 
@@ -109,7 +110,9 @@ class SoftPromptLM(LM):  # type: ignore[misc]
         settings = [_settings(dict(request.args[1])) for request in requests]
         self._need_room([request.args[0] for request in requests])
         examples = [Example({"context": request.args[0], "wanted": ""}) for request in requests]
-        generations = generate(self.lm, examples, self.continuing, settings, batch_rows=self.batch_rows)
+        generations = generate(
+            self.lm, examples, self.continuing, settings, batch_rows=self.batch_rows, progress=False
+        )
         return [generation.text for generation in generations]
 
     def _need_room(self, texts: Sequence[str]) -> None:

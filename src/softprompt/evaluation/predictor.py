@@ -102,7 +102,7 @@ def predictor(
             temperature=settings.temperature,
             seed=settings.seed,
         )
-        generations = generate(lm, list(examples), prompt, decode, batch_rows=batch_rows)
+        generations = generate(lm, list(examples), prompt, decode, batch_rows=batch_rows, progress=False)
         return [
             replace(
                 answer,
@@ -171,7 +171,7 @@ def _scored(
     batch_rows: int,
 ) -> list[Scored]:
     if prompt.kind != "text" or layout.target is not None or layout.chat:
-        return score(lm, list(examples), None, prompt, end=end, batch_rows=batch_rows)
+        return score(lm, list(examples), None, prompt, end=end, batch_rows=batch_rows, progress=False)
     # Without a target all of the text is scored, except the engineered text in front of it.
     front = Template((*prompt.template.pieces[:1], Field("all")), "all")
     return score(
@@ -181,6 +181,7 @@ def _scored(
         compile_prompt(lm, front, name=prompt.name, special_tokens=prompt.special_tokens),
         end="always" if alone[0].end else "never",
         batch_rows=batch_rows,
+        progress=False,
     )
 
 
@@ -204,6 +205,7 @@ def _label_scores(
         prompt,
         end=end,
         batch_rows=batch_rows,
+        progress=False,
     )
     return [
         {label: scored[i * len(labels) + j].log_probability for j, label in enumerate(labels)}

@@ -13,6 +13,7 @@ from softprompt.errors import DataError
 from softprompt.inference.compiled import CompiledPrompt, Promptable, compile_prompt
 from softprompt.inference.running_batch import GREEDY, FinishReason, Request, Running, request
 from softprompt.inference.settings import DecodeSettings as DecodeSettings
+from softprompt.progress.bar import Advance, progress_bar
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,12 +52,14 @@ def generate(
     batch_rows: int = 16,
     memory_bytes: int | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    progress: bool | Advance | None = None,
 ) -> list[Generation]:
     """Continues every input, in the order of `inputs`, `settings.n` texts each. Always a list; a str is one input.
 
     `prompts` and `settings` are one for all inputs or one for each. At most `batch_rows` rows run side by side, in at
     most `memory_bytes` of key/value state. `on_text` is called with the input's number and each new piece of its
-    text; it takes n = 1.
+    text; it takes n = 1. Progress over several texts is shown in terminals and notebooks, unless they are streamed or
+    `progress` is False; a function is called instead with the number of texts done and of all.
 
     Raises DataError for an input that has no room to continue, WrongBase and PromptError as compiling does.
     """
@@ -74,10 +77,11 @@ def generate(
             for sample in range(1, decode.drawn)
         ]
         requests.append([first, *more])
-    run(
-        Running(lm, max_rows=batch_rows, memory_bytes=memory_bytes),
-        [request for group in requests for request in group],
-    )
+    rows = [request for group in requests for request in group]
+    if progress is None and (on_text is not None or len(rows) == 1):
+        progress = False
+    with progress_bar(progress, "generating") as advance:
+        run(Running(lm, max_rows=batch_rows, memory_bytes=memory_bytes), rows, advance)
     return [
         generation
         for given, prompt, group in zip(inputs, chosen, requests, strict=True)
@@ -85,8 +89,10 @@ def generate(
     ]
 
 
-def run(running: Running, requests: Sequence[Request]) -> None:
-    """Runs all requests through a running batch: long rows first, new ones once a quarter of the rows is free."""
+def run(running: Running, requests: Sequence[Request], advance: Advance = lambda done, total: None) -> None:
+    """Runs all requests through a running batch: long rows first, new ones once a quarter of the rows is free.
+
+    `advance` is called with the number of requests done and of all."""
     waiting = sorted(requests, key=lambda request: request.total)
     while waiting or len(running):
         free = running.max_rows - len(running)
@@ -96,6 +102,7 @@ def run(running: Running, requests: Sequence[Request]) -> None:
                 joining.append(waiting.pop())
             running.admit(joining)
         running.step()
+        advance(len(requests) - len(waiting) - len(running), len(requests))
 
 
 def _best(given: str | Example, name: str | None, group: Sequence[Request]) -> list[Generation]:

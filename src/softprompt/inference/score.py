@@ -21,6 +21,7 @@ from softprompt.errors import NotFinite
 from softprompt.inference.compiled import CompiledPrompt, Promptable
 from softprompt.inference.generate import compiled_each, listed, one_each
 from softprompt.inference.prefill import PrefillRow, like_lengths, prefill
+from softprompt.progress.bar import Advance, progress_bar
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,12 +61,14 @@ def score(
     *,
     end: End = "never",
     batch_rows: int = 16,
+    progress: bool | Advance | None = None,
 ) -> list[Scored]:
     """Scores each continuation of its input under its prompt, in the layout that training uses.
 
     `inputs` may be a single text or row; the result is always a list. Without a continuation the trained text of the
     row is scored: its target, or all of its text. `end` scores an end token after it (data.layout.Layout). The first
-    position of a row, which nothing predicts, is not scored.
+    position of a row, which nothing predicts, is not scored. Progress over several rows is shown in terminals and
+    notebooks, unless `progress` is False; a function is called instead with the number of rows done and of all.
     """
     inputs = listed(inputs)
     wanted = one_each(continuations, len(inputs), "continuations")
@@ -76,9 +79,11 @@ def score(
     ]
     results: dict[int, Scored] = {}
     number = {id(scoring.row): i for i, scoring in enumerate(rows)}
-    for group in like_lengths(lm, [scoring.row for scoring in rows], batch_rows):
-        numbers = [number[id(row)] for row in group]
-        results.update(zip(numbers, _scored(lm, [rows[i] for i in numbers]), strict=True))
+    with progress_bar(False if progress is None and len(rows) == 1 else progress, "scoring") as advance:
+        for group in like_lengths(lm, [scoring.row for scoring in rows], batch_rows):
+            numbers = [number[id(row)] for row in group]
+            results.update(zip(numbers, _scored(lm, [rows[i] for i in numbers]), strict=True))
+            advance(len(results), len(rows))
     return [results[i] for i in range(len(rows))]
 
 
@@ -95,7 +100,7 @@ class RatedToken:
 def rate_continuation(
     lm: FrozenLM, prompt: CompiledPrompt, given: str | Example, continuation: str, top: int = 0
 ) -> list[RatedToken]:
-    """Rate every token of a continuation, laid out and scored as by `score`, with the `top` likeliest at its position."""
+    """Rates every token of a continuation, laid out and scored as by `score`, with the `top` likeliest at its position."""
     scoring = _laid_out(lm, prompt, given, continuation, "never")
     return _rated_tokens(lm, scoring.row, scoring.positions, top)
 
@@ -104,7 +109,7 @@ def rate_continuation(
 def rate_text(
     lm: FrozenLM, prompt: CompiledPrompt, given: str | Example | Sequence[int], top: int = 0
 ) -> list[RatedToken]:
-    """Rate every token of an input itself, as evaluation harnesses ask for them; see `rate_continuation`."""
+    """Rates every token of an input itself, as evaluation harnesses ask for them; see `rate_continuation`."""
     marks = prompt.marks(lm, given) if isinstance(given, str | Example) else list(given)
     demand_room(lm, len(marks), "The text")
     positions = [position for position, mark in enumerate(marks) if mark >= 0]

@@ -28,7 +28,9 @@ def agreements(
     bare = compile_prompt(teacher.lm, None, template=teacher.layout)
     shares = []
     for compiled in (compile_prompt(teacher.lm, prompt), bare):
-        answers = [found.token_ids for found in generate(teacher.lm, questions, compiled, decode)]
+        answers = [
+            found.token_ids for found in generate(teacher.lm, questions, compiled, decode, progress=False)
+        ]
         shares.append(sum(a == b for a, b in zip(answers, wanted, strict=True)) / len(wanted))
     return shares[0], shares[1]
 
@@ -40,7 +42,9 @@ def gold(teacher: Teachers, prompt: Prompt, questions: Sequence[Example]) -> tup
     bare = compile_prompt(teacher.lm, None, template=teacher.layout)
     written = [[own[0].text for own in teacher.answers(questions, decode)]]
     for compiled in (compile_prompt(teacher.lm, prompt), bare):
-        written.append([answer.text for answer in generate(teacher.lm, questions, compiled, decode)])
+        written.append(
+            [answer.text for answer in generate(teacher.lm, questions, compiled, decode, progress=False)]
+        )
     right = [
         sum(
             _first_line(text) == question.fields[target].strip()

@@ -182,7 +182,7 @@ def answers_under(
     batch_rows: int = 16,
 ) -> list[list[Answer]]:
     """`settings.n` answers to each question under a prompt."""
-    texts = generate(lm, questions, prompt, settings, batch_rows=batch_rows)
+    texts = generate(lm, questions, prompt, settings, batch_rows=batch_rows, progress=False)
     answers = [Answer(text.token_ids, text.text) for text in texts]
     return [answers[start : start + settings.n] for start in range(0, len(answers), settings.n)]
 
