@@ -90,17 +90,18 @@ class Soak:
         self.answered: list[tuple[str, str, DecodeSettings, list[str]]] = []
 
     def _make_library(self) -> None:
-        model, tokenizer = tiny_model("Llama"), tiny_tokenizer()
+        model, tokenizer = tiny_model("Llama", max_position_embeddings=512), tiny_tokenizer()
         model.save_pretrained(self.folder / "base")
         tokenizer.save_pretrained(self.folder / "base")
         self.lm = FrozenLM.load(str(self.folder / "base"), dtype="float32", device="cpu")
         self.library = Library(self.folder / "library")
         self.prompts: dict[str, Prompt | None] = {"base": None}
-        for seed in range(4):
+        for seed, name in enumerate(["task", "task", "task", "deep", "long"]):
+            length = 140 if name == "long" else 4  # a long one is held once, and shared by its rows
             drawn = torch.Generator().manual_seed(seed)
-            vectors = torch.randn(4, self.lm.width, generator=drawn)
-            prompt: Prompt = SoftPrompt(vectors, self.lm.fingerprint, "{soft:4}{text}", name="task")
-            name = "task" if seed < 3 else "deep"
+            vectors = torch.randn(length, self.lm.width, generator=drawn)
+            template = f"{{soft:{length}}}{{text}}"
+            prompt: Prompt = SoftPrompt(vectors, self.lm.fingerprint, template, name=name)
             save_prompt(as_deep(self.lm, prompt) if name == "deep" else prompt, self.folder / name)
             entry = self.library.publish(self.folder / name, name)
             self.prompts[entry.digest] = prompt  # a deep prompt answers as the one that it was compiled from
@@ -165,7 +166,7 @@ class Soak:
 
     async def _ask(self, client: httpx.AsyncClient, number: int) -> None:
         rng = self.rng
-        model = rng.choice(["base", "deep", "task", "task", "task", "task@1", "task@2", "task@3"])
+        model = rng.choice(["base", "deep", "long", "task", "task", "task", "task@1", "task@2", "task@3"])
         text, n, warm = rng.choice(TEXTS), rng.choice([1, 1, 2]), rng.random() < 0.5
         settings = DecodeSettings(
             max_new_tokens=rng.choice([1, 8, 30]),
@@ -281,8 +282,8 @@ class Soak:
         model, text, settings, _, _ = asked
         digest = answer.headers["x-softprompt-digest"]
         wanted = {"base": "base", **self.names}.get(model)
-        if model == "deep":
-            wanted = self.names["deep@1"]
+        if model in ("deep", "long"):
+            wanted = self.names[f"{model}@1"]
         if (wanted is not None and digest != wanted) or digest not in self.prompts:
             self.result.wrong.append(f"{model} was answered by {digest}")
         if model == "task":

@@ -142,3 +142,14 @@ def test_every_request_gets_its_own_answer_or_an_error_and_memory_stays_flat(tmp
     assert len(answered) > REQUESTS / 5
     for version, text, settings, texts in answered:
         assert texts == answers_alone(version, text, settings), (version, text, settings)
+
+
+def test_a_server_that_is_killed_loses_no_request_without_an_error(tmp_path: Path) -> None:
+    """Some of `python tests/soak.py`: a server in a process of its own, killed with kill -9 and started again."""
+    from soak import soak
+
+    result = soak(tmp_path, requests=120, kills=1)
+    assert (result.wrong, result.lost) == ([], [])
+    assert result.counted["kills"] == 1
+    assert result.counted["answered"] > 10
+    assert result.counted["vanished"] > 10

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 
+from softprompt.base.attention_copy import body_with_attention
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.errors import BaseError
 
@@ -32,16 +32,11 @@ class RecordedQueries:
     """A context in which `body` is a copy of the base's body that shares its weights and records every layer's queries."""
 
     def __init__(self, lm: FrozenLM) -> None:
-        shared = {id(tensor): tensor for tensor in (*lm.body.parameters(), *lm.body.buffers())}
-        self.body: Any = copy.deepcopy(lm.body, shared)
+        _register()
+        self.body: Any = body_with_attention(lm, _CAPTURE)
         self.seen: list[Queries] = []
         self.layers, self.name = lm.num_layers, lm.name
-        _register()
-        config = copy.deepcopy(self.body.config)
-        config._attn_implementation = _CAPTURE
         for module in self.body.modules():
-            if hasattr(module, "config"):
-                module.config = config
             if isinstance(module, BloomAttention):  # has its own attention, which cannot be exchanged
                 module.query_key_value.register_forward_hook(self._bloom(module))
 

@@ -142,11 +142,11 @@ class Lanes:
         shapes = {
             id(lane): _Shape(len(lane), max(totals, default=0), sum(totals))
             for lane in self._lanes
-            for totals in [[request.total for request in lane.requests]]
+            for totals in [[request.columns for request in lane.requests]]
         }
         plan: dict[int, list[Request]] = {}
-        for request in sorted(requests, key=lambda request: request.total):
-            total = request.total
+        for request in sorted(requests, key=lambda request: request.columns):
+            total = request.columns
             key = min(shapes, key=lambda key: shapes[key].cost_of(total), default=-1)
             shape = shapes.get(key, _Shape(0, 0, 0))
             # All the padding counts, and not this row's alone: many short rows beside a long one add up.

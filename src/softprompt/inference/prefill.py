@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.kv import State, batch_cache, row_state
+from softprompt.base.kv import EMPTY, State, batch_cache, row_state
+from softprompt.base.placement import Placed
+from softprompt.base.shared_prefix import hidden_in_parts, prefix_groups
 from softprompt.errors import PromptError
 
 
@@ -19,24 +21,31 @@ from softprompt.errors import PromptError
 class PrefillRow:
     """A sequence to read: the key/value state of its first positions, and the marks of all of them.
 
-    A mark is a token id, or -1 - i for row i of `vectors_PD`."""
+    A mark is a token id, or -1 - i for row i of `vectors_PD`. `shared` is the state of a long prompt in front of `state`,
+    which rows share and never copy (base/shared_prefix.py)."""
 
     state: State
     marks: tuple[int, ...]
     vectors_PD: Tensor | None = None
+    shared: State = EMPTY
 
     @property
     def rest(self) -> int:
         """Positions that are still to be computed."""
-        return len(self.marks) - self.state.length
+        return len(self.marks) - self.known
+
+    @property
+    def known(self) -> int:
+        """Positions whose keys and values are known."""
+        return self.shared.length + self.state.length
 
 
 @dataclass(frozen=True)
 class Prefilled:
     """One forward pass over rows that differ in prompt and length.
 
-    Row b's real columns of `cache` are `columns - rows[b].state.length` up to `columns + rows[b].rest`;
-    `hidden_BTD[b, t]` is the state at its position `rows[b].state.length + t`.
+    `cache` holds no prefix that rows share. Row b's real columns of `cache` are `columns - rows[b].state.length` up to `columns + rows[b].rest`;
+    `hidden_BTD[b, t]` is the state at its position `rows[b].known + t`.
     """
 
     cache: Any
@@ -98,9 +107,9 @@ def read_on(lm: FrozenLM, row: PrefillRow, positions: int) -> PrefillRow:
     positions = min(positions, row.rest - 1)
     if positions < 1:
         return row
-    marks = row.marks[: row.state.length + positions]
-    done = prefill(lm, [PrefillRow(row.state, marks, row.vectors_PD)])
-    return PrefillRow(row_state(done.cache, 0, *done.span(0), marks), row.marks, row.vectors_PD)
+    marks = row.marks[: row.known + positions]
+    done = prefill(lm, [replace(row, marks=marks)])
+    return replace(row, state=row_state(done.cache, 0, *done.span(0), marks[row.shared.length :]))
 
 
 def prefill(lm: FrozenLM, rows: Sequence[PrefillRow]) -> Prefilled:
@@ -109,7 +118,7 @@ def prefill(lm: FrozenLM, rows: Sequence[PrefillRow]) -> Prefilled:
     cache, columns = batch_cache([row.state for row in rows])
     device = lm.device
     longest = max(row.rest for row in rows)
-    rests = [row.marks[row.state.length :] for row in rows]
+    rests = [row.marks[row.known :] for row in rows]
     ids_BT = torch.tensor(
         [[max(mark, 0) for mark in rest] + [0] * (longest - len(rest)) for rest in rests], device=device
     )
@@ -124,13 +133,15 @@ def prefill(lm: FrozenLM, rows: Sequence[PrefillRow]) -> Prefilled:
                 )
             places, indices = zip(*soft, strict=True)
             embeddings_BTD[b, list(places)] = row.vectors_PD[list(indices)].to(embeddings_BTD.dtype)
-    known_B1 = torch.tensor([[row.state.length] for row in rows], device=device)
+    own_B1 = torch.tensor([[row.state.length] for row in rows], device=device)
+    known_B1 = torch.tensor([[row.known] for row in rows], device=device)
     rest_B1 = torch.tensor([[row.rest] for row in rows], device=device)
-    # Real columns of a row are its known state and its rest; everything outside of them is masked.
+    # Real columns of a row are its own known state and its rest; everything outside of them is masked.
     column_S = torch.arange(columns + longest, device=device)
-    mask_BS = ((column_S >= columns - known_B1) & (column_S < columns + rest_B1)).long()
+    mask_BS = ((column_S >= columns - own_B1) & (column_S < columns + rest_B1)).long()
     # Positions count from each row's own start, not from the left padding. Padding on the right repeats the last real
     # position, so that no table of positions is read past its end.
     positions_BT = known_B1 + torch.minimum(torch.arange(longest, device=device)[None], rest_B1 - 1)
-    hidden_BTD = lm.hidden(embeddings_BTD, mask_BS, positions_BT, past=cache)
+    placed = Placed(embeddings_BTD, mask_BS, positions_BT, cache)
+    hidden_BTD = hidden_in_parts(lm, placed, prefix_groups([row.shared for row in rows], device))
     return Prefilled(cache, columns, hidden_BTD, tuple(rows))

@@ -6,7 +6,7 @@ All generation runs in this loop: `generate` fills it from a list, a server from
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from softprompt.base.context_length import demand_room, longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State, row_state
+from softprompt.base.placement import Placed
+from softprompt.base.shared_prefix import PrefixGroup, hidden_in_parts, prefix_groups, with_shared_prefix
 from softprompt.data.ending import NO_ENDING, Ending
 from softprompt.data.example import Example
 from softprompt.errors import DataError, NotFinite, OutOfMemory
@@ -89,6 +91,16 @@ class Request:
         return len(self.given) + self.limit
 
     @property
+    def columns(self) -> int:
+        """Columns of keys and values that the row takes at most: positions of a shared prefix take none."""
+        return self.total - self.row.shared.length
+
+    @property
+    def own_marks(self) -> int:
+        """Columns of keys and values once its text is read."""
+        return len(self.row.marks) - self.row.shared.length
+
+    @property
     def given(self) -> tuple[int, ...]:
         """Marks of the text, before the answer."""
         return self.row.marks[: len(self.row.marks) - len(self.begun)]
@@ -136,6 +148,9 @@ def request(
     if row is None:
         marks = prompt.marks(lm, given) if isinstance(given, str | Example) else list(given)
         row = prompt.row([*marks, *begun])
+    if not keep_state and not row.shared.length:  # a state that is kept is whole
+        shared, state = with_shared_prefix(lm, row.state)
+        row = row if state is row.state else replace(row, shared=shared, state=state)
     given_marks = row.marks[: len(row.marks) - len(begun)]
     beyond = [token for token in settings.logit_bias if token >= lm.vocab_size]
     if beyond:
@@ -216,8 +231,8 @@ class Running:
 
         It counts every row at its full length, and the copy that exists while texts are being read."""
         everyone = [*self.requests, *requests]
-        columns = room(max((request.total for request in everyone), default=0))
-        read = max((len(request.row.marks) for request in requests), default=0)
+        columns = room(max((request.columns for request in everyone), default=0))
+        read = max((request.own_marks for request in requests), default=0)
         return (len(everyone) * columns + len(requests) * read) * position_bytes(self.lm)
 
     def buffer_bytes_for(self, requests: Sequence[Request]) -> int:
@@ -225,8 +240,8 @@ class Running:
         rows, columns = self._cache.mask.shape
         everyone = [*self.requests, *requests]
         rows = max(rows, len(everyone))
-        columns = max(columns, room(max((request.total for request in everyone), default=0)))
-        read = max((len(request.row.marks) for request in requests), default=0)
+        columns = max(columns, room(max((request.columns for request in everyone), default=0)))
+        read = max((request.own_marks for request in requests), default=0)
         return (rows * columns + len(requests) * read) * position_bytes(self.lm)
 
     def fits(self, requests: Sequence[Request]) -> bool:
@@ -291,7 +306,8 @@ class Running:
             return []
         mask_BS = self._cache.open_column()
         embeddings_B1D = self.lm.embed(self._ids_B[:rows, None])
-        hidden_B1D = self.lm.hidden(embeddings_B1D, mask_BS, self._positions_B[:rows, None], past=self._cache)
+        placed = Placed(embeddings_B1D, mask_BS, self._positions_B[:rows, None], self._cache)
+        hidden_B1D = hidden_in_parts(self.lm, placed, self._step_settings.prefixes)
         self._cache.advance()
         self._positions_B[:rows] += 1
         return self._chosen(self.lm.logits(hidden_B1D[:, -1]), 0)
@@ -433,14 +449,14 @@ class Running:
             if self._cache.bytes > KEPT_BYTES:
                 self._cache.clear()
             return
-        needed = room(max(slot.request.total for slot in self._slots))
+        needed = room(max(slot.request.columns for slot in self._slots))
         if len(self._slots) * needed * SHRINKS_BELOW < rows * columns:
             self._cache.reserve(len(self._slots), needed, exactly=True)
 
     def _reserve(self, requests: Sequence[Request]) -> None:
         everyone = [*self.requests, *requests]
-        rows, columns = len(everyone), room(max(request.total for request in everyone))
-        longest = max(len(request.row.marks) for request in requests)
+        rows, columns = len(everyone), room(max(request.columns for request in everyone))
+        longest = max(request.own_marks for request in requests)
         # Buffers only grow, unless the widest and the most rows there ever were would together pass the limit.
         both = max(rows, self._cache.mask.shape[0]) * max(columns, self._cache.mask.shape[1])
         exactly = self.memory_bytes is not None and both * position_bytes(self.lm) > self.memory_bytes
@@ -472,6 +488,7 @@ class _StepSettings:
     rated: bool
     warm: list[int]
     steered: list[int]
+    prefixes: list[PrefixGroup]
     penalty_B: Tensor
     temperature_B: Tensor
     top_k_B: Tensor
@@ -488,6 +505,7 @@ class _StepSettings:
             any(request.settings.rated or request.top for request in requests),
             [b for b, settings in enumerate(every) if settings.temperature > 0],
             [b for b, request in enumerate(requests) if request.steering is not None],
+            prefix_groups([request.row.shared for request in requests], device),
             torch.tensor([settings.repetition_penalty for settings in every], device=device),
             torch.tensor([settings.temperature for settings in every], device=device),
             torch.tensor([settings.top_k for settings in every], device=device, dtype=torch.int64),

@@ -1,0 +1,192 @@
+"""Attention in two parts: rows under one long prompt read its keys and values where they lie, once for all of them.
+
+A row's own columns are in the running cache; those of its prompt are not copied there. Each layer attends to both apart and
+joins the two results by their log-sum-exp, which gives what one attention over all columns gives, up to rounding (Milakov and
+Gimelshein 2018; "cascade" attention elsewhere). Rows share a prefix where it is one and the same state in memory, so a
+prompt of other content is never taken for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from softprompt.base.attention_copy import body_with_attention
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.kv import EMPTY, State, batch_cache, new_cache, row_state
+from softprompt.base.placement import Placed
+
+# Below it, copying the prompt's columns into each row costs less than a second attention in every layer.
+SHARED_FROM = 128
+FUSED_ON = frozenset(
+    {"cpu"}
+)  # torch has a kernel there that also gives the log-sum-exp of any masked attention
+_NAME = "softprompt_two_parts"
+
+
+@dataclass(frozen=True)
+class PrefixGroup:
+    """Rows of a batch that have one prefix in front of their own columns."""
+
+    prefix: State
+    rows_N: Tensor
+
+
+def prefix_groups(prefixes: Sequence[State], device: torch.device | str) -> list[PrefixGroup]:
+    """Rows by their prefix, in memory the same one; rows without a prefix are in no group."""
+    rows: dict[tuple[int, int], list[int]] = {}
+    for row, prefix in enumerate(prefixes):
+        if prefix.length:
+            # Cuts of one state to one length are views of the same memory.
+            rows.setdefault((prefix.keys[0].data_ptr(), prefix.length), []).append(row)
+    return [
+        PrefixGroup(prefixes[members[0]], torch.tensor(members, device=device)) for members in rows.values()
+    ]
+
+
+def hidden_in_parts(lm: FrozenLM, placed: Placed, groups: Sequence[PrefixGroup]) -> Tensor:
+    """Last hidden states [B, T, D] of rows whose prefixes are not in the cache of `placed`.
+
+    Its mask covers the rows' own columns; its positions count the prefix too."""
+    if not groups:
+        return lm.hidden(placed.embeddings_BSD, placed.mask_BS, placed.positions_BS, past=placed.past)
+    body = _BODIES[lm]
+    assert body is not None, "the base was not asked whether it can share"
+    _own.groups = groups
+    try:
+        return lm.states(placed, body)
+    finally:
+        del _own.groups
+
+
+def can_share(lm: FrozenLM) -> bool:
+    """Whether this base's attention can be taken in two parts: tried once, on a few tokens, against its own.
+
+    Not where a layer looks at some columns only (sliding windows, chunks), adds a bias by distance (ALiBi), or has an
+    attention of its own: there prompts are copied into each row."""
+    if lm not in _BODIES:
+        _BODIES[lm] = None
+        if _sees_everything(lm.config):
+            body = _body_in_parts(lm)
+            _BODIES[lm] = body
+            if not _is_exact(lm):
+                _BODIES[lm] = None
+    return _BODIES[lm] is not None
+
+
+_BODIES: WeakKeyDictionary[FrozenLM, Any] = WeakKeyDictionary()
+_own = threading.local()
+
+
+def _sees_everything(config: Any) -> bool:
+    """Whether every layer attends to all columns before a position, as far as the config says."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return (
+        set(kinds) == {"full_attention"} and not window and not getattr(config, "attention_chunk_size", None)
+    )
+
+
+def _body_in_parts(lm: FrozenLM) -> Any:
+    """A copy of the base's body that shares its weights and attends in two parts."""
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, eager_mask)
+    return body_with_attention(lm, _NAME)
+
+
+@torch.inference_mode()
+def _is_exact(lm: FrozenLM) -> bool:
+    """Whether two rows behind a prefix give in two parts what they give in one."""
+    ids_T = torch.arange(1, 8, device=lm.device) * 5 % lm.vocab_size
+    front, rest = 4, len(ids_T) - 4
+    cache = new_cache()
+    lm.hidden(lm.embed(ids_T[None, :front]), past=cache)
+    prefix = row_state(cache, 0, 0, front, ids_T[:front].tolist())
+    embeddings_BTD = lm.embed(torch.stack([ids_T[front:], ids_T[front:].flip(0)]))
+    positions_BT = torch.arange(front, front + rest, device=lm.device).expand(2, rest)
+    whole, _ = batch_cache([prefix, prefix])
+    mask_BS = torch.ones(2, front + rest, dtype=torch.int64, device=lm.device)
+    in_one_BTD = lm.hidden(embeddings_BTD, mask_BS, positions_BT, past=whole).float()
+    placed = Placed(embeddings_BTD, mask_BS[:, front:], positions_BT, new_cache())
+    groups = prefix_groups([prefix, prefix], lm.device)
+    _own.calls = 0
+    try:
+        in_two_BTD = hidden_in_parts(lm, placed, groups).float()
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+        return False  # an attention that takes or gives something else
+    scale = max(1.0, float(in_one_BTD.abs().max()))
+    difference = float((in_two_BTD - in_one_BTD).abs().max())
+    return bool(_own.calls == lm.num_layers and difference <= 16 * torch.finfo(lm.dtype).eps * scale)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """One layer's attention, as transformers calls it: over the rows' own columns, then over each group's prefix."""
+    unknown = [
+        name
+        for name in ("softcap", "s_aux", "sliding_window", "position_bias")
+        if options.get(name) is not None
+    ]
+    if unknown:
+        raise NotImplementedError(f"attention in two parts has no {unknown[0]}")
+    _own.calls = getattr(_own, "calls", 0) + 1
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows, heads, new, width = query.shape
+    kv_heads, group = key.shape[1], heads // key.shape[1]
+    # The heads that share keys become queries of one head: no copy of the keys for each of them.
+    packed = query.reshape(rows, kv_heads, group * new, width)
+    mask = None
+    if attention_mask is not None:
+        mask = attention_mask[..., : key.shape[2]].repeat(1, 1, group, 1)
+    result, weight = attend(packed, key, value, mask, scaling)
+    for members in _own.groups:
+        keys, values = members.prefix.keys[module.layer_idx], members.prefix.values[module.layer_idx]
+        count = len(members.rows_N)
+        # All queries of all rows in one product: the prefix's keys and values are read once.
+        queries = packed[members.rows_N].transpose(0, 1).reshape(1, kv_heads, count * group * new, width)
+        over, over_weight = attend(queries, keys[None], values[None], None, scaling)
+        over = over.reshape(kv_heads, count, group * new, -1).transpose(0, 1)
+        over_weight = over_weight.reshape(kv_heads, count, group * new).transpose(0, 1)
+        own, own_weight = result[members.rows_N], weight[members.rows_N]
+        # Each part is a mean under its softmax; its log-sum-exp says how much of the whole softmax it is.
+        share = torch.sigmoid(over_weight - own_weight)[..., None]
+        joined = own.float() * (1 - share) + over.float() * share
+        result = result.index_copy(0, members.rows_N, joined.to(result.dtype))
+    return result.reshape(rows, heads, new, -1).transpose(1, 2).contiguous(), None
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attention [B, H, Q, K] and the log-sum-exp of its scores, float32 [B, H, Q]. Queries see all columns that an
+    additive mask leaves."""
+    if query.device.type in FUSED_ON:
+        result, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, False, attn_mask=mask, scale=scaling
+        )
+        return result, weight
+    scores = query.float() @ key.float().transpose(2, 3) * scaling
+    if mask is not None:
+        scores = scores + mask.float()
+    weight = scores.logsumexp(-1)
+    return ((scores - weight[..., None]).exp() @ value.float()).to(query.dtype), weight
+
+
+def with_shared_prefix(lm: FrozenLM, state: State) -> tuple[State, State]:
+    """What a row shares, and what it keeps as its own, of the state that is known of it."""
+    return (state, EMPTY) if state.length >= SHARED_FROM and can_share(lm) else (EMPTY, state)
