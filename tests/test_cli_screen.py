@@ -15,7 +15,10 @@ import torch
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
+from softprompt.cli.evaluate import show_confusion
+from softprompt.cli.inspect import show_vectors
 from softprompt.cli.screen import fact
+from softprompt.evaluation.metric import Confusion
 from softprompt.progress.console import Screen, table, visible
 from softprompt.progress.events import Event, Started, Stepped, Validated
 from softprompt.progress.runs import ShowProgress, ShowTable
@@ -293,3 +296,46 @@ def test_a_prompt_alone_downloads_no_data(
     message = capsys.readouterr().err
     assert "p was learned on someone/rows, which is not on this machine" in message
     assert "--data someone/rows" in message
+
+
+SEVEN = (
+    "AddToPlaylist",
+    "BookRestaurant",
+    "GetWeather",
+    "PlayMusic",
+    "RateBook",
+    "SearchCreativeWork",
+    "neg",
+)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_confusion_table_keeps_its_rows_on_a_screen_of_any_width(width: int) -> None:
+    """A row a label, one figure for each label and one for other answers, in the order of the labels."""
+    counts = tuple(tuple(10 * row + column for column in range(1, 8)) for row in range(1, 8))
+    confusion = Confusion(SEVEN, counts, tuple(range(91, 98)))
+    lines = drawn(width, lambda screen: show_confusion(screen, confusion))
+    assert all(len(line) <= width for line in lines)
+    wanted = [[*map(str, row), str(other)] for row, other in zip(counts, range(91, 98), strict=True)]
+    assert [line.split()[-8:] for line in lines[-7:]] == wanted
+    words = " ".join(lines).replace(",", " ").replace(".", " ").split()
+    assert set(SEVEN) <= set(words)
+    if width > 40:
+        assert all(label in line for label, line in zip(SEVEN, lines[-7:], strict=True))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_token_near_a_vector_is_never_broken_at_its_own_blank(width: int) -> None:
+    near = [
+        {"token": token, "cosine": 0.5}
+        for token in (" same", " greatest", "such", " internet", " gay", "\u00a0x")
+    ]
+    vectors = {
+        "rows": [{"norm": 12.25, "nearest": near}] * 2,
+        "table_norm_range": (1.0, 2.0),
+        "table_norm_median": 1.5,
+    }
+    lines = drawn(width, lambda screen: show_vectors(screen, vectors))
+    for entry in near:
+        assert sum(f"{entry['token']!r} 0.50" in line for line in lines) == 2
+    assert all(len(line) <= width for line in lines if "0.50" in line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ from softprompt.settings.base_settings import BaseSettings
 
 if TYPE_CHECKING:
     from softprompt.evaluation.evaluate import Evaluation
+    from softprompt.evaluation.metric import Confusion
 
 EXAMPLE = "softprompt evaluate --prompt runs/mine --out runs/judged"
 MOST_LABELS = 12  # a confusion table of more is not readable in a terminal
@@ -106,9 +108,29 @@ def show(console: Screen, evaluation: Evaluation, title: str) -> None:
         )
     confusion = evaluation.confusion
     if confusion is not None and len(confusion.labels) <= MOST_LABELS:
-        rows = [
-            (label, *(str(count) if count else "·" for count in (*row, other)))
-            for label, row, other in zip(confusion.labels, confusion.table, confusion.other, strict=True)
-        ]
-        headers = ("wanted \\ answered", *confusion.labels, "other")
-        console.print(table(headers, rows, width=console.width))
+        show_confusion(console, confusion)
+
+
+def show_confusion(console: Screen, confusion: Confusion) -> None:
+    """The wanted labels in rows and the answers in columns; by number where their names are too wide for the screen."""
+    counts = [
+        [str(count) if count else "·" for count in (*row, other)]
+        for row, other in zip(confusion.table, confusion.other, strict=True)
+    ]
+    numbers = [str(number) for number in range(1, len(counts) + 1)]
+    numbered = [f"{number} {label}" for number, label in zip(numbers, confusion.labels, strict=True)]
+
+    def fits(labels: Sequence[str], heads: Sequence[str]) -> bool:
+        columns = zip(heads, zip(*counts, strict=True), strict=True)
+        widest = sum(2 + max(map(len, (head, *column))) for head, column in columns)
+        return max(map(len, (*labels, corner))) + widest <= console.width
+
+    corner = "wanted \\ answered"
+    labels, heads = list(confusion.labels), [*confusion.labels, "other"]
+    if not fits(labels, heads):
+        labels, heads = numbered, [*numbers, "other"]
+    if not fits(labels, heads):
+        labels, corner = numbers, ""
+        line(console, f"Wanted in rows, answered in columns: {', '.join(numbered)}.", "dim")
+    rows = [(label, *row) for label, row in zip(labels, counts, strict=True)]
+    console.print(table((corner, *heads), rows, width=console.width))

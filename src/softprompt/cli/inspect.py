@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -126,11 +127,13 @@ def show_vectors(console: Screen, vectors: dict[str, Any]) -> None:
     """The tokens that each vector lies nearest to, and its norm beside those of the embedding table."""
     heading(console, "nearest tokens, by cosine")
     line(console, "A hint only: a vector may mean what no token means.", "dim")
+    norms = [f"{row['norm']:.3f}" for row in vectors["rows"]]
+    width = console.width - len("row  ") - max(map(len, norms), default=0) - 4
     rows = [
         (
             number,
-            f"{row['norm']:.3f}",
-            Text("  ".join(f"{near['token']!r} {near['cosine']:.2f}" for near in row["nearest"])),
+            norms[number],
+            Text(side_by_side([f"{near['token']!r} {near['cosine']:.2f}" for near in row["nearest"]], width)),
         )
         for number, row in enumerate(vectors["rows"])
     ]
@@ -138,6 +141,17 @@ def show_vectors(console: Screen, vectors: dict[str, Any]) -> None:
     low, high = vectors["table_norm_range"]
     median = vectors["table_norm_median"]
     fact(console, "table norms", f"median {median:.3f}, 98 % between {low:.3f} and {high:.3f}")
+
+
+def side_by_side(parts: Sequence[str], width: int) -> str:
+    """Parts two blanks apart, as many a line as `width` holds; none is broken, whatever blanks it has."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and Text(lines[-1]).cell_len + 2 + Text(part).cell_len <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(part)
+    return "\n".join(lines)
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

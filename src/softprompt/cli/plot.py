@@ -21,7 +21,11 @@ def command(
     console = screen()
     picture = None if out is None else picture_path(out)
     curves = read_plotted(runs)
-    console.print(for_terminal(curves, width=min(console.width, 100)), soft_wrap=True)
+    chart, _, figures = for_terminal(curves, width=min(console.width, 100)).partition("\n\n")
+    console.print(chart, soft_wrap=True)
+    console.print()
+    for figures_of_run in figures.splitlines():
+        line(console, figures_of_run)
     if picture is not None:
         draw(curves, picture)
         line(console, f"Written to {picture}.")
