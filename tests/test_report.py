@@ -679,3 +679,24 @@ def test_a_title_says_what_the_task_is(template: str, target: str | None, title:
     )
     (run,) = read_runs([tmp_path])
     assert run.title == title
+
+
+def test_samples_show_the_rows_own_text_without_the_lines_of_a_chat_template(tmp_path: Path) -> None:
+    chat = "<|user|>\n{text}<|end|>\n<|assistant|>\n"
+    made = comparison(
+        tmp_path,
+        {"base": 2, "soft": 30},
+        seeds=1,
+        template="{soft:3}" + chat + "{label}<|end|>",
+        target="label",
+    )
+    assert made.target == "label"
+    for path in (tmp_path / "arms").rglob("rows.jsonl"):
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        for number, row in enumerate(rows):
+            row["input"] = chat.replace("{text}", f"Where is parcel {number}?\nSoon?")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    (run,) = read_runs([tmp_path])
+    assert run.samples[0].input == "Where is parcel 0?\nSoon?"
+    section = next(section for section in page(run, 1).sections if section.id == "samples")
+    assert "lines before and after each input are left out" in section.text[0]

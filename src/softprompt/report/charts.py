@@ -330,7 +330,7 @@ def _free(
             (0, 19 + far, "middle"),
         ):
             start = x + dx - {"start": 0.0, "end": width, "middle": width / 2}[anchor]
-            box = (start, y + dy - 10, start + width, y + dy + 3)
+            box = (start - 3, y + dy - 10, start + width + 3, y + dy + 3)
             inside = box[0] >= left and box[2] <= right + 12 and box[1] >= top - 8 and box[3] <= bottom
             clear = all(
                 box[2] < other[0] or box[0] > other[2] or box[3] < other[1] or box[1] > other[3]

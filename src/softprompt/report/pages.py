@@ -309,6 +309,8 @@ def _samples(run: ReportedRun) -> Section | None:
         if run.samples[0].wanted
         else "The first words of some judged rows, continued by each arm; seed 0, the likeliest token every time."
     )
+    if any(run.scaffold):
+        text += " The template's own lines before and after each input are left out."
     return Section("samples", "Before and after, side by side", text=[text], samples=run.samples)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from softprompt.comparison.records import ArmResult, BaseFacts, Comparison, DataFacts, MetricFigure
 from softprompt.comparison.summary import summarise
-from softprompt.data.template import Template
+from softprompt.data.template import Field, Piece, Soft, Template, Text
 from softprompt.errors import DataError, RecipeError
 from softprompt.evaluation.metric import METRICS, Confusion
 from softprompt.evaluation.record import read_json, typed
@@ -86,6 +86,7 @@ class ReportedRun:
     tuning: Tuning | None = None
     samples: list[Sample] = field(default_factory=list)
     sampled_from: int = 0
+    scaffold: tuple[str, str] = ("", "")
     validation: list[Series] = field(default_factory=list)
     training: list[Series] = field(default_factory=list)
 
@@ -175,7 +176,8 @@ def _comparison(folder: Path) -> ReportedRun:
                 points_known = [(point.step, point.nll) for point in points if math.isfinite(point.nll)]
                 if points_known:
                     lines.append(Series(arm, result.seed, points_known))
-    run.samples = _samples(rows) or _continued(comparison)
+    run.scaffold = _scaffold(comparison)
+    run.samples = _samples(rows, run.scaffold) or _continued(comparison)
     run.sampled_from = len(next(iter(rows.values()), []))
     return run
 
@@ -223,7 +225,8 @@ def _evaluations(folders: Sequence[Path]) -> list[ReportedRun]:
         arm_names={arm: _described(record.about) for arm, record in zip(arms, records, strict=True)},
     )
     run = ReportedRun(_title(comparison), "evaluations", comparison)
-    run.samples = _samples({arm: judged for arm, (judged,) in rows.items()})
+    run.scaffold = _scaffold(comparison)
+    run.samples = _samples({arm: judged for arm, (judged,) in rows.items()}, run.scaffold)
     run.sampled_from = len(judged_rows[0])
     return [run]
 
@@ -282,8 +285,31 @@ def _tuning(folder: Path) -> ReportedRun:
     return run
 
 
-def _samples(rows: Mapping[str, Sequence[Row]]) -> list[Sample]:
-    """Samples of up to 24 rows, preferring those where the arms differ; in the order of the data."""
+def _scaffold(comparison: Comparison) -> tuple[str, str]:
+    """The fixed text before and after a row's own, where it is lines (a chat template's marks): every sample would repeat it."""
+    try:
+        template = Template.parse(comparison.template, target=comparison.target)
+    except RecipeError:
+        return "", ""
+    pieces = [piece for piece in template.pieces if not isinstance(piece, Soft)]
+    target = Field(comparison.target or "")
+    pieces = pieces[: pieces.index(target)] if target in pieces else pieces
+    opening, ending = "".join(_leading_texts(pieces)), "".join(reversed(_leading_texts(pieces[::-1])))
+    return opening if "\n" in opening else "", ending if "\n" in ending else ""
+
+
+def _leading_texts(pieces: Sequence[Piece]) -> list[str]:
+    texts: list[str] = []
+    for piece in pieces:
+        if not isinstance(piece, Text):
+            break
+        texts.append(piece.text)
+    return texts
+
+
+def _samples(rows: Mapping[str, Sequence[Row]], scaffold: tuple[str, str] = ("", "")) -> list[Sample]:
+    """Samples of up to 24 rows, preferring those where the arms differ; in the order of the data. What `scaffold` says
+    that every input begins and ends with is left out."""
     if not rows or any(row.answer is None for judged in rows.values() for row in judged):
         return []
     short = all(len(row.wanted) <= 60 and "\n" not in row.wanted for row in next(iter(rows.values())))
@@ -293,7 +319,7 @@ def _samples(rows: Mapping[str, Sequence[Row]]) -> list[Sample]:
         first = next(iter(group.values()))
         samples.append(
             Sample(
-                first.input,
+                first.input.removeprefix(scaffold[0]).removesuffix(scaffold[1]),
                 first.wanted,
                 {arm: row.answer or "" for arm, row in group.items()},
                 {
