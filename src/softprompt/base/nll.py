@@ -83,13 +83,13 @@ def dense(
     size = BLOCK_TOKENS * _larger(head)
     for start in range(0, len(hidden_ND), size):
         block = slice(start, start + size)
-        nll_N[block], gradient_nD = _dense_block(hidden_ND[block], targets_N[block], head, wants_gradient)
+        nll_N[block], gradient_nD = dense_block(hidden_ND[block], targets_N[block], head, wants_gradient)
         if gradient_ND is not None and gradient_nD is not None:
             gradient_ND[block] = gradient_nD
     return nll_N, gradient_ND
 
 
-def _dense_block(
+def dense_block(
     hidden_nD: Tensor, targets_n: Tensor, head: Head, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     weight_VD = head.weight_VD

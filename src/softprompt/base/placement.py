@@ -53,6 +53,7 @@ def place(lm: Embeds, batch: Batch, prompt: Plain | None) -> Placed:
     _demand(not bool(soft_BS.any()), "the batch has soft positions, but no soft prompt was given")
     if prompt is None:
         return Placed(embeddings_BSD, mask_BS)
+    # A deep prompt takes no positions of the input: the row attends to its keys and values, so text starts behind them.
     rows, length = batch.ids_BS.shape
     prefix = prompt[0].shape[1]
     if mask_BS is not None:

@@ -23,12 +23,14 @@ def anatomy(lm: FrozenLM, prompt: Prompt, nearest: int = NEAREST) -> Anatomy:
             for keys, values in zip(prompt.keys_LPHK, prompt.values_LPHK, strict=True)
         ]
         return Anatomy("deep", prompt.length, layers=tuple(layers))
+    # Cosine and not distance: norms of learned vectors often lie far outside the table's, and would decide alone.
     table_VD = lm.embedding_VD.detach().float().cpu()
     rows_PD = prompt.embeddings_PD
     cosine_PV = (
         torch.nn.functional.normalize(rows_PD, dim=1) @ torch.nn.functional.normalize(table_VD, dim=1).T
     )
     top = cosine_PV.topk(min(nearest, table_VD.shape[0]), dim=1)
+    # Quantiles and not extremes: unused tokens keep the norm of their initialisation.
     ordered_V = table_VD.norm(dim=1).sort().values
     low, middle, high = (
         float(ordered_V[int(share * (len(ordered_V) - 1))]) for share in (MOST[0], 0.5, MOST[1])

@@ -125,6 +125,7 @@ def typed_start_remark(template: Template, special: SpecialTokens) -> list[str]:
 def collate(rows: Sequence[Encoded], pad_id: int = 0) -> Batch:
     """Rows to one batch, right-padded to its longest. `pad_id` fills ids only; soft is -1 and trained False there."""
     longest = max(len(row) for row in rows)
+    # Padding on the right: with causal attention no real position ever sees it, so that a row's result does not depend on it.
     ids_BS = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     soft_BS = torch.full((len(rows), longest), -1, dtype=torch.int64)
     trained_BS = torch.zeros((len(rows), longest), dtype=torch.bool)

@@ -158,11 +158,13 @@ def _with_rows(lm: FrozenLM, prompt: SoftPrompt, ids: list[int], end_ids: Iterab
     )
     rows_PD = (prompt.embeddings_PD / scale).to(lm.device, table.weight.dtype)
     size = max(lm.vocab_size, *(token + 1 for token in ids))
+    # The table grows by the vectors, which are then read as tokens with these ids.
     weight_VD = table.weight.data.new_zeros(size, lm.width)
     weight_VD[: lm.vocab_size] = table.weight.data
     weight_VD[ids] = rows_PD
     table.weight = nn.Parameter(weight_VD, requires_grad=False)
     table.num_embeddings = size
+    # The output layer needs as many rows; zeros there, and suppressed below, so that the new tokens are never generated.
     out_VD = head.weight.data.new_zeros(size, head.weight.shape[1])
     out_VD[: len(head.weight)] = head.weight.data
     out_VD[ids] = 0  # they may lie in the padding that some bases have behind their vocabulary

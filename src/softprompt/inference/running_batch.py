@@ -327,6 +327,7 @@ class Running:
         # argmax alone needs no float32
         if step.penalises or step.biases or step.rated or step.warm or step.steered:
             logits_BV = logits_BV.float()
+        # Log-probabilities are reported of the base's own distribution, before anything below changes it.
         raw_BV = logits_BV
         requests = [slot.request for slot in self._slots[start:]]
         if step.biases:
@@ -359,6 +360,7 @@ class Running:
                 [torch.rand(1, generator=self._slots[b].generator, dtype=torch.float64) for b in warm]
             )
             ids_B[local] = draw(probabilities_BV, uniform_B)
+        # Kept on the device too, as the next step's input.
         self._ids_B[start : len(self._slots)] = ids_B
         ids: list[int] = ids_B.tolist()
         broken = [b for b, finite in enumerate(finite_B.tolist(), start=start) if not finite]
@@ -384,6 +386,7 @@ class Running:
                 finished.append((b, reason))
             elif request.settings.repetition_penalty != 1.0:
                 self._seen_BV[b, token] = True
+        # From the last row down: the last row takes the place of one that leaves, and must not have left before it.
         done = [self._retire(b, reason) for b, reason in reversed(finished)]
         if done:
             self._shrink()

@@ -191,10 +191,12 @@ def _laid_out(
 
 def _scored(lm: FrozenLM, rows: Sequence[_Scoring]) -> list[Scored]:
     done = prefill(lm, [scoring.row for scoring in rows])
+    # Only positions that predict a scored token reach the vocabulary: one product for all rows, whatever their lengths.
     hidden_ND = torch.cat([done.hidden_BTD[b, scoring.predicting] for b, scoring in enumerate(rows)])
     targets = [token for scoring in rows for token in scoring.targets]
     values_N, likeliest_N = _rated(lm, hidden_ND, torch.tensor(targets, device=lm.device))
     values, likeliest = values_N.tolist(), likeliest_N.tolist()
+    # The flat values go back to their rows in the order in which they were joined.
     results, start = [], 0
     for scoring in rows:
         own = slice(start, start + len(scoring.positions))

@@ -46,9 +46,11 @@ class ContextCache:
         None if there is nothing to gain: a row starts with its soft slot, or a token of a context is trained."""
         if not self.budget_bytes:
             return None
+        # Everything before the first soft position depends on frozen weights alone, so its keys and values are constants.
         starts = (batch.soft_BS >= 0).int().argmax(1).tolist()
         if min(starts) < SHORTEST:
             return None
+        # A trained token needs the hidden state that predicts it, and the cache keeps none.
         if any(
             bool(trained_S[:start].any()) for trained_S, start in zip(batch.trained_BS, starts, strict=True)
         ):
@@ -61,6 +63,7 @@ class ContextCache:
         # Padding repeats the last real position, so that no table of positions is ever read past its end.
         positions_BR = starts_B1 + torch.minimum(offset_R[None], rest.lengths_B[:, None] - 1)
         mask_BR = padding_mask(rest)
+        # Contexts are right-aligned in the cache: columns to the left of a shorter one are empty and are masked.
         if mask_BR is not None or min(starts) < columns:
             column_C = torch.arange(columns, device=batch.ids_BS.device)
             real_BR = torch.ones_like(rest.ids_BS) if mask_BR is None else mask_BR

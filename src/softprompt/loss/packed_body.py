@@ -71,6 +71,7 @@ class PackedBody(nn.Module):
         embeddings_BSD = placed.embeddings_BSD
         rows, length, width = embeddings_BSD.shape
         past = _past_length(placed)
+        # Padding is never computed, and a beginning that all rows share is computed once: the rows are packed into one list.
         packing = packed(batch, wanted_BS, share=past == 0)
         hidden_ND = embeddings_BSD.reshape(rows * length, width).index_select(0, packing.source_N)
 
@@ -92,6 +93,7 @@ class PackedBody(nn.Module):
         last = len(self.layers) - 1
         for index, (layer, window) in enumerate(zip(self.layers, self.windows, strict=True)):
             positions = full[window]
+            # The last layer is only needed where a label is: its queries and its MLP run at the wanted positions alone.
             if index == last:
                 positions = Positions(
                     cos_1NK[0], sin_1NK[0], (_only(positions.blocks[-1], wanted_BR),), kept=wanted_M
@@ -134,6 +136,7 @@ def _attending(packing: _Packing, placed: Placed, past: int, window: int | None)
     """The common beginning attends to itself, then the rows to the past, the common beginning and themselves."""
     shared, length = packing.shared, packing.packed_BR.shape[1]
     before = past + shared
+    # Columns in the order that keys are laid out: the past, the common beginning, the row itself.
     column_T = torch.arange(before + length)
     query_Q = torch.arange(before, before + length)
     bias_1QT = _bias(query_Q, column_T, window)[None]

@@ -99,10 +99,12 @@ class _FrozenHeadSoftTargets(torch.autograd.Function):
         wants_gradient = ctx.needs_input_grad[0]
         loss_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
         gradient_ND = hidden_ND.new_empty(hidden_ND.shape, dtype=torch.float32) if wants_gradient else None
+        # As many positions at a time as keep the logits of the whole vocabulary in a bounded buffer.
         size = max(1, BLOCK_LOGITS // len(head.weight_VD))
         for start in range(0, len(hidden_ND), size):
             block = slice(start, start + size)
             part = SoftTargets(targets.ids_Nk[block], targets.probabilities_Nk[block], targets.rest_N[block])
+            # With few listed tokens the fast head gives the sum over the vocabulary; with many, its extra rows cost more than it saves.
             if head_loss is None or part.ids_Nk.shape[1] > FEW_LISTED:
                 loss_n, pull_nD = _block(hidden_ND[block], part, head, wants_gradient)
             else:
@@ -110,6 +112,7 @@ class _FrozenHeadSoftTargets(torch.autograd.Function):
             loss_N[block] = loss_n
             if gradient_ND is not None and pull_nD is not None:
                 gradient_ND[block] = pull_nD
+        # The gradient is computed with the loss: logits are dropped block by block and would have to be computed again.
         if gradient_ND is not None:
             ctx.save_for_backward(gradient_ND.to(hidden_ND.dtype))
         return loss_N
@@ -152,6 +155,8 @@ def _from_likeliest(
 
     Only the k listed rows of the head are read besides."""
     ids_nk, wanted_nk = targets.ids_Nk, targets.probabilities_Nk
+    # The loss of one target is log sum - logit, and its gradient the mean row of the head less the target's:
+    # together they hold all that is needed of the whole vocabulary.
     first_n = ids_nk[:, 0]
     nll_n, pull_nD = head_loss(hidden_nD, first_n, head, wants_gradient)
     rows_nkD = head.weight_VD[ids_nk].float()

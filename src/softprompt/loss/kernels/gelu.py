@@ -36,11 +36,13 @@ class _Gelu(torch.autograd.Function):
         flat_ND = inputs.reshape(-1, inputs.shape[-1])
         outputs_ND = torch.empty_like(flat_ND)
         derivative_ND = torch.empty_like(flat_ND) if wants_gradient else None
+        # Few rows at a time, so that all intermediate values stay in the processor's cache.
         size = max(1, VALUES_AT_ONCE // flat_ND.shape[1])
         working = scratch("gelu", 4, min(size, len(flat_ND)), flat_ND.shape[1])
         for first in range(0, len(flat_ND), size):
             part_nD = flat_ND[first : first + size]
             wide_nD, square_nD, sigmoid_nD, value_nD = working[:, : len(part_nD)]
+            # In float32 also for a bfloat16 base: the polynomial loses digits otherwise.
             wide_nD.copy_(part_nD)
             torch.mul(wide_nD, wide_nD, out=square_nD)
             # sigmoid = sigmoid(2u), value = x * sigmoid

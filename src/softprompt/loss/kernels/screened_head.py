@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from softprompt.base.hardware import has_int8_products, product_dtype
-from softprompt.base.nll import Head, _dense_block
+from softprompt.base.nll import Head, dense_block
 from softprompt.loss.kernels.workspace import scratch
 
 MIN_PROBABILITY = (
@@ -53,12 +53,14 @@ class PackedHead:
             return
         weight_VD = self.head.weight_VD
         width = weight_VD.shape[1]
+        # The covariance only weighs errors, so a sample of some rows per dimension estimates it well enough.
         stride = max(1, len(weight_VD) // (ROWS_PER_DIMENSION * width))
         means, sampled = [], 0
         self.covariance_DD = torch.zeros(width, width)
         for first in range(0, len(weight_VD), BLOCK_VOCABULARY):
             rows_vD = weight_VD[first : first + BLOCK_VOCABULARY]
             weight_vD = scratch("head", *rows_vD.shape).copy_(rows_vD)
+            # The gradient of the entries that are not chosen follows from each block's mean and the one covariance.
             means.append(weight_vD.mean(0))
             around_sD = weight_vD[::stride] - means[-1]
             self.covariance_DD.addmm_(around_sD.T, around_sD)
@@ -83,6 +85,7 @@ class ScreenedHead:
         self.packed.pack()
         nll_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
         gradient_ND = hidden_ND.new_empty(hidden_ND.shape, dtype=torch.float32) if wants_gradient else None
+        # As many tokens at a time as keep the bfloat16 probabilities of the whole vocabulary in a bounded buffer.
         size = max(16, min(512, BLOCK_PROBABILITIES // len(head.weight_VD)))
         probabilities_nV = scratch(
             "probabilities", min(size, len(hidden_ND)), len(head.weight_VD), dtype=torch.bfloat16
@@ -91,13 +94,14 @@ class ScreenedHead:
             block = slice(start, start + size)
             hidden_nD, targets_n = hidden_ND[block], targets_N[block]
             screened = None
+            # Screening that fails costs a product: once it fails more often than it helps, the dense loss is used at once.
             if self.refused <= self.taken + 2:
                 screened = self._screened(
                     hidden_nD.float(), targets_n, wants_gradient, probabilities_nV[: len(hidden_nD)]
                 )
                 self.taken += screened is not None
                 self.refused += screened is None
-            nll_N[block], part_nD = screened or _dense_block(hidden_nD, targets_n, head, wants_gradient)
+            nll_N[block], part_nD = screened or dense_block(hidden_nD, targets_n, head, wants_gradient)
             if gradient_ND is not None and part_nD is not None:
                 gradient_ND[block] = part_nD
         return nll_N, gradient_ND
