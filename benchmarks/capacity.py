@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from machine import describe
 from softprompt.prompt.soft_prompt import Fingerprint, SoftPrompt
 from softprompt.serving.held_prompts import COMPILED_BYTES

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from softprompt.scale.settings import GatewaySettings
 from softprompt.serving.settings import ServeSettings
 
