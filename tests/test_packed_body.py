@@ -14,7 +14,7 @@ from softprompt.data.encoded import Encoded
 from softprompt.loss import packed_body
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.gradient import Loss
-from softprompt.loss.kernels import llama_layer
+from softprompt.loss.kernels import grouped_attention, llama_layer, rms_norm
 from softprompt.loss.packed_body import PackedBody
 from softprompt.prompt.soft_prompt import Plain
 from tiny_models import tiny_model, tiny_tokenizer
@@ -117,8 +117,10 @@ def test_loss_and_gradient_are_those_of_transformers(architecture: str, layout: 
 def test_so_are_they_in_small_chunks_and_with_recomputed_layers(
     layout: str, deep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llama_layer, "NUMBERS_AT_ONCE", 100)
-    monkeypatch.setattr(llama_layer, "SCORES_AT_ONCE", 700)
+    monkeypatch.setattr(rms_norm, "NUMBERS_AT_ONCE", 100)
+    monkeypatch.setattr(grouped_attention, "SCORES_AT_ONCE", 700)
+    monkeypatch.setattr(grouped_attention, "QUERIES_AT_ONCE", 3)  # stretches that see fewer columns each
+    monkeypatch.setattr(grouped_attention, "COLUMNS_ALIGNED", 4)
     lm = FrozenLM.wrap(tiny_model("Qwen3"), tiny_tokenizer())
     assert_like_transformers(lm, FastLoss(lm, recompute=True), LAYOUTS[layout], deep)
 

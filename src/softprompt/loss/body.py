@@ -22,8 +22,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from softprompt.base.hardware import has_int8_products, product_dtype
 from softprompt.loss.kernels.attention import SHORT, fused_attention
 from softprompt.loss.kernels.gelu import SmallGelu
+from softprompt.loss.kernels.grouped_attention import Heads
 from softprompt.loss.kernels.linear import FrozenLinear, Int8Linear
-from softprompt.loss.kernels.llama_layer import Layer, Norm
+from softprompt.loss.kernels.llama_layer import Layer
+from softprompt.loss.kernels.rms_norm import Norm
 from softprompt.loss.packed_body import PackedBody
 
 Products = Literal["float", "int8"]
@@ -87,11 +89,13 @@ def _layer(module: Any) -> Layer:
         gate=weights(mlp.gate_proj),
         up=weights(mlp.up_proj),
         down=weights(mlp.down_proj),
-        heads=attention.q_proj.out_features // attention.head_dim,
-        kv_heads=attention.k_proj.out_features // attention.head_dim,
-        scale=attention.scaling,
-        query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        heads=Heads(
+            queries=attention.q_proj.out_features // attention.head_dim,
+            keys=attention.k_proj.out_features // attention.head_dim,
+            scale=attention.scaling,
+            query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+            key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        ),
     )
 
 

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from softprompt.base.placement import Placed
 from softprompt.data.batch import Batch
-from softprompt.loss.kernels.llama_layer import Attending, Layer, Norm, Positions, layer_output, normed
+from softprompt.loss.kernels.grouped_attention import (
+    Attending,
+    Padded,
+    Positions,
+    empty_columns,
+)
+from softprompt.loss.kernels.llama_layer import Layer, layer_output
+from softprompt.loss.kernels.rms_norm import Norm, normed
 
 MOST_SCORES = 2**26  # of one layer, row and group of heads; beyond, torch's own attention takes less memory
 
@@ -63,8 +70,7 @@ class PackedBody(nn.Module):
     def takes(self, placed: Placed) -> bool:
         """Whether this batch is short enough to hold scores of whole rows."""
         length = placed.embeddings_BSD.shape[1]
-        group = self.layers[0].heads // self.layers[0].kv_heads
-        return group * length * (length + _past_length(placed)) <= MOST_SCORES
+        return self.layers[0].heads.group * length * (length + _past_length(placed)) <= MOST_SCORES
 
     def states_at(self, placed: Placed, batch: Batch, wanted_BS: Tensor) -> Tensor:
         """Last hidden states of the wanted positions [M, D], in the order of rows and positions."""
@@ -136,8 +142,9 @@ def _attending(packing: _Packing, placed: Placed, past: int, window: int | None)
     """The common beginning attends to itself, then the rows to the past, the common beginning and themselves."""
     shared, length = packing.shared, packing.packed_BR.shape[1]
     before = past + shared
-    # Columns in the order that keys are laid out: the past, the common beginning, the row itself.
-    column_T = torch.arange(before + length)
+    # Columns in the order that keys are laid out: the past, the common beginning, the row itself, then empty ones.
+    behind = empty_columns(before + length)
+    column_T = torch.arange(before + length + behind)
     query_Q = torch.arange(before, before + length)
     bias_1QT = _bias(query_Q, column_T, window)[None]
     if (
@@ -147,12 +154,14 @@ def _attending(packing: _Packing, placed: Placed, past: int, window: int | None)
         if bool(empty_BC.any()):
             bias_1QT = bias_1QT.repeat(len(empty_BC), 1, 1)
             bias_1QT[:, :, :past].masked_fill_(empty_BC[:, None], -torch.inf)
-    rows = Attending(packing.packed_BR, packing.is_real_BR, packing.packed_BR, bias_1QT, shared)
+    padded = Padded(packing.packed_BR, packing.is_real_BR.view(-1).nonzero()[:, 0], shared)
+    rows = Attending(padded, padded, bias_1QT, shared, behind, causal=True)
     if not shared:
         return (rows,)
-    own_1P = torch.arange(shared)[None]
-    bias_1PP = _bias(own_1P[0], own_1P[0], window)[None]
-    return Attending(own_1P, torch.ones_like(own_1P, dtype=torch.bool), own_1P, bias_1PP), rows
+    own_P, behind = torch.arange(shared), empty_columns(shared)
+    alone = Padded(own_P[None], own_P)
+    bias_1PT = _bias(own_P, torch.arange(shared + behind), window)[None]
+    return Attending(alone, alone, bias_1PT, behind=behind, causal=True), rows
 
 
 def _bias(query_Q: Tensor, column_T: Tensor, window: int | None) -> Tensor:
@@ -165,7 +174,7 @@ def _bias(query_Q: Tensor, column_T: Tensor, window: int | None) -> Tensor:
 
 
 def _only(rows: Attending, wanted_BR: Tensor) -> Attending:
-    """The same block with the wanted queries alone; `query_at` then counts those, in the order of rows."""
+    """The same block with the wanted queries alone; these are packed in the order of rows."""
     counts_B1 = wanted_BR.sum(1, keepdim=True)
     most = int(counts_B1.max())
     place_1Q = torch.arange(most)[None]
@@ -176,4 +185,5 @@ def _only(rows: Attending, wanted_BR: Tensor) -> Attending:
     order_BR = torch.argsort(wanted_BR.int(), dim=1, descending=True, stable=True)[:, :most]
     bias_BQT = rows.bias_BQT.expand(len(order_BR), -1, -1)
     bias_BQT = bias_BQT.gather(1, order_BR[:, :, None].expand(-1, -1, bias_BQT.shape[2]))
-    return Attending(query_at_BQ, is_query_BQ, rows.key_at, bias_BQT, rows.shared)
+    queries = Padded(query_at_BQ, is_query_BQ.view(-1).nonzero()[:, 0])
+    return Attending(queries, rows.keys, bias_BQT, rows.shared, rows.behind)
