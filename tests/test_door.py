@@ -89,6 +89,34 @@ def test_a_verb_is_a_function_and_no_module() -> None:
         assert callable(getattr(softprompt, verb)), verb
 
 
+def test_no_public_object_dumps_tensors_or_rows_when_it_is_printed() -> None:
+    """A repr is for a terminal: a line or two, whatever the object holds."""
+    lm = softprompt.FrozenLM.load("builtin", device="cpu")
+    length = 4
+    vectors = lm.embedding_VD[:length].float().clone()
+    prompt = softprompt.SoftPrompt(vectors, lm.fingerprint, name="p", template="{soft:4}{text}")
+    recipe = softprompt.Recipe(data=softprompt.Data(source="builtin:messages", target="label", limit=40))
+    settings = softprompt.DecodeSettings(max_new_tokens=3)
+    conversation = softprompt.Conversation(lm, prompt)
+    conversation.say("hello", settings)
+    compiled = softprompt.compile_prompt(lm, prompt)
+    printed = {
+        "lm": lm,
+        "loss": softprompt.FastLoss(lm),
+        "prompt": prompt,
+        "compiled": compiled,
+        "state": compiled.state,
+        "preview": softprompt.preview(recipe),
+        "splits": softprompt.load_splits("builtin:messages"),
+        "generation": softprompt.generate(lm, "a text", prompt, settings)[0],
+        "scored": softprompt.score(lm, "a text", " more", prompt)[0],
+        "conversation": conversation,
+    }
+    lengths = {name: len(repr(thing)) for name, thing in printed.items()}
+    assert max(lengths.values()) < 400, lengths
+    assert not any("tensor(" in repr(thing) or " object at 0x" in repr(thing) for thing in printed.values())
+
+
 def checked(tool: list[str], tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "script.py"
     script.write_text(text, encoding="utf-8")

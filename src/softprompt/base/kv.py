@@ -35,6 +35,9 @@ class State:
         """Memory that the keys and values take."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
 
+    def __repr__(self) -> str:
+        return f"State({self.length} positions, {self.bytes:,} bytes)"
+
     def first(self, length: int) -> State:
         """The state after the first `length` positions: a causal model's past never changes."""
         if length >= self.length:

@@ -46,7 +46,7 @@ def command(
         line(console, note)
     show_preview(console, shown)
     if as_json:
-        emit(shown)
+        emit(shown.to_record())
 
 
 def show_preview(console: Screen, shown: Preview) -> None:

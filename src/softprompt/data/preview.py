@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, groupby
-from typing import Literal
+from typing import Any, Literal
 
 from softprompt.data.batch import altered_remark, typed_start_remark
 from softprompt.data.chat import Unlabelled
@@ -70,6 +70,16 @@ class Preview:
     lengths: dict[str, int]
     problems: tuple[str, ...]
     remarks: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"Preview({self.examples} rows learn {self.learns}: {self.trained_tokens:,} of {self.tokens:,} tokens trained, "
+            f"{self.too_long} rows too long, {self.unlabelled} unlabelled)"
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
 
     def _repr_html_(self) -> str:
         """The shown rows for a notebook: soft, trained and start tokens marked, what is only read left plain."""

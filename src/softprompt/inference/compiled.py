@@ -76,6 +76,10 @@ class CompiledPrompt:
         """Values. Raises PromptError where layers differ in their heads."""
         return _stacked(self.state.values, "values")
 
+    def __repr__(self) -> str:
+        name = repr(self.name) if self.name is not None else "the base alone"
+        return f"CompiledPrompt({name}, {self.kind}, {self.length} positions, {self.bytes:,} bytes, template={str(self.template)!r})"
+
     def marks(self, lm: FrozenLM, given: str | Example) -> list[int]:
         """The whole sequence of a row, up to where its continuation starts: token ids, and -1 - i for vector i."""
         return self.laid_out(to_answer(self.layout(lm), self.example(given)))

@@ -28,6 +28,9 @@ class Conversation:
         self.marks: tuple[int, ...] = ()
         self.state: State = EMPTY
 
+    def __repr__(self) -> str:
+        return f"Conversation({len(self.marks)} positions, {self.prompt!r})"
+
     @property
     def bytes(self) -> int:
         """Memory of the state that is kept."""

@@ -68,6 +68,9 @@ class FastLoss:
         before_BS = torch.nn.functional.pad(batch.trained_BS[:, 1:], (0, 1))
         return self._states_at(placed, batch, before_BS)
 
+    def __repr__(self) -> str:
+        return f"FastLoss({self.lm!r}, int8_products={self.int8_products})"
+
     def prepare(self) -> None:
         """Builds the fast body now rather than in the first loss."""
         _ = self.body
