@@ -29,7 +29,7 @@ ContinuesByItself: TypeAlias = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on with what an interrupted call left; without it too, as nothing kept is done twice.",
+        help="Continue what an interrupted call left; without it too, as nothing kept is done twice.",
     ),
 ]
 """The same flag where work that is kept is never done again, whether it is given or not."""

@@ -49,7 +49,7 @@ def command(
         typer.Option("--halving", help="Successive halving: stop the worse half early, again and again."),
     ] = False,
     abreast: Annotated[int, typer.Option(min=1, help="At most so many prompts in one pass.")] = 8,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep that was killed.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a sweep that was killed.")] = False,
     as_json: asked.AsJson = False,
 ) -> None:
     """Learn under many settings in the same passes over the base; the best prompt is saved."""

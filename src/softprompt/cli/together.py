@@ -28,7 +28,7 @@ def command(
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with runs that were killed, from their last checkpoints.")
+        bool, typer.Option("--resume", help="Continue runs that were killed, from their last checkpoints.")
     ] = False,
     as_json: asked.AsJson = False,
 ) -> None:

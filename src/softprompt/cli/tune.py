@@ -36,7 +36,7 @@ def command(
         bool, typer.Option("--dry-run", help="Show what would be trained, and how, without training.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was killed, from its last checkpoint.")
+        bool, typer.Option("--resume", help="Continue a run that was killed, from its last checkpoint.")
     ] = False,
     as_json: asked.AsJson = False,
 ) -> None:

@@ -104,7 +104,9 @@ class DecodeSettings(Table):
     best_of: Count | None = setting(
         None, "Draw this many continuations and keep the n likeliest per token.", flag="--best-of"
     )
-    ignore_end: bool = setting(False, "Go on past end tokens.", flag="--ignore-end", elsewhere="ignore_eos")
+    ignore_end: bool = setting(
+        False, "Continue past end tokens.", flag="--ignore-end", elsewhere="ignore_eos"
+    )
     log_probabilities: bool = setting(
         False,
         "Record how likely the base finds each chosen token.",

@@ -224,7 +224,7 @@ class Gateway:
                 break
             finally:
                 await events.aclose()
-            if has_sent and not self.settings.resume:
+            if has_sent and not self.settings.resume_streams:
                 break
         if head is None:
             yield tries.last()

@@ -24,11 +24,11 @@ class GatewaySettings(Table):
         "The folder of prompts exported for vLLM or llama-server (`softprompt export --to vllm-kv | llama-slot`).",
         flag="--states",
     )
-    resume: bool = setting(
+    resume_streams: bool = setting(
         True,
         "Let a stream go on at another engine when its own one dies; without it the stream ends with an error. In bfloat16 two engines "
         "may part where two tokens are equally likely.",
-        flag="--resume",
+        flag="--resume-streams",
     )
     patience_seconds: Annotated[float, Field(ge=0, le=3600)] = setting(
         15.0,

@@ -76,7 +76,9 @@ class Learning(Section):
         "deep: keys and values for every layer. soft: vectors alone, which hold far less of a long text.",
         flag="--kind",
     )
-    answers: Count = setting(2, "Answers that the teacher gives to each question.", flag="--answers")
+    answers: Count = setting(
+        2, "Answers that the teacher gives to each question.", flag="--answers-per-question"
+    )
     answer_tokens: Count = setting(64, "Longest answer in tokens.", flag="--answer-tokens")
     temperature: NotNegative = setting(
         0.7, "How freely answers are drawn; 0 is the likeliest answer alone, once.", flag="--temperature"
