@@ -52,19 +52,19 @@ def snips(data: Path, folder: Path) -> dict[str, Any]:
     rows = []
     for path in sorted((data / "snips").glob("train_*_full.json")):
         ((intent, found),) = json.loads(path.read_text(encoding="latin-1")).items()
-        rows += [("".join(part["text"] for part in one["data"]).strip(), intent) for one in found[:80]]
+        rows += [("".join(part["text"] for part in one["data"]).strip(), intent) for one in found[:100]]
     random.Random(0).shuffle(rows)
-    write(folder / "snips.csv", ("text", "intent"), rows[:420])
+    write(folder / "snips.csv", ("text", "intent"), rows[:660])
     return {
         "context": {"shots": 28},
         "data": {
             "source": str(folder / "snips.csv"),
             "target": "intent",
             "template": "Request: {text}\nIntent: {intent}",
-            "validation": 60,
-            "test": 120,
+            "validation": 40,
+            "test": 300,
         },
-        "distil": {"length": 32, "answer_tokens": 8, "answers": 1, "temperature": 0.0},
+        "distil": {"length": 32, "answer_tokens": 16, "answers": 1, "temperature": 0.0},
     }
 
 
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--note", default="", help="What else the machine did, for the record.")
     arguments = parser.parse_args()
@@ -124,7 +124,7 @@ def main() -> None:
             folder.mkdir()
             tree = KINDS[kind](arguments.data, folder)
             for seed in range(arguments.seeds):
-                tune = {"epochs": 100, "max_steps": arguments.steps, "seed": seed}
+                tune = {"epochs": 100, "max_steps": arguments.steps, "valid_every_steps": 40, "seed": seed}
                 settings = DistilSettings(base=arguments.base, out=str(folder / str(seed)), tune=tune, **tree)
                 began = time.process_time()
                 result = distil(settings, lm=lm)

@@ -1,4 +1,4 @@
-"""A comparison of all seven arms on a small random base: costs, the base untouched, taken up again where it stopped."""
+"""A comparison of all arms on a small random base: costs, the base untouched, taken up again where it stopped."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from softprompt.evaluation.settings import JudgedData, JudgeSettings
 from softprompt.loss import gradient
 from softprompt.report import charts
 from softprompt.report.verdict import verdict
+from softprompt.store.artifact import load_prompt
 from softprompt.tuning.recipe import Recipe
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -85,7 +86,7 @@ def test_every_arm_comes_to_an_end_and_is_judged_on_the_same_rows(
     assert record.failed == {}
     assert list(record.summary.arms) == list(ARMS)
     for arm, results in record.runs.items():
-        assert len(results) == (1 if arm in ("base", "wording", "prompt") else 2)
+        assert len(results) == (1 if arm in ("base", "wording", "prompt", "context") else 2)
         assert {one.rows for one in results} == {4}
 
 
@@ -98,6 +99,9 @@ def test_trained_parameters_and_bytes_are_those_of_what_is_kept(
     assert found["base"].trained_parameters == found["base"].stored_bytes == 0
     assert found["soft"].trained_parameters == 3 * width
     assert found["deep"].trained_parameters == 3 * layers * 2 * heads * head_width
+    # The first position of a distilled prompt does not move.
+    assert found["distil"].trained_parameters == 2 * layers * 2 * heads * head_width
+    assert found["distil"].stored_bytes > 4 * 3 * layers * 2 * heads * head_width
     assert found["full"].trained_parameters == sum(one.numel() for one in base.parameters())
     assert found["full"].stored_bytes == 4 * found["full"].trained_parameters
     linears = [
@@ -113,15 +117,10 @@ def test_trained_parameters_and_bytes_are_those_of_what_is_kept(
 def test_added_tokens_are_those_a_request_reads_more(compared: tuple[Comparison, Path]) -> None:
     found = compared[0].summary.arms
     text = len(tiny_tokenizer()("Is it one?\n")["input_ids"])
-    assert [found[arm].added_tokens for arm in ("base", "prompt", "soft", "deep", "lora", "full")] == [
-        0,
-        text,
-        3,
-        3,
-        0,
-        0,
-    ]
+    added = {"base": 0, "prompt": text, "soft": 3, "deep": 3, "distil": 3, "lora": 0, "full": 0}
+    assert {arm: found[arm].added_tokens for arm in added} == added
     assert found["few-shot"].added_tokens > text
+    assert found["context"].added_tokens > text
 
 
 def test_every_arm_but_full_leaves_the_base_bit_for_bit_as_it_was(
@@ -269,6 +268,7 @@ def test_data_without_held_out_rows_is_refused(task: Path, tmp_path: Path) -> No
         ({"arms": ["base", "sofft"]}, "sofft"),
         ({"arms": ["base", "base"]}, "each arm once"),
         ({"text": None}, "Give it with --text"),
+        ({"arms": ["base"], "text": None, "context": "long.txt"}, "neither context nor distil"),
         ({"arms": ["base"]}, "not among --arms"),
         ({"rates": {"loro": 1.0}}, "rates"),
         ({"calibrate": True}, "rank"),
@@ -285,6 +285,53 @@ def test_a_job_comes_back_from_its_file_with_the_same_digest(task: Path, tmp_pat
     assert Job.load(tmp_path).digest == job.digest
     assert replace(job, settings=settings(rates={"lora": 2e-3})).digest != job.digest
     assert replace(job, settings=settings(rates={"lora": 1e-3}, seeds=5, text="Other")).digest == job.digest
+
+
+def test_a_distilled_arm_needs_no_labels_and_reads_fewer_positions(task: Path, tmp_path: Path) -> None:
+    """The same prompt whatever the labels say."""
+    (tmp_path / "long.txt").write_text("my order never came, thank you", "utf-8")
+    prompts = []
+    for name, swap in (
+        ("as-given", {}),
+        ("swapped", {"complaint": "no complaint", "no complaint": "complaint"}),
+    ):
+        data = tmp_path / name
+        data.mkdir()
+        for part in ("train", "validation", "test"):
+            rows = list(csv.reader((task / f"{part}.csv").read_text().splitlines()))
+            with (data / f"{part}.csv").open("w", newline="") as file:
+                csv.writer(file).writerows([[text, swap.get(label, label)] for text, label in rows])
+        record = compare(
+            recipe(task, f"data.source={data}", "tune.max_steps=8"),
+            settings(arms=["context", "distil"], text=None, context=str(tmp_path / "long.txt")),
+            tmp_path / f"out-{name}",
+            own_process=False,
+        )
+        assert record.failed == {}
+        prompts.append(load_prompt(Path(record.runs["distil"][0].about["path"])))
+        assert record.runs["context"][0].added_tokens > record.runs["distil"][0].added_tokens == 3
+    assert all(torch.equal(a, b) for a, b in zip(prompts[0].plain, prompts[1].plain, strict=True))
+
+
+def test_a_long_text_that_is_missing_empty_or_short_fails_its_arm_with_the_reason(
+    task: Path, tmp_path: Path
+) -> None:
+    for content, reason in (
+        (None, "cannot be read"),
+        (" ", "found no text"),
+        ("a", "which fit into 40 virtual tokens"),
+    ):
+        path = tmp_path / "long.txt"
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_text(content, "utf-8")
+        with pytest.raises(SoftPromptError, match=reason):
+            compare(
+                recipe(task, "data.template={soft:40}{text} {label}"),
+                settings(arms=["distil"], text=None, context=str(path)),
+                tmp_path / "out",
+                own_process=False,
+            )
 
 
 def test_few_shot_examples_take_each_label_in_turn_and_follow_the_seed() -> None:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-ArmName: TypeAlias = Literal["base", "wording", "prompt", "few-shot", "soft", "deep", "lora", "full"]
+ArmName: TypeAlias = Literal[
+    "base", "wording", "prompt", "few-shot", "context", "soft", "deep", "distil", "lora", "full"
+]
 """The names in ARMS, for checkers and for the shell to complete."""
 
 
@@ -40,11 +42,19 @@ ARMS: Mapping[str, Arm] = {
         ),
         Arm("prompt", "your own text in front", "your own text"),
         Arm("few-shot", "examples from the training rows in front", "few-shot examples", seeded=True),
+        Arm("context", "the long text in front", "the long text"),
         Arm("soft", "a soft prompt", "the soft prompt", seeded=True, learned=True),
         Arm(
             "deep",
             "a deep prompt: keys and values for every layer",
             "the deep prompt",
+            seeded=True,
+            learned=True,
+        ),
+        Arm(
+            "distil",
+            "a deep prompt that learned to answer as under the long text, without labels",
+            "the distilled prompt",
             seeded=True,
             learned=True,
         ),

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from softprompt.base.frozen_lm import FrozenLM
@@ -24,15 +25,19 @@ from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.progress.events import Event, Started, Stepped, Validated
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.store.artifact import prompt_bytes
+from softprompt.tuning.distil import learn_from
+from softprompt.tuning.distil_settings import Context, DistilSettings, Learning, Questions
 from softprompt.tuning.loop import tune
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.result import TuneResult
 from softprompt.tuning.settle import make_plan, settled_batch_size
 from softprompt.tuning.task import Task
+from softprompt.tuning.teacher import Teacher, Teachers
 
 PROBED_STEPS = 4
-CHOOSING_ROWS = 64  # training rows that a wording is chosen on
+CHOOSING_ROWS = 64  # training rows that a wording is chosen on, and whose answers tell how long answers are
+HELD_OUT_PART = 5  # one training row in so many chooses the best step where there are no validation rows
 
 
 @dataclass(frozen=True)
@@ -138,20 +143,14 @@ def prompt(assignment: Assignment) -> PreparedArm:
 
 def few_shot(assignment: Assignment) -> PreparedArm:
     """Examples from the training rows in front, drawn by the seed; with labels, each as often as the others."""
-    chosen = draw_examples(
-        assignment.task.splits.train,
-        assignment.task.template,
-        assignment.job.settings.shots,
-        assignment.job.seed,
-    )
-    rows = [example.row for example in chosen]
-    if assignment.task.chat is not None:  # examples are exchanges before the question, as a chat shows them
-        layout = assignment.task.behind("", chosen)
-        shown = "".join(piece.text for piece in layout.pieces[:1] if isinstance(piece, Text))
-        return _text(assignment, shown, layout, rows=rows)
-    plain = without_slots(assignment.task.template)
-    text = "".join(written_out(plain, example) + _answer(plain, example) + "\n" for example in chosen)
-    return _text(assignment, text, rows=rows)
+    chosen, text, layout = _shots(assignment, assignment.job.seed)
+    return _text(assignment, text, layout, rows=[example.row for example in chosen])
+
+
+def context(assignment: Assignment) -> PreparedArm:
+    """A long text in front of every input."""
+    text, layout = _long_text(assignment)
+    return _text(assignment, text, layout)
 
 
 def soft(assignment: Assignment) -> PreparedArm:
@@ -161,13 +160,51 @@ def soft(assignment: Assignment) -> PreparedArm:
 
 def deep(assignment: Assignment) -> PreparedArm:
     """Keys and values for every layer; its slot moves to the front, the only place where it works."""
-    tree = assignment.recipe.model_dump()
-    length = assignment.task.template.soft_length
-    tree["data"]["template"] = f"{{soft:{length}}}{without_slots(assignment.task.template)}"
-    tree["prompt"] |= {"kind": "deep", "length": length}
+    recipe = _deep_recipe(assignment, assignment.recipe)
     if "deep" not in assignment.job.settings.rates:
-        tree["tune"]["learning_rate"] = "auto"
-    return _tuned(assignment, "deep", Recipe(**tree))
+        recipe = recipe.changed(["tune.learning_rate=auto"])
+    return _tuned(assignment, "deep", recipe)
+
+
+def distil(assignment: Assignment) -> PreparedArm:
+    """A deep prompt of the task's length that learns to answer as the base does under the long text, without labels."""
+    lm, task = assignment.lm, assignment.task
+    text, layout = _long_text(assignment)
+    plain = without_slots(task.template)
+    if plain.chat or plain.target is None:
+        raise DataError(
+            "The arm distil learns from answers to inputs, so it needs a template with a target. Leave it out, or use "
+            "softprompt distil."
+        )
+    compiled = compile_prompt(lm, layout, name="context", special_tokens=task.special_tokens)
+    teacher = Teachers((Teacher(lm, text, plain, compiled),))
+    length = task.template.soft_length
+    if length >= teacher.context_positions:
+        raise DataError(
+            f"The long text has {teacher.context_positions} positions, which fit into {length} virtual tokens. Give a "
+            "longer one with --context or --shots, or set fewer prompt.length."
+        )
+    splits = assignment.splits
+    if not splits.validation:  # some questions have to choose the best step
+        held = max(1, len(splits.train) // HELD_OUT_PART)
+        splits = replace(splits, train=splits.train[:-held], validation=splits.train[-held:])
+    recipe = _within_seconds(assignment, _deep_probe)
+    settings = DistilSettings(
+        base=recipe.base,
+        out=recipe.out,
+        context=Context(document=text),
+        data=Questions(target=plain.target),
+        distil=Learning(
+            length=length, answers=1, temperature=0.0, answer_tokens=_answer_tokens(assignment, plain)
+        ),
+        tune=recipe.tune.model_copy(
+            update={"learning_rate": assignment.job.settings.rates.get("distil", "auto")}
+        ),
+    )
+    recorder = CurveRecorder(assignment.tell)
+    result = learn_from(teacher, splits, settings, on_event=recorder).result
+    # No curve: its losses are divergences from the long text, which other arms' losses are no match for.
+    return replace(_learned(assignment, result, recorder, text=text), curve=[], validation=[])
 
 
 def lora(assignment: Assignment) -> PreparedArm:
@@ -251,11 +288,48 @@ MAKERS: dict[str, Callable[[Assignment], PreparedArm]] = {
     "wording": wording,
     "prompt": prompt,
     "few-shot": few_shot,
+    "context": context,
     "soft": soft,
     "deep": deep,
+    "distil": distil,
     "lora": lora,
     "full": full,
 }
+
+
+def _shots(assignment: Assignment, seed: int) -> tuple[list[Example], str, Template]:
+    """Examples drawn by `seed`, their text, and the layout with them in front of an input."""
+    task = assignment.task
+    chosen = draw_examples(task.splits.train, task.template, assignment.job.settings.shots, seed)
+    if task.chat is not None:  # examples are exchanges before the question, as a chat shows them
+        layout = task.behind("", chosen)
+        return chosen, "".join(piece.text for piece in layout.pieces[:1] if isinstance(piece, Text)), layout
+    plain = without_slots(task.template)
+    text = "".join(written_out(plain, example) + _answer(plain, example) + "\n" for example in chosen)
+    return chosen, text, task.behind(text)
+
+
+def _long_text(assignment: Assignment) -> tuple[str, Template]:
+    """The text of the arms context and distil, the same for every seed, and the layout with it in front of an input."""
+    path = assignment.job.settings.context
+    if path is None:
+        _, text, layout = _shots(assignment, seed=0)
+        return text, layout
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--context {path}: cannot be read ({error}). Give a UTF-8 text file.") from error
+    if not text.strip():
+        raise DataError(f"--context {path}: found no text in it. Give the long text.")
+    text = text if text.endswith("\n") else f"{text}\n"
+    return text, assignment.task.behind(text)
+
+
+def _answer_tokens(assignment: Assignment, plain: Template) -> int:
+    """As many tokens as the longest of some right answers has, and a few for its end."""
+    tokenizer = assignment.lm.tokenizer
+    answers = {wanted_text(plain, example) for example in assignment.task.splits.train[:CHOOSING_ROWS]}
+    return max(len(tokenizer(text, verbose=False)["input_ids"]) for text in answers) + 4
 
 
 def candidate_wordings(template: Template, own: Sequence[str] = ()) -> list[Template]:
@@ -318,19 +392,32 @@ def _tuned(assignment: Assignment, kind: str, recipe: Recipe) -> PreparedArm:
     recipe = _within_seconds(assignment, lambda _, probe, tell: learn(probe, tell), recipe)
     recorder = CurveRecorder(assignment.tell)
     done = learn(recipe, recorder)
+    return _learned(assignment, done, recorder)
+
+
+def _learned(
+    assignment: Assignment, result: TuneResult, recorder: CurveRecorder, **about: Any
+) -> PreparedArm:
+    """The arm of a learned prompt."""
     return PreparedArm(
         assignment.lm,
-        compile_prompt(assignment.lm, done.prompt),
-        in_front=done.prompt,
-        trained_parameters=recorder.trained or sum(tensor.numel() for tensor in done.prompt.tensors.values()),
-        stored_bytes=prompt_bytes(recipe.out),
-        steps=done.steps,
-        best_step=done.best_step,
-        learning_rate=done.learning_rate,
+        compile_prompt(assignment.lm, result.prompt),
+        in_front=result.prompt,
+        trained_parameters=recorder.trained
+        or sum(tensor.numel() for tensor in result.prompt.tensors.values()),
+        stored_bytes=prompt_bytes(result.path),
+        steps=result.steps,
+        best_step=result.best_step,
+        learning_rate=result.learning_rate,
         curve=recorder.curve,
         validation=recorder.validation,
         restore=lambda: assignment.lm,
-        about={"path": recipe.out, "virtual_tokens": done.prompt.length, "learned": done.prompt},
+        about={
+            "path": result.path,
+            "virtual_tokens": result.prompt.length,
+            "learned": result.prompt,
+            **about,
+        },
     )
 
 
@@ -379,6 +466,25 @@ def _within_seconds(assignment: Assignment, probe: Probe, recipe: Recipe | None 
     batch = settled_batch_size(recipe)
     tree["tune"] |= {"max_steps": steps, "epochs": math.ceil(steps / math.ceil(rows / batch))}
     return Recipe(**tree)
+
+
+def _deep_recipe(assignment: Assignment, recipe: Recipe) -> Recipe:
+    """The recipe for a deep prompt of the same length, in front of everything."""
+    tree = recipe.model_dump()
+    length = assignment.task.template.soft_length
+    tree["data"]["template"] = f"{{soft:{length}}}{without_slots(assignment.task.template)}"
+    tree["prompt"] |= {"kind": "deep", "length": length}
+    return Recipe(**tree)
+
+
+def _deep_probe(assignment: Assignment, recipe: Recipe, tell: Callable[[Event], None]) -> None:
+    tune(
+        _deep_recipe(assignment, recipe),
+        lm=assignment.lm,
+        splits=assignment.splits,
+        on_event=tell,
+        progress=False,
+    )
 
 
 def _lora_probe(assignment: Assignment, recipe: Recipe, tell: Callable[[Event], None]) -> None:

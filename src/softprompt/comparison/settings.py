@@ -47,7 +47,15 @@ class CompareSettings(JudgeSettings):
         "The arm wording: templates that the base alone is tried under, beside a few that are made from the fields.",
         flag="--wording",
     )
-    shots: Count = setting(4, "The arm few-shot: examples in front.", flag="--shots")
+    shots: Count = setting(
+        4, "Examples in front: the arm few-shot, and context and distil without --context.", flag="--shots"
+    )
+    context: str | None = setting(
+        None,
+        "The arms context and distil: a file with the long text, such as an instruction or a handbook; without it, "
+        "`shots` examples from the training rows.",
+        flag="--context",
+    )
     seconds: Positive | None = setting(
         None,
         "Learn for about this long in place of the recipe's steps, each arm at its own pace.",
@@ -75,6 +83,8 @@ class CompareSettings(JudgeSettings):
             raise ValueError('The arm prompt judges a text of your own. Give it with --text "...".')
         if "prompt" not in self.arms and (self.text or self.text_file is not None):
             raise ValueError("--text is given, but the arm prompt is not among --arms. Add it.")
+        if self.context is not None and not {"context", "distil"} & set(self.arms):
+            raise ValueError("--context is given, but neither context nor distil is among --arms. Add one.")
         return self
 
     def settled_text(self) -> CompareSettings:
@@ -129,8 +139,14 @@ class Job:
     def digest(self) -> str:
         """Stands for all that this arm's result depends on; other arms and seeds are not part of it."""
         values = self.settings.model_dump(exclude={"arms", "seeds", "within"})
-        for name, arm in {"text": "prompt", "shots": "few-shot", "wordings": "wording"}.items():
-            if arm != self.arm:
+        long_text = ("context", "distil")
+        for name, arms in {
+            "text": ("prompt",),
+            "shots": ("few-shot", *long_text),
+            "wordings": ("wording",),
+            "context": long_text,
+        }.items():
+            if self.arm not in arms:
                 del values[name]
         values["rates"] = values["rates"].get(self.arm)
         values["recipe"] = self.recipe.model_dump() | {"out": ""}

@@ -283,6 +283,7 @@ def _against_cost(comparison: Comparison) -> Section | None:
     drawn = []
     for key, title, axis in (
         ("stored_bytes", "Quality against bytes kept for a task", "bytes"),
+        ("added_tokens", "Quality against positions in front of a request", "positions"),
         ("milliseconds", "Quality against time for a new token", "milliseconds"),
     ):
         points = []
@@ -290,7 +291,12 @@ def _against_cost(comparison: Comparison) -> Section | None:
             figure = arm_summary.metrics[judge]
             speed = arm_summary.decode_tokens_per_second
             milliseconds = 1000 / speed if figures.known(speed) and speed > 0 else math.nan
-            cost = milliseconds if key == "milliseconds" else float(arm_summary.stored_bytes)
+            costs = {
+                "stored_bytes": float(arm_summary.stored_bytes),
+                "added_tokens": float(arm_summary.added_tokens),
+                "milliseconds": milliseconds,
+            }
+            cost = costs[key]
             points.append(charts.Point(arm, arm, cost, figure.value, *_interval(figure)))
         svg = charts.scatter(
             points, title=title, x_axis=axis, y_axis=judge.replace("_", " "), better=summary.better

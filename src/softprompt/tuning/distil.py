@@ -15,13 +15,14 @@ from typing import Any
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.rotary import rotary_of
+from softprompt.data.example import Splits
 from softprompt.errors import BaseError, DataError
 from softprompt.progress.events import Event, Note
 from softprompt.progress.shown import shown
 from softprompt.prompt.reparam import Direct, Form
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.tuning.distil_settings import DistilSettings
-from softprompt.tuning.distil_source import Source, read_source
+from softprompt.tuning.distil_source import read_source
 from softprompt.tuning.distil_start import FixedFirst, context_start
 from softprompt.tuning.lessons import distil_plan, lessons_of
 from softprompt.tuning.loop import tune
@@ -84,62 +85,44 @@ def distil(
     settings: DistilSettings,
     *,
     lm: FrozenLM | None = None,
-    source: Source | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     progress: bool | None = None,
     resume: bool = False,
 ) -> DistilResult:
-    """Distils the long text that `settings` names into a short prompt, saved in `settings.out`. `lm` and `source` stand in
-    for the base, and for the text and questions, that would be read.
+    """Distils the long text that `settings` names into a short prompt, saved in `settings.out`. `lm` replaces the base that
+    would be loaded.
 
     Killed at any moment, it continues with `resume` from its last checkpoint to the same result. Progress is shown in
     terminals and notebooks, unless `progress` is False. Raises the errors of
     softprompt.errors; DataError for an empty context, a context that fits into the prompt, or no questions."""
     with shown(on_event, progress) as show:
-        return _distil(settings, lm, source, show, resume)
+        return _distil(settings, lm, show, resume)
 
 
-def _distil(
+@dataclass(frozen=True)
+class Learned:
+    """A short prompt's last round of learning; divergences before the first, in nats a token; and what it took."""
+
+    result: TuneResult
+    kl_base: float
+    kl_start: float
+    steps: int
+    seconds_teacher: float
+    seconds_start: float
+
+
+def learn_from(
+    teacher: Teachers,
+    splits: Splits,
     settings: DistilSettings,
-    lm: FrozenLM | None,
-    source: Source | None,
-    on_event: Callable[[Event], None],
-    resume: bool,
-) -> DistilResult:
+    *,
+    on_event: Callable[[Event], None] = lambda event: None,
+    resume: bool = False,
+) -> Learned:
+    """Learns a short prompt from a teacher's answers to the questions of `splits`, and saves it in `settings.out`.
+
+    The best step is chosen on the validation questions."""
     began = time.perf_counter()
-    lm = lm or FrozenLM.load(
-        settings.base,
-        revision=settings.base_revision,
-        dtype=settings.dtype,
-        device=settings.device,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    if settings.distil.exact and rotary_of(lm) is None:
-        raise BaseError(
-            f"{lm.name}: has no rotary positions, so a shortened context cannot keep its distances exactly. "
-            "Leave --exact out, or choose another base."
-        )
-    source = read_source(settings, lm, on_event) if source is None else source
-    splits = source.splits
-    teacher = Teachers(tuple(teacher_of(lm, context, source.layout) for context in source.contexts))
-    if len(source.contexts) > 1:
-        on_event(
-            Note(
-                f"The document is longer than {lm.name} reads at once: it is cut into {len(source.contexts)} parts, and a "
-                "question is answered by one of them."
-            )
-        )
-    if settings.distil.length >= teacher.context_positions:
-        raise DataError(
-            f"The context has {teacher.context_positions} positions, which fit into {settings.distil.length} virtual "
-            "tokens. Set fewer --virtual-tokens, or use the text as it is."
-        )
-    on_event(
-        Note(
-            f"Context: {teacher.context_positions} positions, {settings.distil.length} kept: "
-            f"{teacher.context_positions / settings.distil.length:.1f} times shorter."
-        )
-    )
     lessons = lessons_of(teacher, splits.train, settings)
     judged = lessons_of(teacher, splits.validation, settings, likeliest=True)
     taught = time.perf_counter()
@@ -160,7 +143,59 @@ def _distil(
             prompt = rounds[-1].prompt
             lessons = lessons_of(teacher, splits.train, settings, student=prompt, number=number + 1)
             form = FixedFirst(prompt.plain) if len(prompt.plain) == 2 else Direct(prompt.plain)
-    result = rounds[-1]
+    return Learned(
+        rounds[-1],
+        rounds[0].nll_base,
+        rounds[0].nll_before,
+        sum(each.steps for each in rounds),
+        taught - began,
+        started - taught,
+    )
+
+
+def _distil(
+    settings: DistilSettings,
+    lm: FrozenLM | None,
+    on_event: Callable[[Event], None],
+    resume: bool,
+) -> DistilResult:
+    began = time.perf_counter()
+    lm = lm or FrozenLM.load(
+        settings.base,
+        revision=settings.base_revision,
+        dtype=settings.dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if settings.distil.exact and rotary_of(lm) is None:
+        raise BaseError(
+            f"{lm.name}: has no rotary positions, so a shortened context cannot keep its distances exactly. "
+            "Leave --exact out, or choose another base."
+        )
+    source = read_source(settings, lm, on_event)
+    splits = source.splits
+    teacher = Teachers(tuple(teacher_of(lm, context, source.layout) for context in source.contexts))
+    if len(source.contexts) > 1:
+        on_event(
+            Note(
+                f"The document is longer than {lm.name} reads at once: it is cut into {len(source.contexts)} parts, and a "
+                "question is answered by one of them."
+            )
+        )
+    if settings.distil.length >= teacher.context_positions:
+        raise DataError(
+            f"The context has {teacher.context_positions} positions, which fit into {settings.distil.length} virtual "
+            "tokens. Set fewer --virtual-tokens, or use the text as it is."
+        )
+    on_event(
+        Note(
+            f"Context: {teacher.context_positions} positions, {settings.distil.length} kept: "
+            f"{teacher.context_positions / settings.distil.length:.1f} times shorter."
+        )
+    )
+    began_learning = time.perf_counter()
+    learned = learn_from(teacher, splits, settings, on_event=on_event, resume=resume)
+    result = learned.result
     test = splits.test or splits.validation
     agreement, agreement_base = agreements(
         teacher, result.prompt, test[:JUDGED_QUESTIONS], settings.distil.answer_tokens
@@ -176,8 +211,8 @@ def _distil(
         virtual_tokens=settings.distil.length,
         questions=len(splits.train),
         held_out=len(test),
-        kl_base=rounds[0].nll_base,
-        kl_start=rounds[0].nll_before,
+        kl_base=learned.kl_base,
+        kl_start=learned.kl_start,
         kl=result.nll_after,
         agreement=agreement,
         agreement_base=agreement_base,
@@ -185,10 +220,10 @@ def _distil(
         gold_prompt=right[1],
         gold_base=right[2],
         milliseconds_saved=milliseconds_saved(teacher, result.prompt),
-        seconds_teacher=taught - began,
-        seconds_start=started - taught,
+        seconds_teacher=learned.seconds_teacher + began_learning - began,
+        seconds_start=learned.seconds_start,
         seconds=time.perf_counter() - began,
-        steps=sum(each.steps for each in rounds),
+        steps=learned.steps,
         peak_memory_bytes=result.peak_memory_bytes,
         prompt_bytes=result.prompt_bytes,
     )
