@@ -16,7 +16,7 @@ from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
 from softprompt.serving.engine import Finished, Piece, Work
 from softprompt.serving.local_engine import LocalEngine
 from softprompt.serving.steering import choice_of
-from softprompt.store.library import digest_of
+from softprompt.store.digest import digest_of
 from test_serving import prompt_of
 from tiny_models import tiny_model, tiny_tokenizer
 

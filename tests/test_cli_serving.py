@@ -42,7 +42,7 @@ def test_a_prompt_is_published_listed_and_rolled_back(
     ]
     assert main(["list", "nowhere"]) == 2
     assert "there is no such folder" in capsys.readouterr().err
-    assert main(["publish", "nowhere", "x", "--library", "shelf"]) == 2
+    assert main(["publish", "nowhere", "x", "--library", "shelf"]) == 5
 
 
 def test_serve_refuses_an_open_door_and_a_missing_prompt_or_library_at_once(
@@ -50,7 +50,7 @@ def test_serve_refuses_an_open_door_and_a_missing_prompt_or_library_at_once(
 ) -> None:
     assert main(["serve", "--host", "0.0.0.0"]) == 2
     assert "--keys" in capsys.readouterr().err
-    assert main(["serve", str(tmp_path / "nothing")]) == 2
+    assert main(["serve", str(tmp_path / "nothing")]) == 5
     assert "there is no such folder" in capsys.readouterr().err
     assert main(["serve", "--library", str(tmp_path / "nothing")]) == 2
     assert "Check --library" in capsys.readouterr().err

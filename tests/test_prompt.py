@@ -11,7 +11,7 @@ import torch
 from softprompt.errors import PromptError
 from softprompt.prompt.soft_prompt import DeepPrompt, Fingerprint, SoftPrompt
 from softprompt.store.artifact import load_prompt
-from softprompt.store.library import digest_of
+from softprompt.store.digest import digest_of
 
 BASE = Fingerprint("tiny/base", width=4, layers=2)
 

@@ -410,8 +410,8 @@ def test_a_version_never_changes_and_a_name_goes_back(lm: FrozenLM, tmp_path: Pa
     assert torch.equal(library.find("support").load().plain[0], second.plain[0])
     library.switch("support@1")
     assert torch.equal(library.find("support").load().plain[0], first.plain[0])
-    (library.path / "support" / "1" / "adapter_model.safetensors").write_bytes(
-        (library.path / "support" / "2" / "adapter_model.safetensors").read_bytes()
+    (Path(library.path) / "support" / "1" / "adapter_model.safetensors").write_bytes(
+        (Path(library.path) / "support" / "2" / "adapter_model.safetensors").read_bytes()
     )
     with pytest.raises(ValueError, match=r"digest|published"):
         library.find("support@1").load()

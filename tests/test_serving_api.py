@@ -523,7 +523,7 @@ def test_a_broken_index_leaves_what_is_served_and_a_removed_prompt_is_given_back
         library.publish(tmp_path / name, name)
     with LocalEngine(lm) as engine:
         catalogue = Catalogue(engine, library)
-        index = library.path / "index.json"
+        index = Path(library.path) / "index.json"
         whole = index.read_text(encoding="utf-8")
         index.write_text("{", encoding="utf-8")
         catalogue.refresh()

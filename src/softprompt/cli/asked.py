@@ -36,9 +36,9 @@ ContinuesByItself: TypeAlias = Annotated[
 
 
 def demand_folders(folders: Iterable[Path]) -> None:
-    """Refuses a prompt's folder that is not there, before anything that takes seconds is imported."""
+    """Refuses a prompt that is not there, before anything that takes seconds is imported. An address is asked later."""
     for folder in folders:
-        if not folder.exists():
+        if not (folder.exists() or ":/" in str(folder) or (folder.parent / "index.json").is_file()):
             raise PromptError(
                 f"{visible(folder)}: there is no such folder. Give the folder that `tune` or PEFT saved."
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,12 +21,17 @@ EXAMPLE = "softprompt list library/"
 
 
 def command(
-    library: Annotated[Path, typer.Argument(metavar="LIBRARY", help="The library's folder.")],
+    library: Annotated[
+        str,
+        typer.Argument(
+            metavar="LIBRARY", help="The library: a folder, or an address such as s3://bucket/prompts."
+        ),
+    ],
     base: Annotated[str | None, typer.Option("--base", help="Show which prompts fit this base.")] = None,
     as_json: asked.AsJson = False,
 ) -> None:
-    """Show every prompt of a library: name, version, base, kind and size."""
-    if not library.is_dir():
+    """Show every prompt of a library: name, version, base, kind, size and figure."""
+    if "://" not in library and not Path(library).expanduser().is_dir():
         raise RecipeError(f"{library}: there is no such folder. `softprompt publish` makes a library.")
     from softprompt.store.library import Library
 
@@ -40,6 +45,7 @@ def command(
         "kind",
         "virtual tokens",
         "size",
+        "metric",
         "published",
         *(["fits"] if base else []),
     ):
@@ -52,6 +58,7 @@ def command(
             entry.kind,
             str(entry.virtual_tokens),
             size(entry.bytes),
+            Text(_figure(entry.metrics)),
             entry.published,
         ]
         if base is not None:
@@ -77,11 +84,19 @@ def command(
                     "virtual_tokens": entry.virtual_tokens,
                     "bytes": entry.bytes,
                     "digest": entry.digest,
+                    "metrics": entry.metrics,
                     **({} if base is None else {"fits": not fits[entry.full_name]}),
                 }
                 for entry in entries
             ]
         )
+
+
+def _figure(metrics: Mapping[str, float]) -> str:
+    """The figure that says most: one of answers before one of losses."""
+    losses = ("nll", "perplexity", "bits", "byte")
+    names = sorted(metrics, key=lambda name: any(word in name for word in losses))
+    return f"{names[0].replace('_', ' ')} {metrics[names[0]]:.3f}" if names else ""
 
 
 def _fits(entries: Sequence[Entry], base: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from softprompt.cli import asked
 from softprompt.cli.flags import takes
 from softprompt.cli.screen import fact, heading, screen
 from softprompt.errors import MissingExtra, RecipeError
@@ -25,7 +26,10 @@ def command(
     *,
     prompts: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[PROMPT...]", help="Folders of prompts to serve by their names."),
+        typer.Argument(
+            metavar="[PROMPT...]",
+            help="Prompts to serve by their names: folders, or hf://OWNER/NAME@REVISION.",
+        ),
     ] = None,
 ) -> None:
     """Serve the base and any number of prompts, each a model by name, until it is interrupted.
@@ -35,10 +39,9 @@ def command(
         raise MissingExtra(
             "serve needs a web server, which is not installed: pip install 'softprompt[serve]'."
         )
-    for folder in prompts or []:
-        if not folder.is_dir():
-            raise RecipeError(f"{folder}: there is no such folder. Give folders that `tune` saved.")
-    if settings.library is not None and not Path(settings.library).expanduser().is_dir():
+    asked.demand_folders(prompts or [])
+    local = settings.library is not None and "://" not in settings.library
+    if local and not Path(settings.library or "").expanduser().is_dir():
         raise RecipeError(
             f"{settings.library}: there is no such folder. `softprompt publish` makes a library. Check --library."
         )

@@ -10,7 +10,7 @@ from softprompt.export.kv_file import file_of, write_kv
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.store.card import last_part
-from softprompt.store.library import digest_of
+from softprompt.store.digest import digest_of
 
 
 def save_kv(lm: FrozenLM, prompt: Prompt, folder: str | Path) -> Path:

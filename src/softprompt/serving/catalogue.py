@@ -12,7 +12,8 @@ from softprompt.errors import PromptError, SoftPromptError
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.serving.engine import Engine
 from softprompt.store.artifact import load_prompt
-from softprompt.store.library import NAME, RESERVED, Library, digest_of
+from softprompt.store.digest import digest_of
+from softprompt.store.library import NAME, RESERVED, Library
 
 LOOK_EVERY_SECONDS = 2.0
 BASE = "base"
@@ -39,15 +40,16 @@ class Catalogue:
         self._lock = threading.Lock()
         self._given: dict[str, Served] = {}
         self._from_library: dict[str, Served] = {}
-        self._stamp: tuple[int, int, int] | None = None
+        self._stamp: str | None = None
         self._refreshing = threading.Lock()
         self.problems: dict[str, str] = {}
         self.started = int(time.time())
         self.refresh()
 
     def add(self, folder: str | Path, name: str | None = None) -> Served:
-        """Serves the prompt of a folder under its folder's name, or `name`, in place of what the name meant before."""
-        name = name or Path(folder).resolve().name
+        """Serves a prompt (whatever `load_prompt` takes) under its folder's name, or `name`, in place of what the name
+        meant before."""
+        name = name or Path(folder).resolve().name.partition("@")[0]
         if not NAME.fullmatch(name) or name in RESERVED:
             raise PromptError(
                 f"{name}: wanted a name of letters, digits, '.', '_' and '-', and not `base`. Rename the folder."

@@ -21,7 +21,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,9 +34,11 @@ from softprompt.prompt.soft_prompt import DeepPrompt, Fingerprint, Prompt, SoftP
 from softprompt.store import schema
 from softprompt.store.atomic import draft_path, write_together
 from softprompt.store.card import card
+from softprompt.store.digest import digest_of
 from softprompt.store.lock import SAVE
 from softprompt.store.ownership import check_replaceable, writing
 from softprompt.store.peft_format import DEEP, check_readable, peft_config, why_not_peft
+from softprompt.store.references import located
 from softprompt.store.schema import Ours, PeftConfig
 
 CONFIG, TENSORS, OURS, CARD = (
@@ -92,9 +94,18 @@ def save_prompt(prompt: Prompt, folder: str | Path, *, overwrite: bool = True) -
 def load_prompt(folder: str | Path, *, base: Fingerprint | None = None) -> Prompt:
     """Reads a prompt that softprompt or PEFT saved. Given the loaded `base`'s fingerprint, it must be the prompt's own.
 
+    `folder` may also be a name in a library (`library/support@2`), an address that fsspec knows, or a prompt on the hub
+    (`hf://owner/name@revision`); store/references.py lists them. What lies elsewhere is copied here first.
+
     Raises PromptError (no such prompt, or a kind that is not one), DamagedPrompt, or WrongBase."""
-    folder = Path(folder).expanduser()
-    prompt = _undisturbed(folder, lambda: _read(folder))
+    place = located(folder)
+    prompt = _undisturbed(place.folder, lambda: _read(place.folder))
+    if place.digest is not None and digest_of(prompt) != place.digest:
+        raise DamagedPrompt(
+            f"{folder}: is not the prompt that was published under this name. Publish it again as a new version."
+        )
+    if place.name is not None:
+        prompt = replace(prompt, name=place.name)
     if base is not None:
         prompt.base.demand(base, str(folder))
     return prompt
@@ -102,7 +113,7 @@ def load_prompt(folder: str | Path, *, base: Fingerprint | None = None) -> Promp
 
 def prompt_bytes(folder: str | Path) -> int:
     """Bytes of the learned tensors on disk: what one more task costs."""
-    folder = Path(folder).expanduser()
+    folder = located(folder).folder
     return _undisturbed(folder, lambda: _place(folder, TENSORS, _read_ours(folder)).stat().st_size)
 
 
