@@ -22,6 +22,7 @@ from softprompt.loss.fast import FastLoss
 from softprompt.loss.soft_targets import SoftTargets, soft_cross_entropy
 from softprompt.progress.events import Event, Note, Stepped
 from softprompt.store.artifact import load_prompt
+from softprompt.tuning import questions
 from softprompt.tuning.distil import distil
 from softprompt.tuning.distil_settings import DistilSettings
 from softprompt.tuning.distil_source import few_shot_text
@@ -176,6 +177,24 @@ def test_what_cannot_be_distilled_is_refused_in_one_line(tmp_path: Path) -> None
     exact = settings(tmp_path, exact=True)
     with pytest.raises(BaseError, match="no rotary positions"):
         distil(exact, lm=lm_of("GPT-2"))
+    assert not (tmp_path / "out" / "softprompt.json").exists()
+
+
+def test_no_questions_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = settings(tmp_path)
+    (tmp_path / "q.csv").write_text("text\n", encoding="utf-8")
+    with pytest.raises(DataError) as empty:
+        distil(given, lm=lm_of())
+    (tmp_path / "q.csv").write_text("text\nalone\n", encoding="utf-8")
+    with pytest.raises(DataError) as too_few:
+        distil(given, lm=lm_of())
+    monkeypatch.setattr(questions, "_written", lambda lm, asked, seed, rows: ["..." for _ in asked])
+    own = given.model_copy(update={"data": given.data.model_copy(update={"source": None})})
+    with pytest.raises(DataError, match=r"wrote no question about the text \(\d+ were empty\)"):
+        distil(own, lm=lm_of())
+    assert "q.csv" in str(empty.value)
+    assert "data.validation takes 4 rows" in str(too_few.value)
+    assert "\n" not in f"{empty.value}{too_few.value}"
     assert not (tmp_path / "out" / "softprompt.json").exists()
 
 

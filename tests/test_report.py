@@ -611,6 +611,16 @@ def test_three_cards_answer_first_and_the_table_is_sorted_by_the_figure(tmp_path
     assert as_html([shown]).count('class="card arm') == 3
 
 
+def test_quality_is_drawn_against_the_positions_in_front_of_a_request(tmp_path: Path) -> None:
+    """A few-shot block of 90.5 positions on average, right in 30 of 40, beside a soft prompt of 20, right in 39."""
+    made = comparison(tmp_path / "positions", {"base": 2, "few-shot": 30, "soft": 39}, seeds=1)
+    shown = page(ReportedRun("positions", "comparison", comparison=made), 1)
+    charts_of = {chart.title: str(chart.svg) for section in shown.sections for chart in section.charts}
+    drawn = charts_of["Quality against positions in front of a request"]
+    for label, right, positions in (("base", 2, 0), ("few-shot", 30, 90), ("soft", 39, 20)):
+        assert f"{label}: {right / 40:.3f} at {positions}</title>" in drawn
+
+
 def test_the_front_is_of_the_arms_that_none_beats_in_figure_and_cost() -> None:
     def arm(name: str, cost: float, figure: float) -> charts.Point:
         return charts.Point(name, name, cost, figure, nan, nan)
