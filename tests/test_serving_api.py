@@ -28,6 +28,7 @@ from softprompt.data.example import Example
 from softprompt.inference.generate import generate
 from softprompt.inference.score import score
 from softprompt.inference.settings import DecodeSettings
+from softprompt.serving.answers import sse
 from softprompt.serving.catalogue import Catalogue
 from softprompt.serving.keys import Keys, sha256_of
 from softprompt.serving.local_engine import LocalEngine
@@ -580,3 +581,11 @@ def test_a_wrong_key_gets_no_metrics_and_no_hint(lm: FrozenLM, tmp_path: Path) -
         with pytest.raises(openai.AuthenticationError):
             server.client("b").responses.create(model="base", input="a")
         server.close()
+
+
+def test_an_event_is_one_line_whatever_its_text_holds() -> None:
+    """Clients that read lines as text break them at every separator that Unicode knows."""
+    text = "".join(map(chr, [*range(0x300), 0x2028, 0x2029, 0x1F600]))
+    first, *rest = sse({"text": text}).decode().splitlines()
+    assert json.loads(first.removeprefix("data: ")) == {"text": text}
+    assert rest == [""]

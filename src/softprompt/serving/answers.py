@@ -20,6 +20,8 @@ from softprompt.serving.refusals import Refused, as_refusal
 
 Events: TypeAlias = AsyncIterator[tuple[int, Answer]]
 
+LINE_SEPARATORS = "\x85\u2028\u2029"
+
 log = logging.getLogger(__name__)
 
 
@@ -348,6 +350,9 @@ def reason(answer: Finished) -> str:
 
 
 def sse(record: dict[str, Any], event: str | None = None) -> bytes:
-    """One server-sent event."""
+    """One server-sent event: its data are one line, also to clients that break lines wherever Unicode does."""
     named = f"event: {event}\n" if event else ""
-    return f"{named}data: {json.dumps(record, ensure_ascii=False)}\n\n".encode(errors="replace")
+    data = json.dumps(record, ensure_ascii=False)
+    for separator in LINE_SEPARATORS:  # JSON itself escapes those of ASCII
+        data = data.replace(separator, f"\\u{ord(separator):04x}")
+    return f"{named}data: {data}\n\n".encode(errors="replace")
