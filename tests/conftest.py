@@ -33,6 +33,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_cli_screen.py": ("test_a_whole_run_and_its_plot", "test_what_can_be_known_without_torch"),
     "test_cli_tune.py": ("test_ctrl_c_a_stopped_job", "test_the_tutorials_recipe_runs"),
     "test_compare.py": ("",),
+    "test_processes.py": ("test_several_processes",),
     "test_fuzz.py": ("",),
     "test_gateway.py": ("",),
     "test_docs.py": ("test_the_commands_and_the_python",),

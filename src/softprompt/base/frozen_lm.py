@@ -27,6 +27,7 @@ from softprompt.base.identity import (
 from softprompt.base.locate import demand_no_adapter, load_local_first, locate
 from softprompt.base.nll import Head, token_nll
 from softprompt.base.placement import Placed, place
+from softprompt.base.processes import own_gpu, started_processes
 from softprompt.base.whole import demand_causal_lm, demand_finite, demand_ids_in_table, demand_whole
 from softprompt.data.batch import Batch
 from softprompt.errors import BaseError, DataError
@@ -305,7 +306,7 @@ class FrozenLM:
 def choose_device(wanted: str) -> torch.device:
     if wanted == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", own_gpu()) if started_processes() > 1 else torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(wanted)

@@ -21,11 +21,18 @@ LABEL_WIDTH = 18
 
 def screen(*, as_json: bool = False) -> Screen:
     """The console for people. With `as_json` it is stderr, since stdout then carries only the record."""
-    return Screen(stderr=as_json, quiet=os.environ.get("SOFTPROMPT_QUIET") == "1")
+    return Screen(stderr=as_json, quiet=os.environ.get("SOFTPROMPT_QUIET") == "1" or is_follower())
+
+
+def is_follower() -> bool:
+    """Whether this is one of several processes that learn together, and not the first, which speaks for all."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
 def emit(record: Any) -> None:
     """Writes one JSON object on stdout; figures that are not known (nan) become null."""
+    if is_follower():
+        return
     sys.stdout.write(json.dumps(plain(record)) + "\n")
     sys.stdout.flush()
 

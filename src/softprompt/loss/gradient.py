@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from softprompt.base.processes import Processes
 from softprompt.data.batch import Batch, collate
 from softprompt.data.encoded import Encoded
 from softprompt.errors import OutOfMemory
@@ -32,10 +33,18 @@ class Loss(Protocol):
 class Gradients:
     """Losses and gradients by `loss`, at most `rows` rows a forward pass.
 
-    Where memory runs out, `rows` is halved and `halved(rows)` is called."""
+    Where memory runs out, `rows` is halved and `halved(rows)` is called. Where several `processes` learn together, each
+    reads its share of the rows, and all get the sums."""
 
-    def __init__(self, loss: Loss, rows: int, halved: Callable[[int], None] = lambda rows: None) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        rows: int,
+        halved: Callable[[int], None] = lambda rows: None,
+        processes: Processes | None = None,
+    ) -> None:
         self.loss, self.rows, self.halved = loss, rows, halved
+        self.processes = processes or Processes()
 
     def __call__(self, forms: Sequence[Form], rows: Sequence[Sequence[Encoded]]) -> list[float]:
         """Adds to each form's gradient that of the mean loss of its own rows. Mean losses, in nats per trained token.
@@ -52,6 +61,7 @@ class Gradients:
                 if not _is_out_of_memory(error):
                     raise
                 self._halve(rows, error)
+        self.processes.add_up([_gradient(tensor) for leaf in leaves for tensor in leaf], losses.sums)
         for prompt, leaf in zip(prompts, leaves, strict=True):
             torch.autograd.backward(prompt, [_gradient(tensor) for tensor in leaf])
         return losses.means()
@@ -62,13 +72,15 @@ class Gradients:
         with torch.inference_mode():
             for nll_N, piece in self._pieces(prompts, rows):
                 losses.add(nll_N, piece)
+        self.processes.add_up([], losses.sums)
         return losses.means()
 
     def _pieces(
         self, prompts: Sequence[Plain], rows: Sequence[Sequence[Encoded]]
     ) -> Iterator[tuple[Tensor, list[tuple[int, Encoded]]]]:
         """The losses of every token, at most `self.rows` rows at a time, and those rows with their owners."""
-        for prompt, owned in _shared(prompts, rows):
+        shares = [self.processes.share(own) for own in rows]
+        for prompt, owned in _shared(prompts, shares):
             for first in range(0, len(owned), self.rows):
                 piece = owned[first : first + self.rows]
                 yield self.loss(collate([row for _, row in piece]), prompt), piece
@@ -142,7 +154,8 @@ def _leaf(prompt: Plain) -> Plain:
 
 
 def _gradient(leaf: Tensor) -> Tensor:
-    assert leaf.grad is not None
+    if leaf.grad is None:  # a process without a row of this step
+        leaf.grad = torch.zeros_like(leaf)
     return leaf.grad
 
 

@@ -10,6 +10,7 @@ from softprompt.loss.gradient import Loss
 from softprompt.progress.events import Event
 from softprompt.progress.shown import shown
 from softprompt.prompt.reparam import Form
+from softprompt.tuning.joining import joining
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.result import TuneResult
@@ -35,13 +36,15 @@ def tune(
     the recipe settles, `form` for the start that it names. Held-out loss is measured before the first step too, so the result is never worse there than its start. On Ctrl-C, a loss that is
     not finite or any other failure, the best prompt so far is saved before the exception is raised. With `resume`, a
     run that was killed continues from its last checkpoint, with the same result as if it had not been killed. Raises
-    the errors of softprompt.errors. Progress is shown in terminals and notebooks, unless `progress` is False.
+    the errors of softprompt.errors. Where `torchrun` started several processes, each reads its share of every step's rows
+    and the first one writes. Progress is shown in terminals and notebooks, unless `progress` is False.
     """
-    with shown(on_event, progress) as tell:
-        run = Run(plan or make_plan(recipe, lm=lm, splits=splits, loss=loss), tell, form)
+    plan = plan or make_plan(recipe, lm=lm, splits=splits, loss=loss)
+    with shown(on_event, progress) as tell, joining(plan) as (plan, processes):
+        run = Run(plan, tell, form, processes=processes)
         learner, loss_and_gradient = run.learner, run.gradients
         try:
-            run.begin(run.newest_checkpoint() if resume else None)
+            run.begin(processes.same(run.newest_checkpoint() if resume else None))
             for rows in run.batches():
                 (nll,) = loss_and_gradient([learner.form], [rows])  # in pieces that fit into memory
                 run.add_keep_gradient()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.base.hardware import peak_memory_bytes
+from softprompt.base.processes import Processes
 from softprompt.data.batch import epoch_order
 from softprompt.data.encoded import Encoded
 from softprompt.errors import NotFinite
@@ -44,12 +45,14 @@ class Run:
         form: Form | None = None,
         *,
         shares_a_part: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         self.plan = plan
         tune = plan.recipe.tune
         out = Path(plan.recipe.out)
         self.learner = Learner(form or start(plan), tune, plan.learning_rate, plan.steps)
-        self.gradients = Gradients(plan.loss, plan.batch_size, self._halved)
+        self.processes = processes or Processes()
+        self.gradients = Gradients(plan.loss, plan.batch_size, self._halved, self.processes)
         self.keeper = Keeper(plan) if tune.keep else None
         self.log = RunLog(plan.recipe, on_event)
         self.checkpoints = Checkpoints(out, tune, self.log.note)
@@ -81,7 +84,7 @@ class Run:
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Starts the records, then measures the base and the start, or continues the killed run of checkpoint `state`."""
-        self.log.begin(state["recorded_bytes"] if state else 0)
+        self.log.begin(state["recorded_bytes"] if state and self.processes.first else 0)
         if state:
             self._continue_from(state)
         else:
