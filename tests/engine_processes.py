@@ -71,10 +71,19 @@ class Front:
 
     def __init__(self, urls: Sequence[str], keys: Keys | None = None, **settings: object) -> None:
         front = GatewaySettings(engine=tuple(urls), **settings)  # type: ignore[arg-type]
-        self.gateway = Gateway(
-            [Peer(url, lost_after_seconds=front.lost_after_seconds) for url in urls], front
-        )
-        app = build_gateway(self.gateway, keys)
+        peers = [Peer(url, lost_after_seconds=front.lost_after_seconds) for url in urls]
+        self._listen(Gateway(peers, front), keys)
+
+    @classmethod
+    def of(cls, gateway: Gateway) -> Front:
+        """A gateway that is put together already."""
+        front = cls.__new__(cls)
+        front._listen(gateway, None)
+        return front
+
+    def _listen(self, gateway: Gateway, keys: Keys | None) -> None:
+        self.gateway = gateway
+        app = build_gateway(gateway, keys)
         self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()

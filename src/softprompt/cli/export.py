@@ -24,7 +24,10 @@ FORMS = {
     "peft-prefix": "PEFT's PREFIX_TUNING: the keys and values that the prompt compiles to",
     "vectors": "one .safetensors file of the vectors, for vLLM's prompt embeddings and others",
     "merged": "a copy of the base with the vectors as added tokens",
+    "vllm-kv": "a file of keys and values in a folder, for vLLM with our connector; several prompts at once",
+    "llama-slot": "a slot file in the folder of a running llama-server (--server); several prompts at once",
 }
+SEVERAL = {"vllm-kv", "llama-slot"}  # forms that take several prompts
 
 
 EXAMPLE = "softprompt export runs/mine --to vectors --out mine.safetensors"
@@ -34,9 +37,12 @@ EXAMPLE = "softprompt export runs/mine --to vectors --out mine.safetensors"
 def command(
     base: BaseSettings,
     *,
-    folder: Annotated[Path, typer.Argument(metavar="PROMPT", help="The prompt's folder.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="PROMPT...", help="The prompt's folder.")],
     to: Annotated[str, typer.Option("--to", help=", ".join(FORMS) + ".")],
     out: Annotated[str, typer.Option("--out", help="Where to write: a folder, or a file for vectors.")],
+    server: Annotated[
+        str | None, typer.Option("--server", help="For llama-slot: the server's address, http://HOST:PORT.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export; nothing else is ever replaced.")
     ] = False,
@@ -45,23 +51,39 @@ def command(
     """Write a prompt in a form that other programs read."""
     if to not in FORMS:
         raise RecipeError(f"--to: found {to}, wanted one of {', '.join(FORMS)}.")
-    asked.demand_folders([folder])
+    if len(folders) > 1 and to not in SEVERAL:
+        raise RecipeError(
+            f"--to {to}: found {len(folders)} prompts, wanted one. Only {', '.join(sorted(SEVERAL))} takes several."
+        )
+    asked.demand_folders(folders)
     from softprompt.store.artifact import load_prompt
     from softprompt.store.ownership import folder_named
 
     path = folder_named(out)
-    prompt = load_prompt(folder)
+    prompts = [load_prompt(folder) for folder in folders]
+    prompt = prompts[0]
 
     def loaded() -> FrozenLM:
         return asked.load_base(base, prompt)
 
-    write = {"peft": to_peft, "peft-prefix": to_prefix, "vectors": to_vectors, "merged": to_merged}[to]
-    advice = write(prompt, path, loaded, overwrite)
+    if to == "llama-slot":
+        if server is None:
+            raise RecipeError(
+                "--to llama-slot: give --server http://HOST:PORT, a llama-server that runs with --slot-save-path."
+            )
+        advice = to_llama_slot(prompts, path, loaded, server)
+    elif to == "vllm-kv":
+        advice = to_vllm_kv(prompts, path, loaded)
+    else:
+        write = {"peft": to_peft, "peft-prefix": to_prefix, "vectors": to_vectors, "merged": to_merged}[to]
+        advice = write(prompt, path, loaded, overwrite)
     if as_json:
-        emit({"prompt": str(folder), "to": to, "path": str(path)})
+        for folder in folders:
+            emit({"prompt": str(folder), "to": to, "path": str(path)})
         return
     console = screen()
-    heading(console, f"prompt {prompt.name} exported")
+    names = ", ".join(prompt.name for prompt in prompts)
+    heading(console, f"prompt {names} exported" if len(prompts) == 1 else f"prompts {names} exported")
     fact(console, "form", FORMS[to])
     fact(console, "where", path)
     fact(console, "use", advice)
@@ -121,3 +143,21 @@ def to_merged(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM], overwri
     if record["stop"]:
         advice += f"; an answer ends at {', '.join(map(repr, record['stop']))} (stop_strings in generate)"
     return advice
+
+
+def to_llama_slot(prompts: list[Prompt], out: Path, loaded: Callable[[], FrozenLM], server: str) -> str:
+    from softprompt.export.states import save_slot
+
+    lm = loaded()
+    for prompt in prompts:
+        save_slot(lm, prompt, out, server.rstrip("/"))
+    return f"softprompt serve --engine llama={server} --states {out}"
+
+
+def to_vllm_kv(prompts: list[Prompt], out: Path, loaded: Callable[[], FrozenLM]) -> str:
+    from softprompt.export.states import save_kv
+
+    lm = loaded()
+    for prompt in prompts:
+        save_kv(lm, prompt, out)
+    return f"docs/scale.md: vLLM's connector and the gateway read {out}"

@@ -1,6 +1,7 @@
 """One file of keys and values: what a prompt compiles to, for engines that can load them in front of a request.
 
     DIGEST.kv.safetensors     keys [L, P, H, K], values [L, P, H, K], and in its metadata what they are
+    DIGEST.slot, DIGEST.slot.json     the same for llama-server (export.llama_slot), and what it is
 
 The digest is that of the prompt (store.library.digest_of), so one folder holds the files of many prompts, and a new prompt
 is a new file. Keys are as transformers caches them, after the rotation by position. No transformers is imported here: this
@@ -27,7 +28,7 @@ from softprompt.store.atomic import write_together
 from softprompt.store.ownership import check_file
 
 FORMAT = "softprompt-kv-1"
-ENDING = ".kv.safetensors"
+ENDING, SLOT = ".kv.safetensors", ".slot"
 DIGEST = re.compile(r"[0-9a-f]{64}")
 WORDS = ("digest", "name", "kind", "dtype", "base", "base_sha256", "tensors_sha256")
 
@@ -56,9 +57,54 @@ class KvHeader:
 
 def file_of(folder: str | Path, digest: str) -> Path:
     """Where the file of a digest lies. Raises PromptError for what is no digest, so that it cannot be another path."""
+    return Path(folder) / f"{_digest(digest)}{ENDING}"
+
+
+def slot_of(folder: str | Path, digest: str) -> Path:
+    """Where the slot file of a digest lies. Raises PromptError for what is no digest."""
+    return Path(folder) / f"{_digest(digest)}{SLOT}"
+
+
+def slot_header_of(folder: str | Path, digest: str) -> Path:
+    """Where it is said what a slot file holds."""
+    return Path(folder) / f"{_digest(digest)}{SLOT}.json"
+
+
+def write_slot_header(path: Path, slot: Path, content: bytes, header: Mapping[str, Any]) -> None:
+    """Write a slot file and what it holds. Raises SaveError."""
+    record = {
+        **header,
+        "shape": [0, len(header["marks"]), 0, 0],
+        "tensors_sha256": hashlib.sha256(content).hexdigest(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_together(path.parent, {slot.name: content, path.name: json.dumps(record).encode()})
+
+
+def read_slot_header(path: Path) -> KvHeader:
+    """What a slot file holds. Raises PromptError where there is none, DamagedPrompt where it is not what was written."""
+    slot = path.with_suffix("")
+    try:
+        record, content = json.loads(path.read_text(encoding="utf-8")), slot.read_bytes()
+        header = _header(record)
+    except FileNotFoundError:
+        raise PromptError(
+            f"{slot.name}: there is no such file. Make it with `softprompt export PROMPT --to llama-slot --out {path.parent.name}`."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedPrompt(f"{path.name}: cannot be read ({error}). Export the prompt again.") from error
+    if (
+        not slot.name.startswith(header.digest)
+        or hashlib.sha256(content).hexdigest() != header.tensors_sha256
+    ):
+        raise DamagedPrompt(f"{slot.name}: its content is not what was written. Export the prompt again.")
+    return header
+
+
+def _digest(digest: str) -> str:
     if not DIGEST.fullmatch(digest):
         raise PromptError(f"{digest[:80]!r}: wanted a prompt's digest, 64 hexadecimal digits.")
-    return Path(folder) / f"{digest}{ENDING}"
+    return digest
 
 
 def write_kv(path: Path, header: Mapping[str, Any], keys_LPHK: Tensor, values_LPHK: Tensor) -> None:
@@ -86,10 +132,7 @@ def read_header(path: Path) -> KvHeader:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"its format is {metadata.get('format')!r}, wanted {FORMAT}")
         record = json.loads(metadata["softprompt"])
-        words = {name: str(record[name]) for name in WORDS}
-        header = KvHeader(
-            marks=tuple(map(int, record["marks"])), shape=tuple(map(int, record["shape"])), **words
-        )
+        header = _header(record)
         if len(header.shape) != 4 or header.shape[1] != header.positions:
             raise ValueError(
                 f"it holds {header.positions} positions in tensors of shape {list(header.shape)}"
@@ -103,6 +146,11 @@ def read_header(path: Path) -> KvHeader:
             f"{path.name}: holds the prompt {header.digest}. Files are named by their digest."
         )
     return header
+
+
+def _header(record: Any) -> KvHeader:
+    words = {name: str(record[name]) for name in WORDS}
+    return KvHeader(marks=tuple(map(int, record["marks"])), shape=tuple(map(int, record["shape"])), **words)
 
 
 def read_kv(path: Path) -> tuple[KvHeader, Tensor, Tensor]:

@@ -46,7 +46,7 @@ def laid_out_only(
     layout = Template.parse(
         (prompt.template if prompt is not None else None) or "{text}",
         target=None if prompt is None else prompt.target,
-        length=0 if prompt is None else prompt.length,
+        length=None if prompt is None else prompt.length,
     )
     return CompiledPrompt(
         State((), (), marks) if marks else EMPTY,

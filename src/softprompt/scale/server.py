@@ -13,6 +13,7 @@ from softprompt.base.outline import Outline
 from softprompt.errors import RecipeError
 from softprompt.scale.app_transport import AppTransport
 from softprompt.scale.gateway import Gateway, build_gateway
+from softprompt.scale.llama_engine import LlamaEngine
 from softprompt.scale.peer import Peer
 from softprompt.scale.remote_engine import RemoteEngine
 from softprompt.scale.settings import GatewaySettings
@@ -29,7 +30,7 @@ KEY_VARIABLE = "SOFTPROMPT_ENGINE_KEY"
 
 
 OURS = "softprompt"
-ENGINES: dict[str, type[RemoteEngine]] = {"vllm": VllmEngine}
+ENGINES: dict[str, type[RemoteEngine]] = {"vllm": VllmEngine, "llama": LlamaEngine}
 
 
 class GatewayServer:
