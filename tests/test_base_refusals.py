@@ -14,8 +14,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from softprompt.base.base_name import looks_like_path
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.locate import locate, looks_like_path
+from softprompt.base.locate import locate
 from softprompt.base.outline import Outline
 from softprompt.errors import BaseError, DataError
 from tiny_models import tiny_model, tiny_tokenizer

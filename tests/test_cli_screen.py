@@ -195,6 +195,20 @@ def test_progress_is_shown_where_someone_watches_and_silent_elsewhere_or_when_it
         (["sweep", "--data", "builtin:roles"], "Nothing is to be varied"),
         (["preview", "--data", "nowhere.csv"], "nowhere.csv: no such file"),
         (["generate", "--side-by-side", "x"], "--side-by-side needs a prompt"),
+        (["tune", "--data", "builtin:roles", "--out", "a.file"], "a.file: found a file of 2 bytes"),
+        (["tune", "--data", "builtin:roles", "--out", "a.file/x"], "a.file is a file"),
+        (["compare", "--data", "builtin:roles", "--out", "a.file/x"], "a.file is a file"),
+        (
+            ["sweep", "--data", "builtin:roles", "--out", "a.file/x", "--grid", "tune.seed=1"],
+            "a.file is a file",
+        ),
+        (["tune", "--data", "builtin:roles", "--base", "./nowhere"], "./nowhere: there is no such folder"),
+        (
+            ["preview", "--data", "builtin:roles", "--base", "no/such/base"],
+            "no/such/base: there is no such folder",
+        ),
+        (["sweep", "--data", "builtin:roles", "--grid", "tune.sed=1,2"], "Did you mean tune.seed?"),
+        (["sweep", "--data", "builtin:roles", "--grid", "tune.seed=1,two"], "found 'two'"),
         (["tune", "--epochs", "many", "--data", "x"], "--epochs: tune.epochs: found 'many'"),
         (["generate", "--dtype", "float3", "x"], "--dtype"),
     ],
@@ -202,6 +216,7 @@ def test_progress_is_shown_where_someone_watches_and_silent_elsewhere_or_when_it
 def test_what_can_be_known_without_torch_is_said_before_torch_is_loaded(
     arguments: list[str], said: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "a.file").write_text("ab")
     code = (
         "import sys; from softprompt.cli.app import main; code = main(sys.argv[1:]);"
         "sys.exit(f'loaded torch, code {code}' if 'torch' in sys.modules else code)"

@@ -12,25 +12,13 @@ from typing import Any, TypeVar
 
 import transformers
 
+from softprompt.base.base_name import demand_there
 from softprompt.base.foreign import gist, quiet
 from softprompt.base.gguf_base import converted, is_gguf
 from softprompt.errors import BaseError
 
 BUILTIN = Path(__file__).parent / "builtin"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-FILE_ENDINGS = (
-    ".gguf",
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".onnx",
-    ".json",
-    ".zip",
-    ".gz",
-    ".tar",
-)
 
 Rest = TypeVar("Rest")
 
@@ -55,27 +43,12 @@ def locate(name_or_path: str) -> tuple[str, str]:
         )
     if path.exists():
         raise BaseError(f"{name_or_path}: neither a folder nor a regular file. Give a model's folder.")
-    if looks_like_path(name_or_path):
-        raise BaseError(
-            f"{name_or_path}: there is no such folder. Give a model's folder, its hub id, or `builtin`."
-        )
+    demand_there(name_or_path)
     if not HUB_ID.fullmatch(name_or_path):
         raise BaseError(
             f"{name_or_path}: neither a folder here nor a hub id (owner/name). Give one of these, or `builtin`."
         )
     return name_or_path, name_or_path
-
-
-def looks_like_path(name: str) -> bool:
-    """Whether a name that does not exist here is a mistyped path rather than a model on the hub."""
-    first, separator, rest = name.replace("\\", "/").partition("/")
-    return (
-        name.startswith((".", "/", "~"))
-        or "\\" in name
-        or "/" in rest
-        or (separator == "/" and Path(first).is_dir())
-        or name.lower().endswith(FILE_ENDINGS)
-    )
 
 
 def load_local_first(

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from softprompt.base.base_name import demand_there
 from softprompt.data.files import data_suffix
 from softprompt.data.source import load_splits
-from softprompt.errors import BaseError, DataError, PromptError
+from softprompt.errors import BaseError, DataError, PromptError, SaveError
 from softprompt.progress.console import visible
 from softprompt.settings.base_settings import BaseSettings
+from softprompt.store.ownership import check_replaceable
 
 if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
@@ -44,12 +46,28 @@ def demand_folders(folders: Iterable[Path]) -> None:
             )
 
 
-def demand_data(recipe: Recipe) -> None:
-    """Refuses a data file that is not there, before anything that takes seconds is imported."""
+def demand_paths(recipe: Recipe, *, writes: bool = True) -> None:
+    """Refuses a data file or a base's folder that is not there, and, where something `writes`, a folder that cannot be
+    written into, before anything that takes seconds is imported."""
     source = recipe.data.source
     path = Path(source).expanduser()
     if data_suffix(path) and not path.exists() and "*" not in source and "://" not in source:
         load_splits(source)  # which refuses it, with the nearest file's name
+    demand_there(recipe.base)
+    if writes:
+        demand_writable(recipe.out)
+
+
+def demand_writable(out: str) -> None:
+    """Refuses a folder to write to that is a file, or that cannot be made or written into. Raises SaveError."""
+    folder = check_replaceable(out, ())
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise SaveError(
+            f"{folder}: cannot be made, since {there} is a file. Choose another folder with --out."
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SaveError(f"{folder}: {there} may not be written to. Choose another folder with --out.")
 
 
 def demand_local_data(*prompts: Prompt) -> None:

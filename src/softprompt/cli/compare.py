@@ -49,7 +49,7 @@ def command(
         if settings.metrics and gate.name not in settings.metrics:
             raise RecipeError(f"--fail-under {gate.name}: it is not measured. Add --metric {gate.name}.")
     console = screen(as_json=as_json)
-    asked.demand_data(recipe)
+    asked.demand_paths(recipe)
 
     from softprompt.comparison.compare import compare
     from softprompt.report.render import FILES, write_reports

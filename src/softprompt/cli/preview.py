@@ -32,7 +32,7 @@ def command(
     as_json: asked.AsJson = False,
 ) -> None:
     """Show exactly what would be trained: tokens, soft slots, what the loss counts."""
-    asked.demand_data(recipe)
+    asked.demand_paths(recipe, writes=False)
     from softprompt.base.outline import Outline
     from softprompt.tuning.task import task_of
 

@@ -57,7 +57,11 @@ def command(
         raise RecipeError(
             "Nothing is to be varied. Give --grid tune.learning_rate=0.01,0.03 or --random tune.learning_rate=0.001..1."
         )
-    asked.demand_data(recipe)
+    asked.demand_paths(recipe)
+    for key, values in map(_split, grid or []):
+        recipe.changed(
+            [f"{key}={value}" for value in values.split(",")]
+        )  # refuses what is no setting or no value
     from softprompt.tuning import sweep as sweeping
 
     settings = sweeping.grid({key: text.split(",") for key, text in map(_split, grid or [])})

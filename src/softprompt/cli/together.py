@@ -36,7 +36,7 @@ def command(
     trusting = ["trust_remote_code=true"] if trust_remote_code else []
     recipes = [Recipe.load(path, [*(overrides or []), *trusting]) for path in recipe_files]
     for recipe in recipes:
-        asked.demand_data(recipe)
+        asked.demand_paths(recipe)
     from softprompt.tuning.together import tune_tasks, tune_together
 
     names = [recipe.out for recipe in recipes]

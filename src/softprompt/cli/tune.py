@@ -54,7 +54,7 @@ def command(
 
 def learn(console: Screen, recipe: Recipe, lm: FrozenLM | None = None, *, resume: bool = False) -> TuneResult:
     """Runs the recipe with its progress on the screen. After Ctrl-C, says what was kept before it continues."""
-    asked.demand_data(recipe)
+    asked.demand_paths(recipe)
     from softprompt.tuning.loop import tune
 
     with ShowProgress(console) as progress:
@@ -108,7 +108,7 @@ def _kept_at(result: TuneResult) -> str:
 
 def show_plan(console: Screen, recipe: Recipe) -> dict[str, Any]:
     """All that a run would do, without its first step."""
-    asked.demand_data(recipe)
+    asked.demand_paths(recipe)
     from softprompt.tuning.settle import make_plan
 
     plan = make_plan(recipe)
