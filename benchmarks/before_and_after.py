@@ -74,7 +74,7 @@ def size(count: float) -> str:
 def table(arms: dict[str, Any]) -> str:
     """The README's table, in Markdown."""
     lines = [
-        "| | accuracy | a task takes | tokens added to a request | CPU seconds to train |",
+        "| | accuracy | size per task | tokens added to a request | CPU seconds to train |",
         "|---|---|---|---|---|",
     ]
     for name, title in NAMES.items():

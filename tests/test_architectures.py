@@ -152,7 +152,7 @@ def left_padded_is_right_padded(one: Subject) -> float:
 
 
 def cached_is_not_cached(one: Subject) -> float:
-    """Each generated token's log-probability, and the one of reading everything anew; and the tokens themselves."""
+    """Each generated token's log-probability, and the one of reading everything again; and the tokens themselves."""
     made = [compile_prompt(one.lm, prompt) for prompt in (one.soft(), None, TextPrompt(HEAD))]
     settings = DecodeSettings(max_new_tokens=NEW_TOKENS, ignore_end=True, log_probabilities=True)
     requests = [request(one.lm, prompt, text, settings) for text in TEXTS for prompt in made]

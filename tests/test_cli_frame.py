@@ -64,6 +64,11 @@ def test_every_help_ends_with_an_example_of_the_verb(verb: str, capsys: pytest.C
     assert f"softprompt {verb}" in end
 
 
+def test_the_help_of_all_ends_with_an_example_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out.rstrip().rpartition("Example:")[2].split()[:2] == ["softprompt", "demo"]
+
+
 @pytest.mark.parametrize("arguments", [["-V"], ["--version"], ["tune", "-V"]])
 def test_the_version_is_told_before_and_after_a_verb(
     arguments: list[str], capsys: pytest.CaptureFixture[str]

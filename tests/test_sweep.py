@@ -90,8 +90,8 @@ def test_seeds_are_averaged_and_the_best_of_the_winner_is_saved(tmp_path: Path) 
     assert load_prompt(tmp_path / "sweep").notes["metrics"]["nll_after"] == min(mine)
 
 
-def test_fewer_abreast_is_the_same(tmp_path: Path) -> None:
-    one, other = (swept(tmp_path / str(abreast), abreast=abreast) for abreast in (1, 4))
+def test_fewer_in_parallel_is_the_same(tmp_path: Path) -> None:
+    one, other = (swept(tmp_path / str(parallel), parallel=parallel) for parallel in (1, 4))
     for a, b in zip(one.trials, other.trials, strict=True):
         assert a.nll == pytest.approx(b.nll, abs=1e-4)
 

@@ -193,7 +193,13 @@ def _everywhere() -> list[Any]:
     return list(typer.main.get_command(options).params)
 
 
-app = typer.Typer(cls=Verbs, no_args_is_help=True, rich_markup_mode="rich", context_settings=HELP_NAMES)
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings=HELP_NAMES,
+    epilog="Example:  softprompt demo",
+)
 app.callback()(everywhere)
 
 

@@ -48,7 +48,7 @@ def command(
         bool,
         typer.Option("--halving", help="Successive halving: stop the worse half early, again and again."),
     ] = False,
-    abreast: Annotated[int, typer.Option(min=1, help="At most so many prompts in one pass.")] = 8,
+    parallel: Annotated[int, typer.Option(min=1, help="At most so many prompts in one pass.")] = 8,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a sweep that was killed.")] = False,
     as_json: asked.AsJson = False,
 ) -> None:
@@ -85,7 +85,7 @@ def command(
                 settings,
                 seeds=seeds,
                 halving=halving,
-                abreast=abreast,
+                parallel=parallel,
                 on_event=lambda trial, event: table.event(_line(trial), event, trial),
                 on_stretch=stretch,
                 progress=False,

@@ -34,7 +34,7 @@ from softprompt.tuning.records import SCHEMA
 from softprompt.tuning.together import Together
 
 RECORDS, TRIALS = "sweep.jsonl", "trials"
-ABREAST = 8
+PARALLEL = 8
 
 Setting = tuple[str, ...]
 """Overrides of the recipe, such as ("tune.learning_rate=0.03", "prompt.length=10")."""
@@ -137,7 +137,7 @@ def sweep(
     *,
     seeds: int = 1,
     halving: bool = False,
-    abreast: int = ABREAST,
+    parallel: int = PARALLEL,
     lm: FrozenLM | None = None,
     splits: Splits | None = None,
     loss: Loss | None = None,
@@ -146,7 +146,7 @@ def sweep(
     progress: bool | None = None,
     resume: bool = False,
 ) -> SweepResult:
-    """Learns `recipe` under every setting and seed, `abreast` prompts in a pass, and saves the winner in `recipe.out`.
+    """Learns `recipe` under every setting and seed, `parallel` prompts in a pass, and saves the winner in `recipe.out`.
 
     Every trial has its own folder under `trials/`; `sweep.jsonl` holds a line for each trial and stretch. With
     `resume`, a killed sweep continues. Progress is shown in terminals and notebooks, unless `progress` is False.
@@ -181,8 +181,8 @@ def sweep(
         try:
             for share in shares[records.stretches_done :]:
                 left = [position for position in together.active if trials[going[position]].kept]
-                for first in range(0, len(left), abreast):
-                    together.advance(share, left[first : first + abreast])
+                for first in range(0, len(left), parallel):
+                    together.advance(share, left[first : first + parallel])
                 now = together.losses() if share < 1 else {}  # a stretch may end between two validations
                 for position, n in enumerate(going):
                     learner = together.runs[position].learner
