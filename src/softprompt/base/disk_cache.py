@@ -18,6 +18,7 @@ from typing import Any
 import platformdirs
 
 from softprompt.store.atomic import replace_file
+from softprompt.store.plain_file import read_text
 
 MAX_ENTRIES = 1000  # of one table; the oldest go first
 SETTLED_SECONDS = 2.0  # a file changed this recently could change again without its times showing it
@@ -32,7 +33,7 @@ def cache_folder() -> Path:
 def read_table(name: str) -> Mapping[str, Any]:
     """The entries of a table; empty if there is none, or a damaged one."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        table = json.loads((cache_folder() / name).read_text(encoding="utf-8"))
+        table = json.loads(read_text(cache_folder() / name))
         if isinstance(table, dict):
             return table
     return {}

@@ -16,6 +16,7 @@ from softprompt.base.base_name import demand_there
 from softprompt.base.foreign import gist, quiet
 from softprompt.base.gguf_base import converted, is_gguf
 from softprompt.errors import BaseError
+from softprompt.store.plain_file import read_text
 
 BUILTIN = Path(__file__).parent / "builtin"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -99,7 +100,7 @@ def _demand_base_folder(path: Path, name: str) -> None:
     if adapter.exists():
         base = None
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            base = json.loads(read_text(adapter)).get("base_model_name_or_path")
         raise BaseError(
             f"{name}: found an adapter or prompt ({adapter.name}), wanted the base that it was learned on"
             f"{f': {base}' if isinstance(base, str) else ''}. Give that as the base, and this folder as the prompt."

@@ -14,6 +14,7 @@ from typing import Any
 
 from softprompt.base.hardware import machine
 from softprompt.comparison.arm import ARMS
+from softprompt.comparison.forgetting import passages
 from softprompt.comparison.health import health
 from softprompt.comparison.records import ArmResult, BaseFacts, Comparison, DataFacts
 from softprompt.comparison.run_arm import RESULT, judged_rows, run_job
@@ -59,6 +60,8 @@ def compare(
     settings = (settings or CompareSettings()).settled_text()
     out = folder_named(recipe.out if out is None else out)
     _need_extras(settings)
+    if settings.general is not None:
+        passages(Path(settings.general))  # refused before anything is loaded
     with (
         writing(out, (RECORD,), "a comparison", kind="comparison"),
         shown_jobs(settings.job_names, progress=progress) as show,

@@ -16,6 +16,7 @@ from softprompt.evaluation.predictor import predictor, text_prompt
 from softprompt.evaluation.settings import JudgeSettings
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.prompt.soft_prompt import Prompt
+from softprompt.store.plain_file import read_text
 
 BUNDLED = Path(__file__).parent / "general_text.txt"
 PASSAGES = 24
@@ -27,7 +28,7 @@ def passages(path: Path | None = None) -> list[Example]:
     """General text in pieces: paragraphs of the bundled text or of a file, long ones cut, at most 24 of them."""
     path = path or BUNDLED
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: the general text cannot be read ({error}). Give a UTF-8 text file."

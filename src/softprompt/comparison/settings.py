@@ -16,6 +16,7 @@ from softprompt.errors import DataError, RecipeError, SoftPromptError, did_you_m
 from softprompt.evaluation.record import read_json
 from softprompt.evaluation.settings import Count, JudgeSettings, NotNegative
 from softprompt.settings.section import setting
+from softprompt.store.plain_file import read_text
 from softprompt.tuning.recipe import Recipe
 
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
@@ -33,7 +34,9 @@ class CompareSettings(JudgeSettings):
     arms: list[ArmName] = setting(
         ["base", "wording", "few-shot", "soft"], f"Some of {', '.join(ARMS)}.", flag="--arms", min_length=1
     )
-    seeds: Count = setting(3, "Runs of every arm that a seed changes.", flag="--seeds")
+    seeds: Annotated[int, Field(ge=1, le=1_000)] = setting(
+        3, "Runs of every arm that a seed changes.", flag="--seeds"
+    )
     text: str | None = setting(None, "The arm prompt: your own text in front of every input.", flag="--text")
     text_file: str | None = setting(None, "The same from a file.", flag="--text-file")
     within: NotNegative = setting(
@@ -92,7 +95,7 @@ class CompareSettings(JudgeSettings):
         if self.text_file is None:
             return self
         try:
-            text = Path(self.text_file).read_text(encoding="utf-8")
+            text = read_text(Path(self.text_file))
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(
                 f"--text-file {self.text_file}: cannot be read ({error}). Give a UTF-8 text file."

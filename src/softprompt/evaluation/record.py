@@ -15,9 +15,9 @@ from softprompt.errors import DataError, first_line
 from softprompt.settings.text import describe_value
 from softprompt.store.atomic import replace_file
 from softprompt.store.json_values import plain
+from softprompt.store.plain_file import read_text
 
 SCHEMA = 2  # 1: the records of version 0.1, which carry no number
-MAX_RECORD_BYTES = 2**28
 
 Value: TypeAlias = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A figure; null in a record means unknown."""
@@ -33,11 +33,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads the JSON object in a file. Raises DataError, in one line, for anything else."""
     try:
-        if path.stat().st_size > MAX_RECORD_BYTES:
-            raise DataError(
-                f"{path}: the record is larger than {MAX_RECORD_BYTES:,} bytes. It is not one of softprompt's."
-            )
-        record: Any = json.loads(path.read_text("utf-8"))
+        record: Any = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise

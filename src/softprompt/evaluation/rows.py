@@ -6,6 +6,7 @@ No torch here, so that a report can read rows without it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -27,7 +28,7 @@ from softprompt.store.atomic import replaced_file
 from softprompt.store.json_values import plain
 from softprompt.store.lock import FolderLock
 from softprompt.store.ownership import check_replaceable, claim, make_folder
-from softprompt.store.plain_file import demand_plain, read_plain
+from softprompt.store.plain_file import demand_plain, read_text
 
 ROWS, SUMMARY = "rows.jsonl", "evaluation.json"
 IN_MEMORY_BYTES = (
@@ -146,6 +147,8 @@ class RowLines:
         self._file.seek(0)
         start = 0
         while line := self._file.readline(LONGEST_LINE):
+            if len(line) == LONGEST_LINE:
+                raise OSError(errno.EFBIG, f"a line in it has more than {LONGEST_LINE:,} bytes")
             try:
                 row = Row.from_json(line.decode())
             except (ValueError, TypeError, RecursionError):
@@ -292,6 +295,6 @@ class RowFile:
 
 def _former_digest(folder: Path) -> str | None:
     try:
-        return str(json.loads(read_plain(folder / SUMMARY))["digest"])
+        return str(json.loads(read_text(folder / SUMMARY))["digest"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

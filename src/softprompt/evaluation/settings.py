@@ -10,7 +10,8 @@ from softprompt.settings.section import setting
 from softprompt.settings.table import Table
 from softprompt.tuning.recipe import Data
 
-Count: TypeAlias = Annotated[int, Field(ge=1)]
+LARGEST = 2**31 - 1
+Count: TypeAlias = Annotated[int, Field(ge=1, le=LARGEST)]
 NotNegative: TypeAlias = Annotated[float, Field(ge=0)]
 MetricName: TypeAlias = Literal[
     "accuracy",
@@ -68,7 +69,7 @@ class JudgeSettings(Table):
         flag="--stop",
     )
     temperature: NotNegative = setting(0.0, "0 generates greedily; above it, answers are sampled.")
-    seed: int = setting(0, "Seed of sampled answers.", ge=0)
+    seed: int = setting(0, "Seed of sampled answers.", ge=0, le=2**63 - 1)
     batch_rows: Count = setting(16, "Rows side by side.", flag="--batch-rows", elsewhere="batch_size")
 
     @model_validator(mode="after")

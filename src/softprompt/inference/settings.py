@@ -13,6 +13,7 @@ from softprompt.settings.table import Table
 LARGEST = 2**31 - 1  # of a count: anything above means "all"
 
 Count: TypeAlias = Annotated[int, Field(ge=1, le=LARGEST)]
+Drawn: TypeAlias = Annotated[int, Field(ge=1, le=100_000)]  # texts of one input, all of them in memory
 
 
 def _texts(given: Any) -> Any:
@@ -97,11 +98,11 @@ class DecodeSettings(Table):
         flag="--stop",
         elsewhere="stop_strings",
     )
-    seed: int = setting(0, "Seed of the draws.", flag="--seed")
-    n: Count = setting(
+    seed: int = setting(0, "Seed of the draws.", flag="--seed", le=2**64 - 1)
+    n: Drawn = setting(
         1, "Continuations for each text.", flag="--n", aliases=["-n"], elsewhere="num_return_sequences"
     )
-    best_of: Count | None = setting(
+    best_of: Drawn | None = setting(
         None, "Draw this many continuations and keep the n likeliest per token.", flag="--best-of"
     )
     ignore_end: bool = setting(

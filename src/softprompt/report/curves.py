@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from softprompt.errors import DataError
+from softprompt.store.plain_file import read_bytes
 
 EVENTS = "metrics.jsonl"
 
@@ -33,7 +34,7 @@ def read_curves(folder: Path) -> Curves:
     """The curves of a run. Raises DataError where its events cannot be read."""
     path = folder / EVENTS
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_bytes(path).decode("utf-8", "replace")
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}). Give the folder of a run, which `softprompt tune` wrote."

@@ -17,6 +17,7 @@ from softprompt.evaluation.record import read_json, typed
 from softprompt.evaluation.rows import ROWS, SUMMARY, Row, read_rows
 from softprompt.report.curves import EVENTS, read_curves
 from softprompt.store.ownership import run_of
+from softprompt.store.plain_file import read_bytes
 
 COMPARISON, RECIPE, PROMPT = "comparison.json", "recipe.yaml", "softprompt.json"
 SAMPLES = 24
@@ -275,7 +276,7 @@ def _tuning(folder: Path) -> ReportedRun:
         prompt.notes.data,
         prompt.notes.metrics,
         prompt.notes.versions,
-        recipe.read_text("utf-8", "replace") if recipe.exists() else "",
+        _recipe_text(recipe),
     )
     curves = read_curves(folder)
     run = ReportedRun(tuning.name, "tuning", tuning=tuning)
@@ -283,6 +284,14 @@ def _tuning(folder: Path) -> ReportedRun:
         if points:
             lines.append(Series(prompt.kind, 0, points))
     return run
+
+
+def _recipe_text(path: Path) -> str:
+    """The recipe as it was written; empty where there is none, or none that can be read."""
+    try:
+        return read_bytes(path).decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def _scaffold(comparison: Comparison) -> tuple[str, str]:

@@ -10,13 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from softprompt.errors import RecipeError
 from softprompt.serving.refusals import Refused
+from softprompt.settings.text import read_list
+from softprompt.store.plain_file import read_text
 
 log = logging.getLogger(__name__)
+
+LARGEST_BYTES = 4_000_000  # of a key file
+MOST_VALUES = 100_000  # in it, aliases opened: some ten thousand keys
 
 
 class _Key(BaseModel):
@@ -83,9 +87,9 @@ class Keys:
         if path is None:
             return cls()
         try:
-            listed = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            listed = read_list(read_text(Path(path), LARGEST_BYTES), str(path), MOST_VALUES)
             keys = TypeAdapter(list[_Key]).validate_python(listed)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: the keys cannot be read ({error}). Check --keys.") from error
         except ValidationError as error:
             first = error.errors()[0]

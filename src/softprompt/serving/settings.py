@@ -29,12 +29,12 @@ class ServeSettings(BaseSettings):
     max_waiting: Annotated[int, Field(ge=0, le=100_000)] = setting(
         256, "Requests that wait at most; more are answered with 429.", flag="--max-waiting"
     )
-    memory_gigabytes: Annotated[float, Field(gt=0)] | None = setting(
+    memory_gigabytes: Annotated[float, Field(gt=0, le=1_000_000)] | None = setting(
         None,
         "Most memory for keys and values of running rows; half of what is free at the start if none is given.",
         flag="--memory-gigabytes",
     )
-    grace_seconds: Annotated[float, Field(ge=0)] = setting(
+    grace_seconds: Annotated[float, Field(ge=0, le=1_000_000)] = setting(
         30.0, "How long running answers may take to end when the server is stopped.", flag="--grace-seconds"
     )
     strict: bool = setting(

@@ -57,17 +57,7 @@ def scalar(text: str) -> Scalar:
 
 def read_mapping(source: str, name: str) -> dict[str, Written]:
     """Parses a whole recipe; an empty one is an empty mapping. Errors name `name` and the line."""
-    if len(source) > MAX_CHARACTERS:
-        raise RecipeError(
-            f"{name}: found {len(source):,} characters, wanted a recipe of at most {MAX_CHARACTERS:,}. Is it the data?"
-        )
-    try:
-        node = _compose(source, name)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or first_line(error)
-        raise RecipeError(f"{name}{line}: this is not YAML: {problem}. Correct that line.") from None
+    node = _tree(source, name)
     if node is None:
         return {}
     written = _written(node, name, _Budget(name))
@@ -75,6 +65,26 @@ def read_mapping(source: str, name: str) -> dict[str, Written]:
         raise RecipeError(
             f"{written.where}: found {describe(written)}, wanted settings such as 'base: builtin', one a line."
         )
+    return written.value
+
+
+def read_list(source: str, name: str, most_values: int) -> list[Any]:
+    """Parses a YAML list, within bounds of its size, depth and aliases, to plain values. Errors name `name` and the line."""
+    node = _tree(source, name)
+    written = None if node is None else _written(node, name, _Budget(name, most_values))
+    if written is None or not isinstance(written.value, list):
+        found = "an empty file" if written is None else describe(written)
+        raise RecipeError(f"{name}: found {found}, wanted a list.")
+    values = _plain(written)
+    assert isinstance(values, list)
+    return values
+
+
+def _plain(written: Written) -> Any:
+    if isinstance(written.value, list):
+        return [_plain(item) for item in written.value]
+    if isinstance(written.value, dict):
+        return {name: _plain(item) for name, item in written.value.items()}
     return written.value
 
 
@@ -115,6 +125,21 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
+def _tree(source: str, name: str) -> yaml.Node | None:
+    """The tree of a file's nodes. RecipeError for what is too long or no YAML."""
+    if len(source) > MAX_CHARACTERS:
+        raise RecipeError(
+            f"{name}: found {len(source):,} characters, wanted a recipe of at most {MAX_CHARACTERS:,}. Is it the data?"
+        )
+    try:
+        return _compose(source, name)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise RecipeError(f"{name}{line}: this is not YAML: {problem}. Correct that line.") from None
+
+
 def _compose(text: str, name: str) -> yaml.Node | None:
     """The tree of nodes; refused where it is nested deeper than any recipe, before the reader recurses into it."""
     depth = 0
@@ -139,8 +164,8 @@ def _too_deep(name: str) -> RecipeError:
 class _Budget:
     """Counts the values that are read, each alias as often as it is used."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, most_values: int = MAX_VALUES) -> None:
+        self.name, self.most_values = name, most_values
         self.values = 0
 
     def spend(self, depth: int) -> None:
@@ -148,9 +173,9 @@ class _Budget:
         self.values += 1
         if depth > MAX_DEPTH:  # an alias within its own anchor
             raise _too_deep(self.name)
-        if self.values > MAX_VALUES:
+        if self.values > self.most_values:
             raise RecipeError(
-                f"{self.name}: found more than {MAX_VALUES:,} values, aliases opened. A recipe has a few dozen."
+                f"{self.name}: found more than {self.most_values:,} values, aliases opened. A recipe has a few dozen."
             )
 
 

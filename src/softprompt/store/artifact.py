@@ -38,6 +38,7 @@ from softprompt.store.digest import digest_of
 from softprompt.store.lock import SAVE
 from softprompt.store.ownership import check_replaceable, writing
 from softprompt.store.peft_format import DEEP, check_readable, peft_config, why_not_peft
+from softprompt.store.plain_file import read_bytes
 from softprompt.store.references import located
 from softprompt.store.schema import Ours, PeftConfig
 
@@ -48,6 +49,7 @@ CONFIG, TENSORS, OURS, CARD = (
     "README.md",
 )
 ALL = (OURS, TENSORS, CONFIG, CARD)
+LARGEST_TENSORS = 2**33  # bytes: a deep prompt of 10,000 positions for a base of 100 layers takes less
 SAVE_WAITS_SECONDS = 60.0  # for another save into the same folder
 READ_ATTEMPTS = 40  # of a folder that is being saved into; each save takes some milliseconds
 PAUSE_SECONDS = 0.01
@@ -195,9 +197,7 @@ def _read_tensors(folder: Path, ours: Ours) -> Tensor:
             )
         raise DamagedPrompt(f"{folder}: {TENSORS} is missing. Restore it or tune again.")
     try:
-        if not path.is_file():  # a pipe or device would never end
-            raise ValueError("it is not a plain file")
-        content = path.read_bytes()
+        content = read_bytes(path, LARGEST_TENSORS)
         tensors = safetensors.torch.load(content)
     except FileNotFoundError:  # moved by a save since
         raise

@@ -19,6 +19,7 @@ from typing import Any
 from softprompt.errors import SaveError
 from softprompt.store.atomic import replace_file
 from softprompt.store.lock import RUN, locked
+from softprompt.store.plain_file import read_bytes
 
 MARKER = ".softprompt.json"
 PROMPT_FILES = ("softprompt.json", "adapter_model.safetensors", "adapter_config.json", "README.md")
@@ -215,7 +216,7 @@ def _json(path: Path) -> dict[str, Any] | None:
     try:
         if not _is_plain_file(path):
             return None
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_bytes(path))
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

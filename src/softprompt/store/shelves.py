@@ -19,6 +19,7 @@ from softprompt.errors import DamagedPrompt, MissingExtra, PromptError, SaveErro
 from softprompt.store.atomic import replace_file
 from softprompt.store.index import INDEX
 from softprompt.store.lock import locked
+from softprompt.store.plain_file import read_text
 
 FILES = ("softprompt.json", "adapter_model.safetensors", "adapter_config.json", "README.md")
 LOCK_WAITS_SECONDS = 30.0  # for another program that publishes
@@ -64,7 +65,7 @@ class LocalShelf:
 
     def index(self) -> str | None:
         try:
-            return (self.path / INDEX).read_text(encoding="utf-8")
+            return read_text(self.path / INDEX)
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:

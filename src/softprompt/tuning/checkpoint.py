@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import pickle
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from softprompt.errors import RecipeError, SaveError
 from softprompt.prompt.soft_prompt import Fingerprint
 from softprompt.store.atomic import sweep_drafts, write_together
+from softprompt.store.plain_file import read_bytes
 from softprompt.tuning.recipe import Recipe, TuneSettings
 
 FOLDER, ENDING, KEPT = "checkpoints", ".checkpoint", 2
@@ -89,7 +91,7 @@ class Checkpoints:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    head, _, content = path.read_bytes().partition(b"\n")
+    head, _, content = read_bytes(path, sys.maxsize).partition(b"\n")
     if not head.startswith(HEAD):
         raise ValueError("it does not begin like a checkpoint")
     if hashlib.sha256(content).hexdigest().encode() != head.removeprefix(HEAD):

@@ -43,7 +43,7 @@ class Questions(Section):
         flag="--validation",
     )
     test: Share | Rows | str | None = setting(None, "Held out to the end, given like `validation`.")
-    seed: int = setting(0, "Which rows are held out.", ge=0)
+    seed: int = setting(0, "Which rows are held out.", ge=0, le=2**53 - 1)
     written: Count = setting(96, "How many questions the base writes where none are given.", flag="--written")
 
 
@@ -62,7 +62,7 @@ class Context(Section):
 class Learning(Section):
     """The settings by which the short prompt learns from the long text."""
 
-    length: Annotated[int, Field(ge=2)] = setting(
+    length: Annotated[int, Field(ge=2, le=100_000)] = setting(
         32, "Positions of the short prompt.", flag="--virtual-tokens", elsewhere="num_virtual_tokens"
     )
     init: Literal["compaction", "first", "vocabulary"] = setting(
@@ -83,10 +83,10 @@ class Learning(Section):
     temperature: NotNegative = setting(
         0.7, "How freely answers are drawn; 0 is the likeliest answer alone, once.", flag="--temperature"
     )
-    teacher_top_k: Annotated[int, Field(ge=0)] = setting(
+    teacher_top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = setting(
         20, "The teacher's likeliest tokens that are kept at each position; 0 keeps the whole vocabulary."
     )
-    on_policy: Annotated[int, Field(ge=0)] = setting(
+    on_policy: Annotated[int, Field(ge=0, le=1_000_000)] = setting(
         0,
         "How often the answers that are learned from are drawn again, from the short prompt itself, with the teacher's "
         "probabilities; the steps are shared among the rounds.",

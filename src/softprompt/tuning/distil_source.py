@@ -16,6 +16,7 @@ from softprompt.data.source import load_splits
 from softprompt.data.template import Field, Template, Text
 from softprompt.errors import DataError
 from softprompt.progress.events import Event, Note
+from softprompt.store.plain_file import read_text
 from softprompt.tuning.distil_settings import DistilSettings
 from softprompt.tuning.questions import parts_of, write_questions
 
@@ -157,7 +158,7 @@ def _document(settings: DistilSettings) -> str:
             raise DataError(f"{given}: there is no such file. Check --context.")
         return given
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path).removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{given}: cannot be read as UTF-8 text ({error}). Save it as UTF-8.") from error
 

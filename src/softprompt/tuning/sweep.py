@@ -29,6 +29,7 @@ from softprompt.settings.text import scalar
 from softprompt.store.artifact import load_prompt, save_prompt
 from softprompt.store.json_values import plain
 from softprompt.store.ownership import PROMPT_FILES, claim, folder_named
+from softprompt.store.plain_file import read_bytes
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.records import SCHEMA
 from softprompt.tuning.together import Together
@@ -252,12 +253,15 @@ class _Records:
         if not resume or not self.path.exists():
             self._write([self.asked], "w")
             return {}
-        lines = []
-        for line in self.path.read_text(encoding="utf-8").split("\n"):
+        lines: list[dict[str, Any]] = []
+        for line in self._former_text().split("\n"):
             try:
-                lines.append(json.loads(line))
-            except ValueError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 break  # the kill cut it short
+            if not isinstance(record, dict) or not isinstance(record.get("event"), str):
+                break  # none of ours
+            lines.append(record)
         if not lines or lines[0] != self.asked:
             raise RecipeError(
                 f"{self.path}: holds a sweep of other settings. Give the same ones to continue, or leave out --resume."
@@ -272,8 +276,16 @@ class _Records:
                 key: math.nan if value is None else value for key, value in line.items() if key in figures
             }
             for line in lines
-            if line["event"] == "Trial"
+            if line["event"] == "Trial" and isinstance(line.get("name"), str)
         }
+
+    def _former_text(self) -> str:
+        try:
+            return read_bytes(self.path).decode("utf-8", "replace")
+        except OSError as error:
+            raise RecipeError(
+                f"{self.path}: cannot be read ({error.strerror}). Leave out --resume to start again."
+            ) from None
 
     def stretch(self, share: float, trials: Sequence[Trial]) -> None:
         """Writes every trial's present figures, and then that the stretch is over."""
