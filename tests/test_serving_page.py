@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 
 from softprompt.base.frozen_lm import FrozenLM
@@ -61,13 +62,24 @@ const { url, path, args, text, front, label } = JSON.parse(process.argv[2]);
     await page.focus("#run");
     await page.keyboard.press("Enter");
     await page.waitForFunction(() => document.querySelectorAll("#matrix tr").length === 4);
-    seen.push({
+    const code = await page.textContent("#code");
+    await page.click("#link");
+    const again = await browser.newPage({ viewport: { width, height }, colorScheme });
+    await again.goto(page.url());
+    await again.waitForSelector("#models input");
+    const state = view => view.evaluate(() => ({
+      values: ["input", "text", "tokens", "temperature", "answer", "rows"].map(id => document.getElementById(id).value),
+      models: [...document.querySelectorAll("#models input:checked")].map(box => box.value),
+    }));
+    const restored = JSON.stringify(await state(again)) === JSON.stringify(await state(page));
+    await again.close();
+    seen.push({ restored,
       answers, detail, scores, problems, outside, width, colorScheme,
       overflow: await page.evaluate(() => document.documentElement.scrollWidth - innerWidth),
       background: await page.evaluate(() => getComputedStyle(document.body).backgroundColor),
       right: await page.$$eval("#matrix td.right", all => all.length),
       figures: await page.$$eval("#matrix tr:last-child th", all => all.map(each => each.textContent)),
-      code: await page.textContent("#code"),
+      code,
     });
     await page.close();
   }
@@ -128,6 +140,8 @@ def test_the_page_answers_scores_and_marks_by_keyboard_at_every_width(
     for page in pages:
         assert (page["problems"], page["outside"]) == ([], [])
         assert page["overflow"] <= 0
+        assert page["restored"]
+        assert "curl http" in page["code"]
         assert page["answers"] == [answer.lstrip("\n") or "(nothing)" for answer in wanted]
         assert page["scores"] == [f"base: {jumps[0]:.2f} nats", f"support: {jumps[1]:.2f} nats"]
         assert len(page["detail"].splitlines()) == 6
@@ -139,3 +153,13 @@ def test_the_page_answers_scores_and_marks_by_keyboard_at_every_width(
         for scheme in ("light", "dark")
     )
     assert not light & dark
+
+
+def test_the_page_is_small_and_may_run_nothing_but_itself(serving: Serving) -> None:
+    answer = httpx.get(serving.url)
+    assert len(answer.content) < 60_000
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert policy.count("'sha256-") == 2  # its one script, its one style
+    assert "http" not in policy
