@@ -75,7 +75,7 @@ def test_a_talk_switches_prompts_compares_and_is_saved(
     chat = Chat(lm, None, decode)
     chat.run()
     (bare,), (learned,) = (generate(lm, ["hello"], one, decode) for one in (None, prompt))
-    assert [answer for _, answer in chat.said] == [
+    assert [answer for _, answer in chat.exchanges] == [
         f"base: {bare.text.strip()}",
         f"greet: {learned.text.strip()}",
         f"greet: {learned.text.strip()}",

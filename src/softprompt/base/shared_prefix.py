@@ -188,5 +188,5 @@ def attend(
 
 
 def with_shared_prefix(lm: FrozenLM, state: State) -> tuple[State, State]:
-    """What a row shares, and what it keeps as its own, of the state that is known of it."""
+    """The part of a row's known state that it shares, and the part that is its own."""
     return (state, EMPTY) if state.length >= SHARED_FROM and can_share(lm) else (EMPTY, state)

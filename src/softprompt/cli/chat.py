@@ -51,7 +51,7 @@ class Chat:
             prompt.base.demand(lm.fingerprint, prompt.name)
         self.lm, self.prompt, self.decode = lm, prompt, decode
         self.compares = False
-        self.said: list[tuple[str, str]] = []
+        self.exchanges: list[tuple[str, str]] = []
         self.console = screen()
 
     def run(self) -> None:
@@ -90,7 +90,7 @@ class Chat:
             case "/compare":
                 self.compares = not self.compares
             case "/reset":
-                self.said.clear()
+                self.exchanges.clear()
             case "/save":
                 self.save(rest.strip())
             case _ if verb.startswith("/"):
@@ -112,7 +112,7 @@ class Chat:
             raise DataError("/save needs the name of a file.")
         try:
             with Path(path).open("x", encoding="utf-8") as file:
-                file.writelines(f"you: {text}\n{name}\n\n" for text, name in self.said)
+                file.writelines(f"you: {text}\n{name}\n\n" for text, name in self.exchanges)
         except FileExistsError:
             raise DataError(f"{path}: exists already. Give another name.") from None
         except OSError as error:
@@ -127,17 +127,17 @@ class Chat:
             name = prompt.name if prompt is not None else "base"
             if len(prompts) > 1:
                 sys.stdout.write(f"[{visible(name)}] ")
-            given = self._with_what_was_said(text, prompt)
+            given = self._with_former_turns(text, prompt)
 
-            def show(place: int, piece: str) -> None:
+            def show(index: int, piece: str) -> None:
                 sys.stdout.write(visible(piece))
                 sys.stdout.flush()
 
-            (found,) = generate(self.lm, [given], prompt, self.decode, on_text=show)
+            (generation,) = generate(self.lm, [given], prompt, self.decode, on_text=show)
             sys.stdout.write("\n")
-            self.said.append((text, f"{name}: {found.text.strip()}"))
+            self.exchanges.append((text, f"{name}: {generation.text.strip()}"))
 
-    def _with_what_was_said(self, text: str, prompt: Prompt | None) -> str | Example:
+    def _with_former_turns(self, text: str, prompt: Prompt | None) -> str | Example:
         """The whole talk where the prompt is laid out as a chat; the text alone elsewhere."""
         from softprompt.data.example import Example, Message
         from softprompt.data.template import Template
@@ -149,7 +149,7 @@ class Chat:
             return text
         own = f"{prompt.name}: " if prompt is not None else ""
         turns = []
-        for question, answer in self.said:
+        for question, answer in self.exchanges:
             if answer.startswith(own):
                 turns += [Message("user", question), Message("assistant", answer.removeprefix(own))]
         return Example({}, (*turns, Message("user", text)))

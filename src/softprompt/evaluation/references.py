@@ -1,4 +1,4 @@
-"""Which texts are right for a row: its own wanted text, further ones in its row, and those of rows that ask the same."""
+"""The right texts of a row: its own wanted text, further ones in its row, and those of rows that ask the same."""
 
 from __future__ import annotations
 

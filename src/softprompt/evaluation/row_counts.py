@@ -1,4 +1,4 @@
-"""What a metric counted of every row, in flat arrays: a million rows take megabytes, where mappings take gigabytes."""
+"""Counts of a metric for every row, in flat arrays: a million rows take megabytes, where mappings take gigabytes."""
 
 from __future__ import annotations
 

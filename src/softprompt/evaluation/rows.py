@@ -210,7 +210,7 @@ def read_rows(path: Path) -> Sequence[Row]:
 
 
 class RowsWithoutFolder:
-    """Where rows are kept when no folder is named: in memory while they are small, then in a temporary file."""
+    """Rows kept when no folder is named: in memory while they are small, then in a temporary file."""
 
     def __init__(self) -> None:
         self._lines = RowLines(cast(BinaryIO, tempfile.SpooledTemporaryFile(max_size=IN_MEMORY_BYTES)))  # noqa: SIM115

@@ -82,7 +82,7 @@ def _parts(layout: Template, tokenizer: Any) -> _Parts | None:
     before, after = rendered.split(_WORDS)
     # A slot or a field counts as one item, a text as many as it has characters: so every place has a number.
     items = list(_items(layout.pieces[: layout.pieces.index(target)]))
-    fields = [place for place, item in enumerate(items) if isinstance(item, Field)]
+    fields = [index for index, item in enumerate(items) if isinstance(item, Field)]
     if not fields:
         return None
     opening, closing = items[: fields[0]], items[fields[-1] + 1 :]
@@ -93,11 +93,11 @@ def _parts(layout: Template, tokenizer: Any) -> _Parts | None:
     words_start, words_end = _place(opening, len(before)), _place(closing, closed_at)
     while words_start < len(opening) and isinstance(opening[words_start], Soft):
         words_start += 1  # a slot right before the user's words is written by the chat template
-    head_end = max((place + 1 for place in range(words_start) if isinstance(opening[place], Soft)), default=0)
+    head_end = max((index + 1 for index in range(words_start) if isinstance(opening[index], Soft)), default=0)
     # Where the answer's turn opens with more than generation's opening (an empty thought, say), or has a slot, the rest
     # is written in place of the chat template's own.
     agree = _agreeing(after, _text(closing[words_end:]))
-    slots = [place for place in range(words_end, len(closing)) if isinstance(closing[place], Soft)]
+    slots = [index for index in range(words_end, len(closing)) if isinstance(closing[index], Soft)]
     tail_start = min([_place(closing, closed_at + agree), *slots])
     return _Parts(
         head=tuple(opening[:head_end]),
@@ -137,15 +137,15 @@ def _text(items: Sequence[Piece]) -> str:
 
 def _place(items: Sequence[Piece], characters: int) -> int:
     """The first place with so many characters of text before it."""
-    place = 0
+    index = 0
     while characters:
-        characters -= isinstance(items[place], Text)
-        place += 1
-    return place
+        characters -= isinstance(items[index], Text)
+        index += 1
+    return index
 
 
 def _agreeing(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
+    """The number of characters that begin both texts."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 

@@ -35,7 +35,7 @@ WORDS = ("digest", "name", "kind", "dtype", "base", "base_sha256", "tensors_sha2
 
 @dataclass(frozen=True)
 class KvHeader:
-    """What a file of keys and values says of itself.
+    """The description of a file of keys and values.
 
     `marks` are the positions: a token's id, or -1 - i for vector i. A row takes over as many of them as it shares."""
 
@@ -56,22 +56,22 @@ class KvHeader:
 
 
 def file_of(folder: str | Path, digest: str) -> Path:
-    """Where the file of a digest lies. Raises PromptError for what is no digest, so that it cannot be another path."""
+    """The path of a digest's file. Raises PromptError for what is no digest, so that it cannot be another path."""
     return Path(folder) / f"{_digest(digest)}{ENDING}"
 
 
 def slot_of(folder: str | Path, digest: str) -> Path:
-    """Where the slot file of a digest lies. Raises PromptError for what is no digest."""
+    """The path of a digest's slot file. Raises PromptError for what is no digest."""
     return Path(folder) / f"{_digest(digest)}{SLOT}"
 
 
 def slot_header_of(folder: str | Path, digest: str) -> Path:
-    """Where it is said what a slot file holds."""
+    """The path of the description of a slot file."""
     return Path(folder) / f"{_digest(digest)}{SLOT}.json"
 
 
 def write_slot_header(path: Path, slot: Path, content: bytes, header: Mapping[str, Any]) -> None:
-    """Write a slot file and what it holds. Raises SaveError."""
+    """Writes a slot file and what it holds. Raises SaveError."""
     record = {
         **header,
         "shape": [0, len(header["marks"]), 0, 0],
@@ -82,7 +82,7 @@ def write_slot_header(path: Path, slot: Path, content: bytes, header: Mapping[st
 
 
 def read_slot_header(path: Path) -> KvHeader:
-    """What a slot file holds. Raises PromptError where there is none, DamagedPrompt where it is not what was written."""
+    """The description of a slot file. Raises PromptError if there is none, DamagedPrompt if it is not what was written."""
     slot = path.with_suffix("")
     try:
         record, content = json.loads(path.read_text(encoding="utf-8")), slot.read_bytes()
@@ -108,7 +108,7 @@ def _digest(digest: str) -> str:
 
 
 def write_kv(path: Path, header: Mapping[str, Any], keys_LPHK: Tensor, values_LPHK: Tensor) -> None:
-    """Write a file; one that was written here before is replaced. Raises SaveError."""
+    """Writes a file; one that was written here before is replaced. Raises SaveError."""
     check_file(path, is_kv_file)
     tensors = {"keys": keys_LPHK.contiguous().cpu(), "values": values_LPHK.contiguous().cpu()}
     record = {**header, "shape": list(keys_LPHK.shape), "tensors_sha256": tensors_sha256(tensors)}
@@ -118,7 +118,7 @@ def write_kv(path: Path, header: Mapping[str, Any], keys_LPHK: Tensor, values_LP
 
 
 def read_header(path: Path) -> KvHeader:
-    """What a file holds, without its tensors. Raises PromptError where there is none, DamagedPrompt for another file."""
+    """The description of a file, without its tensors. Raises PromptError if there is none, DamagedPrompt for another file."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -198,7 +198,7 @@ def placeholder_ids(digest: str, positions: int, vocabulary: int) -> list[int]:
 
 
 def shared(header: KvHeader, marks: Sequence[int]) -> int:
-    """How many of the file's positions a row with these marks takes over: the last one of a row is always computed."""
+    """The number of the file's positions that a row with these marks takes over: its last one is always computed."""
     same = 0
     for mine, other in zip(header.marks, marks[:-1], strict=False):
         if mine != other:

@@ -35,7 +35,7 @@ MAX_DIFFERENCE = (
 
 @dataclass(frozen=True)
 class Span:
-    """Where one layer's keys or values are in a file."""
+    """The place of one layer's keys or values in a file."""
 
     start: int
     size: int
@@ -77,7 +77,7 @@ class Pattern:
 
 
 def read_pattern(content: bytes, cells: int) -> Pattern:
-    """Find the numbers in a slot file of `cells` positions. Raises PromptError for a file of another kind."""
+    """Finds the numbers in a slot file of `cells` positions. Raises PromptError for a file of another kind."""
     try:
         return _Reader(content).pattern(cells)
     except struct.error:
@@ -173,5 +173,5 @@ def is_paired(pattern: Pattern, keys_HPK: Tensor, values_HPK: Tensor, base: str)
     return paired
 
 
-def _difference(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def _difference(read: Tensor, wanted: Tensor) -> float:
+    return float((read - wanted).norm() / wanted.norm())

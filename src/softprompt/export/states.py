@@ -27,7 +27,7 @@ from softprompt.store.digest import digest_of
 
 
 def save_kv(lm: FrozenLM, prompt: Prompt, folder: str | Path) -> Path:
-    """Write a prompt's keys and values into `folder`, as export.kv_file says. Gives the file.
+    """Writes a prompt's keys and values into `folder`, as export.kv_file says. Gives the file.
 
     Raises PromptError for a prompt whose vectors come behind text of the row, WrongBase, SaveError."""
     compiled = compile_prompt(lm, prompt)
@@ -38,7 +38,7 @@ def save_kv(lm: FrozenLM, prompt: Prompt, folder: str | Path) -> Path:
 
 
 def save_slot(lm: FrozenLM, prompt: Prompt, folder: str | Path, server: str) -> Path:
-    """Write a prompt as a slot file of the llama-server at `server`, whose --slot-save-path `folder` is. Gives the file.
+    """Writes a prompt as a slot file of the llama-server at `server`, whose --slot-save-path `folder` is. Gives the file.
 
     One of the server's slots is used for a moment. Raises PromptError as `save_kv` does and for a server that does not save
     slots, WrongBase for one with another base, SaveError."""
@@ -104,7 +104,7 @@ def _post(url: str, body: dict[str, Any]) -> bytes:
 
 
 def demand_in_front(compiled: CompiledPrompt, prompt: Prompt) -> None:
-    """Raise PromptError unless all vectors come before a row's own text: then they are in the compiled state."""
+    """Raises PromptError unless all vectors come before a row's own text: then they are in the compiled state."""
     held = sum(mark < 0 for mark in compiled.state.marks)
     if held != prompt.length:
         raise PromptError(

@@ -77,8 +77,10 @@ def learning_curves(validation: Sequence[Series], training: Sequence[Series]) ->
     ):
         smooth = given is training
         drawn = [
-            charts.Line(one.arm, smoothed(one.points, 0.1) if smooth else one.points, faint=one.seed > 0)
-            for one in sorted(given, key=lambda series: -series.seed)
+            charts.Line(
+                series.arm, smoothed(series.points, 0.1) if smooth else series.points, faint=series.seed > 0
+            )
+            for series in sorted(given, key=lambda series: -series.seed)
         ]
         svg = charts.lines(drawn, title=title, x_axis="step", y_axis="nats per trained token")
         if svg:

@@ -1,4 +1,4 @@
-"""What a client has had of a streamed answer, so that another engine can go on with it: nothing twice, nothing left out.
+"""The part of a streamed answer that a client has, so that another engine can continue: nothing twice, nothing left out.
 
 An engine that goes on sends the answer from its beginning. What the client has had already is compared and left out; where
 it differs the stream must not go on, since its two halves would belong to two answers.
@@ -53,22 +53,22 @@ class _Choice:
     ids_read: int = 0
 
     def new_text(self, piece: str) -> str:
-        """What of the engine's next piece is new."""
-        known = self.text[self.read : self.read + len(piece)]
-        if piece[: len(known)] != known:
+        """The new part of the engine's next piece."""
+        expected = self.text[self.read : self.read + len(piece)]
+        if piece[: len(expected)] != expected:
             raise Differs
         self.read += len(piece)
-        self.text += piece[len(known) :]
-        return piece[len(known) :]
+        self.text += piece[len(expected) :]
+        return piece[len(expected) :]
 
     def new_ids(self, ids: list[int]) -> list[int]:
-        """What of the engine's next tokens is new."""
-        known = self.ids[self.ids_read : self.ids_read + len(ids)]
-        if ids[: len(known)] != known:
+        """The new part of the engine's next tokens."""
+        expected = self.ids[self.ids_read : self.ids_read + len(ids)]
+        if ids[: len(expected)] != expected:
             raise Differs
         self.ids_read += len(ids)
-        self.ids += ids[len(known) :]
-        return ids[len(known) :]
+        self.ids += ids[len(expected) :]
+        return ids[len(expected) :]
 
     def finish(self) -> bool:
         """The choice ends; says whether that is new. A shorter answer than the client has had is another one."""
@@ -118,8 +118,8 @@ class FollowedChoices:
             yield sse(record)
             return
         for choice in record["choices"]:
-            known = self.choices[choice["index"]]
-            ids = known.new_ids(choice.pop("token_ids", []))
+            followed = self.choices[choice["index"]]
+            ids = followed.new_ids(choice.pop("token_ids", []))
             if self.tells_ids:
                 choice["token_ids"] = ids
             is_end = choice["finish_reason"] is not None
@@ -127,14 +127,14 @@ class FollowedChoices:
             words = choice if delta is None else delta
             key = "text" if delta is None else "content"
             if delta is not None and "role" in delta:
-                if known.has_role:
+                if followed.has_role:
                     continue
-                known.has_role = True
+                followed.has_role = True
             elif is_end:
-                if not known.finish():
+                if not followed.finish():
                     continue
             else:
-                words[key] = known.new_text(words[key])
+                words[key] = followed.new_text(words[key])
                 if not words[key] and not (self.tells_ids and ids):
                     continue
             yield sse({**record, "choices": [choice]})

@@ -119,12 +119,12 @@ class Gateway:
         return [model for name in names if (model := self.find(name)) is not None]
 
     def find(self, name: str) -> Model | None:
-        """What a name means now: engines that look at one library in turn may differ for a moment after a switch."""
-        known = [peer.models[name] for peer in self._ready() if name in peer.models]
-        if not known:
+        """The prompt that a name means now: engines that watch one library may differ for a moment after a switch."""
+        digests = [peer.models[name] for peer in self._ready() if name in peer.models]
+        if not digests:
             return None
-        most = Tally(model.digest for model in known).most_common(1)[0][0]
-        return next(model for model in known if model.digest == most)
+        most = Tally(model.digest for model in digests).most_common(1)[0][0]
+        return next(model for model in digests if model.digest == most)
 
     def _ready(self) -> list[Peer]:
         return [peer for peer in self.peers if peer.is_ready]
@@ -234,8 +234,8 @@ class Gateway:
             "The engine failed in the middle of the answer. Send the request again.", "engine_failed"
         )
         if asked.path == RESPONSES:
-            told = {name: problem.get(name) for name in ("code", "message", "param")}
-            yield sse({"type": "error", "sequence_number": 1_000_000, **told}, "error")
+            detail = {name: problem.get(name) for name in ("code", "message", "param")}
+            yield sse({"type": "error", "sequence_number": 1_000_000, **detail}, "error")
         else:
             yield sse({"error": problem})
 
@@ -262,7 +262,7 @@ class Gateway:
 
 @dataclass
 class _Tries:
-    """What became of a request so far."""
+    """The attempts at a request so far."""
 
     refusal: Whole | None = None  # the last answer that another engine may better
     broken: bool = False  # whether an engine of this round may come back
@@ -270,7 +270,7 @@ class _Tries:
     like: str | None = None  # the sort of engine that has to go on
 
     def last(self) -> Whole:
-        """What the client gets where no engine gave an answer."""
+        """The response to a client if no engine gave an answer."""
         if self.refusal is not None and self.refusal.status not in (502, 503, 504):
             return self.refusal
         refused = Refused(503, str(_unavailable()["error"]["message"]), "server_error", "no_engine")
@@ -473,7 +473,7 @@ def _renamed(body: dict[str, Any], there: Any) -> dict[str, Any]:
 
 
 def _choices(body: dict[str, Any]) -> int:
-    """How many answers a body asks for; 1 where it is not well formed, of which the engine will speak."""
+    """The number of answers that a body asks for; 1 for a body that is not well formed, which the engine will refuse."""
     prompts, samples, columns = body.get("prompt"), body.get("n"), body.get("columns")
     if isinstance(columns, list):
         return max(1, len(columns))
@@ -484,7 +484,7 @@ def _choices(body: dict[str, Any]) -> int:
 
 
 def _followed(asked: Asked, choices: int) -> Followed | None:
-    """How the stream that is asked for is followed; None where no stream is."""
+    """The way in which the requested stream is followed; None without a stream."""
     body, model = asked.body, str(asked.body.get("model"))
     if asked.path == COMPARE:
         return FollowedColumns(choices)
@@ -505,9 +505,9 @@ def _response(gateway: Gateway, asked: Asked, answer: Whole) -> Response:
 
 
 def _told_headers(answer: Whole) -> dict[str, str]:
-    """What of an engine's headers a client is told."""
-    told = ("x-softprompt-digest", "x-softprompt-ignored", "retry-after", "retry-after-ms")
-    return {name: answer.headers[name] for name in told if name in answer.headers}
+    """The engine's headers that a client gets."""
+    passed_on = ("x-softprompt-digest", "x-softprompt-ignored", "retry-after", "retry-after-ms")
+    return {name: answer.headers[name] for name in passed_on if name in answer.headers}
 
 
 def _digest(answer: Whole) -> str | None:

@@ -1,4 +1,4 @@
-"""Which positions of a request come from a prompt's file of keys and values, and which of a paged cache's slots they take.
+"""The positions of a request that come from a prompt's file of keys and values, and the slots of a paged cache they take.
 
 No vLLM here: vllm_connector puts it to work. Nothing that a request holds may raise in the scheduler, since that would end the
 engine with everybody's requests: a request that cannot be served is planned as a load that fails, and fails alone.
@@ -41,7 +41,7 @@ class Load:
 
 @dataclass
 class Plan:
-    """How many of a request's first positions come from a file; `fault` says why the request cannot be served."""
+    """The number of a request's first positions that come from a file; `fault` says why the request cannot be served."""
 
     digest: str
     positions: int
@@ -93,7 +93,7 @@ class Scheduling:
     def plan(
         self, params: Mapping[str, Any] | None, token_ids: Sequence[int] | None, salt: str | None
     ) -> Plan | None:
-        """What a request's parameters mean; None where they name no prompt. Never raises."""
+        """The meaning of a request's parameters; None if they name no prompt. Never raises."""
         if not isinstance(params, Mapping) or PARAMETER not in params:
             return None
         digest, positions = params.get(PARAMETER), params.get(POSITIONS)
@@ -119,7 +119,7 @@ class Scheduling:
         return Plan(digest, positions)
 
     def header(self, digest: str) -> KvHeader:
-        """What the file of a digest holds; the last MAX_HEADERS are kept. Raises PromptError."""
+        """The description of a digest's file; the last MAX_HEADERS are kept. Raises PromptError."""
         path = file_of(self.folder, digest)
         try:
             status = path.stat()

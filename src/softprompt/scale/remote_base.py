@@ -19,7 +19,7 @@ from softprompt.prompt.soft_prompt import Fingerprint, Prompt
 
 
 def remote_base(outline: Outline, dtype: str) -> FrozenLM:
-    """What a server asks of a base, for one that runs elsewhere: it has no weights, and whatever computes fails."""
+    """A stand-in for a base that runs elsewhere, as a server uses it: it has no weights, and whatever computes fails."""
     config = outline.config
     base: Any = SimpleNamespace(
         name=outline.name,

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 class RemoteEngine(ABC):
-    """What engines of others have in common; a subclass says how tokens are had from one kind of them."""
+    """The common part of other projects' engines; a subclass says how one kind of them gives tokens."""
 
     kind: str
 
@@ -104,11 +104,11 @@ class RemoteEngine(ABC):
         await self.client.aclose()
 
     def load(self, prompt: Prompt, digest: str) -> None:
-        """Let requests name a prompt. Raises PromptError where its file is missing, or not of this base."""
+        """Lets requests name a prompt. Raises PromptError where its file is missing, or not of this base."""
         self._prompts[digest] = laid_out_only(self.lm, prompt, self.marks_of(digest), self._fingerprint)
 
     def unload(self, digest: str) -> None:
-        """Hold a prompt no longer; requests that have arrived keep it."""
+        """Holds a prompt no longer; requests that have arrived keep it."""
         self._prompts.pop(digest, None)
 
     async def submit(self, work: Work) -> AsyncIterator[Answer]:
@@ -151,7 +151,7 @@ class RemoteEngine(ABC):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def cancel(self, work: Work) -> None:
-        """End a work that was submitted; its stream ends with what there is."""
+        """Ends a work that was submitted; its stream ends with what there is."""
         task = self._running.get(id(work))
         if task is not None:
             task.cancel()
@@ -171,7 +171,7 @@ class RemoteEngine(ABC):
         )
 
     def room(self) -> Room:
-        """What it can take now: its own queue has no limit that is known here."""
+        """The room for requests now: its own queue has no limit that is known here."""
         return Room(rows=1_000_000, requests=1_000_000)
 
     def health(self) -> dict[str, int]:
@@ -196,7 +196,7 @@ class RemoteEngine(ABC):
         ]
 
     def _demand_possible(self, work: Work) -> None:
-        """Raise MissingExtra for what this engine would do differently, or not at all."""
+        """Raises MissingExtra for what this engine would do differently, or not at all."""
         settings = work.settings
         reason = (
             "log-probabilities"
@@ -224,7 +224,7 @@ class RemoteEngine(ABC):
             pieces.append,
             ending=row.ending.text,
         )
-        told, reason = 0, "length"
+        sent, reason = 0, "length"
         for token in row.begun:
             text.add(token)
         source = self.tokens(digest, row)
@@ -233,8 +233,8 @@ class RemoteEngine(ABC):
                 row.token_ids.append(token)
                 is_end = token in row.ending.ids or text.add(token)
                 if pieces:
-                    yield Piece(row.sample, "".join(pieces), tuple(row.token_ids[told:]))
-                    told = len(row.token_ids)
+                    yield Piece(row.sample, "".join(pieces), tuple(row.token_ids[sent:]))
+                    sent = len(row.token_ids)
                     pieces.clear()
                 if is_end:
                     reason = "stop"
@@ -245,7 +245,7 @@ class RemoteEngine(ABC):
             await source.aclose()
         row.text = text.finish()
         if pieces:
-            yield Piece(row.sample, "".join(pieces), tuple(row.token_ids[told:]))
+            yield Piece(row.sample, "".join(pieces), tuple(row.token_ids[sent:]))
         yield self._finished(row, reason)
 
     def _finished(self, row: Request, reason: str) -> Finished:
@@ -273,7 +273,7 @@ def sample_seed(row: Request) -> int:
 
 
 def refuse_vectors(row: Request) -> None:
-    """Raise PromptError for a row that has vectors behind the positions that an engine loads."""
+    """Raises PromptError for a row that has vectors behind the positions that an engine loads."""
     if any(mark < 0 for mark in row.given[row.row.state.length :]):
         raise PromptError(
             "This text joins with the prompt's own, so that its vectors would have to be computed. Change its start."

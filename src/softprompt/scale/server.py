@@ -42,11 +42,11 @@ class GatewayServer:
         self.listener = Listener(self.app, settings.host, settings.port, self.drain)
 
     def run(self) -> None:
-        """Serve until SIGINT or SIGTERM; running answers are finished first. Raises SaveError where the port is taken."""
+        """Serves until SIGINT or SIGTERM; running answers are finished first. Raises SaveError where the port is taken."""
         self.listener.listen()
 
     def drain(self) -> None:
-        """Take nothing new, and give what runs the grace to end."""
+        """Takes nothing new, and gives what runs the grace to end."""
         self.app.state.ready["ready"] = False
         deadline = time.monotonic() + self.settings.grace_seconds
         while any(peer.running for peer in self.gateway.peers) and time.monotonic() < deadline:
@@ -56,7 +56,7 @@ class GatewayServer:
 def make_gateway(
     settings: ServeSettings, front: GatewaySettings, prompts: Sequence[Path] = ()
 ) -> GatewayServer:
-    """Put a gateway together. Raises RecipeError for an engine's address that is none, and what loading raises."""
+    """Puts a gateway together. Raises RecipeError for an engine's address that is none, and what loading raises."""
     places = addresses(front.engine)
     key = os.environ.get(KEY_VARIABLE)
     peers: list[Peer] = []
@@ -127,7 +127,7 @@ def addresses(engines: Sequence[str]) -> list[tuple[str, str]]:
                 f"--engine {engine}: wanted http://HOST:PORT of another `softprompt serve`, {', '.join(f'{kind}=http://HOST:PORT' for kind in ENGINES)}; "
                 "several with commas between them."
             )
-        if url in (known for _, known in places):
+        if url in (address for _, address in places):
             raise RecipeError(f"--engine {engine}: is given twice. Give each engine once.")
         places.append((kind, url))
     return places

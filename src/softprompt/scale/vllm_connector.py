@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class SoftPromptMetadata(KVConnectorMetadata):  # type: ignore[misc]
-    """What the workers load before the coming step."""
+    """The files that the workers load before the coming step."""
 
     loads: list[Load] = field(default_factory=list)
 
@@ -77,7 +77,7 @@ class SoftPromptConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # The scheduler's side: nothing here may raise.
 
     def on_new_request(self, request: Any) -> None:
-        """Take back the wish for the prompt's own log-probabilities, which makes vLLM compute placeholders as if they were
+        """Takes back the wish for the prompt's own log-probabilities, which makes vLLM compute placeholders as if they were
         text, and keep what comes of it for requests that are right. Such a request ends without them."""
         if not _params(request):
             return
@@ -118,7 +118,7 @@ class SoftPromptConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # The workers' side.
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Write keys and values into the cache, layer by layer, through the attention backend's own update: whatever
+        """Writes keys and values into the cache, layer by layer, through the attention backend's own update: whatever
         layout it has. What cannot be loaded is reported, so that its requests fail."""
         metadata = self._get_connector_metadata()
         for load in metadata.loads:
@@ -170,7 +170,7 @@ def _params(request: Any) -> dict[str, Any] | None:
 
 
 def demand_plain_attention(vllm_config: Any, kv_cache_config: Any) -> None:
-    """Raise ValueError for a model whose cache is more than keys and values of all positions in every layer."""
+    """Raises ValueError for a model whose cache is more than keys and values of all positions in every layer."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     transfer = vllm_config.kv_transfer_config

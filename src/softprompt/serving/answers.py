@@ -118,7 +118,7 @@ class Choices:
                         words["token_ids"] = list(answer.token_ids[shown[index] :])
                     yield self._event(shape, index, words, reason(answer), self._logprobs(answer, index))
         except Exception as error:  # the status has been sent; an error can only be an event
-            yield sse(_told(error, self.lm))
+            yield sse(_refusal_body(error, self.lm))
             return
         options = self.body.stream_options
         if options is not None and options.include_usage:
@@ -158,7 +158,7 @@ class Choices:
 
     @property
     def _top(self) -> int | None:
-        """How many likeliest tokens are wanted beside each; None where no log-probabilities are."""
+        """The number of likeliest tokens that are wanted beside each; None without log-probabilities."""
         if isinstance(self.body, wire.ChatBody):
             return (self.body.top_logprobs or 0) if self.body.logprobs else None
         return self.body.logprobs
@@ -227,8 +227,8 @@ class ResponseShape:
                 yield event("response.output_item.done", output_index=0, item=message)
                 yield event(f"response.{response['status']}", response=response)
         except Exception as error:  # the status has been sent; an error can only be an event
-            told = _told(error, self.lm)["error"]
-            yield event("error", code=told["code"], message=told["message"], param=told["param"])
+            refusal = _refusal_body(error, self.lm)["error"]
+            yield event("error", code=refusal["code"], message=refusal["message"], param=refusal["param"])
 
     def _message(self, status: str) -> dict[str, Any]:
         return {"id": self.message_id, "type": "message", "role": "assistant", "status": status}
@@ -286,7 +286,7 @@ async def columns(
                 counted = wire.usage(answer.input_tokens, answer.virtual_tokens, len(answer.token_ids))
                 yield sse({"column": column, "finish_reason": reason(answer), "usage": counted})
             case error:
-                yield sse({"column": column, **_told(error, lm)})
+                yield sse({"column": column, **_refusal_body(error, lm)})
     yield b"data: [DONE]\n\n"
 
 
@@ -294,7 +294,7 @@ def _part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
-def _told(error: Exception, lm: FrozenLM) -> dict[str, Any]:
+def _refusal_body(error: Exception, lm: FrozenLM) -> dict[str, Any]:
     if not isinstance(error, SoftPromptError | Refused):
         log.error("An answer failed while it was streamed.", exc_info=error)
     return as_refusal(error, lm.name).body

@@ -1,4 +1,4 @@
-"""What a server needs of an engine: prompts by digest, requests as streams of answers, scores, room and health.
+"""The interface of an engine: prompts by digest, requests as streams of answers, scores, room and health.
 
 An Engine is a protocol, so that other engines can take the place of `local_engine.LocalEngine`. Whatever the engine, an
 answer is the one that its request gets alone, whatever joins, leaves or is cancelled beside it.
@@ -82,7 +82,7 @@ Answer: TypeAlias = Piece | Finished
 
 @dataclass(frozen=True)
 class Room:
-    """What an engine can take now: `rows` that could run at once, `requests` before its queue is full, and `bytes` of
+    """The room of an engine now: `rows` that could run at once, `requests` before its queue is full, and `bytes` of
     keys and values (None: no limit)."""
 
     rows: int
@@ -134,7 +134,7 @@ class Engine(Protocol):
         continuation, every token of the input itself. Raises as `submit` does."""
 
     def room(self) -> Room:
-        """What it can take now."""
+        """The room for requests now."""
 
     def health(self) -> dict[str, int]:
         """Whether it works (`alive`), rows running and waiting, and bytes of their keys and values (`kv_bytes`)."""

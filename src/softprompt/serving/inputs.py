@@ -107,12 +107,12 @@ def steering(body: wire.Decoding, given: Input, grammars: Grammars) -> Steer | N
         )
     if body.choice:
         labels = tuple(body.choice)
-        known: list[Choice] = []  # laid out once for all samples, since it keeps nothing of a row
+        compiled_choices: list[Choice] = []  # laid out once for all samples, since it keeps nothing of a row
 
         def choose(lm: FrozenLM, prompt: CompiledPrompt) -> Choice:
-            if not known:
-                known.append(choice_of(lm, prompt, given, labels))
-            return known[0]
+            if not compiled_choices:
+                compiled_choices.append(choice_of(lm, prompt, given, labels))
+            return compiled_choices[0]
 
         makers.append(choose)
     grammar = None

@@ -104,7 +104,7 @@ class Keys:
         return cls(keys, Path(path))
 
     def demand_caller(self, authorization: str | None) -> Caller:
-        """Who a header stands for. Raises Refused (401) where the key is missing or wrong."""
+        """The caller that a header belongs to. Raises Refused (401) where the key is missing or wrong."""
         caller = self.caller(authorization)
         if caller is None:
             raise Refused(

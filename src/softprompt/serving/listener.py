@@ -29,7 +29,7 @@ class Listener(uvicorn.Server):
         self._is_draining = False
 
     def listen(self) -> None:
-        """Serve until SIGINT or SIGTERM. Raises SaveError where the port is taken."""
+        """Serves until SIGINT or SIGTERM. Raises SaveError where the port is taken."""
         try:
             self.run()
         except SystemExit as error:  # uvicorn's way to say that it cannot listen

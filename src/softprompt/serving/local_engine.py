@@ -142,7 +142,7 @@ class LocalEngine:
         return self._waiting.is_idle and not (self._reading or self._tickets or len(self._lanes))
 
     def room(self) -> Room:
-        """What it can take now; see Engine."""
+        """The room for requests now; see Engine."""
         left = None if self.memory_bytes is None else max(0, self.memory_bytes - self._lanes.bytes)
         rows = max(0, self.max_rows - len(self._running))
         return Room(rows, max(0, self.max_waiting - len(self._waiting)), left)
@@ -516,12 +516,12 @@ def _finished(row: Request) -> Finished:
 
 
 def _teller(ticket: Ticket, row: Request) -> Callable[[str], None]:
-    told = 0
+    sent = 0
 
     def tell(text: str) -> None:
-        nonlocal told
-        ids = tuple(row.token_ids[told:])
-        told += len(ids)
+        nonlocal sent
+        ids = tuple(row.token_ids[sent:])
+        sent += len(ids)
         ticket.tell(Piece(row.sample, text, ids))
 
     return tell

@@ -93,7 +93,7 @@ def shown_name(base: str) -> str:
 
 
 def answer_errors(app: FastAPI, refused: Callable[[Refused], None], base: str) -> None:
-    """Answer every error of an application in OpenAI's shape; each of them is told to `refused`."""
+    """Answers every error of an application in OpenAI's shape; each of them is told to `refused`."""
 
     def answered(error: Refused) -> Response:
         refused(error)

@@ -1,4 +1,4 @@
-"""What all routes share: who asks, what a model's name means for them, and how their works are answered."""
+"""Common parts of all routes: the caller, the meaning of a model's name for them, and how their works are answered."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Service:
         self.is_ready = True  # not while the server ends
 
     def caller_of(self, request: Request) -> Caller:
-        """Who asks. Raises Refused for a key that is missing or not known."""
+        """The caller. Raises Refused for a key that is missing or not known."""
         return self.keys.demand_caller(request.headers.get("authorization"))
 
     def demand_admin(self, request: Request) -> None:
@@ -46,14 +46,14 @@ class Service:
             raise Refused(403, "This needs a key with admin: true.", code="not_allowed")
 
     def served_by(self, name: str, caller: Caller) -> Served:
-        """What a model's name means for a caller. Raises Refused where it does not exist for them."""
+        """The prompt or base that a model's name means for a caller. Raises Refused if it does not exist for them."""
         served = self.catalogue.find(name)
         if served is None or not caller.may_use(name):
             raise no_such_model(name)
         return served
 
     def asked_by(self, body: wire.Decoding, request: Request) -> tuple[Caller, Served]:
-        """Who asks for which model. Raises Refused, also for fields that are not known where the server is strict."""
+        """The caller and the model. Raises Refused, also for fields that are not known where the server is strict."""
         caller = self.caller_of(request)
         served = self.served_by(body.model, caller)
         self.demand_known(body)
@@ -132,7 +132,7 @@ class Service:
 
 
 def ending(lease: Lease | None) -> Callable[[], Coroutine[Any, Any, Any]]:
-    """What gives a lease back when an answer has ended."""
+    """A function that gives a lease back when an answer has ended."""
 
     async def end() -> None:
         if lease is not None:

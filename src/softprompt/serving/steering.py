@@ -95,7 +95,7 @@ class Choice:
         return node
 
     def _nodes(self, node: dict[int, Any]) -> list[dict[int, Any]]:
-        return [node, *(found for child in node.values() for found in self._nodes(child))]
+        return [node, *(inner for child in node.values() for inner in self._nodes(child))]
 
     @staticmethod
     def _is_inner_end(node: dict[int, Any]) -> bool:

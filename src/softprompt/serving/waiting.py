@@ -39,7 +39,7 @@ class Ticket:
 
     @property
     def _keys(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What its rows are counted under: their owner, and their owner's prompt."""
+        """The keys that its rows are counted under: their owner, and their owner's prompt."""
         return (self.work.owner,), (self.work.owner, self.work.digest or "")
 
 

@@ -1,4 +1,4 @@
-"""How a setting is declared: once, as a field of a Section, with its help, its flag and its limits. No torch here."""
+"""Declaring settings: each one once, as a field of a Section, with its help, its flag and its limits. No torch here."""
 
 from __future__ import annotations
 

@@ -100,14 +100,14 @@ def load_prompt(folder: str | Path, *, base: Fingerprint | None = None) -> Promp
     (`hf://owner/name@revision`); store/references.py lists them. What lies elsewhere is copied here first.
 
     Raises PromptError (no such prompt, or a kind that is not one), DamagedPrompt, or WrongBase."""
-    place = located(folder)
-    prompt = _undisturbed(place.folder, lambda: _read(place.folder))
-    if place.digest is not None and digest_of(prompt) != place.digest:
+    source = located(folder)
+    prompt = _undisturbed(source.folder, lambda: _read(source.folder))
+    if source.digest is not None and digest_of(prompt) != source.digest:
         raise DamagedPrompt(
             f"{folder}: is not the prompt that was published under this name. Publish it again as a new version."
         )
-    if place.name is not None:
-        prompt = replace(prompt, name=place.name)
+    if source.name is not None:
+        prompt = replace(prompt, name=source.name)
     if base is not None:
         prompt.base.demand(base, str(folder))
     return prompt

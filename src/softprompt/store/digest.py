@@ -9,7 +9,7 @@ from softprompt.prompt.soft_prompt import Prompt
 
 
 def digest_of(prompt: Prompt) -> str:
-    """What tells a prompt from any other: its numbers, template, target and base."""
+    """A prompt's digest, over its numbers, template, target and base."""
     about = [prompt.kind, prompt.template, prompt.target, prompt.base.sha256]
     about += ["special_tokens"] if prompt.special_tokens else []
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())

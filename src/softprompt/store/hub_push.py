@@ -26,15 +26,15 @@ def push(prompt: Prompt, reference: str, *, private: bool = False) -> str:
     repository, _, branch = name.partition("@")
     api = HfApi()
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / repository.rpartition("/")[2]
-        save_prompt(shareable(prompt), place)
+        target = Path(folder) / repository.rpartition("/")[2]
+        save_prompt(shareable(prompt), target)
         try:
             api.create_repo(repository, private=private, exist_ok=True)
             if branch:
                 api.create_branch(repository, branch=branch, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repository,
-                folder_path=place,
+                folder_path=target,
                 revision=branch or None,
                 commit_message=f"Prompt {prompt.name}",
                 allow_patterns=["softprompt.json", "adapter_*", "README.md"],

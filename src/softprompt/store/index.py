@@ -23,7 +23,7 @@ class Version(BaseModel):
 
 
 class Name(BaseModel):
-    """What a name means: `current`, and before that `former`."""
+    """The versions that a name means: `current`, and before that `former`."""
 
     model_config = ConfigDict(extra="ignore")
     current: int

@@ -167,10 +167,10 @@ class Library:
             self.shelf.add(Path(folder) / str(version), f"{name}/{version}")
 
     def _entries(self, index: Index) -> Iterator[Entry]:
-        for name, known in sorted(index.names.items()):
-            for version, facts in sorted(known.versions.items()):
+        for name, current_name in sorted(index.names.items()):
+            for version, facts in sorted(current_name.versions.items()):
                 path = f"{self.path}/{name}/{version}"
-                is_current = version == known.current
+                is_current = version == current_name.current
                 yield Entry(
                     name, version, path, **facts.model_dump(), is_current=is_current, shelf=self.shelf
                 )

@@ -24,7 +24,7 @@ DEEP = {"PREFIX_TUNING", "CARTRIDGE"}
 
 @dataclass(frozen=True)
 class PlainReading:
-    """What training saw of a program that gets a row under `template` as plain text, kept in a prompt's notes.
+    """Training as seen by a program that gets a row under `template` as plain text; kept in a prompt's notes.
 
     `same_text`: its tokenizer gives the ids that were trained. `same_end`: the base's own generate stops at the token that
     answers end with."""

@@ -1,4 +1,4 @@
-"""What may stand for a prompt wherever one is read: a folder, a name in a library, an address, or an id of the hub.
+"""References to a prompt, wherever one is read: a folder, a name in a library, an address, or an id of the hub.
 
 runs/support               a folder
 library/support            the version that the name means now in the library `library`

@@ -1,4 +1,4 @@
-"""Where a library lies: a folder, or an address that fsspec knows (s3://, gs://, memory://, ...).
+"""Locations of a library: a folder, or an address that fsspec knows (s3://, gs://, memory://, ...).
 
 A folder of a version is never changed, and an index is replaced as a whole, so a reader sees the former state or the new one.
 What lies elsewhere is copied into a cache on this machine, under its digest.
@@ -78,15 +78,15 @@ class LocalShelf:
             raise SaveError(f"{self.path / INDEX}: cannot be written ({error.strerror}).") from error
 
     def add(self, folder: Path, version: str) -> None:
-        place = self.path / version
-        draft = place.parent / f".{place.name}.{os.getpid()}.draft"
+        version_folder = self.path / version
+        draft = version_folder.parent / f".{version_folder.name}.{os.getpid()}.draft"
         try:
             shutil.rmtree(draft, ignore_errors=True)
             shutil.copytree(folder, draft)
-            os.replace(draft, place)
+            os.replace(draft, version_folder)
         except OSError as error:
             raise SaveError(
-                f"{place}: cannot be written ({error.strerror or error}). Nothing was published."
+                f"{version_folder}: cannot be written ({error.strerror or error}). Nothing was published."
             ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -171,9 +171,9 @@ def copied(url: str, digest: str) -> Path:
 
     The caller compares the digest, so that a cache that was tampered with is found too."""
     cache = Path(platformdirs.user_cache_dir("softprompt")) / "prompts"
-    place = cache / digest
-    if place.is_dir():
-        return place
+    copy_folder = cache / digest
+    if copy_folder.is_dir():
+        return copy_folder
     files, root = _opened(url)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -186,14 +186,14 @@ def copied(url: str, digest: str) -> Path:
             whole = Path(draft).with_name(f"{Path(draft).name}.whole")
             shutil.copytree(draft, whole)
         try:
-            os.replace(whole, place)
+            os.replace(whole, copy_folder)
         except OSError:  # another process was faster
             shutil.rmtree(whole, ignore_errors=True)
     except PromptError:
         raise
     except Exception as error:
         raise PromptError(f"{url}: cannot be read ({error}). Check the address.") from error
-    return place
+    return copy_folder
 
 
 def _opened(url: str) -> tuple[Any, str]:

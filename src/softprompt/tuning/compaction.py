@@ -132,7 +132,7 @@ class _Heard:
         return both[..., :-1], both[..., -1:]
 
     def output(self, keys_HPK: Tensor, values_HPK: Tensor, some: Tensor | slice = slice(None)) -> Tensor:
-        """What attention gives `some` queries over a prefix and the text's own, [H, n, K]."""
+        """The output of attention for `some` queries over a prefix and the text's own, [H, n, K]."""
         weights_HnP, own_Hn1 = self.weights(keys_HPK, some)
         return weights_HnP @ values_HPK + own_Hn1 * self.own_output_HNK[:, some]
 
@@ -268,7 +268,7 @@ def _read(lm: FrozenLM, prefix: State, rows: Sequence[Sequence[int]]) -> list[li
 def _heard_by_itself(
     query_HGSK: Tensor, keys_HSK: Tensor, values_HSK: Tensor, slopes_HG: Tensor | None
 ) -> _Heard:
-    """What a text's queries give over its own keys alone; the prefix's part is added for any prefix later."""
+    """The part of the output that a text's queries get over its own keys; the prefix's part is added for any prefix later."""
     scores_HGSS = torch.einsum("hgsk,htk->hgst", query_HGSK, keys_HSK)
     slopes_HN = None
     if slopes_HG is not None:

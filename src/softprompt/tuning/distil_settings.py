@@ -127,9 +127,9 @@ class DistilSettings(BaseSettings):
             name for name in ("document", "instruction", "shots") if getattr(self.context, name) is not None
         ]
         if len(given) != 1:
-            found = " and ".join(given) or "nothing"
+            given_words = " and ".join(given) or "nothing"
             raise ValueError(
-                f"found {found}, wanted one long text. Give --context FILE, --instruction TEXT or FILE, or --shots N."
+                f"found {given_words}, wanted one long text. Give --context FILE, --instruction TEXT or FILE, or --shots N."
             )
         if self.context.shots is not None and (self.data.target is None or self.data.source is None):
             raise ValueError("shots needs labelled rows. Give --data and --target.")

@@ -1,4 +1,4 @@
-"""What a distillation is given: the long text, in parts where it is longer than the base reads, the template around a
+"""The input of a distillation: the long text, in parts where it is longer than the base reads, the template around a
 question, and the questions."""
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Source:
 
 
 def read_source(settings: DistilSettings, lm: FrozenLM, on_event: Callable[[Event], None]) -> Source:
-    """Read what `settings` names; without questions, the base writes them. Raises DataError."""
+    """Reads what `settings` names; without questions, the base writes them. Raises DataError."""
     shots = settings.context.shots
     if shots is not None:
         layout, splits = _questions(settings, lm, (), on_event)
@@ -113,11 +113,11 @@ def _written_questions(
     """Questions by the base about every part, numbered so that each falls to the teacher of its part."""
     data, questions = settings.data, list[Example]()
     empty = repeated = 0
-    for place, text in enumerate(texts):
+    for index, text in enumerate(texts):
         written = write_questions(lm, text, math.ceil(data.written / len(texts)), seed=data.seed)
         empty, repeated = empty + written.empty, repeated + written.repeated
         questions += [
-            replace(question, row=len(texts) * n + place) for n, question in enumerate(written.questions)
+            replace(question, row=len(texts) * n + index) for n, question in enumerate(written.questions)
         ]
     on_event(
         Note(

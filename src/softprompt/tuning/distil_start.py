@@ -1,4 +1,4 @@
-"""Where a short prompt starts: out of the context's own keys and values, whose first position never moves."""
+"""Starting points of a short prompt: the context's own keys and values, whose first position never moves."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class FixedFirst(Form):
 def context_start(settings: DistilSettings, teacher: Teachers, lessons: Sequence[Lesson]) -> Plain:
     """Keys and values that a deep prompt starts from, out of the context's own."""
     starts, offset = [], 0
-    for place, part in enumerate(teacher.parts):
+    for index, part in enumerate(teacher.parts):
         # Every part gets its share of the positions; its keys are turned to their positions among the others.
-        length = settings.distil.length * (place + 1) // len(teacher.parts) - offset
+        length = settings.distil.length * (index + 1) // len(teacher.parts) - offset
         own = [lesson for lesson in lessons if teacher.of(lesson.question) is part]
         starts.append(moved(teacher.lm, _part_start(settings, part, own, length), offset))
         offset += length

@@ -1,4 +1,4 @@
-"""What the bare base says of general text, kept while a task is learned: a pull towards its predictions there.
+"""Keeping the bare base's behaviour on general text while a task is learned: a pull towards its predictions there.
 
 A prompt that was learned for one task changes what the base predicts of any text behind it. The KL divergence from the
 bare base on general text, added to the task's loss, holds that down (as the penalty of RLHF does: Ziegler et al. 2019).
@@ -106,5 +106,5 @@ def _ids(lm: FrozenLM, text: str) -> list[int]:
 
 @torch.no_grad()
 def _targets(lm: FrozenLM, fast: FastLoss, row: Encoded) -> SoftTargets:
-    """What the bare base finds likely at every trained token of a passage."""
+    """The bare base's probabilities at every trained token of a passage."""
     return SoftTargets.of(lm.logits(fast.hidden(collate([row]), None)), TOP_K)

@@ -1,4 +1,4 @@
-"""How near a short prompt comes to its long text: the same answers, right answers, and the time that it saves."""
+"""Nearness of a short prompt to its long text: the same answers, right answers, and the time that it saves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def agreements(
     shares = []
     for compiled in (compile_prompt(teacher.lm, prompt), bare):
         answers = [
-            found.token_ids for found in generate(teacher.lm, questions, compiled, decode, progress=False)
+            generation.token_ids
+            for generation in generate(teacher.lm, questions, compiled, decode, progress=False)
         ]
         shares.append(sum(a == b for a, b in zip(answers, wanted, strict=True)) / len(wanted))
     return shares[0], shares[1]
@@ -59,12 +60,12 @@ def milliseconds_saved(teacher: Teachers, prompt: Prompt) -> float:
     """The time by which a request that reads everything from the start can begin to answer earlier: the median of three."""
     times: list[list[float]] = [[], []]
     for _ in range(3):
-        for place, length in enumerate((teacher.context_positions, prompt.length)):
+        for index, length in enumerate((teacher.context_positions, prompt.length)):
             marks = tuple(1 % teacher.lm.vocab_size for _ in range(length))
             started = time.perf_counter()
             with torch.inference_mode():
                 prefill(teacher.lm, [PrefillRow(EMPTY, marks)])
-            times[place].append(1000 * (time.perf_counter() - started))
+            times[index].append(1000 * (time.perf_counter() - started))
     return statistics.median(times[0]) - statistics.median(times[1])
 
 

@@ -63,4 +63,4 @@ def _read(row: Encoded) -> list[int]:
 
 
 def _last_trained(row: Encoded) -> int:
-    return row.ids[max(place for place, trained in enumerate(row.trained) if trained)]
+    return row.ids[max(position for position, trained in enumerate(row.trained) if trained)]

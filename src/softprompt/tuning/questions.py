@@ -112,10 +112,11 @@ def _written(lm: FrozenLM, asked: Sequence[tuple[str, str]], seed: int, batch_ro
             for part, kind in asked
         ]
         return [
-            found.text
-            for found in generate(lm, examples, layout, settings, batch_rows=batch_rows, progress=False)
+            generation.text
+            for generation in generate(lm, examples, layout, settings, batch_rows=batch_rows, progress=False)
         ]
     texts = [f"{part}\n\nTask: {kind}\nRequest:" for part, kind in asked]
     return [
-        found.text for found in generate(lm, texts, None, settings, batch_rows=batch_rows, progress=False)
+        generation.text
+        for generation in generate(lm, texts, None, settings, batch_rows=batch_rows, progress=False)
     ]

@@ -70,10 +70,10 @@ class Task:
         layout = replace(self.layout(slots=True), max_length=None)
         limit, kept = self.base_positions, array("q")
         with naming_rows(split):
-            for place, example in enumerate(examples):
+            for index, example in enumerate(examples):
                 need = len(to_judge(layout, example)) if positions is None else positions(example)
                 if limit is None or need <= limit:
-                    kept.append(place)
+                    kept.append(index)
                 elif self.on_overflow != "drop":
                     raise TooLong(
                         f"{example.where}: {need} positions with the prompt, but the base has {limit}. Judge on shorter "
@@ -86,7 +86,7 @@ class Task:
             return examples, 0
         if isinstance(examples, Examples):
             return examples.select(kept), left_out
-        return tuple(examples[place] for place in kept), left_out
+        return tuple(examples[index] for index in kept), left_out
 
     def to_learn(self, examples: Sequence[Example], *, slots: bool = True) -> EncodedSet:
         """Rows to learn from; without `slots` as a base without a prompt reads them (LoRA, full fine-tuning)."""

@@ -103,15 +103,15 @@ class Teacher:
                 )
             rows.append(self.compiled.row([*marks, *answer[:-1]], need=len(marks) - 1))
             starts.append(len(marks) - 1)
-        found: dict[int, SoftTargets] = {}
+        targets_by_number: dict[int, SoftTargets] = {}
         order = sorted(range(len(rows)), key=lambda n: rows[n].rest)
         for first in range(0, len(order), READ_AT_ONCE):
             numbers = order[first : first + READ_AT_ONCE]
             for n, hidden_AD in zip(
                 numbers, self._hidden([rows[n] for n in numbers], [starts[n] for n in numbers]), strict=True
             ):
-                found[n] = SoftTargets.of(self.lm.logits(hidden_AD), k)
-        return [found[n] for n in range(len(rows))]
+                targets_by_number[n] = SoftTargets.of(self.lm.logits(hidden_AD), k)
+        return [targets_by_number[n] for n in range(len(rows))]
 
     def _hidden(self, rows: Sequence[PrefillRow], starts: Sequence[int]) -> list[Tensor]:
         """The hidden states from position `start` of each row on: those that predict its answer."""
@@ -152,23 +152,25 @@ class Teachers:
         self, questions: Sequence[Example], settings: DecodeSettings, *, batch_rows: int = 16
     ) -> list[list[Answer]]:
         """`settings.n` answers to each question."""
-        found: dict[int, list[Answer]] = {}
+        answers_by_number: dict[int, list[Answer]] = {}
         for part, numbers in self._shared(questions):
             asked = [questions[n] for n in numbers]
-            found |= zip(numbers, part.answers(asked, settings, batch_rows=batch_rows), strict=True)
-        return [found[n] for n in range(len(questions))]
+            answers_by_number |= zip(
+                numbers, part.answers(asked, settings, batch_rows=batch_rows), strict=True
+            )
+        return [answers_by_number[n] for n in range(len(questions))]
 
     def targets(self, pairs: Sequence[tuple[Example, Sequence[int]]], k: int | None) -> list[SoftTargets]:
         """The teacher's probabilities at every token of the answer, for each question and answer."""
-        found: dict[int, SoftTargets] = {}
+        targets_by_number: dict[int, SoftTargets] = {}
         for part, numbers in self._shared([question for question, _ in pairs]):
-            found |= zip(numbers, part.targets([pairs[n] for n in numbers], k), strict=True)
-        return [found[n] for n in range(len(pairs))]
+            targets_by_number |= zip(numbers, part.targets([pairs[n] for n in numbers], k), strict=True)
+        return [targets_by_number[n] for n in range(len(pairs))]
 
     def _shared(self, questions: Sequence[Example]) -> Iterator[tuple[Teacher, list[int]]]:
         """Every teacher with the numbers of its questions."""
-        for place, part in enumerate(self.parts):
-            numbers = [n for n, question in enumerate(questions) if question.row % len(self.parts) == place]
+        for index, part in enumerate(self.parts):
+            numbers = [n for n, question in enumerate(questions) if question.row % len(self.parts) == index]
             if numbers:
                 yield part, numbers
 

@@ -89,7 +89,7 @@ class Heads:
 
     @property
     def group(self) -> int:
-        """How many heads of queries share one of keys."""
+        """The number of query heads that share one head of keys."""
         return self.queries // self.keys
 
 
@@ -339,7 +339,7 @@ def _with_past(block: Attending, packed_NE: Tensor, past_BHCK: Tensor | None, he
 
 
 def empty_columns(columns: int) -> int:
-    """How many columns to add so that a softmax over them works on whole vectors."""
+    """The number of columns to add so that a softmax over them works on whole vectors."""
     return _rounded_up(columns) - columns
 
 
