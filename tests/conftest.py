@@ -28,6 +28,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_a_failure_at",
         "test_a_kill_at_any_moment",
     ),
+    "test_batch.py": ("test_generation_reads_exactly",),
     "test_begun.py": ("test_an_answer_goes_on",),
     "test_builtin_base.py": (
         "test_a_killed_training",
@@ -47,16 +48,19 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_cli_generate.py": (
         "test_a_prompt_of_real",
+        "test_inspect_marks_the",
         "test_side_by_side",
         "test_the_same_seed",
     ),
     "test_cli_screen.py": (
+        "test_a_terminal_gets",
         "test_a_whole_run_and_its_plot",
         "test_escapes_and_markup",
         "test_what_can_be_known_without_torch",
     ),
     "test_cli_serving.py": ("",),
     "test_cli_tune.py": (
+        "test_a_full_disk_while_saving_leaves",
         "test_a_text_longer",
         "test_ctrl_c_a_stopped_job",
         "test_ctrl_c_between",
@@ -67,6 +71,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_compaction.py": ("test_a_short_prefix",),
     "test_compare.py": ("",),
+    "test_context_cache.py": ("test_a_context_has",),
     "test_decode.py": (
         "test_a_conversation_goes",
         "test_rows_that_join",
@@ -79,6 +84,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_every_file_says",
         "test_every_letter_in",
         "test_the_commands_and_the_python",
+        "test_the_map_in",
         "test_the_site_builds",
     ),
     "test_door.py": (
@@ -117,13 +123,22 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_a_prompt_of",
         "test_it_is_the",
     ),
-    "test_init.py": ("test_a_run_that",),
+    "test_init.py": (
+        "test_a_run_that",
+        "test_concatenated_deep_prompts",
+    ),
     "test_isolation.py": ("",),
+    "test_keep.py": (
+        "test_a_killed_run",
+        "test_a_prompt_that",
+        "test_the_added_gradient",
+    ),
     "test_learn.py": (
         "test_a_batch_that",
         "test_a_found_rate",
         "test_a_rate_can",
         "test_a_text_start",
+        "test_columns_that_are",
         "test_held_out_loss",
         "test_how_often_held",
         "test_no_prompt_is",
@@ -135,6 +150,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_an_answer",
     ),
     "test_lm_eval.py": ("",),
+    "test_many_rows.py": ("test_memory_grows_by",),
     "test_nll.py": ("test_a_screened_head",),
     "test_notebooks.py": ("",),
     "test_outline.py": ("test_a_preview_without",),
@@ -152,6 +168,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_page.py": ("test_three_hops_lead",),
     "test_peft_differences.py": ("",),
     "test_peft_promise.py": ("test_a_promised_prompt",),
+    "test_plot.py": ("test_a_picture_is",),
     "test_processes.py": ("test_several_processes",),
     "test_progress.py": ("",),
     "test_recipe.py": (
@@ -168,7 +185,11 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_what_is_saved",
     ),
     "test_report.py": ("test_in_a_real",),
-    "test_serving.py": ("test_every_error_has",),
+    "test_row_shapes.py": ("test_a_form_of",),
+    "test_serving.py": (
+        "test_a_key_sees",
+        "test_every_error_has",
+    ),
     "test_serving_api.py": (
         "test_a_length_of",
         "test_a_server_that_is_asked",
@@ -179,6 +200,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_serving_page.py": ("",),
     "test_serving_soak.py": ("",),
     "test_shared_base.py": ("",),
+    "test_shared_prefix.py": ("test_rows_under_long",),
     "test_source.py": ("test_the_real_files",),
     "test_sweep.py": ("",),
     "test_together.py": ("",),

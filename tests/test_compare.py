@@ -303,7 +303,7 @@ def test_a_distilled_arm_needs_no_labels_and_reads_fewer_positions(task: Path, t
                 csv.writer(file).writerows([[text, swap.get(label, label)] for text, label in rows])
         record = compare(
             recipe(task, f"data.source={data}", "tune.max_steps=8"),
-            settings(arms=["context", "distil"], text=None, context=str(tmp_path / "long.txt")),
+            settings(arms=["context", "distil"], text=None, document=str(tmp_path / "long.txt")),
             tmp_path / f"out-{name}",
             own_process=False,
         )
@@ -328,7 +328,7 @@ def test_a_long_text_that_is_missing_empty_or_short_fails_its_arm_with_the_reaso
         with pytest.raises(SoftPromptError, match=reason):
             compare(
                 recipe(task, "data.template={soft:40}{text} {label}"),
-                settings(arms=["distil"], text=None, context=str(path)),
+                settings(arms=["distil"], text=None, document=str(path)),
                 tmp_path / "out",
                 own_process=False,
             )

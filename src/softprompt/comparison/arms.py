@@ -311,7 +311,7 @@ def _shots(assignment: Assignment, seed: int) -> tuple[list[Example], str, Templ
 
 def _long_text(assignment: Assignment) -> tuple[str, Template]:
     """The text of the arms context and distil, the same for every seed, and the layout with it in front of an input."""
-    path = assignment.job.settings.context
+    path = assignment.job.settings.document
     if path is None:
         _, text, layout = _shots(assignment, seed=0)
         return text, layout

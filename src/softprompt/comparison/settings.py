@@ -53,7 +53,7 @@ class CompareSettings(JudgeSettings):
     shots: Count = setting(
         4, "Examples in front: the arm few-shot, and context and distil without --context.", flag="--shots"
     )
-    context: str | None = setting(
+    document: str | None = setting(
         None,
         "The arms context and distil: a file with the long text, such as an instruction or a handbook; without it, "
         "`shots` examples from the training rows.",
