@@ -86,7 +86,7 @@ class CompareSettings(JudgeSettings):
             raise ValueError('The arm prompt judges a text of your own. Give it with --text "...".')
         if "prompt" not in self.arms and (self.text or self.text_file is not None):
             raise ValueError("--text is given, but the arm prompt is not among --arms. Add it.")
-        if self.context is not None and not {"context", "distil"} & set(self.arms):
+        if self.document is not None and not {"context", "distil"} & set(self.arms):
             raise ValueError("--context is given, but neither context nor distil is among --arms. Add one.")
         return self
 
