@@ -25,9 +25,10 @@ FORMS = {
     "vectors": "one .safetensors file of the vectors, for vLLM's prompt embeddings and others",
     "merged": "a copy of the base with the vectors as added tokens",
     "vllm-kv": "a file of keys and values in a folder, for vLLM with our connector; several prompts at once",
+    "gguf-ready": "one copy of the base with several prompts as added tokens, for llama.cpp's converter and any engine",
     "llama-slot": "a slot file in the folder of a running llama-server (--server); several prompts at once",
 }
-SEVERAL = {"vllm-kv", "llama-slot"}  # forms that take several prompts
+SEVERAL = {"vllm-kv", "llama-slot", "gguf-ready"}  # forms that take several prompts
 
 
 EXAMPLE = "softprompt export runs/mine --to vectors --out mine.safetensors"
@@ -72,6 +73,8 @@ def command(
                 "--to llama-slot: give --server http://HOST:PORT, a llama-server that runs with --slot-save-path."
             )
         advice = to_llama_slot(prompts, path, loaded, server)
+    elif to == "gguf-ready":
+        advice = to_gguf_ready(prompts, path, loaded, overwrite)
     elif to == "vllm-kv":
         advice = to_vllm_kv(prompts, path, loaded)
     else:
@@ -143,6 +146,14 @@ def to_merged(prompt: Prompt, out: Path, loaded: Callable[[], FrozenLM], overwri
     if record["stop"]:
         advice += f"; an answer ends at {', '.join(map(repr, record['stop']))} (stop_strings in generate)"
     return advice
+
+
+def to_gguf_ready(prompts: list[Prompt], out: Path, loaded: Callable[[], FrozenLM], overwrite: bool) -> str:
+    from softprompt.export.gguf_ready import gguf_ready
+    from softprompt.export.merged import RECORD
+
+    gguf_ready(loaded(), prompts, out, overwrite=overwrite)
+    return f"convert_hf_to_gguf.py {out}; each prompt's text is in {out / RECORD}"
 
 
 def to_llama_slot(prompts: list[Prompt], out: Path, loaded: Callable[[], FrozenLM], server: str) -> str:

@@ -19,7 +19,7 @@ import safetensors
 import torch
 from tokenizers.processors import Sequence as Processors
 from tokenizers.processors import TemplateProcessing
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.base.frozen_lm import FrozenLM
@@ -43,11 +43,10 @@ def merge_prompt(
     The folder is new or empty, or with `overwrite` an earlier merged copy. Raises SaveError for any other, WrongBase for
     another base's prompt, PromptError for one that cannot be tokens, BaseError as loading does.
     """
-    folder = _free(folder, overwrite)
+    folder = free_folder(folder, overwrite)
     compiled = compile_prompt(lm, prompt)
     layout, ending = compiled.template, compiled.ending
-    stem = re.sub(r"[^\w.-]+", "-", prompt.name) or "prompt"
-    names = [f"<|{stem}-{row}|>" for row in range(prompt.length)]
+    names = token_names(prompt)
     taken = sorted(set(names) & set(lm.tokenizer.get_vocab()))
     if taken:
         raise PromptError(
@@ -55,7 +54,7 @@ def merge_prompt(
         )
     in_chat = chat_copy(layout, names, lm.tokenizer)
     starts = layout.pieces[0] == Soft(prompt.length) and in_chat is None
-    tokenizer, added = _with_tokens(lm.tokenizer, names, before_every_text=starts)
+    tokenizer, added = with_tokens(lm.tokenizer, names, before_every_text=starts)
     if in_chat is not None:
         tokenizer.chat_template = in_chat.chat_template
     record = {
@@ -72,7 +71,7 @@ def merge_prompt(
     try:
         with new_folder(folder) as draft:
             claim(draft, "merged", [])  # the whole folder is ours
-            _with_rows(lm, prompt, added, ending.ids).save_pretrained(draft)
+            with_rows(lm, prompt.embeddings_PD, added, ending.ids).save_pretrained(draft)
             tokenizer.save_pretrained(draft)
             replace_file(draft / RECORD, json.dumps(record, indent=2) + "\n")
             if folder.exists() and any(folder.iterdir()):
@@ -87,7 +86,13 @@ def merge_prompt(
     return names
 
 
-def _free(folder: str | Path, overwrite: bool) -> Path:
+def token_names(prompt: SoftPrompt) -> list[str]:
+    """The tokens that stand for a prompt's vectors."""
+    stem = re.sub(r"[^\w.-]+", "-", prompt.name) or "prompt"
+    return [f"<|{stem}-{row}|>" for row in range(prompt.length)]
+
+
+def free_folder(folder: str | Path, overwrite: bool) -> Path:
     """The folder, new or empty, or an earlier merged copy that may be replaced. Raises SaveError."""
     folder = folder_named(folder).resolve()
     if folder.exists() and not folder.is_dir():
@@ -107,7 +112,8 @@ def _free(folder: str | Path, overwrite: bool) -> Path:
     return folder
 
 
-def _with_tokens(tokenizer: Any, names: list[str], *, before_every_text: bool) -> tuple[Any, list[int]]:
+def with_tokens(tokenizer: Any, names: list[str], *, before_every_text: bool) -> tuple[Any, list[int]]:
+    """A copy of the tokenizer with the tokens `names`, and their ids. Raises PromptError for one that is not fast."""
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise PromptError("The base's tokenizer is not a fast one, so tokens cannot be merged into it.")
     settings = {
@@ -147,16 +153,25 @@ def _with_tokens(tokenizer: Any, names: list[str], *, before_every_text: bool) -
     return grown, ids
 
 
-def _with_rows(lm: FrozenLM, prompt: SoftPrompt, ids: list[int], end_ids: Iterable[int]) -> Any:
+def with_rows(
+    lm: FrozenLM,
+    vectors_PD: Tensor,
+    ids: list[int],
+    end_ids: Iterable[int],
+    *,
+    like: int | None = None,
+) -> Any:
     """A copy of the model with the vectors as rows `ids` of its embedding table; its output layer is apart from it, and
-    generation stops where answers were learned to end."""
+    generation stops where answers were learned to end.
+
+    In the output layer the new rows are zero, or `like` that of another token."""
     model = copy.deepcopy(lm.model)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     # Not all bases store what their layer returns: some scale a row when they look it up.
     scale = float(
         (lm.embed(torch.tensor([1], device=lm.device)).float().norm() / table.weight[1].float().norm()).item()
     )
-    rows_PD = (prompt.embeddings_PD / scale).to(lm.device, table.weight.dtype)
+    rows_PD = (vectors_PD / scale).to(lm.device, table.weight.dtype)
     size = max(lm.vocab_size, *(token + 1 for token in ids))
     # The table grows by the vectors, which are then read as tokens with these ids.
     weight_VD = table.weight.data.new_zeros(size, lm.width)
@@ -167,13 +182,15 @@ def _with_rows(lm: FrozenLM, prompt: SoftPrompt, ids: list[int], end_ids: Iterab
     # The output layer needs as many rows; zeros there, and suppressed below, so that the new tokens are never generated.
     out_VD = head.weight.data.new_zeros(size, head.weight.shape[1])
     out_VD[: len(head.weight)] = head.weight.data
-    out_VD[ids] = 0  # they may lie in the padding that some bases have behind their vocabulary
+    out_VD[ids] = (
+        0 if like is None else head.weight.data[like]
+    )  # they may lie in the padding that some bases have behind their vocabulary
     head.weight = nn.Parameter(out_VD, requires_grad=False)
     head.out_features = size
     if getattr(head, "bias", None) is not None:
         bias_V = head.bias.data.new_zeros(size)
         bias_V[: len(head.bias)] = head.bias.data
-        bias_V[ids] = 0
+        bias_V[ids] = 0 if like is None else head.bias.data[like]
         head.bias = nn.Parameter(bias_V, requires_grad=False)
     for config in (model.config, model.config.get_text_config()):
         config.vocab_size = size
