@@ -127,6 +127,69 @@ def long_row(lm: Any, rounds: int) -> dict[str, Any]:
     }
 
 
+def admission(lm: Any, rounds: int) -> dict[str, Any]:
+    """Reading 32 texts of unlike length: in one pass as long as the longest, and in passes of like lengths."""
+    from softprompt.inference.compiled import compile_prompt
+    from softprompt.inference.prefill import like_lengths, prefill
+
+    base = compile_prompt(lm, None)
+    rows = [base.row(base.marks(lm, text)) for text in texts_of(32)]
+    groups = like_lengths(lm, rows)
+
+    def in_groups() -> None:
+        for group in groups:
+            prefill(lm, group)
+
+    ways: dict[str, Callable[[], Any]] = {"one pass": lambda: prefill(lm, rows), "like lengths": in_groups}
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(rounds):
+        for way, run in list(ways.items())[:: 1 if turn % 2 else -1]:
+            taken[way].append(cpu_seconds(run))
+    ratios = [mine / whole for mine, whole in zip(taken["like lengths"], taken["one pass"], strict=True)]
+    return {
+        "real_positions": sum(row.rest for row in rows),
+        "passes": len(groups),
+        "cpu_milliseconds": {way: round(1000 * statistics.median(each), 1) for way, each in taken.items()},
+        "times_one_pass": [round(ratio, 3) for ratio in ratios],
+    }
+
+
+def shared_prompt(lm: Any, rounds: int, length: int = 1024, rows: int = 16) -> dict[str, Any]:
+    """A step of rows under one long prompt: copied into each row, and held once."""
+    import torch
+
+    from softprompt.base import shared_prefix
+    from softprompt.inference.compiled import compile_prompt
+    from softprompt.inference.running_batch import Running, request
+    from softprompt.inference.settings import DecodeSettings
+    from softprompt.prompt.soft_prompt import SoftPrompt
+
+    vectors = lm.embed(torch.arange(100, 100 + length)).float()
+    compiled = compile_prompt(lm, SoftPrompt(vectors, lm.fingerprint, f"{{soft:{length}}}{{text}}"))
+    greedy = DecodeSettings(max_new_tokens=100, ignore_end=True)
+
+    def filled(from_length: int) -> Running:
+        before, shared_prefix.SHARED_FROM = shared_prefix.SHARED_FROM, from_length
+        try:
+            running = Running(lm, max_rows=rows)
+            running.join([request(lm, compiled, text, greedy) for text in texts_of(rows)])
+            return running
+        finally:
+            shared_prefix.SHARED_FROM = before
+
+    ways = {"copied": filled(10**9), "held once": filled(128)}
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(4 * rounds):
+        for way, running in ways.items():
+            taken[way].append(cpu_seconds(running.advance))
+    return {
+        "positions": length,
+        "rows": rows,
+        "cpu_milliseconds": {way: round(1000 * statistics.median(each), 1) for way, each in taken.items()},
+        "bytes": {way: running.bytes for way, running in ways.items()},
+    }
+
+
 def cpu_seconds(run: Callable[[], Any]) -> float:
     began = time.process_time()
     run()
@@ -140,6 +203,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", default=[8, 32, 64])
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--parts",
+        nargs="*",
+        default=["a long row", "admission of 32 unlike texts", "a long prompt"],
+        help="What is measured beside the throughput.",
+    )
     parser.add_argument("--name", help="The base's name in the result.")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
@@ -175,8 +244,14 @@ def main() -> None:
         }
         for arm, values in results[f"{rows} rows"].items():
             print(f"{rows} rows, {arm}: {values['tokens_per_cpu_second']}, {values['times_transformers']}")
-    results["a long row"] = long_row(lm, asked.rounds)
-    print(json.dumps(results["a long row"], indent=1))
+    for part, measure in (
+        ("a long row", long_row),
+        ("admission of 32 unlike texts", admission),
+        ("a long prompt", shared_prompt),
+    ):
+        if part in asked.parts:
+            results[part] = measure(lm, asked.rounds)
+            print(json.dumps(results[part], indent=1))
     settings = {
         "base": name,
         "dtype": str(lm.dtype),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from softprompt.prompt.soft_prompt import Prompt
 
 EXAMPLE = "softprompt chat --prompt runs/support"
-HELP = """/prompt FOLDER  answer under this prompt      /base  answer without a prompt
+HELP = """/prompt NAME    answer under this prompt      /base  answer without a prompt
 /compare        show both answers from now on  /save FILE  write what was said
 /reset          forget what was said           /quit  leave (also Ctrl-D)"""
 
