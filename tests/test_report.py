@@ -56,7 +56,14 @@ def judged(right: int, rows: int = 40) -> list[Row]:
 def run_record(arm: str, seed: int) -> dict[str, Any]:
     """What one arm's process leaves, with figures as a small machine gives them."""
     learned = arm in ("soft", "lora", "full")
-    size = {"base": 0, "few-shot": 300, "soft": 20_600, "lora": 800_000, "full": 13_700_000}[arm]
+    size = {
+        "base": 0,
+        "few-shot": 300,
+        "context": 4_000,
+        "soft": 20_600,
+        "lora": 800_000,
+        "full": 13_700_000,
+    }[arm]
     return {
         "arm": arm,
         "seed": seed,
@@ -613,9 +620,16 @@ def test_three_cards_answer_first_and_the_table_is_sorted_by_the_figure(tmp_path
 
 def test_quality_is_drawn_against_the_positions_in_front_of_a_request(tmp_path: Path) -> None:
     """A few-shot block of 90.5 positions on average, right in 30 of 40, beside a soft prompt of 20, right in 39."""
-    made = comparison(tmp_path / "positions", {"base": 2, "few-shot": 30, "soft": 39}, seeds=1)
+    right = {"base": 2, "few-shot": 30, "soft": 39}
+    made = comparison(tmp_path / "positions", {**right, "context": 30}, seeds=1)
     shown = page(ReportedRun("positions", "comparison", comparison=made), 1)
     charts_of = {chart.title: str(chart.svg) for section in shown.sections for chart in section.charts}
+    plain = page(ReportedRun("two", "comparison", comparison=comparison(tmp_path / "two", right, seeds=1)), 1)
+    (costs,) = (section for section in plain.sections if section.id == "tradeoff")
+    assert [chart.title for chart in costs.charts] == [
+        "Quality against bytes kept for a task",
+        "Quality against time for a new token",
+    ]
     drawn = charts_of["Quality against positions in front of a request"]
     for label, right, positions in (("base", 2, 0), ("few-shot", 30, 90), ("soft", 39, 20)):
         assert f"{label}: {right / 40:.3f} at {positions}</title>" in drawn

@@ -322,10 +322,10 @@ def _free(
     left, top, right, bottom = frame
     for far in (0, 14, 28, 42):
         for dx, dy, anchor in (
-            (9, 4 - far, "start"),
-            (-9, 4 - far, "end"),
-            (9, 4 + far, "start"),
-            (-9, 4 + far, "end"),
+            (11, 4 - far, "start"),
+            (-11, 4 - far, "end"),
+            (11, 4 + far, "start"),
+            (-11, 4 + far, "end"),
             (0, -10 - far, "middle"),
             (0, 19 + far, "middle"),
         ):
@@ -339,4 +339,4 @@ def _free(
             if inside and clear:
                 taken.append(box)
                 return x + dx, y + dy, anchor
-    return x + 9, y + 4, "start"
+    return x + 11, y + 4, "start"

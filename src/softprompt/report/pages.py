@@ -286,6 +286,8 @@ def _against_cost(comparison: Comparison) -> Section | None:
         ("added_tokens", "Quality against positions in front of a request", "positions"),
         ("milliseconds", "Quality against time for a new token", "milliseconds"),
     ):
+        if key == "added_tokens" and not {"context", "distil"} & set(arms):
+            continue  # else it says little: most arms add some twenty positions or none
         points = []
         for arm, arm_summary in arms.items():
             figure = arm_summary.metrics[judge]
