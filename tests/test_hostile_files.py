@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -10,23 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from softprompt.cli.app import main
 from softprompt.comparison.forgetting import passages
 from softprompt.comparison.settings import CompareSettings
 from softprompt.data.source import load_splits
-from softprompt.errors import RecipeError, SoftPromptError
+from softprompt.errors import DamagedPrompt, RecipeError, SoftPromptError
 from softprompt.evaluation.record import read_json
 from softprompt.evaluation.rows import read_rows
 from softprompt.evaluation.settings import JudgeSettings
 from softprompt.inference.settings import DecodeSettings
+from softprompt.prompt.soft_prompt import Fingerprint, SoftPrompt
 from softprompt.report.curves import read_curves
 from softprompt.report.read import read_runs
 from softprompt.serving.keys import Keys
 from softprompt.serving.settings import ServeSettings
 from softprompt.settings.section import Section, sections
-from softprompt.store.artifact import load_prompt
+from softprompt.store.artifact import load_prompt, save_prompt
 from softprompt.store.library import Library
 from softprompt.store.plain_file import read_bytes
 from softprompt.tuning.distil_settings import DistilSettings
@@ -214,3 +217,77 @@ def test_flags_out_of_range_are_refused_with_their_name(
     message = capsys.readouterr().err
     assert next(word for word in arguments if word.startswith("-")).lstrip("-")[:1] in message
     assert "This should not happen" not in message
+
+
+VERSION = {
+    "digest": "0" * 64, "base": "b", "kind": "soft", "virtual_tokens": 4, "bytes": 9, "published": "2026-01-01",
+}  # fmt: skip
+
+
+def index_of(name: str = "a", number: str = "1", **changes: object) -> str:
+    names = {name: {"current": 1, "versions": {number: {**VERSION, **changes}}}}
+    return json.dumps({"schema_version": 1, "names": names})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        index_of("../../other"), index_of(".."), index_of("a/b"), index_of("a\n"), index_of("-x" + "y" * 200),
+        index_of(number="0"), index_of(number="../1"), index_of(number="-1"), index_of(number="9" * 30),
+        index_of(digest="../../../home/x"), index_of(digest="0" * 63), index_of(digest="0" * 64 + "\n"),
+        index_of(bytes=10**30), index_of(virtual_tokens=-1), index_of(base="b" * 10_000), index_of(kind=["soft"]),
+        "{}", "[]", '{"schema_version": 2, "names": {}}', '{"names": {}}', "[" * 100_000, "\ud800", "",
+    ],
+)  # fmt: skip
+def test_an_index_names_no_folder_but_those_of_its_library(text: str, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(DamagedPrompt) as refused:
+        Library(tmp_path).entries()
+    assert len(str(refused.value)) < 500
+
+
+def saved(folder: Path) -> Path:
+    fingerprint = Fingerprint("tiny/base", width=4, layers=2)
+    return save_prompt(
+        SoftPrompt(torch.ones(2, 4), fingerprint, "{soft:2}{text}", name="greet"), folder / "greet"
+    )
+
+
+@pytest.mark.parametrize("content", ["{}", "mine", '{"names": {}}', '{"schema_version": 1, "names": []}'])
+def test_publishing_replaces_no_index_that_softprompt_did_not_write(content: str, tmp_path: Path) -> None:
+    prompt, library = saved(tmp_path), tmp_path / "library"
+    library.mkdir()
+    (library / "index.json").write_text(content)
+    with pytest.raises(SoftPromptError):
+        Library(library).publish(prompt, "greet")
+    assert [path.name for path in library.iterdir()] == ["index.json"]
+    assert (library / "index.json").read_text() == content
+
+
+def test_publishing_takes_no_link_no_model_and_no_empty_path_for_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = saved(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "index.json").symlink_to(tmp_path / "elsewhere.json")
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("{}")
+    before = sorted(map(str, tmp_path.rglob("*")))
+    for where in ("linked", "model", "", "greet/softprompt.json", "/dev/null"):
+        with pytest.raises(SoftPromptError):
+            Library(where).publish(prompt, "greet")
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_a_killed_publisher_is_not_in_the_way_of_the_next(tmp_path: Path) -> None:
+    prompt, library = saved(tmp_path), Library(tmp_path / "library")
+    library.publish(prompt, "greet")
+    name = tmp_path / "library" / "greet"
+    shutil.copytree(name / "1", name / "2")  # killed between the folder and the index
+    shutil.copytree(name / "1", name / ".3.12345.draft")  # killed while it copied
+    entry = library.publish(prompt, "greet")
+    assert entry.full_name == "greet@3"
+    assert entry.load().name == "greet"
+    assert sorted(path.name for path in name.iterdir()) == ["1", "2", "3"]

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from softprompt.errors import DamagedPrompt, PromptError
 
 INDEX = "index.json"
+
+# An index may come from a stranger: a name becomes a folder of the library, and a digest one of this machine's cache.
+PromptName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Number: TypeAlias = Annotated[int, Field(ge=1, lt=10**9)]
+Size: TypeAlias = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class Version(BaseModel):
     """One version of a prompt, as it was when it was published. `metrics` are figures on held-out data."""
 
     model_config = ConfigDict(extra="ignore")
-    digest: str
-    base: str
-    kind: str
-    virtual_tokens: int
-    bytes: int
-    published: str
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    base: Annotated[str, Field(max_length=4096)]
+    kind: Annotated[str, Field(max_length=100)]
+    virtual_tokens: Size
+    bytes: Size
+    published: Annotated[str, Field(max_length=100)]
     metrics: dict[str, float] = {}
 
 
@@ -26,17 +33,17 @@ class Name(BaseModel):
     """The versions that a name means: `current`, and before that `former`."""
 
     model_config = ConfigDict(extra="ignore")
-    current: int
-    former: int | None = None
-    versions: dict[int, Version]
+    current: Number
+    former: Number | None = None
+    versions: dict[Number, Version]
 
 
 class Index(BaseModel):
     """Everything that a library holds."""
 
     model_config = ConfigDict(extra="ignore")
-    schema_version: int = 1
-    names: dict[str, Name] = {}
+    schema_version: Literal[1] = 1
+    names: dict[PromptName, Name] = {}
 
     def find(self, name: str, where: str) -> tuple[str, int, Version]:
         """The current version of `name`, or the one that `name@3` means. Raises PromptError, listing the names."""
@@ -55,7 +62,10 @@ class Index(BaseModel):
 def parse_index(text: str, where: str) -> Index:
     """Reads an index. Raises DamagedPrompt."""
     try:
-        return Index.model_validate_json(text)
+        index = Index.model_validate_json(text)
+        if "schema_version" not in index.model_fields_set:
+            raise DamagedPrompt(f"{where}: is not the index of a library (no schema_version). Restore it.")
+        return index
     except ValidationError as error:
         raise DamagedPrompt(
             f"{where}: is not the index of a library ({error.errors()[0]['msg']}). Restore it."

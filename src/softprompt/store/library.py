@@ -106,7 +106,7 @@ class Library:
         with self.shelf.locked():
             index = self._read()
             existing = index.names.get(bare)
-            version = int(asked) if asked else max(existing.versions if existing else [0]) + 1
+            version = int(asked) if asked else self._next(bare, existing)
             former = existing.versions.get(version) if existing else None
             if former is not None and former.digest != digest:
                 raise PromptError(
@@ -159,6 +159,13 @@ class Library:
         if entry.current != version:
             index.names[name] = entry.model_copy(update={"current": version, "former": entry.current})
             self._write(index)
+
+    def _next(self, name: str, known: Name | None) -> int:
+        """The next version: behind those of the index, and behind a folder that a killed publisher left without one."""
+        version = max(known.versions if known else [0]) + 1
+        while self.shelf.has(f"{name}/{version}"):
+            version += 1
+        return version
 
     def _add(self, prompt: Prompt, name: str, version: int) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -185,6 +185,9 @@ def written_by_us(folder: Path) -> set[str]:
         names.update({"metrics.jsonl", "recipe.yaml"})
     if _head(folder / "sweep.jsonl").startswith(b'{"event": "Asked"'):
         names.add("sweep.jsonl")
+    library = _json(folder / "index.json") or {}
+    if isinstance(library.get("schema_version"), int) and isinstance(library.get("names"), dict):
+        names.add("index.json")  # its own marker, as a prompt's softprompt.json is
     if "digest" in (_json(folder / "evaluation.json") or {}):
         names.update({"evaluation.json", "rows.jsonl"})
     if (_json(folder / "comparison.json") or {}).get("kind") == "comparison":

@@ -19,6 +19,7 @@ from softprompt.errors import DamagedPrompt, MissingExtra, PromptError, SaveErro
 from softprompt.store.atomic import replace_file
 from softprompt.store.index import INDEX
 from softprompt.store.lock import locked
+from softprompt.store.ownership import check_replaceable, folder_named, make_folder
 from softprompt.store.plain_file import read_text
 
 FILES = ("softprompt.json", "adapter_model.safetensors", "adapter_config.json", "README.md")
@@ -39,6 +40,9 @@ class Shelf(Protocol):
     def write_index(self, text: str) -> None:
         """Replaces the index. Raises SaveError."""
 
+    def has(self, version: str) -> bool:
+        """Whether something that cannot be replaced lies where `version` would."""
+
     def add(self, folder: Path, version: str) -> None:
         """Copies the folder of a saved prompt in as `version` (NAME/NUMBER). Raises SaveError."""
 
@@ -53,7 +57,7 @@ class LocalShelf:
     """A folder."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path.expanduser(), str(path)
+        self.path, self.name = folder_named(path), str(path)
 
     def stamp(self) -> str | None:
         try:
@@ -77,11 +81,17 @@ class LocalShelf:
         except OSError as error:
             raise SaveError(f"{self.path / INDEX}: cannot be written ({error.strerror}).") from error
 
+    def has(self, version: str) -> bool:
+        return os.path.lexists(self.path / version)
+
     def add(self, folder: Path, version: str) -> None:
         version_folder = self.path / version
         draft = version_folder.parent / f".{version_folder.name}.{os.getpid()}.draft"
         try:
-            shutil.rmtree(draft, ignore_errors=True)
+            for former in place.parent.glob(
+                ".*.draft"
+            ):  # of publishers that were killed: no other holds the lock
+                shutil.rmtree(former, ignore_errors=True)
             shutil.copytree(folder, draft)
             os.replace(draft, version_folder)
         except OSError as error:
@@ -95,12 +105,8 @@ class LocalShelf:
         return self.path / version
 
     def locked(self) -> AbstractContextManager[None]:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SaveError(
-                f"{self.path}: cannot be made ({error.strerror}). Choose another library."
-            ) from error
+        check_replaceable(self.path, (INDEX,), kind="library")
+        make_folder(self.path)
         return locked(self.path, "publishing", wait_seconds=LOCK_WAITS_SECONDS)
 
 
@@ -139,6 +145,9 @@ class RemoteShelf:
         except Exception as error:
             raise SaveError(f"{self.name}/{INDEX}: cannot be written ({error}).") from error
 
+    def has(self, version: str) -> bool:
+        return False  # files that no index names are overwritten
+
     def add(self, folder: Path, version: str) -> None:
         try:
             self.files.makedirs(f"{self.root}/{version}", exist_ok=True)
@@ -158,7 +167,7 @@ class RemoteShelf:
 
 def shelf_at(location: str | Path) -> Shelf:
     """The shelf at a folder or an address. Raises MissingExtra for an address whose package is not installed."""
-    return RemoteShelf(str(location)) if is_address(location) else LocalShelf(Path(location))
+    return RemoteShelf(str(location)) if is_address(location) else LocalShelf(folder_named(location))
 
 
 def is_address(location: str | Path) -> bool:

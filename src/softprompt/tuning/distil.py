@@ -21,12 +21,14 @@ from softprompt.progress.events import Event, Note
 from softprompt.progress.shown import shown
 from softprompt.prompt.reparam import Direct, Form
 from softprompt.prompt.soft_prompt import Prompt
+from softprompt.store.ownership import PROMPT_FILES, check_replaceable
 from softprompt.tuning.distil_settings import DistilSettings
 from softprompt.tuning.distil_source import read_source
 from softprompt.tuning.distil_start import FixedFirst, context_start
 from softprompt.tuning.lessons import distil_plan, lessons_of
 from softprompt.tuning.loop import tune
 from softprompt.tuning.nearness import agreements, gold, milliseconds_saved
+from softprompt.tuning.records import METRICS, RECIPE
 from softprompt.tuning.result import TuneResult
 from softprompt.tuning.teacher import Teachers, teacher_of
 
@@ -95,6 +97,7 @@ def distil(
     Killed at any moment, it continues with `resume` from its last checkpoint to the same result. Progress is shown in
     terminals and notebooks, unless `progress` is False. Raises the errors of
     softprompt.errors; DataError for an empty context, a context that fits into the prompt, or no questions."""
+    check_replaceable(settings.out, (RECIPE, METRICS, *PROMPT_FILES), kind="run")  # before hours are spent
     with shown(on_event, progress) as show:
         return _distil(settings, lm, show, resume)
 
