@@ -17,6 +17,7 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
 from softprompt.comparison import arms, forgetting, run_arm, weights
 from softprompt.comparison.arm import ARMS, ArmName
+from softprompt.comparison.assignment import Assignment, PreparedArm
 from softprompt.comparison.compare import compare
 from softprompt.comparison.records import ArmResult, Comparison
 from softprompt.comparison.settings import CompareSettings, Job
@@ -180,10 +181,8 @@ def test_a_comparison_that_was_killed_goes_on_at_the_arm_that_was_running(
     wanted = settings(arms=["base", "few-shot"], text=None)
     ran: list[str] = []
 
-    def counted(
-        name: str, arm: Callable[[arms.Assignment], arms.PreparedArm]
-    ) -> Callable[[arms.Assignment], arms.PreparedArm]:
-        def run(given: arms.Assignment) -> arms.PreparedArm:
+    def counted(name: str, arm: Callable[[Assignment], PreparedArm]) -> Callable[[Assignment], PreparedArm]:
+        def run(given: Assignment) -> PreparedArm:
             ran.append(name)
             if name == "few-shot" and ran.count(name) == 1:
                 raise KeyboardInterrupt
@@ -201,7 +200,7 @@ def test_a_comparison_that_was_killed_goes_on_at_the_arm_that_was_running(
 def test_an_arm_that_fails_is_named_with_its_reason_and_the_others_stand(
     task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(task: arms.Assignment) -> arms.PreparedArm:
+    def broken(task: Assignment) -> PreparedArm:
         raise NotFinite("the loss is not finite")
 
     monkeypatch.setattr(run_arm, "MAKERS", {**arms.MAKERS, "soft": broken})
@@ -268,7 +267,7 @@ def test_data_without_held_out_rows_is_refused(task: Path, tmp_path: Path) -> No
         ({"arms": ["base", "sofft"]}, "sofft"),
         ({"arms": ["base", "base"]}, "each arm once"),
         ({"text": None}, "Give it with --text"),
-        ({"arms": ["base"], "text": None, "context": "long.txt"}, "neither context nor distil"),
+        ({"arms": ["base"], "text": None, "document": "long.txt"}, "neither context nor distil"),
         ({"arms": ["base"]}, "not among --arms"),
         ({"rates": {"loro": 1.0}}, "rates"),
         ({"calibrate": True}, "rank"),

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.comparison.arms import Assignment, few_shot, prompt
+from softprompt.comparison.arms import few_shot, prompt
+from softprompt.comparison.assignment import Assignment
 from softprompt.comparison.settings import CompareSettings, Job
 from softprompt.data.default_template import ColumnChat, input_columns
 from softprompt.data.example import Example, Splits

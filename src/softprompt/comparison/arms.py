@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.comparison import weights
-from softprompt.comparison.arm import ARMS
-from softprompt.comparison.settings import Job
-from softprompt.data.example import Example, Splits
+from softprompt.comparison.assignment import Assignment, PreparedArm
+from softprompt.comparison.pace import (
+    CurveRecorder,
+    deep_probe,
+    deep_recipe,
+    full_probe,
+    lora_probe,
+    within_seconds,
+)
+from softprompt.data.example import Example
 from softprompt.data.shots import drawn_shots
 from softprompt.data.template import Template, Text
 from softprompt.errors import DataError
@@ -22,73 +27,19 @@ from softprompt.evaluation.metric import METRICS
 from softprompt.evaluation.predictor import predictor, without_slots
 from softprompt.evaluation.settings import JudgeSettings
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt
-from softprompt.progress.events import Event, Started, Stepped, Validated
-from softprompt.prompt.soft_prompt import Prompt
+from softprompt.progress.events import Event
 from softprompt.store.artifact import prompt_bytes
 from softprompt.tuning.distil import learn_from
 from softprompt.tuning.distil_settings import Context, DistilSettings, Learning, Questions
 from softprompt.tuning.loop import tune
-from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.result import TuneResult
-from softprompt.tuning.settle import make_plan, settled_batch_size
+from softprompt.tuning.settle import make_plan
 from softprompt.tuning.task import Task
 from softprompt.tuning.teacher import Teacher, Teachers
 
-PROBED_STEPS = 4
 CHOOSING_ROWS = 64  # training rows that a wording is chosen on, and whose answers tell how long answers are
 HELD_OUT_PART = 5  # one training row in so many chooses the best step where there are no validation rows
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """The task that every arm gets: the base, the rows, and the job's settings."""
-
-    lm: FrozenLM
-    task: Task
-    job: Job
-    tell: Callable[[Event], None] = lambda event: None
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe with this arm's seed and folder."""
-        tree = self.job.recipe.model_dump()
-        tree["tune"]["seed"] = self.job.seed
-        tree["out"] = str(self.job.folder / "prompt")
-        return Recipe(**tree)
-
-    @property
-    def splits(self) -> Splits:
-        """The rows to learn from and to choose by; those that are judged on were checked before any arm began."""
-        return replace(self.task.splits, test=())
-
-    @property
-    def rate(self) -> float:
-        """The learning rate of an arm that trains weights: the user's own, or the table's."""
-        user_rates: Mapping[str, float] = {str(arm): rate for arm, rate in self.job.settings.rates.items()}
-        return user_rates.get(self.job.arm, ARMS[self.job.arm].default_rate)
-
-
-@dataclass
-class PreparedArm:
-    """An arm that can answer: a model, the compiled prompt it reads, and what it took.
-
-    `in_front` is what comes before text of any other task when the arm is on. `restore` returns the base's own
-    model, switched off from the task; None if there is no such model any more.
-    """
-
-    lm: FrozenLM
-    prompt: CompiledPrompt
-    in_front: Prompt | str | None = None
-    trained_parameters: int = 0
-    stored_bytes: int = 0
-    steps: int = 0
-    best_step: int = 0
-    learning_rate: float = math.nan
-    curve: list[dict[str, float]] = field(default_factory=list)
-    validation: list[dict[str, float]] = field(default_factory=list)
-    restore: Callable[[], FrozenLM] | None = None
-    about: dict[str, Any] = field(default_factory=dict)
 
 
 def base(assignment: Assignment) -> PreparedArm:
@@ -160,7 +111,7 @@ def soft(assignment: Assignment) -> PreparedArm:
 
 def deep(assignment: Assignment) -> PreparedArm:
     """Keys and values for every layer; its slot moves to the front, the only place where it works."""
-    recipe = _deep_recipe(assignment, assignment.recipe)
+    recipe = deep_recipe(assignment, assignment.recipe)
     if "deep" not in assignment.job.settings.rates:
         recipe = recipe.changed(["tune.learning_rate=auto"])
     return _tuned(assignment, "deep", recipe)
@@ -188,7 +139,7 @@ def distil(assignment: Assignment) -> PreparedArm:
     if not splits.validation:  # some questions have to choose the best step
         held = max(1, len(splits.train) // HELD_OUT_PART)
         splits = replace(splits, train=splits.train[:-held], validation=splits.train[-held:])
-    recipe = _within_seconds(assignment, _deep_probe)
+    recipe = within_seconds(assignment, deep_probe)
     settings = DistilSettings(
         base=recipe.base,
         out=recipe.out,
@@ -210,7 +161,7 @@ def distil(assignment: Assignment) -> PreparedArm:
 def lora(assignment: Assignment) -> PreparedArm:
     """Low-rank updates by PEFT, kept apart from the base's weights so that the base stays shared."""
     lm = assignment.lm
-    plan = make_plan(_within_seconds(assignment, _lora_probe), lm=lm, splits=assignment.splits)
+    plan = make_plan(within_seconds(assignment, lora_probe), lm=lm, splits=assignment.splits)
     rate = assignment.rate
     recorder = CurveRecorder(assignment.tell)
     model, trained = weights.with_lora(lm, assignment.job.seed)
@@ -251,7 +202,7 @@ def lora(assignment: Assignment) -> PreparedArm:
 
 def full(assignment: Assignment) -> PreparedArm:
     """Every weight of a copy, in float32; it then serves in the base's own dtype."""
-    plan = make_plan(_within_seconds(assignment, _full_probe), lm=assignment.lm, splits=assignment.splits)
+    plan = make_plan(within_seconds(assignment, full_probe), lm=assignment.lm, splits=assignment.splits)
     rate = assignment.rate
     recorder = CurveRecorder(assignment.tell)
     model = weights.trainable_copy(assignment.lm)
@@ -389,7 +340,7 @@ def _tuned(assignment: Assignment, kind: str, recipe: Recipe) -> PreparedArm:
     def learn(steps: Recipe, tell: Callable[[Event], None]) -> TuneResult:
         return tune(steps, lm=assignment.lm, splits=assignment.splits, on_event=tell, progress=False)
 
-    recipe = _within_seconds(assignment, lambda _, probe, tell: learn(probe, tell), recipe)
+    recipe = within_seconds(assignment, lambda _, probe, tell: learn(probe, tell), recipe)
     recorder = CurveRecorder(assignment.tell)
     done = learn(recipe, recorder)
     return _learned(assignment, done, recorder)
@@ -419,90 +370,3 @@ def _learned(
             **about,
         },
     )
-
-
-class CurveRecorder:
-    """Keeps a run's curve and passes every event on."""
-
-    def __init__(self, tell: Callable[[Event], None]) -> None:
-        self.tell = tell
-        self.trained = 0
-        self.curve: list[dict[str, float]] = []
-        self.validation: list[dict[str, float]] = []
-        self.times: list[float] = []
-
-    def __call__(self, event: Event) -> None:
-        match event:
-            case Started():
-                self.trained = event.prompt_values
-            case Stepped():
-                self.times.append(time.perf_counter())
-                self.curve.append({"step": event.step, "nll": event.nll})
-            case Validated():
-                self.validation.append({"step": event.step, "nll": event.nll})
-            case _:
-                pass
-        self.tell(event)
-
-
-Probe = Callable[[Assignment, Recipe, Callable[[Event], None]], Any]
-
-
-def _within_seconds(assignment: Assignment, probe: Probe, recipe: Recipe | None = None) -> Recipe:
-    """The recipe with as many steps as fit into the time allowed, by the pace of a few; unchanged without one."""
-    recipe = recipe or assignment.recipe
-    seconds = assignment.job.settings.seconds
-    if seconds is None:
-        return recipe
-    tree = recipe.model_dump()
-    tree["tune"]["max_steps"] = PROBED_STEPS
-    tree["out"] = str(assignment.job.folder / "pace")
-    recorder = CurveRecorder(lambda event: None)
-    probe(assignment, Recipe(**tree), recorder)
-    pace = (recorder.times[-1] - recorder.times[0]) / max(1, len(recorder.times) - 1)
-    tree = recipe.model_dump()
-    steps = max(1, int(seconds / max(pace, 1e-6)))
-    rows = len(assignment.task.splits.train)
-    batch = settled_batch_size(recipe)
-    tree["tune"] |= {"max_steps": steps, "epochs": math.ceil(steps / math.ceil(rows / batch))}
-    return Recipe(**tree)
-
-
-def _deep_recipe(assignment: Assignment, recipe: Recipe) -> Recipe:
-    """The recipe for a deep prompt of the same length, in front of everything."""
-    tree = recipe.model_dump()
-    length = assignment.task.template.soft_length
-    tree["data"]["template"] = f"{{soft:{length}}}{without_slots(assignment.task.template)}"
-    tree["prompt"] |= {"kind": "deep", "length": length}
-    return Recipe(**tree)
-
-
-def _deep_probe(assignment: Assignment, recipe: Recipe, tell: Callable[[Event], None]) -> None:
-    tune(
-        _deep_recipe(assignment, recipe),
-        lm=assignment.lm,
-        splits=assignment.splits,
-        on_event=tell,
-        progress=False,
-    )
-
-
-def _lora_probe(assignment: Assignment, recipe: Recipe, tell: Callable[[Event], None]) -> None:
-    plan = make_plan(recipe, lm=assignment.lm, splits=assignment.splits)
-    model, trained = weights.with_lora(assignment.lm, assignment.job.seed)
-    _probe_weights(plan, trained, lambda batch: weights.plain_nll(model, batch), assignment, tell)
-    model.unload()
-
-
-def _full_probe(assignment: Assignment, recipe: Recipe, tell: Callable[[Event], None]) -> None:
-    plan = make_plan(recipe, lm=assignment.lm, splits=assignment.splits)
-    model = weights.trainable_copy(assignment.lm)
-    _probe_weights(
-        plan, list(model.parameters()), lambda batch: weights.plain_nll(model, batch), assignment, tell
-    )
-
-
-def _probe_weights(
-    plan: Plan, trained: list[Any], nll: weights.Nll, assignment: Assignment, tell: Callable[[Event], None]
-) -> None:
-    weights.learn_weights(plan, trained, nll, lambda: 0.0, 1e-9, assignment.job.folder / "pace.pt", tell)

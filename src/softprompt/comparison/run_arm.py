@@ -18,7 +18,8 @@ from softprompt.base import hardware
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.comparison import forgetting, measure
 from softprompt.comparison.anatomy import anatomy
-from softprompt.comparison.arms import MAKERS, Assignment, PreparedArm
+from softprompt.comparison.arms import MAKERS
+from softprompt.comparison.assignment import Assignment, PreparedArm
 from softprompt.comparison.records import (
     ArmResult,
     Clocked,

@@ -147,7 +147,7 @@ class Job:
             "text": ("prompt",),
             "shots": ("few-shot", *long_text),
             "wordings": ("wording",),
-            "context": long_text,
+            "document": long_text,
         }.items():
             if self.arm not in arms:
                 del values[name]
