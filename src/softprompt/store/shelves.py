@@ -88,7 +88,7 @@ class LocalShelf:
         version_folder = self.path / version
         draft = version_folder.parent / f".{version_folder.name}.{os.getpid()}.draft"
         try:
-            for former in place.parent.glob(
+            for former in version_folder.parent.glob(
                 ".*.draft"
             ):  # of publishers that were killed: no other holds the lock
                 shutil.rmtree(former, ignore_errors=True)
