@@ -15,6 +15,7 @@ import torch
 from softprompt import load_prompt
 from softprompt.base.processes import Processes
 from softprompt.data.encoded import Encoded
+from tiny_models import tiny_model, tiny_tokenizer
 
 FLAGS = [
     "--data", "builtin:messages", "--target", "label", "--template", "{text}{soft:4} {label}", "--dtype", "float32",
@@ -82,3 +83,20 @@ def test_several_processes_learn_the_prompt_of_one_to_rounding(tmp_path: Path, c
     assert record["nll_after"] == pytest.approx(json.loads(alone.stdout)["nll_after"], rel=1e-5)
     assert [process.stdout for process in finished[1:]] == [""] * (count - 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "several"]
+
+
+@pytest.mark.parametrize("split", ["tensor", "layers"])
+def test_several_processes_that_hold_parts_of_a_base_learn_the_prompt_of_the_whole(
+    tmp_path: Path, split: str
+) -> None:
+    base = tmp_path / "base"
+    tiny_model("Llama").save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    (alone,) = launched(1, tmp_path / "alone", "--base", str(base))
+    assert alone.returncode == 0, alone.stderr
+    finished = launched(2, tmp_path / "parts", "--base", str(base), "--split", split)
+    assert [process.returncode for process in finished] == [0, 0], finished[0].stderr + finished[1].stderr
+    whole, parts = load_prompt(tmp_path / "alone"), load_prompt(tmp_path / "parts")
+    torch.testing.assert_close(parts.plain[0], whole.plain[0], rtol=1e-4, atol=1e-6)
+    # The digests are those of the whole base, so that the prompt fits it however it is loaded.
+    assert parts.base == whole.base

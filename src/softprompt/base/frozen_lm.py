@@ -28,10 +28,12 @@ from softprompt.base.locate import demand_no_adapter, load_local_first, locate
 from softprompt.base.nll import Head, token_nll
 from softprompt.base.placement import Placed, place
 from softprompt.base.processes import own_gpu, started_processes
+from softprompt.base.split import Shard, is_split, own_part, split_layers, split_options, whole
 from softprompt.base.whole import demand_causal_lm, demand_finite, demand_ids_in_table, demand_whole
 from softprompt.data.batch import Batch
 from softprompt.errors import BaseError, DataError
 from softprompt.prompt.soft_prompt import Fingerprint, Plain
+from softprompt.settings.base_settings import Split
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -100,6 +102,7 @@ class FrozenLM:
         dtype: str = "auto",
         device: str = "auto",
         trust_remote_code: bool = False,
+        split: Split = "none",
     ) -> FrozenLM:
         """Loads from a local folder, the local hub cache or the hub, in that order; `builtin` is the bundled base.
 
@@ -113,6 +116,7 @@ class FrozenLM:
         if bits:
             weights |= bitsandbytes_options(bits, chosen, on)
 
+        weights |= split_options(split, name)
         files = base_files(where, revision)
 
         def read_weights(local: bool) -> Any:
@@ -133,8 +137,10 @@ class FrozenLM:
         loaded_revision = revision or getattr(model.config, "_commit_hash", None)
         if bits:
             reason = f"weights in {bits} bits as asked, the rest: {reason}"
-        else:
-            model = model.to(on)
+        elif split in ("none", "layers"):
+            model = model.to(on) if split == "none" else model
+        if split == "layers":
+            split_layers(model, int(model.config.get_text_config().num_hidden_layers), on, name)
         return cls(model, tokenizer, name=name, revision=loaded_revision, dtype_reason=reason, files=files)
 
     @classmethod
@@ -146,6 +152,7 @@ class FrozenLM:
         dtype: str = "auto",
         device: str = "auto",
         trust_remote_code: bool = False,
+        split: Split = "none",
     ) -> FrozenLM:
         """The same as `load`, under the name that transformers gives it."""
         return cls.load(
@@ -154,6 +161,7 @@ class FrozenLM:
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
+            split=split,
         )
 
     @classmethod
@@ -197,7 +205,12 @@ class FrozenLM:
     def embedding_VD(self) -> Tensor:
         """The input embedding table."""
         weight: Tensor = self._embedding.weight  # type: ignore[assignment]
-        return weight
+        return whole(weight)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether several processes hold the weights in parts, and so read the same rows in step."""
+        return is_split(self.model)
 
     @property
     def num_parameters(self) -> int:
@@ -266,7 +279,8 @@ class FrozenLM:
         digest = hashlib.sha256()
         for name, weight in sorted(self.model.named_parameters()):
             digest.update(name.encode())
-            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+            content: Any = whole(weight.detach()).cpu().contiguous().view(torch.uint8).numpy()
+            digest.update(content)
         return digest.hexdigest()
 
     def _check_against_transformers(self) -> tuple[int, int]:
@@ -300,7 +314,10 @@ class FrozenLM:
                 f"(they differ by {difference:.3g}). It is refused rather than trained wrongly; choose another base."
             )
         first: Tensor = keys[0]
-        return int(first.shape[1]), int(first.shape[3])
+        heads = int(first.shape[1])
+        if self.head.shard is not None:  # this process has its part of the heads
+            heads = int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+        return heads, int(first.shape[3])
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -370,4 +387,10 @@ def _head(model: Any, name: str) -> Head:
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)  # Falcon-H1
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
-    return Head(layer.weight, getattr(layer, "bias", None), scale, float(softcap) if softcap else None)
+    return Head(
+        own_part(layer.weight),
+        None if getattr(layer, "bias", None) is None else own_part(layer.bias),
+        scale,
+        float(softcap) if softcap else None,
+        Shard.of(layer.weight),
+    )

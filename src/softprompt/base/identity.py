@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor
 
 from softprompt.base.disk_cache import Stamp, kept_digest
+from softprompt.base.split import is_split, own_part, whole
 
 SAMPLED_VALUES = 65_536  # of each weight go into the digest that version 0.1 recorded
 THREADS = 4
@@ -62,6 +63,8 @@ def weights_sha256(model: Any, files: Stamp | None = None) -> str:
     What bfloat16 rounds away is not seen: that is the price of one digest for a base in float32 and in bfloat16.
     `files` are those that the model was just loaded from: their digest is computed once."""
     dtypes = sorted({str(weight.dtype) for weight in model.parameters()})
+    if is_split(model):
+        files = None  # all processes must gather, whatever one of them has kept
     way = f"weights, {type(model).__name__}, {dtypes}, transformers {transformers.__version__}"
     return kept_digest(files, way, lambda: compute_weights_sha256(model))
 
@@ -81,7 +84,7 @@ def sampled_sha256(model: Any) -> str:
     """The digest that version 0.1 recorded: of evenly spaced values of every weight, as bfloat16, in no order."""
     parts = []
     for weight in model.parameters():
-        flat = weight.detach().reshape(-1)
+        flat = whole(weight.detach()).reshape(-1)
         stride = max(1, flat.numel() // SAMPLED_VALUES)
         values = flat[::stride][:SAMPLED_VALUES].to(torch.bfloat16).cpu().contiguous()
         shape = ",".join(map(str, weight.shape)).encode()
@@ -91,12 +94,14 @@ def sampled_sha256(model: Any) -> str:
 
 def compute_weights_sha256(model: Any) -> str:
     parameters = list(model.parameters())
-    kept = {tensor.data_ptr() for tensor in parameters}
+    kept = {own_part(tensor).data_ptr() for tensor in parameters}
     buffers = [
         tensor
         for tensor in model.state_dict().values()  # parameters again, and buffers that are saved with them
-        if isinstance(tensor, Tensor) and tensor.data_ptr() not in kept
+        if isinstance(tensor, Tensor) and own_part(tensor).data_ptr() not in kept
     ]
+    if is_split(model):  # gathering goes in step with other processes, one tensor at a time
+        return hashlib.sha256(b"".join(map(_tensor_digest, [*parameters, *buffers]))).hexdigest()
     # Hashing runs outside the interpreter's lock, so a few threads share it; one tensor's copy each is held meanwhile.
     with ThreadPoolExecutor(THREADS) as pool:
         parts = pool.map(_tensor_digest, [*parameters, *buffers])
@@ -104,7 +109,7 @@ def compute_weights_sha256(model: Any) -> str:
 
 
 def _tensor_digest(tensor: Tensor) -> bytes:
-    values = tensor.detach()
+    values = whole(tensor.detach())
     if values.is_floating_point():
         values = values.to(torch.bfloat16)  # the same numbers from a base in float32 and in bfloat16
     shape = ",".join(map(str, tensor.shape)).encode()

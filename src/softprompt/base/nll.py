@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from softprompt.base.hardware import product_dtype
+from softprompt.base.split import Shard
 
 BLOCK_LOGITS = 2**24  # 16 M numbers: 250,880 x 64 tokens
 BLOCK_TOKENS = 512
@@ -26,12 +27,15 @@ ON_ACCELERATORS = (
 
 @dataclass(frozen=True)
 class Head:
-    """A base's output layer: logits = softcap(scale * (hidden @ weight.T + bias))."""
+    """A base's output layer: logits = softcap(scale * (hidden @ weight.T + bias)).
+
+    With `shard`, the weight holds a part of the vocabulary, and other processes the rest."""
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    shard: Shard | None = None
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Hidden states [..., D] to logits [..., V], in the weights' dtype."""
@@ -40,7 +44,7 @@ class Head:
             logits_NV = logits_NV * self.scale
         if self.softcap is not None:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
-        return logits_NV
+        return logits_NV if self.shard is None else self.shard.joined(logits_NV)
 
 
 class HeadLoss(Protocol):
@@ -92,7 +96,9 @@ def dense(
 def dense_block(
     hidden_nD: Tensor, targets_n: Tensor, head: Head, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    weight_VD = head.weight_VD
+    weight_VD, shard = head.weight_VD, head.shard
+    if shard is not None:  # targets by their row of this part; those of other parts lie outside
+        targets_n = targets_n - shard.first
     dtype = product_dtype(weight_VD.dtype, weight_VD.device)
     hidden_nD = hidden_nD.to(dtype)
     # Softmax online: the highest logit so far, the sum of exp(logit - highest), and the sum of such weights times rows.
@@ -123,15 +129,29 @@ def dense_block(
                 pull_nD.addmm_(pulling_nv, weight_vD)
             else:
                 pull_nD.add_(pulling_nv @ weight_vD)
+    if shard is not None:  # the parts' sums, each relative to the highest logit of all
+        own_highest_n1 = highest_n1
+        highest_n1 = shard.highest(highest_n1.clone())
+        shrink_n1 = torch.exp(own_highest_n1 - highest_n1)
+        sum_n1, target_n1 = shard.sum(sum_n1.mul_(shrink_n1)), shard.sum(target_n1)
+        if wants_gradient:
+            pull_nD = shard.sum(pull_nD.mul_(shrink_n1))
     # log(sum) >= 0 >= target - highest, also after rounding.
     nll_n = (sum_n1.log() - (target_n1 - highest_n1))[:, 0]
     if not wants_gradient:
         return nll_n, None
     # Gradient: the expected row of the weight less the target's row.
     derivative_n1 = softcap_derivative(target_n1, head)
-    target_nD = weight_VD[targets_n].float()
+    target_nD = _target_rows(weight_VD, targets_n, shard)
     pull_nD.div_(sum_n1).sub_(target_nD if derivative_n1 is None else target_nD * derivative_n1)
     return nll_n, pull_nD.mul_(head.scale)
+
+
+def _target_rows(weight_VD: Tensor, targets_n: Tensor, shard: Shard | None) -> Tensor:
+    if shard is None:
+        return weight_VD[targets_n].float()
+    here_n1 = ((targets_n >= 0) & (targets_n < len(weight_VD)))[:, None]
+    return shard.sum(weight_VD[targets_n.clamp(0, len(weight_VD) - 1)].float() * here_n1)
 
 
 def _larger(head: Head) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from softprompt.base.split import own_part
 from softprompt.errors import BaseError
 
 # Buffers that old checkpoints hold and today's classes compute themselves: causal masks and rotary frequencies.
@@ -50,8 +51,8 @@ def demand_finite(model: Any, name: str) -> None:
         for key, weight in model.named_parameters()
         # The largest magnitude is NaN where any value is: one pass, no mask of the tensor's size.
         if weight.is_floating_point()
-        and weight.numel()
-        and not bool(torch.isfinite(weight.detach().abs().max()))
+        and own_part(weight).numel()
+        and not bool(torch.isfinite(own_part(weight.detach()).abs().max()))
     ]
     if broken:
         raise BaseError(

@@ -7,6 +7,8 @@ from typing import Literal
 from softprompt.settings.section import setting
 from softprompt.settings.table import Table
 
+Split = Literal["none", "devices", "tensor", "layers"]
+
 
 class BaseSettings(Table):
     """The frozen model that a verb works with."""
@@ -28,6 +30,12 @@ class BaseSettings(Table):
         flag="--dtype",
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps.", flag="--device")
+    split: Split = setting(
+        "none",
+        "How a base that is larger than a device is spread: over the devices of this process (devices), or over the "
+        "processes that torchrun started, each with a part of every matrix (tensor) or of every layer (layers).",
+        flag="--split",
+    )
     trust_remote_code: bool = setting(
         False,
         "Run code that comes with the base. No base named here needs it.",

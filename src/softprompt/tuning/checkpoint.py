@@ -27,7 +27,12 @@ from softprompt.tuning.recipe import Recipe, TuneSettings
 FOLDER, ENDING, KEPT = "checkpoints", ".checkpoint", 2
 BASE = "the base's "
 HEAD = b"softprompt checkpoint 1 "
-MAY_DIFFER = {"out", "device", "tune.trackers"}  # settings that do not change what is computed, or only where
+MAY_DIFFER = {
+    "out",
+    "device",
+    "split",
+    "tune.trackers",
+}  # settings that do not change what is computed, or only where
 
 
 class Checkpoints:

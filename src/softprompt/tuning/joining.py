@@ -17,7 +17,7 @@ def joining(plan: Plan) -> Iterator[tuple[Plan, Processes]]:
     """The plan as this process follows it, and its place among those that `torchrun` started; alone in most runs.
 
     All take the same steps. What the others write goes to a temporary folder, which is removed at the end."""
-    processes = joined()
+    processes = joined(shares_rows=not plan.lm.is_split)
     if processes.first:
         yield plan, processes
         return

@@ -8,6 +8,7 @@ import torch
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Splits
+from softprompt.errors import RecipeError
 from softprompt.inference.compiled import vectors_state
 from softprompt.loss.context_cache import GIGABYTE
 from softprompt.loss.fast import FastLoss
@@ -29,6 +30,11 @@ def make_plan(
     base and equal settings of it."""
     splits = splits or read_splits(recipe)
     lm = lm or load_base(recipe)
+    if lm.head.shard is not None and recipe.prompt.kind == "deep":
+        raise RecipeError(
+            "split is tensor, where each process has its own heads, and prompt.kind is deep, whose keys and values are of "
+            "all heads. Set split to layers."
+        )
     task = task_of(recipe, lm, splits)
     train = task.to_learn(splits.train)
     judged = splits.validation or splits.train
@@ -61,6 +67,7 @@ def load_base(recipe: Recipe) -> FrozenLM:
         dtype=recipe.dtype,
         device=recipe.device,
         trust_remote_code=recipe.trust_remote_code,
+        split=recipe.split,
     )
 
 

@@ -241,6 +241,7 @@ def packed(head: Head) -> PackedHead | None:
         or weight_VD.numel() < MIN_WEIGHTS
         or head.bias_V is not None
         or head.softcap is not None
+        or head.shard is not None
         or not has_int8_products()
     ):
         return None
