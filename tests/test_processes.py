@@ -85,16 +85,16 @@ def test_several_processes_learn_the_prompt_of_one_to_rounding(tmp_path: Path, c
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "several"]
 
 
-@pytest.mark.parametrize("split", ["tensor", "layers"])
+@pytest.mark.parametrize("spread", ["tensor", "layers"])
 def test_several_processes_that_hold_parts_of_a_base_learn_the_prompt_of_the_whole(
-    tmp_path: Path, split: str
+    tmp_path: Path, spread: str
 ) -> None:
     base = tmp_path / "base"
     tiny_model("Llama").save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
     (alone,) = launched(1, tmp_path / "alone", "--base", str(base))
     assert alone.returncode == 0, alone.stderr
-    finished = launched(2, tmp_path / "parts", "--base", str(base), "--split", split)
+    finished = launched(2, tmp_path / "parts", "--base", str(base), "--spread", spread)
     assert [process.returncode for process in finished] == [0, 0], finished[0].stderr + finished[1].stderr
     whole, parts = load_prompt(tmp_path / "alone"), load_prompt(tmp_path / "parts")
     torch.testing.assert_close(parts.plain[0], whole.plain[0], rtol=1e-4, atol=1e-6)

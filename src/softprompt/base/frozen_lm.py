@@ -33,7 +33,7 @@ from softprompt.base.whole import demand_causal_lm, demand_finite, demand_ids_in
 from softprompt.data.batch import Batch
 from softprompt.errors import BaseError, DataError
 from softprompt.prompt.soft_prompt import Fingerprint, Plain
-from softprompt.settings.base_settings import Split
+from softprompt.settings.base_settings import Spread
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -102,7 +102,7 @@ class FrozenLM:
         dtype: str = "auto",
         device: str = "auto",
         trust_remote_code: bool = False,
-        split: Split = "none",
+        spread: Spread = "none",
     ) -> FrozenLM:
         """Loads from a local folder, the local hub cache or the hub, in that order; `builtin` is the bundled base.
 
@@ -116,7 +116,7 @@ class FrozenLM:
         if bits:
             weights |= bitsandbytes_options(bits, chosen, on)
 
-        weights |= split_options(split, name)
+        weights |= split_options(spread, name)
         files = base_files(where, revision)
 
         def read_weights(local: bool) -> Any:
@@ -137,9 +137,9 @@ class FrozenLM:
         loaded_revision = revision or getattr(model.config, "_commit_hash", None)
         if bits:
             reason = f"weights in {bits} bits as asked, the rest: {reason}"
-        elif split in ("none", "layers"):
-            model = model.to(on) if split == "none" else model
-        if split == "layers":
+        elif spread in ("none", "layers"):
+            model = model.to(on) if spread == "none" else model
+        if spread == "layers":
             split_layers(model, int(model.config.get_text_config().num_hidden_layers), on, name)
         return cls(model, tokenizer, name=name, revision=loaded_revision, dtype_reason=reason, files=files)
 
@@ -152,7 +152,7 @@ class FrozenLM:
         dtype: str = "auto",
         device: str = "auto",
         trust_remote_code: bool = False,
-        split: Split = "none",
+        spread: Spread = "none",
     ) -> FrozenLM:
         """The same as `load`, under the name that transformers gives it."""
         return cls.load(
@@ -161,7 +161,7 @@ class FrozenLM:
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
-            split=split,
+            spread=spread,
         )
 
     @classmethod

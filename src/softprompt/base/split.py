@@ -18,19 +18,19 @@ from softprompt.base.processes import joined
 from softprompt.errors import BaseError
 
 
-def split_options(split: str, name: str) -> dict[str, Any]:
+def split_options(spread: str, name: str) -> dict[str, Any]:
     """What `from_pretrained` is given to load a base in parts. Raises BaseError where there is one process alone."""
-    if split == "none":
+    if spread == "none":
         return {}
-    if split == "devices":
+    if spread == "devices":
         return {"device_map": "auto"}
     processes = joined()
     if processes.count == 1:
         raise BaseError(
-            f"{name}: split is {split}, which wants several processes, found one. Start them with "
-            "`torchrun --nproc-per-node N -m softprompt ...`, or set split to none."
+            f"{name}: spread is {spread}, which wants several processes, found one. Start them with "
+            "`torchrun --nproc-per-node N -m softprompt ...`, or set spread to none."
         )
-    if split == "layers":
+    if spread == "layers":
         return {}  # split after loading
     from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -48,7 +48,7 @@ def split_layers(model: nn.Module, num_layers: int, device: torch.device, name: 
                 # Each layer is a root of its own, which would keep the gathered weights after its forward pass.
                 fully_shard(layer, mesh=mesh, reshard_after_forward=True)
             return
-    raise BaseError(f"{name}: its layers are not in one list, so they cannot be split. Set split to none.")
+    raise BaseError(f"{name}: its layers are not in one list, so they cannot be split. Set spread to none.")
 
 
 def is_split(model: nn.Module) -> bool:

@@ -101,7 +101,7 @@ def load_base(settings: BaseSettings, *prompts: Prompt) -> FrozenLM:
             dtype=settings.dtype,
             device=settings.device,
             trust_remote_code=settings.trust_remote_code,
-            split=settings.split,
+            spread=settings.spread,
         )
     except BaseError as error:
         if by_prompt is None or "HF_HUB_OFFLINE" not in str(error):

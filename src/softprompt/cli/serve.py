@@ -49,10 +49,10 @@ def command(
         raise RecipeError(
             f"--host {settings.host} can be reached by others, and anybody could use it. Give --keys FILE, or serve on 127.0.0.1."
         )
-    if settings.split in ("tensor", "layers"):
+    if settings.spread in ("tensor", "layers"):
         raise RecipeError(
-            f"split: found {settings.split}, wanted none or devices: a server cannot keep several processes in step. Serve "
-            "a base that is larger than a device with --split devices, or by an engine of another make with --engine."
+            f"spread: found {settings.spread}, wanted none or devices: a server cannot keep several processes in step. Serve "
+            "a base that is larger than a device with --spread devices, or by an engine of another make with --engine."
         )
     if front.engine:
         _serve_gateway(settings, front, prompts)
@@ -67,7 +67,7 @@ def command(
         dtype=settings.dtype,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
-        split=settings.split,
+        spread=settings.spread,
     )
     server = make_server(lm, settings, prompts or [])
     heading(console, f"serving {lm.name}")

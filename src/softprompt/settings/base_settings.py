@@ -7,7 +7,7 @@ from typing import Literal
 from softprompt.settings.section import setting
 from softprompt.settings.table import Table
 
-Split = Literal["none", "devices", "tensor", "layers"]
+Spread = Literal["none", "devices", "tensor", "layers"]
 
 
 class BaseSettings(Table):
@@ -30,11 +30,11 @@ class BaseSettings(Table):
         flag="--dtype",
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps.", flag="--device")
-    split: Split = setting(
+    spread: Spread = setting(
         "none",
         "How a base that is larger than a device is spread: over the devices of this process (devices), or over the "
         "processes that torchrun started, each with a part of every matrix (tensor) or of every layer (layers).",
-        flag="--split",
+        flag="--spread",
     )
     trust_remote_code: bool = setting(
         False,

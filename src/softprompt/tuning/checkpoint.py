@@ -30,7 +30,7 @@ HEAD = b"softprompt checkpoint 1 "
 MAY_DIFFER = {
     "out",
     "device",
-    "split",
+    "spread",
     "tune.trackers",
 }  # settings that do not change what is computed, or only where
 

@@ -169,7 +169,7 @@ def _distil(
         dtype=settings.dtype,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
-        split=settings.split,
+        spread=settings.spread,
     )
     if settings.distil.exact and rotary_of(lm) is None:
         raise BaseError(

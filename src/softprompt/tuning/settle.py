@@ -32,8 +32,8 @@ def make_plan(
     lm = lm or load_base(recipe)
     if lm.head.shard is not None and recipe.prompt.kind == "deep":
         raise RecipeError(
-            "split is tensor, where each process has its own heads, and prompt.kind is deep, whose keys and values are of "
-            "all heads. Set split to layers."
+            "spread is tensor, where each process has its own heads, and prompt.kind is deep, whose keys and values are of "
+            "all heads. Set spread to layers."
         )
     task = task_of(recipe, lm, splits)
     train = task.to_learn(splits.train)
@@ -67,7 +67,7 @@ def load_base(recipe: Recipe) -> FrozenLM:
         dtype=recipe.dtype,
         device=recipe.device,
         trust_remote_code=recipe.trust_remote_code,
-        split=recipe.split,
+        spread=recipe.spread,
     )
 
 
