@@ -27,7 +27,7 @@ FENCE = re.compile(r'^```(\w+)(?: title="([^"\n]+)")?\n(.*?)^```', re.MULTILINE 
 
 
 def blocks(page: Path) -> list[tuple[str, str, str]]:
-    """Fenced blocks as (language, title, text). Those marked `sh hub` need the network and are none of these."""
+    """Fenced blocks as (language, title, text). Those marked `{.sh .hub}` need the network or a model and are none of these."""
     return FENCE.findall(page.read_text(encoding="utf-8"))
 
 
@@ -84,6 +84,10 @@ def test_the_recipe_reference_is_current(capsys: pytest.CaptureFixture[str]) -> 
 def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
     """Strict: a link to a page, a heading or a name that is not there stops the build."""
     assert build_site(tmp_path, ROOT / "docs") == ""
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert pages
+    # A fence that the builder does not know is left as text, and takes the headings behind it with it.
+    assert [page.name for page in pages if "```" in page.read_text(encoding="utf-8")] == []
     broken = tmp_path / "broken"
     shutil.copytree(ROOT / "docs", broken)
     with (broken / "index.md").open("a", encoding="utf-8") as page:
