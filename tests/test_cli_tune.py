@@ -369,3 +369,23 @@ def test_the_tutorials_recipe_runs_on_local_copies(
     (one,) = run("generate", "--base", str(BUILTIN), "--prompt", "runs/tutorial", *arguments)["outputs"]
     assert one["prompt"] == "tutorial"
     assert one["text"]
+
+
+def test_a_prompt_that_is_worse_than_no_prompt_is_called_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random vectors that are hardly moved disturb a wording that the base knows; vectors that learn help it in another.
+    The two losses say which."""
+    known, unknown = "Message: {text} Kind:{soft:8} {label}", "{text}\n{soft:8} {label}"
+    for template, rate, expected in ((known, "1e-9", True), (unknown, "auto", False)):
+        out = str(tmp_path / rate)
+        arguments = [
+            "tune", "--data", "builtin:messages", "--limit", "48", "--steps", "4", "--out", out, "--target", "label",
+            "--template", template, "--set", "prompt.init=random",
+            "--set", f"tune.learning_rate={rate}",
+        ]  # fmt: skip
+        assert main([*arguments, "--json"]) == 0
+        shown = capsys.readouterr()
+        record = json.loads(shown.out)
+        assert (record["nll_after"] > record["nll_base"]) == expected
+        assert ("The prompt is worse than the base: held-out loss" in " ".join(shown.err.split())) == expected

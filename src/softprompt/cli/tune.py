@@ -76,6 +76,8 @@ def show_result(console: Screen, result: TuneResult) -> None:
         result.loss_name,
         f"{describe_losses(result)}; base alone {figure(result.nll_base)} nats per token",
     )
+    if result.warning:
+        line(console, result.warning, "bold")
     if result.selected_by != "nll":
         fact(
             console,

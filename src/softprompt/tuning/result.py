@@ -58,10 +58,20 @@ class TuneResult:
         """Whether the prompt that is kept has a higher loss than no prompt at all."""
         return self.nll_after > self.nll_base
 
+    @property
+    def warning(self) -> str:
+        """A sentence for a prompt that is worse than the base; empty for any other."""
+        if not self.worse_than_base:
+            return ""
+        return (
+            f"The prompt is worse than the base: {self.loss_name} {_figure(self.nll_after)}, without a prompt "
+            f"{_figure(self.nll_base)}. Learn for more steps, or start from a text (prompt.init: text)."
+        )
+
     def __repr__(self) -> str:
         return (
             f"TuneResult({self.path}: {self.loss_name} {self.nll_before:.4f} -> {self.nll_after:.4f} at step "
-            f"{self.best_step} of {self.steps}, base alone {self.nll_base:.4f})"
+            f"{self.best_step} of {self.steps}, base alone {self.nll_base:.4f}{'; worse than the base' if self.worse_than_base else ''})"
         )
 
     def _repr_html_(self) -> str:
@@ -78,7 +88,8 @@ class TuneResult:
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
             for name, value in rows.items()
         )
-        return f"<table>{cells}</table>"
+        warning = f"<p><strong>{html.escape(self.warning)}</strong></p>" if self.warning else ""
+        return f"<table>{cells}</table>{warning}"
 
 
 def _figure(value: float) -> str:
