@@ -1,122 +1,198 @@
-"""The learning rate against the loss: what one step promises and keeps, and what short runs reach at shares of the bound.
+"""The automatic learning rate against a sweep around it, and against PEFT's ways at fixed rates, on bases of unlike shape.
 
-    python benchmarks/rate.py --base builtin --sets snips e2e_nlg --kinds soft deep --steps 40 --out benchmarks/rate.json
+    python benchmarks/rate.py --base builtin --seeds 0 1 2 --out benchmarks/rate.jsonl
+    python benchmarks/rate.py --base ../shared/data/weights/TinyStories-656K --seeds 0 1 2 --out benchmarks/rate.jsonl
+    python benchmarks/rate.py --table --out benchmarks/rate.jsonl --page docs/learning.md
 
-`bound` is the share of the embeddings' (or keys' and values') scale that an automatic rate never exceeds. `slope` is the
-first-order fall of the first batch's loss, in nats for a unit of rate along the optimiser's own step; `bound` times
-`slope` is what a step at the bound promises. Losses are of validation rows held out of the training part; test rows
-are not read. Each line of --out is one base, set, kind and optimiser.
+Each line of --out is one run, and a run that is there already is not repeated. `auto` is softprompt's default; `share` is
+that rate times a number, fixed, with all else as by default. `peft` is PEFT's own start (prompt tuning with random vectors,
+or prefix tuning), moved by AdamW at a fixed rate with linear decay and without a guard, as its notebooks do; the function and
+so the gradient are those of PEFT's model, and are computed here by softprompt's faster loss. A run's figure is the loss of its
+best validated step on rows held out of the training part. Test rows are not read, since the rule was chosen by these runs.
+
+--table reads the file and rewrites the table between its two marks in --page.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quality_vs_peft import TASKS, Task
+import peft
+import torch
+
+from quality_vs_peft import TASKS, Task, plain
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import epoch_order
 from softprompt.data.example import Example, Splits
-from softprompt.loss.gradient import Gradients
-from softprompt.tuning.learner import Learner
+from softprompt.loss.gradient import Loss
+from softprompt.progress.events import Event, Note, Stepped, Validated
+from softprompt.prompt.reparam import Direct
 from softprompt.tuning.loop import tune
-from softprompt.tuning.plan import Plan
-from softprompt.tuning.rate import measured_rate
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.settle import make_plan
-from softprompt.tuning.starts import start
 
-ROWS, MOST_CHARACTERS, MOST_POSITIONS = 400, 900, 160
+LENGTH, TRAIN_ROWS, MOST_POSITIONS = 20, 2000, 160
+SETS = ("snips", "banking77", "e2e_nlg", "messages")
+SAME = ("base", "set", "kind", "optimizer", "arm", "setting", "seed", "steps")  # what makes two runs the same
+BEGIN, END = "<!-- rate table: begin -->", "<!-- rate table: end -->"
+WITHIN = 1.05  # of the best of the sweep
 
 
-def short(rows: Sequence[Example], count: int) -> tuple[Example, ...]:
+def short(rows: Sequence[Example], count: int, characters: int) -> tuple[Example, ...]:
     """The first `count` rows that are not long."""
-    return tuple(row for row in rows if sum(map(len, row.fields.values())) < MOST_CHARACTERS)[:count]
+    return tuple(row for row in rows if sum(map(len, row.fields.values())) < characters)[:count]
 
 
-def recipe(
-    task: Task, kind: str, optimizer: str, steps: int, rate: float | str, seed: int, out: str
-) -> Recipe:
-    """A short run at a given rate."""
-    data: dict[str, Any] = {
-        "source": "x",
-        "template": task.template,
-        "max_length": MOST_POSITIONS,
-        "on_overflow": "truncate",
+def recipe(task: Task, kind: str, optimizer: str, rate: float | str, seed: int, out: str, given: Any) -> Recipe:
+    """One run's settings."""
+    data: dict[str, Any] = {"source": "x", "template": task.template, "target": task.target}
+    data |= {"max_length": MOST_POSITIONS, "on_overflow": "truncate"}
+    tuning: dict[str, Any] = {"max_steps": given.steps, "epochs": 100, "optimizer": optimizer, "seed": seed}
+    tuning |= {"learning_rate": rate, "valid_every_steps": max(1, given.steps // given.validations)}
+    prompt: Any = {"kind": kind, "length": LENGTH}
+    return Recipe(base="x", out=out, data=data, prompt=prompt, tune=tuning)  # type: ignore[arg-type]
+
+
+def peft_start(lm: FrozenLM, kind: str, seed: int) -> Any:
+    """PEFT's own start: N(0, 1) vectors in front, or N(0, 1) keys and values."""
+    torch.manual_seed(seed)
+    config = peft.PromptTuningConfig if kind == "soft" else peft.PrefixTuningConfig
+    model = peft.get_peft_model(lm.model, config(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH))
+    prompt = plain(model, kind == "deep")
+    return Direct((prompt,) if kind == "soft" else prompt)
+
+
+def learned(lm: FrozenLM, splits: Splits, settings: Recipe, loss: Loss | None, form: Any) -> dict[str, Any]:
+    """What a run came to."""
+    curve: list[tuple[int, float]] = []
+    training: list[float] = []
+    notes: list[str] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Validated):
+            curve.append((event.step, round(event.nll, 4)))
+        elif isinstance(event, Stepped):
+            training.append(round(event.nll, 4))
+        elif isinstance(event, Note) and "lowered" in event.text:
+            notes.append(event.text)
+
+    began = time.process_time()
+    result = tune(settings, lm=lm, splits=splits, loss=loss, form=form, on_event=watch, progress=False)
+    return {
+        "rate": result.learning_rate if not notes else None,
+        "validation_nll": round(result.nll_after, 5),
+        "best_step": result.best_step,
+        "curve": curve,
+        "first_training_nlls": training[:5],
+        "highest_training_nll": max(training),
+        "lowered": notes,
+        "cpu_seconds": round(time.process_time() - began, 1),
     }
-    if task.target:
-        data["target"] = task.target
-    tuning = {"max_steps": steps, "epochs": 50, "optimizer": optimizer, "seed": seed, "learning_rate": rate}
-    return Recipe(base="x", out=out, data=data, prompt={"kind": kind, "length": 20}, tune=tuning)  # type: ignore[arg-type]
 
 
-def first_step(plan: Plan) -> dict[str, float]:
-    """The first batch's loss, and its slope along the optimiser's step."""
-    tune_ = plan.recipe.tune
-    learner = Learner(start(plan), tune_, 1.0, plan.steps)
-    order = epoch_order(plan.train.lengths, plan.batch_size, seed=tune_.seed, epoch=0)
-    rows = [plan.train.encoded[index] for index in order[0]]
-    (nll,) = Gradients(plan.loss, plan.batch_size)([learner.form], [rows])
-    return {"first_nll": nll, "slope": learner.promised_fall()}
+def wanted(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every run, seed by seed, so that whatever there is time for is a whole grid."""
+    for seed in given.seeds:
+        for name in given.sets:
+            for kind in given.kinds:
+                for optimizer in given.optimizers:
+                    run = {"set": name, "kind": kind, "optimizer": optimizer, "seed": seed, "steps": given.steps}
+                    yield {**run, "arm": "auto", "setting": 1.0}
+                    for share in given.shares:
+                        yield {**run, "arm": "share", "setting": share}
+                for rate in given.peft_rates:
+                    yield {
+                        **{"set": name, "kind": kind, "optimizer": "adamw", "seed": seed, "steps": given.steps},
+                        **{"arm": "peft", "setting": rate},
+                    }
+
+
+def run_all(given: argparse.Namespace) -> None:
+    """Runs what --out does not hold yet and appends a line for each run."""
+    done = {key(run) for run in read(given.out)}
+    lm = FrozenLM.load(given.base, dtype=given.dtype)
+    base = given.name or Path(given.base).name
+    splits_of: dict[str, tuple[Task, Splits]] = {}
+    auto = {}
+    for run in read(given.out):
+        if run["arm"] == "auto":
+            auto[key({**run, "setting": 0})] = run["rate_at_start"]
+    for run in wanted(given):
+        run["base"] = base
+        if key(run) in done:
+            continue
+        if run["set"] not in splits_of:
+            task = TASKS[run["set"]]()
+            train = short(task.splits.train, TRAIN_ROWS, given.characters)
+            held_out = short(task.splits.validation, given.held_out, given.characters)
+            splits_of[run["set"]] = task, Splits(train, held_out, (), task.splits.source)
+        task, splits = splits_of[run["set"]]
+        with tempfile.TemporaryDirectory() as out:
+            rate: float | str = "auto"
+            if run["arm"] == "share":
+                rate = run["setting"] * auto[key({**run, "arm": "auto", "setting": 0})]
+            elif run["arm"] == "peft":
+                rate = run["setting"]
+            settings = recipe(task, run["kind"], run["optimizer"], rate, run["seed"], out, given)
+            form = None
+            if run["arm"] == "peft":
+                settings = settings.changed(["tune.warmup=0", "tune.weight_decay=0"])
+                form = peft_start(lm, run["kind"], run["seed"])
+            try:
+                record = learned(lm, splits, settings, None, form)
+            except Exception as error:
+                record = {"validation_nll": None, "error": f"{type(error).__name__}: {error}"[:200]}
+            if run["arm"] == "auto":
+                plan = make_plan(settings, lm=lm, splits=splits)
+                record |= {"bound": plan.learning_rate, "rate_at_start": rate_at_start(out)}
+                auto[key({**run, "setting": 0})] = record["rate_at_start"]
+        record = {**{name: run[name] for name in SAME}, "held_out": len(splits.validation), **record}
+        with given.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        print(*(record[name] for name in SAME), record["validation_nll"], record.get("cpu_seconds"), flush=True)
+
+
+def rate_at_start(out: str) -> float:
+    """The rate that the run's first step took, of the schedule's full rate."""
+    lines = Path(out, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return max(float(json.loads(line)["learning_rate"]) for line in lines if "learning_rate" in line)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All runs so far."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def key(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What makes two runs the same."""
+    return tuple(run[name] for name in SAME)
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--base", default="builtin")
-    asked.add_argument("--dtype", default="float32")
-    asked.add_argument("--sets", nargs="+", choices=list(TASKS), default=["snips"])
-    asked.add_argument("--kinds", nargs="+", default=["soft", "deep"])
-    asked.add_argument("--optimizers", nargs="+", default=["muon"])
-    asked.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.3, 1.0, 3.0])
-    asked.add_argument("--seeds", nargs="+", type=int, default=[0])
-    asked.add_argument("--steps", type=int, default=40)
-    asked.add_argument("--held-out", type=int, default=48)
-    asked.add_argument("--out", type=Path)
-    given = asked.parse_args()
-    lm = FrozenLM.load(given.base, dtype=given.dtype)
-    for name in given.sets:
-        task = TASKS[name]()
-        splits = Splits(
-            short(task.splits.train, ROWS),
-            short(task.splits.validation, given.held_out),
-            (),
-            task.splits.source,
-        )
-        for kind, optimizer in ((kind, optimizer) for kind in given.kinds for optimizer in given.optimizers):
-            with tempfile.TemporaryDirectory() as out:
-                common = (task, kind, optimizer, given.steps)
-                plan = make_plan(recipe(*common, "auto", 0, out), lm=lm, splits=splits)
-                record: dict[str, Any] = {
-                    "base": given.base,
-                    "set": name,
-                    "kind": kind,
-                    "optimizer": optimizer,
-                }
-                record |= {"steps": given.steps, "bound": plan.learning_rate, **first_step(plan)}
-                record["auto"] = measured_rate(plan, Gradients(plan.loss, plan.batch_size), start(plan))
-                record["runs"] = [
-                    {
-                        "share": share,
-                        "seed": seed,
-                        "validation_nll": tune(
-                            recipe(*common, plan.learning_rate * share, seed, f"{out}/{share}-{seed}"),
-                            lm=lm,
-                            splits=splits,
-                            loss=plan.loss,
-                        ).nll_after,
-                    }
-                    for share in given.shares
-                    for seed in given.seeds
-                ]
-            line = json.dumps(record)
-            print(line, flush=True)
-            if given.out:
-                with given.out.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="builtin")
+    parser.add_argument("--name", help="the base's name in the file; without it the folder's")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--sets", nargs="+", choices=list(TASKS), default=list(SETS))
+    parser.add_argument("--kinds", nargs="+", default=["soft", "deep"])
+    parser.add_argument("--optimizers", nargs="+", default=["muon"])
+    parser.add_argument("--shares", nargs="*", type=float, default=[0.1, 0.3, 3.0])
+    parser.add_argument("--peft-rates", nargs="*", type=float, default=[0.005, 0.03, 0.3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--validations", type=int, default=10)
+    parser.add_argument("--held-out", type=int, default=48)
+    parser.add_argument("--characters", type=int, default=400, help="longer rows are left out")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/rate.jsonl"))
+    given = parser.parse_args()
+    run_all(given)
 
 
 if __name__ == "__main__":
