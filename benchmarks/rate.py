@@ -5,7 +5,7 @@
     python benchmarks/rate.py --table --out benchmarks/rate.jsonl --page docs/learning.md
 
 Each line of --out is one run, and a run that is there already is not repeated. `auto` is softprompt's default; `share` is
-that rate times a number, fixed, with all else as by default. `peft` is PEFT's own start (prompt tuning with random vectors,
+the rate that it measures before the first step times a number, the same for all steps, with all else as by default. `peft` is PEFT's own start (prompt tuning with random vectors,
 or prefix tuning), moved by AdamW at a fixed rate with linear decay and without a guard, as its notebooks do; the function and
 so the gradient are those of PEFT's model, and are computed here by softprompt's faster loss. A run's figure is the loss of its
 best validated step on rows held out of the training part. Test rows are not read, since the rule was chosen by these runs.
@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,9 +32,9 @@ from softprompt.data.example import Example, Splits
 from softprompt.loss.gradient import Loss
 from softprompt.progress.events import Event, Note, Stepped, Validated
 from softprompt.prompt.reparam import Direct
+from softprompt.tuning.learner import LOWERED_BY
 from softprompt.tuning.loop import tune
 from softprompt.tuning.recipe import Recipe
-from softprompt.tuning.settle import make_plan
 
 LENGTH, TRAIN_ROWS, MOST_POSITIONS = 20, 2000, 160
 SETS = ("snips", "banking77", "e2e_nlg", "messages")
@@ -50,12 +48,18 @@ def short(rows: Sequence[Example], count: int, characters: int) -> tuple[Example
     return tuple(row for row in rows if sum(map(len, row.fields.values())) < characters)[:count]
 
 
-def recipe(task: Task, kind: str, optimizer: str, rate: float | str, seed: int, out: str, given: Any) -> Recipe:
+def recipe(
+    task: Task, kind: str, optimizer: str, rate: float | str, seed: int, out: str, given: Any
+) -> Recipe:
     """One run's settings."""
     data: dict[str, Any] = {"source": "x", "template": task.template, "target": task.target}
     data |= {"max_length": MOST_POSITIONS, "on_overflow": "truncate"}
     tuning: dict[str, Any] = {"max_steps": given.steps, "epochs": 100, "optimizer": optimizer, "seed": seed}
-    tuning |= {"learning_rate": rate, "valid_every_steps": max(1, given.steps // given.validations)}
+    tuning |= {
+        "learning_rate": rate,
+        "batch_size": given.batch_size,
+        "valid_every_steps": max(1, given.steps // given.validations),
+    }
     prompt: Any = {"kind": kind, "length": LENGTH}
     return Recipe(base="x", out=out, data=data, prompt=prompt, tune=tuning)  # type: ignore[arg-type]
 
@@ -73,6 +77,7 @@ def learned(lm: FrozenLM, splits: Splits, settings: Recipe, loss: Loss | None, f
     """What a run came to."""
     curve: list[tuple[int, float]] = []
     training: list[float] = []
+    rates: list[float] = []
     notes: list[str] = []
 
     def watch(event: Event) -> None:
@@ -80,17 +85,18 @@ def learned(lm: FrozenLM, splits: Splits, settings: Recipe, loss: Loss | None, f
             curve.append((event.step, round(event.nll, 4)))
         elif isinstance(event, Stepped):
             training.append(round(event.nll, 4))
+            rates.append(event.learning_rate)
         elif isinstance(event, Note) and "lowered" in event.text:
             notes.append(event.text)
 
     began = time.process_time()
     result = tune(settings, lm=lm, splits=splits, loss=loss, form=form, on_event=watch, progress=False)
     return {
-        "rate": result.learning_rate if not notes else None,
+        "measured": result.learning_rate * LOWERED_BY ** len(notes),  # before the first step
+        "highest_rate_taken": max(rates),
         "validation_nll": round(result.nll_after, 5),
         "best_step": result.best_step,
-        "curve": curve,
-        "first_training_nlls": training[:5],
+        "start_nll": curve[0][1],
         "highest_training_nll": max(training),
         "lowered": notes,
         "cpu_seconds": round(time.process_time() - began, 1),
@@ -103,14 +109,25 @@ def wanted(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name in given.sets:
             for kind in given.kinds:
                 for optimizer in given.optimizers:
-                    run = {"set": name, "kind": kind, "optimizer": optimizer, "seed": seed, "steps": given.steps}
+                    run = {
+                        "set": name,
+                        "kind": kind,
+                        "optimizer": optimizer,
+                        "seed": seed,
+                        "steps": given.steps,
+                    }
                     yield {**run, "arm": "auto", "setting": 1.0}
                     for share in given.shares:
                         yield {**run, "arm": "share", "setting": share}
                 for rate in given.peft_rates:
                     yield {
-                        **{"set": name, "kind": kind, "optimizer": "adamw", "seed": seed, "steps": given.steps},
-                        **{"arm": "peft", "setting": rate},
+                        "set": name,
+                        "kind": kind,
+                        "optimizer": "adamw",
+                        "seed": seed,
+                        "steps": given.steps,
+                        "arm": "peft",
+                        "setting": rate,
                     }
 
 
@@ -123,7 +140,7 @@ def run_all(given: argparse.Namespace) -> None:
     auto = {}
     for run in read(given.out):
         if run["arm"] == "auto":
-            auto[key({**run, "setting": 0})] = run["rate_at_start"]
+            auto[key({**run, "setting": 0})] = run["measured"]
     for run in wanted(given):
         run["base"] = base
         if key(run) in done:
@@ -150,19 +167,18 @@ def run_all(given: argparse.Namespace) -> None:
             except Exception as error:
                 record = {"validation_nll": None, "error": f"{type(error).__name__}: {error}"[:200]}
             if run["arm"] == "auto":
-                plan = make_plan(settings, lm=lm, splits=splits)
-                record |= {"bound": plan.learning_rate, "rate_at_start": rate_at_start(out)}
-                auto[key({**run, "setting": 0})] = record["rate_at_start"]
-        record = {**{name: run[name] for name in SAME}, "held_out": len(splits.validation), **record}
+                auto[key({**run, "setting": 0})] = record["measured"]
+        record = {
+            **{name: run[name] for name in SAME},
+            "rows_a_step": given.batch_size,
+            "held_out": len(splits.validation),
+            **record,
+        }
         with given.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        print(*(record[name] for name in SAME), record["validation_nll"], record.get("cpu_seconds"), flush=True)
-
-
-def rate_at_start(out: str) -> float:
-    """The rate that the run's first step took, of the schedule's full rate."""
-    lines = Path(out, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return max(float(json.loads(line)["learning_rate"]) for line in lines if "learning_rate" in line)
+        print(
+            *(record[name] for name in SAME), record["validation_nll"], record.get("cpu_seconds"), flush=True
+        )
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -176,17 +192,20 @@ def key(run: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default="builtin")
     parser.add_argument("--name", help="the base's name in the file; without it the folder's")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--sets", nargs="+", choices=list(TASKS), default=list(SETS))
     parser.add_argument("--kinds", nargs="+", default=["soft", "deep"])
     parser.add_argument("--optimizers", nargs="+", default=["muon"])
-    parser.add_argument("--shares", nargs="*", type=float, default=[0.1, 0.3, 3.0])
+    parser.add_argument("--shares", nargs="*", type=float, default=[0.3, 1.0, 3.0])
     parser.add_argument("--peft-rates", nargs="*", type=float, default=[0.005, 0.03, 0.3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--validations", type=int, default=10)
     parser.add_argument("--held-out", type=int, default=48)
     parser.add_argument("--characters", type=int, default=400, help="longer rows are left out")

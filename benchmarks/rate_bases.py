@@ -76,12 +76,16 @@ def train(architecture: str, embeddings: str, text: Path, own: Path, minutes: fl
             streams.append(Stream(ids, LENGTH, len(streams)))
     moved = [p for p in model.parameters() if p.requires_grad]
     optimisers = [
-        torch.optim.Muon([p for p in moved if p.ndim == 2], lr=4e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            [p for p in moved if p.ndim == 2], lr=4e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW([p for p in moved if p.ndim == 1], lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     began, step, recent = time.process_time(), 0, math.nan
     while (done := (time.process_time() - began) / (60 * minutes)) < 1:
-        rows = torch.stack([torch.from_numpy(streams[(step + n) % len(streams)].next()) for n in range(BATCH)])
+        rows = torch.stack(
+            [torch.from_numpy(streams[(step + n) % len(streams)].next()) for n in range(BATCH)]
+        )
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=rows[:, :-1], labels=rows[:, :-1]).loss
         loss.backward()
@@ -115,7 +119,9 @@ def folded(model: Any, factor: float) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--architecture", choices=["neox", "qwen3"], default="neox")
     parser.add_argument("--embeddings", default="builtin", help="a trained base whose table is taken over")
     parser.add_argument("--text", type=Path, help="the text mix of pretrain/prepare.py")

@@ -26,6 +26,7 @@ from softprompt.loss.mean import mean_nll
 from softprompt.progress.console import Screen
 from softprompt.progress.events import BatchHalved, Event, Note, Stepped, Stopped, Validated
 from softprompt.progress.runs import ShowProgress
+from softprompt.prompt.reparam import Direct
 from softprompt.store.artifact import load_prompt
 from softprompt.tuning.learner import Learner
 from softprompt.tuning.loop import tune
@@ -566,7 +567,118 @@ def test_an_automatic_rate_is_never_above_its_share_of_the_embeddings_scale(tmp_
     flat: Loss = lambda batch, prompt=None: 1.0 + 1e-4 * lm.token_nll(batch, prompt)  # noqa: E731
     plan = make_plan(recipe(tmp_path, "tune.learning_rate=auto"), lm=lm, splits=SPLITS, loss=flat)
     rms = lm.embedding_VD[: min(5000, lm.vocab_size)].float().square().mean().sqrt().item()
-    assert measured_rate(plan, Gradients(flat, 4), start(plan)) == pytest.approx(0.5 * rms, rel=0.05)
+    assert measured_rate(plan, Gradients(flat, 4), start(plan)) == pytest.approx(1.5 * rms, rel=0.05)
+
+
+def slope_of(values: torch.Tensor, before: torch.Tensor, gradient: torch.Tensor) -> float:
+    return -float(((values - before).double() * gradient.double()).sum())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "adafactor"])
+@pytest.mark.parametrize(
+    ("nll", "rate"),
+    [(1e-6, 0.02), (1e6, 0.5), (None, 0.2)],
+    ids=["a small loss: the lowest", "a large one: the highest", "between: the whole loss"],
+)
+def test_a_measured_step_promises_its_whole_loss_between_two_rates(
+    tmp_path: Path, optimizer: str, nll: float | None, rate: float
+) -> None:
+    """Against a plain step at the rate that is wanted: torch's optimiser at 0.02, 0.5, or where the promise is the loss."""
+    settings = recipe(tmp_path, f"tune.optimizer={optimizer}", "tune.schedule=constant", "tune.warmup=0").tune
+
+    def learner(learning_rate: float) -> tuple[Learner, torch.Tensor]:
+        form = Direct((torch.randn(4, 8, generator=torch.Generator().manual_seed(0)),))
+        form.value_PW.grad = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+        return Learner(form, settings, learning_rate, 100), form.value_PW
+
+    plain, expected = learner(rate)
+    before, gradient = expected.detach().clone(), expected.grad.clone()  # type: ignore[union-attr]
+    assert plain.step()
+    # The promise of the plain step is by hand: the unclipped gradient times the way taken.
+    promised = slope_of(expected.detach(), before, gradient)
+    measured, values = learner(0.02)
+    measured.highest_rate = 0.5
+    assert measured.step(promised if nll is None else nll)
+    assert measured.rate_taken == pytest.approx(rate, rel=1e-3)
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_whose_momentum_points_uphill_takes_the_lowest_rate(tmp_path: Path) -> None:
+    settings = recipe(tmp_path, "tune.schedule=constant", "tune.warmup=0").tune
+    form = Direct((torch.zeros(4, 8),))
+    learner = Learner(form, settings, 0.02, 100)
+    learner.highest_rate = 0.5
+    way = torch.ones(4, 8)
+    for scale in (1.0, 1.0, 1.0, -1e-3):  # three batches agree, and the fourth faintly disagrees
+        form.value_PW.grad = scale * way
+        assert learner.step(10.0)
+    assert learner.rate_taken == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("gradient", [0.0, 1e-3, 1e3])
+def test_a_gradient_of_any_size_takes_a_measured_step(tmp_path: Path, gradient: float) -> None:
+    """Zero among them: no division by its norm."""
+    form = Direct((torch.zeros(4, 8),))
+    learner = Learner(form, recipe(tmp_path, "tune.clip=1").tune, 0.02, 100)
+    learner.highest_rate = 0.5
+    form.value_PW.grad = torch.full((4, 8), gradient)
+    assert learner.step(1.0)
+    assert 0.02 * 0.9 <= learner.rate_taken <= 0.5
+
+
+def test_an_automatic_run_that_was_killed_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """The measured steps go on between the same two rates."""
+    lm = lm_of()
+    steep: Loss = lambda batch, prompt=None: lm.token_nll(batch, prompt) - 5.2  # noqa: E731
+    overrides = ("tune.learning_rate=auto", "tune.epochs=4", "tune.checkpoint_steps=1")
+    rates: list[float] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, Stepped):
+            rates.append(event.learning_rate)
+
+    def kill(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 5:
+            raise SystemExit
+
+    whole = tune(recipe(tmp_path / "whole", *overrides), lm=lm, splits=SPLITS, loss=steep, on_event=note)
+    assert len({round(rate / (1 - step / len(rates)), 6) for step, rate in enumerate(rates)}) > 2
+    with pytest.raises(SystemExit):
+        tune(recipe(tmp_path / "cut", *overrides), lm=lm, splits=SPLITS, loss=steep, on_event=kill)
+    again = recipe(tmp_path / "cut", *overrides)
+    resumed = tune(again, lm=lm, splits=SPLITS, loss=steep, resume=True)
+    assert torch.equal(vectors(resumed), vectors(whole))
+
+
+@pytest.mark.parametrize("kind", ["soft", "deep"])
+def test_a_base_with_embeddings_eight_times_as_large_and_the_same_function_learns_as_well(
+    tmp_path: Path, kind: str
+) -> None:
+    """The residual stream of a Llama times 8: RMSNorm divides by its size, so every loss is what it was, and the rate of
+    vectors must be 8 times as high for the same run. Keys and values are behind the norm: theirs stays."""
+    base, large = lm_of(), FrozenLM.wrap(times_eight(tiny_model("Llama")), tiny_tokenizer(), name="large")
+    ran = [
+        learn(tmp_path / name, f"prompt.kind={kind}", "tune.learning_rate=auto", "tune.epochs=1", lm=lm)
+        for name, lm in (("base", base), ("large", large))
+    ]
+    assert ran[1].learning_rate == pytest.approx(
+        (8 if kind == "soft" else 1) * ran[0].learning_rate, rel=0.05
+    )
+    assert ran[1].nll_before == pytest.approx(ran[0].nll_before, rel=1e-3)
+    assert ran[1].nll_after == pytest.approx(ran[0].nll_after, rel=0.01)
+
+
+def times_eight(model: Any) -> Any:
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(8)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(8)
+            layer.mlp.down_proj.weight.mul_(8)
+        for norm in [m for m in model.modules() if hasattr(m, "variance_epsilon")]:
+            norm.variance_epsilon *= 64
+        if model.config.tie_word_embeddings:
+            model.model.norm.weight.div_(8)
+    return model
 
 
 def test_a_prompt_that_is_worse_than_the_base_alone_is_said_to_be(tmp_path: Path) -> None:

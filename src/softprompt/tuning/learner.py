@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ class Learner:
     """Takes optimiser steps and keeps the best prompt; knows neither data nor base.
 
     `best` is the prompt of the best held-out loss so far (nats per token), which is what gets saved. `rate_taken` is
-    the learning rate of the latest step."""
+    the learning rate of the latest step. Where `highest_rate` is above `learning_rate`, each step takes the rate between
+    the two at which it promises its whole loss."""
 
     def __init__(self, form: Form, settings: TuneSettings, learning_rate: float, steps: int) -> None:
         self.form, self.settings, self.learning_rate, self.steps = form, settings, learning_rate, steps
+        self.highest_rate = learning_rate
         trained = form.trained()
         self.parameters = [part.parameter for part in trained]
         groups = [
@@ -42,11 +45,12 @@ class Learner:
 
     @property
     def rate(self) -> float:
-        """The learning rate of the coming step."""
+        """The learning rate of the coming step; the lowest that it may take where it is measured."""
+        return self.learning_rate * self._scheduled_share()
+
+    def _scheduled_share(self) -> float:
         tune = self.settings
-        return self.learning_rate * rate_factor(
-            tune.schedule, self.steps_done + 1, self.steps, tune.warmup_share
-        )
+        return rate_factor(tune.schedule, self.steps_done + 1, self.steps, tune.warmup_share)
 
     def snapshot(self) -> Plain:
         """A copy of the plain prompt at this step."""
@@ -61,10 +65,11 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
         finite = math.isfinite(nll) and bool(torch.isfinite(norm))
         if finite:
-            self.rate_taken = self.rate
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.rate_taken * group["factor"]
-            self.optimiser.step()
+            if self.highest_rate > self.learning_rate:
+                self.rate_taken = self._measured_step(nll, float(norm))
+            else:
+                self.rate_taken = self.rate
+                self._step_at(self.rate_taken)
             self.steps_done += 1
             self.recent = [*self.recent, nll][-RECENT_STEPS:]
             self.nll_first = nll if math.isnan(self.nll_first) else self.nll_first
@@ -72,13 +77,42 @@ class Learner:
         return finite
 
     def promised_fall(self) -> float:
-        """The fall of the loss, to first order, for a unit of learning rate: minus the sum of gradient times
+        """By how much the loss falls, to first order, for a unit of learning rate: minus the sum of gradient times
         the optimiser's step at rate 1. Takes that step, so call it on a learner that is thrown away."""
-        # Values before, since the step is taken in place; and a share per parameter, as `step` takes it.
-        before = [parameter.detach().clone() for parameter in self.parameters]
+        before = self._values()
+        self._step_at(1.0)
+        return self._fall_since(before)
+
+    def _step_at(self, rate: float) -> None:
+        """Takes the optimiser's step; every parameter takes its own share of the rate."""
         for group in self.optimiser.param_groups:
-            group["lr"] = group["factor"]
+            group["lr"] = rate * group["factor"]
         self.optimiser.step()
+
+    def _measured_step(self, nll: float, norm: float) -> float:
+        """Takes a step at the rate at which it promises to take away the whole loss `nll`, times the schedule, and at
+        least `learning_rate`, at most `highest_rate`. `norm` is that of the gradient before clipping. The rate taken."""
+        # At the highest rate first: a step is linear in its rate, so that the one wanted lies on the way there.
+        before, share = self._values(), self._scheduled_share()
+        self._step_at(self.highest_rate * share)
+        # The gradients have been clipped to a norm, so the fall that they promise is smaller by as much.
+        clip = self.settings.clip
+        clipped = clip / max(norm, clip) if clip else 1.0
+        slope = self._fall_since(before) / clipped / (self.highest_rate * share)
+        # Momentum may point uphill for one batch, which says nothing about how far to go.
+        wanted = nll / slope if slope > 0 else self.learning_rate
+        rate = min(self.highest_rate, max(self.learning_rate, wanted))
+        if rate < self.highest_rate:
+            with torch.no_grad():
+                for parameter, old in zip(self.parameters, before, strict=True):
+                    parameter.lerp_(old, 1.0 - rate / self.highest_rate)
+        return rate * share
+
+    def _values(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    def _fall_since(self, before: Sequence[Tensor]) -> float:
+        """What the present gradients promise of the way from `before` to here."""
         return -sum(
             float((parameter.grad.double() * (parameter.detach() - old).double()).sum())
             for parameter, old in zip(self.parameters, before, strict=True)
@@ -124,6 +158,7 @@ class Learner:
     def go_back(self) -> None:
         """Returns to the best step's form, with a fresh optimiser and a third of the rate. The schedule continues."""
         self.learning_rate /= LOWERED_BY
+        self.highest_rate /= LOWERED_BY
         self.times_lowered += 1
         self.recent = []
         self.form.load_state_dict(self.best_form)
@@ -141,6 +176,7 @@ class Learner:
             "optimiser": self.optimiser.state_dict(),
             "best": self.best,
             "best_form": self.best_form,
+            "highest_rate": self.highest_rate,
             **{name: getattr(self, name) for name in _COUNTS},
         }
 
@@ -151,6 +187,7 @@ class Learner:
         self.best, self.best_form = state["best"], state["best_form"]
         for name in _COUNTS:
             setattr(self, name, state[name])
+        self.highest_rate = state.get("highest_rate", self.learning_rate)
 
 
 _COUNTS = (

@@ -14,9 +14,9 @@ Parameters: TypeAlias = Sequence[Tensor] | Sequence[dict[str, Any]]
 """Tensors, or torch's parameter groups."""
 
 # A step of any of these optimisers moves every number by about the rate. How large a share of the root mean square of
-# what is learned that should be, for vectors and for keys and values; twice or half of it is nearly as good (LOG.md).
+# what is learned that may be, for vectors and for keys and values. A bound: what a step takes is measured (rate.py).
 RATE_PER_RMS = {
-    "muon": {"soft": 0.5, "deep": 0.125},
+    "muon": {"soft": 1.5, "deep": 0.125},
     "adamw": {"soft": 0.5, "deep": 0.25},
     "adafactor": {"soft": 0.5, "deep": 0.25},
 }

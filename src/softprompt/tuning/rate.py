@@ -20,7 +20,11 @@ def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> float:
     layers and width 576 the step that suits a small base promises 3 to 6 times the whole loss and lands far beyond
     the valley. Dividing the loss by the slope along the optimiser's own step is Polyak's step size (1987; Loizou et
     al. 2021 for batches, with an upper bound as here). Costs one gradient of the first batch. The same base, rows and
-    settings give the same rate. `form` is what will be learned, at its start; it is not changed."""
+    settings give the same rate. `form` is what will be learned, at its start; it is not changed.
+
+    This is the lowest rate of the run: later steps take more, up to the bound, where their own loss allows it
+    (`Learner.step`), since the slope falls as a prompt is learned. They never take less: a batch's slope holds its noise
+    too, and by the end of a deep prompt's run on a large base hardly anything else (figures in LOG.md)."""
     tune = plan.recipe.tune.model_copy(update={"weight_decay": 0.0})
     learner = Learner(copy.deepcopy(form), tune, 1.0, plan.steps)
     order = epoch_order(plan.train.lengths, plan.batch_size, seed=tune.seed, epoch=0)
