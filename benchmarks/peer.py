@@ -1,0 +1,462 @@
+"""The peer suite: PEFT's ways of learning at searched rates, full fine-tuning, and softprompt by default, on the same rows.
+
+    python benchmarks/peer.py --base ../smollm2 --sets snips e2e_nlg --steps 300 --seeds 0 1 2 --work runs/peer --out benchmarks/peer.json
+    python benchmarks/peer.py --quick --base builtin --sets snips --steps 60 --work runs/peer
+
+Every arm sees the same batches for the same steps and keeps its best validated step. PEFT's arms and full fine-tuning take
+AdamW with linear decay, a warm-up of 6 % and a gradient norm of at most 1, at every rate that is listed for them; validation
+loss chooses the rate. softprompt's arms take nothing but their kind. Test rows are judged once for each run, by softprompt's
+evaluate: loss, and what the set is about (exact labels, BLEU against all references). --work keeps a file a run, and a run that is
+there is not repeated. `gain` is the base's test loss less an arm's, its share that of full fine-tuning's gain, and bytes are
+those that are kept for the task, in float32.
+
+--peft-checkout PATH judges prompt arms on sets of labels a second time by the `evaluate()` of PEFT's method_comparison, which is read
+from a checkout of PEFT: batches padded on the left, generated through PEFT's model (softprompt's prompts through their export).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import json
+import math
+import os
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import peft
+import torch
+from torch import Tensor
+
+from machine import describe
+from quality_vs_peft import DATA, TASKS, Task, plain
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.comparison.weights import learn_weights, served
+from softprompt.data.batch import Batch, collate
+from softprompt.data.example import Example, Splits
+from softprompt.evaluation.evaluate import judge_rows
+from softprompt.evaluation.metric import METRICS
+from softprompt.evaluation.predictor import predictor, settled
+from softprompt.evaluation.settings import JudgeSettings
+from softprompt.inference.compiled import CompiledPrompt, compile_prompt
+from softprompt.prompt.soft_prompt import prompt_of
+from softprompt.store.artifact import load_prompt, prompt_bytes, save_prompt
+from softprompt.tuning.loop import tune
+from softprompt.tuning.plan import Plan
+from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.settle import make_plan
+
+LENGTH = 20
+PROMPT_RATES, LORA_RATES = (0.005, 0.03, 0.3), (2e-4, 5e-4, 2e-3)
+METRICS_OF = {"e2e_nlg": ["nll", "bleu"], "gsm8k": ["nll"]}  # all other sets: loss and exact labels
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of learning: where its prompt or weights come from, and the rates that are tried."""
+
+    kind: str  # "ours", "prompt" (PEFT's, plain vectors or keys and values) or "weights"
+    make: Callable[[FrozenLM, Plan, str], Any]
+    rates: Sequence[float] = ()
+
+
+def peft_model(config: Callable[[Plan], peft.PeftConfig]) -> Callable[[FrozenLM, Plan, str], Any]:
+    """PEFT's model around a copy of the base."""
+    return lambda lm, plan, instruction: peft.get_peft_model(copy.deepcopy(lm.model), config(plan))
+
+
+def text_start(lm: FrozenLM, plan: Plan, instruction: str) -> Any:
+    """PEFT's prompt tuning from a text: it repeats or cuts the text to the length."""
+    table = copy.deepcopy(lm.model)
+    ids = lm.tokenizer(instruction, add_special_tokens=False)["input_ids"]
+    model = peft.get_peft_model(table, vectors(plan))
+    rows = torch.tensor([ids[n % len(ids)] for n in range(LENGTH)])
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.copy_(lm.embed(rows))
+    return model
+
+
+def prefix_of_text(lm: FrozenLM, plan: Plan, instruction: str) -> Any:
+    """PEFT's prefix tuning from the keys and values of a text, repeated to the length."""
+    model = peft.get_peft_model(copy.deepcopy(lm.model), prefix(plan))
+    text = instruction
+    while len(lm.tokenizer(text)["input_ids"]) < LENGTH:
+        text += instruction
+    peft.initialize_kv_prefix_from_text(
+        model, lm.tokenizer, text=text, num_virtual_tokens=LENGTH, use_chat_template=False
+    )
+    return model
+
+
+def frequent_targets(plan: Plan) -> list[int]:
+    """The tokens that targets hold most often: what trainable tokens may change."""
+    counts: Counter[int] = Counter()
+    for row in plan.train.encoded:
+        counts.update(token for token, trained in zip(row.ids, row.trained, strict=True) if trained)
+    return sorted(token for token, _ in counts.most_common(LENGTH))
+
+
+def vectors(plan: Plan, **more: Any) -> peft.PeftConfig:
+    return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, **more)
+
+
+def prefix(plan: Plan) -> peft.PeftConfig:
+    return peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH)
+
+
+def lora(rank: int) -> Callable[[Plan], peft.PeftConfig]:
+    return lambda plan: peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def whole(lm: FrozenLM, plan: Plan, instruction: str) -> Any:
+    return copy.deepcopy(lm.model).float().requires_grad_(True)
+
+
+ARMS: dict[str, Arm] = {
+    "softprompt soft": Arm("ours", lambda lm, plan, instruction: "soft"),
+    "softprompt deep": Arm("ours", lambda lm, plan, instruction: "deep"),
+    "prompt tuning, random": Arm("prompt", peft_model(vectors), PROMPT_RATES),
+    "prompt tuning, sampled vocabulary": Arm(
+        "prompt", peft_model(lambda plan: vectors(plan, prompt_tuning_init="SAMPLE_VOCAB")), PROMPT_RATES
+    ),
+    "prompt tuning, text": Arm("prompt", text_start, PROMPT_RATES),
+    "p-tuning": Arm(
+        "prompt",
+        peft_model(
+            lambda plan: peft.PromptEncoderConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, encoder_hidden_size=128
+            )
+        ),
+        (0.001, 0.005, 0.03),
+    ),
+    "prefix": Arm("prompt", peft_model(prefix), PROMPT_RATES),
+    "prefix of a text": Arm("prompt", prefix_of_text, PROMPT_RATES),
+    "lora 8": Arm("weights", peft_model(lora(8)), LORA_RATES),
+    "lora 32": Arm("weights", peft_model(lora(32)), LORA_RATES),
+    "ia3": Arm("weights", peft_model(lambda plan: peft.IA3Config(task_type="CAUSAL_LM")), (5e-3,)),
+    "trainable tokens": Arm(
+        "weights",
+        peft_model(lambda plan: peft.TrainableTokensConfig(token_indices=frequent_targets(plan))),
+        (1e-3, 5e-3),
+    ),
+    "full": Arm("weights", whole, (2e-5, 1e-4)),
+}
+QUICK = {"prompt tuning, random": (0.03,), "prefix": (0.03,), "lora 8": (2e-3,), "full": (1e-4,)}
+PROMPT_TUNING = [name for name in ARMS if name.startswith(("prompt tuning", "p-tuning"))]
+PREFIX = [name for name in ARMS if name.startswith("prefix")]
+
+
+def gsm8k() -> Task:
+    """Sums in words, and their worked answers."""
+
+    def read(split: str) -> list[Example]:
+        lines = (DATA / "gsm8k" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = map(json.loads, lines)
+        return [
+            Example({"text": row["question"], "label": row["answer"]}, row=n) for n, row in enumerate(rows)
+        ]
+
+    train = read("train")
+    splits = Splits(tuple(train[:-200]), tuple(train[-200:]), tuple(read("test")), "gsm8k")
+    return Task(
+        splits,
+        "{soft}Question: {text} Answer: {label}",
+        "label",
+        "Questions in words, worked out step by step.\n",
+    )
+
+
+SETS: dict[str, Callable[[], Task]] = {
+    **{name: TASKS[name] for name in ("banking77", "snips", "e2e_nlg", "messages")},
+    "gsm8k": gsm8k,
+}
+
+
+def peft_nll(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """Summed loss of the trained tokens through a whole model, and how many. PEFT's prompt tuning adds logits in front."""
+    S = batch.ids_BS.shape[1]
+    mask_BS = torch.arange(S)[None] < batch.lengths_B[:, None]
+    logits_BSV = model(input_ids=batch.ids_BS, attention_mask=mask_BS.long(), use_cache=False).logits[:, -S:]
+    trained_BS = batch.trained_BS[:, 1:]
+    nll = torch.nn.functional.cross_entropy(
+        logits_BSV[:, :-1][trained_BS].float(), batch.ids_BS[:, 1:][trained_BS], reduction="sum"
+    )
+    return nll, int(trained_BS.sum())
+
+
+def held_out_nll(model: Any, plan: Plan) -> float:
+    """Loss on the rows that choose the best step."""
+    rows = plan.held_out_base
+    with torch.inference_mode():
+        pieces = [
+            peft_nll(model, collate(rows[first : first + plan.batch_size]))
+            for first in range(0, len(rows), plan.batch_size)
+        ]
+    return sum(float(nll) for nll, _ in pieces) / sum(tokens for _, tokens in pieces)
+
+
+def run(
+    lm: FrozenLM, task: Task, name: str, rate: float | None, seed: int, given: Any, out: Path
+) -> dict[str, Any]:
+    """Learns one arm at one rate and judges it on the test rows."""
+    arm = ARMS[name]
+    settings = recipe(task, seed, given, out)
+    splits = of_size(task.splits, given)
+    plan = make_plan(settings, lm=lm, splits=splits)
+    began = time.process_time()
+    if arm.kind == "ours":
+        settings = settings.changed([f"prompt.kind={arm.make(lm, plan, task.instruction)}"])
+        result = tune(settings, lm=lm, splits=splits, progress=False)
+        validation, rate, best_step = result.nll_after, result.learning_rate, result.best_step
+        base, prompt = lm, compile_prompt(lm, result.prompt)
+        trained = sum(tensor.numel() for tensor in result.prompt.tensors.values())
+    else:
+        torch.manual_seed(seed)
+        model = arm.make(lm, plan, task.instruction)
+        model.eval()  # without dropout, in every arm alike
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        trained = sum(weight.numel() for weight in weights)
+        out.mkdir(parents=True, exist_ok=True)
+        best_step = learn_weights(
+            plan,
+            weights,
+            lambda batch: peft_nll(model, batch),
+            lambda: held_out_nll(model, plan),
+            rate or math.nan,
+            out / "best.pt",
+            lambda event: None,
+        )
+        validation = held_out_nll(model, plan)
+        if arm.kind == "prompt":
+            learned = plain(model, isinstance(model.active_peft_config, peft.PrefixTuningConfig))
+            learned = learned if isinstance(learned, tuple) else (learned,)
+            trained = sum(tensor.numel() for tensor in learned)  # an encoder is folded into its vectors
+            template, target = str(plan.template), plan.template.target
+            save_prompt(prompt_of(learned, base=lm.fingerprint, template=template, target=target), out)
+            base, prompt = lm, compile_prompt(lm, load_prompt(out))
+        else:
+            base = served(model.get_base_model() if isinstance(model, peft.PeftModel) else model, lm)
+            prompt = compile_prompt(base, None, template=plan.template)
+    seconds = time.process_time() - began
+    record = {"arm": name, "rate": rate, "seed": seed, "best_step": best_step, "validation_nll": validation}
+    record |= {"trained": trained, "bytes": 4 * trained, "cpu_seconds": round(seconds, 1)}
+    if arm.kind != "weights":
+        record["file_bytes"] = prompt_bytes(out)
+    record["test"] = judged(base, prompt, plan, given.metrics)
+    if given.peft_checkout and arm.kind != "weights" and "exact_match" in given.metrics:
+        record["by_pefts_evaluate"] = by_pefts_evaluate(given.peft_checkout, lm, plan, out)
+    return record
+
+
+def judged(lm: FrozenLM, prompt: CompiledPrompt, plan: Plan, metrics: Sequence[str]) -> dict[str, float]:
+    """The test figures, by softprompt's evaluate."""
+    chosen, examples = [METRICS[metric] for metric in metrics], plan.splits.test
+    layout = plan.template
+    settings = settled(JudgeSettings(), lm, layout, examples)
+    evaluation = judge_rows(predictor(lm, prompt, layout, chosen, settings), examples, chosen, layout)
+    return {metric: evaluation.estimates[metric].value for metric in metrics}
+
+
+def by_pefts_evaluate(checkout: Path, lm: FrozenLM, plan: Plan, out: Path) -> float | None:
+    """The share of right labels as PEFT's own evaluate() generates them; None where the prompt has no file for PEFT."""
+    if not (out / "adapter_config.json").exists():
+        return None
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(lm.model), str(out)).eval()
+    texts = [row_text(plan, example) for example in plan.splits.test]
+    rows = Rows({**lm.tokenizer(text), "response": label} for text, label in texts)
+    answers, labels = pefts_function(checkout)(
+        model=model, tokenizer=lm.tokenizer, ds=rows, batch_size=8, generate_kwargs={"max_new_tokens": 16}
+    )
+    right = [
+        answer[len(text) :].strip().split("\n")[0].strip() == label
+        for answer, label, (text, _) in zip(answers, labels, texts, strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+def row_text(plan: Plan, example: Example) -> tuple[str, str]:
+    """What is read before the answer, and the answer."""
+    target = plan.template.target or ""
+    layout = str(plan.template).split("{" + target + "}")[0]
+    layout = layout.split("}", 1)[1].rstrip() if layout.startswith("{soft") else layout.rstrip()
+    return layout.format(**example.fields), example.fields[target].strip()
+
+
+class Rows(list[dict[str, Any]]):
+    """Rows whose slices are columns, as those of the datasets library."""
+
+    def __getitem__(self, at: Any) -> Any:
+        part = super().__getitem__(at)
+        return {name: [row[name] for row in part] for name in part[0]} if isinstance(at, slice) else part
+
+
+def pefts_function(checkout: Path) -> Callable[..., tuple[list[str], list[str]]]:
+    """`evaluate` of method_comparison/MetaMathQA/run.py, by itself: the module would load its own data and settings."""
+    from tqdm import tqdm
+    from transformers import GenerationConfig
+
+    path = checkout / "method_comparison" / "MetaMathQA" / "run.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    wanted = {"evaluate", "get_generation_config"}
+    tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
+    names: dict[str, Any] = {"torch": torch, "tqdm": tqdm, "GenerationConfig": GenerationConfig}
+    exec(compile(tree, str(path), "exec"), names)
+    return names["evaluate"]  # type: ignore[no-any-return]
+
+
+def recipe(task: Task, seed: int, given: Any, out: Path) -> Recipe:
+    """The settings that all arms share."""
+    return Recipe.from_flags(
+        {},
+        [
+            "data.source=given",
+            f"data.template={task.template}",
+            f"data.target={task.target}",
+            "data.on_overflow=truncate",
+            f"data.max_length={given.positions}",
+            f"prompt.length={LENGTH}",
+            f"tune.batch_size={given.batch_size}",
+            "tune.epochs=100",
+            f"tune.max_steps={given.steps}",
+            f"tune.seed={seed}",
+            f"out={out}",
+        ],
+    )
+
+
+def summary(runs: Sequence[Mapping[str, Any]], base: Mapping[str, float]) -> dict[str, Any]:
+    """Every arm at the rate that validation chose: test figures, gain, its share of full fine-tuning's, and bytes.
+
+    Unknown is None: no share without full fine-tuning, or where that gained nothing; no error of one seed."""
+    by_arm: dict[str, dict[Any, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for each in runs:
+        # The automatic rate differs by seed, and is one setting all the same.
+        by_arm[each["arm"]][each["rate"] if ARMS[each["arm"]].rates else "auto"].append(each)
+    arms: dict[str, Any] = {}
+    for arm, rates in by_arm.items():
+        mean = {
+            rate: statistics.fmean(each["validation_nll"] for each in group) for rate, group in rates.items()
+        }
+        rate = min(mean, key=lambda each: mean[each])
+        group = rates[rate]
+        tests = [each["test"] for each in group]
+        nlls = [test["nll"] for test in tests]
+        arms[arm] = {
+            "rate": rate,
+            "n": len(group),
+            "rates_tried": sorted(mean, key=str),
+            **{metric: statistics.fmean(test[metric] for test in tests) for metric in tests[0]},
+            "nll_error": statistics.stdev(nlls) / len(nlls) ** 0.5 if len(nlls) > 1 else None,
+            "bytes": group[0]["bytes"],
+            "gain": base["nll"] - statistics.fmean(nlls),
+        }
+    full = arms.get("full", {}).get("gain")
+    for figures in arms.values():
+        figures["share_of_full"] = figures["gain"] / full if full and full > 0 else None
+        figures["gain_per_kilobyte"] = figures["gain"] / (figures["bytes"] / 1000)
+    return {"base": dict(base), "arms": arms, "bars": bars(arms)}
+
+
+def bars(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, bool | None]:
+    """Whether each bar holds on this set; None where an arm that it needs was not run."""
+
+    def known(*names: str) -> bool:
+        return all(name in arms for name in names)
+
+    soft, deep = arms.get("softprompt soft"), arms.get("softprompt deep")
+    tuning, prefixes = ([arms[name] for name in group if name in arms] for group in (PROMPT_TUNING, PREFIX))
+    return {
+        "soft below every prompt tuning that was run": all(soft["nll"] < other["nll"] for other in tuning)
+        if soft and tuning
+        else None,
+        "deep below every prefix that was run": all(deep["nll"] < other["nll"] for other in prefixes)
+        if deep and prefixes
+        else None,
+        "deep has lora 32's gain at a third of its bytes": deep["gain"] >= arms["lora 32"]["gain"]
+        and 3 * deep["bytes"] <= arms["lora 32"]["bytes"]
+        if deep and known("lora 32")
+        else None,
+        "soft has 85 % of lora 8's gain at a 200th of its bytes": soft["gain"]
+        >= 0.85 * arms["lora 8"]["gain"]
+        and 200 * soft["bytes"] <= arms["lora 8"]["bytes"]
+        if soft and known("lora 8")
+        else None,
+    }
+
+
+def planned(given: argparse.Namespace) -> list[tuple[str, float | None, int]]:
+    """(arm, rate, seed), seed by seed."""
+    arms = {name: arm.rates or (None,) for name, arm in ARMS.items()}
+    if given.quick:
+        arms = {
+            name: QUICK.get(name, rates) for name, rates in arms.items() if name in QUICK or rates == (None,)
+        }
+    if given.arms:
+        arms = {name: arms[name] for name in given.arms}
+    return [(name, rate, seed) for seed in given.seeds for name, rates in arms.items() for rate in rates]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", default="builtin")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS))
+    parser.add_argument("--quick", action="store_true", help="six arms, each at one rate")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--positions", type=int, default=256)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--validation-rows", type=int, default=64)
+    parser.add_argument("--test-rows", type=int, default=200)
+    parser.add_argument("--peft-checkout", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("runs/peer"))
+    parser.add_argument("--note", help="what a reader should know of this run")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    lm = FrozenLM.load(given.base, dtype=given.dtype)
+    hidden = ("out", "work", "base", "peft_checkout")
+    settings = {name: value for name, value in vars(given).items() if name not in hidden}
+    result: dict[str, Any] = {"base": Path(given.base).name, "settings": settings, **describe(), "sets": {}}
+    for name in given.sets:
+        task, folder = SETS[name](), given.work / Path(given.base).name / name
+        given.metrics = METRICS_OF.get(name, ["nll", "exact_match"])
+        plan = make_plan(recipe(task, 0, given, folder), lm=lm, splits=of_size(task.splits, given))
+        base = judged(lm, compile_prompt(lm, None, template=plan.template), plan, given.metrics)
+        runs = []
+        for arm, rate, seed in planned(given):
+            out = folder / f"{arm} {rate or 'auto'} {seed} {given.steps}".replace(",", "").replace(" ", "_")
+            kept = out.with_suffix(out.suffix + ".json")
+            if not kept.exists():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                record = run(lm, task, arm, rate, seed, given, out)
+                kept.write_text(json.dumps(record), encoding="utf-8")
+            runs.append(json.loads(kept.read_text(encoding="utf-8")))
+            print(name, json.dumps(runs[-1]), flush=True)
+            result["sets"][name] = summary(runs, base)
+            if given.out:
+                given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def of_size(splits: Splits, given: Any) -> Splits:
+    """As many rows as the runs read."""
+    train = splits.train[: given.steps * given.batch_size]
+    return Splits(
+        train, splits.validation[: given.validation_rows], splits.test[: given.test_rows], splits.source
+    )
+
+
+if __name__ == "__main__":
+    main()
