@@ -27,7 +27,8 @@ def peer() -> Any:
     sys.path.insert(0, str(BENCHMARKS))
     try:
         spec = importlib.util.spec_from_file_location("peer", BENCHMARKS / "peer.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules["peer"] = module
         spec.loader.exec_module(module)
@@ -57,7 +58,8 @@ def test_gains_are_shares_of_full_fine_tunings_and_rates_are_chosen_by_validatio
     ]
     result = peer.summary(runs, {"nll": 5.0, "exact_match": 0.0})
     soft, tuning = result["arms"]["softprompt soft"], result["arms"]["prompt tuning, random"]
-    assert soft["n"] == 2 and soft["rate"] == "auto"
+    assert soft["n"] == 2
+    assert soft["rate"] == "auto"
     assert (soft["nll"], soft["gain"], soft["share_of_full"]) == pytest.approx((2.0, 3.0, 0.75))
     assert soft["nll_error"] == pytest.approx(0.5)  # (2.5 - 1.5) / sqrt(2) / sqrt(2)
     assert soft["gain_per_kilobyte"] == pytest.approx(0.75)
@@ -91,9 +93,11 @@ def test_soft_must_have_most_of_loras_gain_at_a_200th_of_its_bytes(
 
 def test_quick_takes_six_arms_at_one_rate_each(peer: Any) -> None:
     planned = peer.planned(argparse.Namespace(quick=True, arms=None, seeds=[0]))
-    assert len(planned) == 6 and len({arm for arm, _, _ in planned}) == 6
+    assert len(planned) == 6
+    assert len({arm for arm, _, _ in planned}) == 6
     everything = peer.planned(argparse.Namespace(quick=False, arms=None, seeds=[0, 1]))
-    assert {arm for arm, _, _ in everything} == set(peer.ARMS) and len(everything) > 40
+    assert {arm for arm, _, _ in everything} == set(peer.ARMS)
+    assert len(everything) > 40
 
 
 def task(peer: Any) -> Any:
