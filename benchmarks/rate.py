@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -191,6 +193,64 @@ def key(run: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(run[name] for name in SAME)
 
 
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The runs as a table of Markdown, and what misses the two bars."""
+    cells: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
+    for run in runs:
+        row = tuple(run[name] for name in ("base", "set", "kind", "steps", "rows_a_step"))
+        column = {"auto": "auto", "share": f"{run['setting']:g} x", "peft": f"PEFT {run['setting']:g}"}[
+            run["arm"]
+        ]
+        nll = math.inf if run["validation_nll"] is None else run["validation_nll"]
+        cells.setdefault(row, {}).setdefault(column, {})[run["seed"]] = nll
+    columns = sorted(
+        {column for row in cells.values() for column in row if column != "auto"},
+        key=lambda column: (column.startswith("PEFT"), float(column.replace("PEFT ", "").replace(" x", ""))),
+    )
+    lines = [
+        f"| base | set | kind | steps x rows | seeds | default | {' | '.join(columns)} | |",
+        "|---" * (len(columns) + 7) + "|",
+    ]
+    misses: list[str] = []
+    for (base, name, kind, steps, rows), row in cells.items():
+        if "auto" not in row:
+            continue
+        # Paired: a column counts by the seeds that the default was run with too, all of them.
+        seeds = sorted(row["auto"])
+        mean = means(row, seeds)
+        swept = {column: nll for column, nll in mean.items() if column.endswith(" x")}
+        theirs = {column: nll for column, nll in mean.items() if column.startswith("PEFT")}
+        marks = []
+        if swept and mean["auto"] > WITHIN * min(swept.values()):
+            best = min(swept, key=lambda column: swept[column])
+            marks.append(f"{mean['auto'] / swept[best] - 1:.0%} above {best}")
+        marks += [f"above {column}" for column, nll in theirs.items() if mean["auto"] > nll]
+        misses += [f"{base}, {name}, {kind}: {mark}" for mark in marks]
+        figures = [f"{mean[column]:.3f}" if column in mean else "" for column in columns]
+        lines.append(
+            f"| {base} | {name} | {kind} | {steps} x {rows} | {len(seeds)} | **{mean['auto']:.3f}** | "
+            f"{' | '.join(figures)} | {'; '.join(marks)} |"
+        )
+    judged = len(lines) - 2
+    summary = f"{judged} cells. " + (f"Misses: {'; '.join(misses)}." if misses else "No misses.")
+    return "\n".join([*lines, "", summary])
+
+
+def means(row: Mapping[str, Mapping[int, float]], seeds: Sequence[int]) -> dict[str, float]:
+    """The mean over `seeds` of every column that has them all."""
+    return {
+        column: statistics.fmean(by_seed[seed] for seed in seeds)
+        for column, by_seed in row.items()
+        if set(seeds) <= set(by_seed)
+    }
+
+
+def rewrite(page: Path, text: str) -> None:
+    """Replaces what is between the two marks of the page."""
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -210,8 +270,13 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=48)
     parser.add_argument("--characters", type=int, default=400, help="longer rows are left out")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/rate.jsonl"))
+    parser.add_argument("--table", action="store_true", help="run nothing; write the table of --out")
+    parser.add_argument("--page", type=Path, default=Path("docs/learning.md"))
     given = parser.parse_args()
-    run_all(given)
+    if given.table:
+        rewrite(given.page, table(read(given.out)))
+    else:
+        run_all(given)
 
 
 if __name__ == "__main__":
