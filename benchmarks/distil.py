@@ -112,7 +112,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument(
+        "--work", type=Path, help="A folder for the runs; one that was killed goes on from there."
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--note", default="", help="What else the machine did, for the record.")
     arguments = parser.parse_args()
@@ -120,14 +123,14 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         for kind in arguments.kinds:
-            folder = Path(temporary) / kind
-            folder.mkdir()
+            folder = (arguments.work or Path(temporary)) / kind
+            folder.mkdir(parents=True, exist_ok=True)
             tree = KINDS[kind](arguments.data, folder)
             for seed in range(arguments.seeds):
                 tune = {"epochs": 100, "max_steps": arguments.steps, "valid_every_steps": 40, "seed": seed}
                 settings = DistilSettings(base=arguments.base, out=str(folder / str(seed)), tune=tune, **tree)
                 began = time.process_time()
-                result = distil(settings, lm=lm)
+                result = distil(settings, lm=lm, resume=arguments.work is not None)
                 record = {
                     "kind": kind,
                     "seed": seed,
