@@ -56,11 +56,13 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_a_terminal_gets",
         "test_a_whole_run_and_its_plot",
         "test_escapes_and_markup",
+        "test_input_that_is",
         "test_what_can_be_known_without_torch",
     ),
     "test_cli_serving.py": ("",),
     "test_cli_tune.py": (
         "test_a_full_disk_while_saving_leaves",
+        "test_a_loss_that",
         "test_a_text_longer",
         "test_ctrl_c_a_stopped_job",
         "test_ctrl_c_between",
@@ -71,13 +73,19 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_compaction.py": ("test_a_short_prefix",),
     "test_compare.py": ("",),
-    "test_context_cache.py": ("test_a_context_has",),
+    "test_context_cache.py": (
+        "test_a_context_has",
+        "test_loss_and_gradient",
+    ),
     "test_decode.py": (
         "test_a_conversation_goes",
         "test_rows_that_join",
         "test_rows_with_different",
     ),
-    "test_deep_prompts.py": ("test_every_start_learns",),
+    "test_deep_prompts.py": (
+        "test_every_start_learns",
+        "test_what_was_learned",
+    ),
     "test_dialects.py": ("test_a_small_file",),
     "test_distil.py": ("",),
     "test_docs.py": (
@@ -117,7 +125,9 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_fuzz.py": ("",),
     "test_gateway.py": ("",),
+    "test_gguf_ready.py": ("test_one_copy_serves",),
     "test_hardware.py": ("",),
+    "test_hostile_files.py": ("test_a_key_file",),
     "test_hostile_prompts.py": ("test_whatever_stands_in",),
     "test_identity.py": (
         "test_a_prompt_of",
@@ -133,6 +143,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_a_prompt_that",
         "test_the_added_gradient",
     ),
+    "test_kv_file.py": ("test_no_parameters_make",),
     "test_learn.py": (
         "test_a_batch_that",
         "test_a_found_rate",
@@ -142,6 +153,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_held_out_loss",
         "test_how_often_held",
         "test_no_prompt_is",
+        "test_nothing_is_saved",
         "test_the_best_step",
         "test_the_same_seed",
     ),
@@ -188,6 +200,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_row_shapes.py": ("test_a_form_of",),
     "test_serving.py": (
         "test_a_key_sees",
+        "test_a_name_switched",
         "test_every_error_has",
     ),
     "test_serving_api.py": (
