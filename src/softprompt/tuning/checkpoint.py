@@ -27,6 +27,8 @@ from softprompt.tuning.recipe import Recipe, TuneSettings
 FOLDER, ENDING, KEPT = "checkpoints", ".checkpoint", 2
 BASE = "the base's "
 HEAD = b"softprompt checkpoint 1 "
+# Settings that are newer than runs which may still be resumed; at these values they change nothing and are not recorded.
+ADDED_LATER = {"tune.keep": "0.0", "tune.keep_text": "null"}
 MAY_DIFFER = {
     "out",
     "device",
@@ -112,8 +114,11 @@ def identity(recipe: Recipe, base: Fingerprint, rows_sha256: str) -> dict[str, s
         settings = value if isinstance(value, dict) else {"": value}
         for name, setting in settings.items():
             path = f"{section}.{name}".rstrip(".")
+            value_json = json.dumps(setting, sort_keys=True)
             if path not in MAY_DIFFER and not name.startswith("checkpoint_"):
-                flat[path] = json.dumps(setting, sort_keys=True)
+                flat[path] = value_json
+            if ADDED_LATER.get(path) == value_json:
+                del flat[path]
     return flat
 
 
