@@ -109,6 +109,16 @@ CLASSES = (
         },
     ),
     Class(
+        "Hostile files and flags",
+        "Pipes, devices, files without end, bombs and numbers out of range are refused at once by every reader",
+        {"test_hostile_files.py": ("",)},
+    ),
+    Class(
+        "Many rows",
+        "A million rows are judged in bounded memory, with the figures and rows that few rows would give",
+        {"test_many_rows.py": ("",)},
+    ),
+    Class(
         "Fuzzed readers",
         "Any bytes are read or refused in a short message, by each reader of files and requests",
         {"test_fuzz.py": ("",)},

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -291,3 +293,28 @@ def test_a_killed_publisher_is_not_in_the_way_of_the_next(tmp_path: Path) -> Non
     assert entry.full_name == "greet@3"
     assert entry.load().name == "greet"
     assert sorted(path.name for path in name.iterdir()) == ["1", "2", "3"]
+
+
+LOOKS_UP = """
+import socket, sys
+def look_up(*arguments, **settings):
+    print("LOOKED UP", arguments[0])
+    raise OSError("no network in this test")
+socket.getaddrinfo = look_up
+from softprompt.cli.app import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.timeout(180)
+def test_a_prompt_that_names_a_base_of_the_hub_makes_no_verb_ask_the_network(tmp_path: Path) -> None:
+    fingerprint = Fingerprint("stranger/model", width=4, layers=2)
+    prompt = save_prompt(SoftPrompt(torch.ones(2, 4), fingerprint, "{soft:2}{text}"), tmp_path / "prompt")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOOKS_UP, "generate", "--prompt", str(prompt), "hello"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "LOOKED UP" not in done.stdout
+    assert done.returncode == 5
+    assert "a prompt alone downloads nothing" in done.stderr

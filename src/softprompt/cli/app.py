@@ -233,6 +233,8 @@ def _prepare_libraries() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # With it the hub's library asks its server for a list, even where everything lies on this machine.
+        "HF_HUB_DISABLE_TELEMETRY": "1",
     }.items():
         os.environ.setdefault(name, value)
     if not sys.warnoptions:

@@ -88,9 +88,8 @@ class LocalShelf:
         version_folder = self.path / version
         draft = version_folder.parent / f".{version_folder.name}.{os.getpid()}.draft"
         try:
-            for former in version_folder.parent.glob(
-                ".*.draft"
-            ):  # of publishers that were killed: no other holds the lock
+            # Drafts of publishers that were killed: no other one holds the lock.
+            for former in version_folder.parent.glob(".*.draft"):
                 shutil.rmtree(former, ignore_errors=True)
             shutil.copytree(folder, draft)
             os.replace(draft, version_folder)
