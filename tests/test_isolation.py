@@ -68,6 +68,7 @@ def answer(row: Request) -> tuple[object, ...]:
 DECODINGS = st.builds(
     DecodeSettings,
     max_new_tokens=st.integers(1, 12),
+    max_text_tokens=st.sampled_from([None, None, 68, 74]),
     temperature=st.sampled_from([0.0, 0.0, 0.7, 1.5]),
     top_k=st.sampled_from([0, 1, 7]),
     top_p=st.sampled_from([1.0, 0.6]),
