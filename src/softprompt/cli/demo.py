@@ -36,7 +36,7 @@ MESSAGES = ("Where is my parcel?", "I was charged twice for one order.")
 INSTRUCTION = "Sort the message into one kind: delivery, payment, return, account, thanks or job.\n"
 REAL_WEIGHTS = 50_000_000  # a base of so many weights gets fewer rows and steps, to end in about three minutes on two cores
 REAL_TEST_ROWS = 60
-SECOND_TASK_UNTIL_SECONDS = {False: 60, True: 120}  # on a busy machine the second task is left out
+SECOND_TASK_UNTIL_SECONDS = {False: 60, True: 150}  # on a busy machine the second task is left out
 
 
 EXAMPLE = "softprompt demo --base bases/smollm2 --out runs/demo"
