@@ -88,7 +88,7 @@ def held():
 
 def run(source, out, validation):
     data = {"source": source, "target": "label", "template": "{soft:10} {text} is {label}", "validation": validation}
-    return tune(Recipe(base=base, data=data, tune={"max_steps": 50}), out=out)
+    return tune(Recipe(base=base, data=data, tune={"max_steps": 50}, out=out))
 
 few, many, base, out = sys.argv[1:]
 run(few, out + "/few", 0)

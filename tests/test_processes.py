@@ -14,6 +14,7 @@ import torch
 
 from softprompt import load_prompt
 from softprompt.base.processes import Processes
+from softprompt.cli.app import main
 from softprompt.data.encoded import Encoded
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -37,6 +38,33 @@ def test_every_row_is_read_by_one_process_and_long_ones_are_spread() -> None:
 def test_a_process_alone_reads_all_rows_as_they_are() -> None:
     rows = [row(3), row(1)]
     assert Processes().share(rows) is rows
+
+
+@pytest.mark.parametrize("verb", ["sweep", "together", "distil", "compare", "serve"])
+def test_a_verb_of_one_process_is_refused_under_torchrun(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    data = ["--data", "builtin:messages", "--target", "label", "--out", "runs/x"]
+    words = {
+        "sweep": [*data, "--grid", "tune.learning_rate=0.1,0.2"],
+        "together": ["builtin.yaml"],
+        "distil": [
+            "--instruction",
+            "Answer with one word.",
+            "--data",
+            "builtin:messages",
+            "--column",
+            "text",
+        ],
+        "compare": data,
+        "serve": ["--port", "0"],
+    }
+    Path("builtin.yaml").write_text("data: {source: 'builtin:roles', column: prompt}\nout: runs/x\n")
+    assert main([verb, *words[verb]]) == 2
+    assert f"WORLD_SIZE=2: `{verb}` runs in one process." in " ".join(capsys.readouterr().err.split())
+    assert not Path("runs").exists()
 
 
 def launched(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from softprompt.data.encoded import Encoded
-from softprompt.errors import BaseError
+from softprompt.errors import BaseError, RecipeError
 
 Value = TypeVar("Value")
 
@@ -70,6 +70,15 @@ class Processes:
 def started_processes() -> int:
     """The number of processes that this one was started with; torch is not asked."""
     return int(os.environ.get("WORLD_SIZE", "1") or 1)
+
+
+def demand_alone(verb: str) -> None:
+    """Raises RecipeError where `torchrun` started several processes: each would do all of `verb`, in the same folder."""
+    if started_processes() > 1:
+        raise RecipeError(
+            f"WORLD_SIZE={started_processes()}: `{verb}` runs in one process. Start it without torchrun; `tune` and `evaluate` "
+            "take several."
+        )
 
 
 def own_gpu() -> int:

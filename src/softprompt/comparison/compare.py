@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.base.hardware import machine
+from softprompt.base.processes import demand_alone
 from softprompt.comparison.arm import ARMS
 from softprompt.comparison.forgetting import passages
 from softprompt.comparison.health import health
@@ -57,6 +58,7 @@ def compare(
     tried again next time; SoftPromptError is raised where none succeeds. Progress is shown in terminals and notebooks,
     unless `progress` is False.
     """
+    demand_alone("compare")
     settings = (settings or CompareSettings()).settled_text()
     out = folder_named(recipe.out if out is None else out)
     _need_extras(settings)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.hardware import free_memory_bytes
+from softprompt.base.processes import demand_alone
 from softprompt.serving.app import build_app
 from softprompt.serving.catalogue import Catalogue
 from softprompt.serving.keys import Keys
@@ -43,6 +44,7 @@ class Server:
 
 def make_server(lm: FrozenLM, settings: ServeSettings, prompts: Sequence[Path] = ()) -> Server:
     """Loads everything that is served. Raises the errors of softprompt.errors before anything listens."""
+    demand_alone("serve")
     keys = Keys.load(settings.keys)
     memory = (
         free_memory_bytes(lm.device) // 2

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.processes import demand_alone
 from softprompt.base.rotary import rotary_of
 from softprompt.data.example import Splits
 from softprompt.errors import BaseError, DataError
@@ -97,6 +98,7 @@ def distil(
     Killed at any moment, it continues with `resume` from its last checkpoint to the same result. Progress is shown in
     terminals and notebooks, unless `progress` is False. Raises the errors of
     softprompt.errors; DataError for an empty context, a context that fits into the prompt, or no questions."""
+    demand_alone("distil")
     check_replaceable(settings.out, (RECIPE, METRICS, *PROMPT_FILES), kind="run")  # before hours are spent
     with shown(on_event, progress) as show:
         return _distil(settings, lm, show, resume)

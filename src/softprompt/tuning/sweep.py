@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.processes import demand_alone
 from softprompt.data.example import Splits
 from softprompt.errors import NotFinite, RecipeError, SaveError
 from softprompt.loss.gradient import Loss
@@ -153,6 +154,7 @@ def sweep(
     `resume`, a killed sweep continues. Progress is shown in terminals and notebooks, unless `progress` is False.
     Raises RecipeError for settings that do not fit, or NotFinite when every
     setting broke."""
+    demand_alone("sweep")
     out = folder_named(recipe.out)
     trials = [
         Trial(f"{number:03}-seed{seed}", setting, seed)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.processes import demand_alone
 from softprompt.data.encoded import Encoded
 from softprompt.data.example import Splits
 from softprompt.errors import NotFinite, RecipeError, SoftPromptError
@@ -263,6 +264,7 @@ def tune_together(
 
     Deep prompts share the base and the loop, but take a pass each. Progress is shown in terminals and notebooks, unless
     `progress` is False. Raises the first error of any run after the others have ended and were saved."""
+    demand_alone("together")
     with _shown(recipes, on_event, progress) as show:
         return _to_the_end(Together(recipes, lm=lm, splits=splits, loss=loss, on_event=show, resume=resume))
 
@@ -281,6 +283,7 @@ def tune_tasks(
     starts from the first one's start, follows its rate and is frozen when it ends. Each task keeps its own best
     step, and saves a plain prompt. With `resume`, tasks that were killed continue from one common checkpoint, whatever
     the order in which they are given."""
+    demand_alone("together")
 
     def shared(plans: Sequence[Plan]) -> Sequence[Form]:
         first, tune = plans[0], plans[0].recipe
