@@ -165,7 +165,7 @@ def test_the_bundled_base_loads_and_says_why_its_dtype_was_chosen() -> None:
 def test_from_pretrained_is_load_under_transformers_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert inspect.signature(FrozenLM.from_pretrained) == inspect.signature(FrozenLM.load)
     given: dict[str, object] = {}
-    wanted = {"revision": "r", "dtype": "d", "device": "v", "trust_remote_code": True}
+    wanted = {"revision": "r", "dtype": "d", "device": "v", "trust_remote_code": True, "spread": "layers"}
     monkeypatch.setattr(FrozenLM, "load", lambda name, **options: given.update(options, name=name))
     FrozenLM.from_pretrained("somewhere", **wanted)
     assert given == {"name": "somewhere", **wanted}

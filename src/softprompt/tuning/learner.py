@@ -65,11 +65,11 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
         finite = math.isfinite(nll) and bool(torch.isfinite(norm))
         if finite:
-            if self.highest_rate > self.learning_rate:
-                self.rate_taken = self._measured_step(nll, float(norm))
-            else:
-                self.rate_taken = self.rate
-                self._step_at(self.rate_taken)
+            is_measured = self.highest_rate > self.learning_rate
+            before = self._values() if is_measured else []
+            self._set_rate(self.highest_rate * self._scheduled_share() if is_measured else self.rate)
+            self.optimiser.step()
+            self.rate_taken = self._shortened(before, nll, float(norm)) if is_measured else self.rate
             self.steps_done += 1
             self.recent = [*self.recent, nll][-RECENT_STEPS:]
             self.nll_first = nll if math.isnan(self.nll_first) else self.nll_first
@@ -80,22 +80,22 @@ class Learner:
         """By how much the loss falls, to first order, for a unit of learning rate: minus the sum of gradient times
         the optimiser's step at rate 1. Takes that step, so call it on a learner that is thrown away."""
         before = self._values()
-        self._step_at(1.0)
+        self._set_rate(1.0)
+        self.optimiser.step()
         return self._fall_since(before)
 
-    def _step_at(self, rate: float) -> None:
-        """Takes the optimiser's step; every parameter takes its own share of the rate."""
+    def _set_rate(self, rate: float) -> None:
+        """Sets the rate of the optimiser's next step; every parameter takes its own share of it."""
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["factor"]
-        self.optimiser.step()
 
-    def _measured_step(self, nll: float, norm: float) -> float:
-        """Takes a step at the rate at which it promises to take away the whole loss `nll`, times the schedule, and at
-        least `learning_rate`, at most `highest_rate`. `norm` is that of the gradient before clipping. The rate taken."""
-        # At the highest rate first: a step is linear in its rate, so that the one wanted lies on the way there.
-        before, share = self._values(), self._scheduled_share()
-        self._step_at(self.highest_rate * share)
-        # The gradients have been clipped to a norm, so the fall that they promise is smaller by as much.
+    def _shortened(self, before: Sequence[Tensor], nll: float, norm: float) -> float:
+        """Shortens the step from `before`, just taken at `highest_rate`, to the rate at which it promises to take away the
+        whole loss `nll`, and at least `learning_rate`, both times the schedule. `norm` is that of the gradient before
+        clipping. Returns the rate."""
+        share = self._scheduled_share()
+        # A step is linear in its rate, so the one wanted lies on the way to here. The gradients have been clipped to a
+        # norm, so the fall that they promise is smaller by as much.
         clip = self.settings.clip
         clipped = clip / max(norm, clip) if clip else 1.0
         slope = self._fall_since(before) / clipped / (self.highest_rate * share)
