@@ -615,6 +615,20 @@ def test_a_step_whose_momentum_points_uphill_takes_the_lowest_rate(tmp_path: Pat
     assert learner.rate_taken == pytest.approx(0.02)
 
 
+def test_after_a_loss_that_rose_no_step_takes_more_than_the_lowered_rate(tmp_path: Path) -> None:
+    """A faint gradient and a large loss ask for the highest rate; the run that went back has learned not to give it."""
+    form = Direct((torch.zeros(4, 8),))
+    learner = Learner(form, recipe(tmp_path, "tune.schedule=constant", "tune.warmup=0").tune, 0.03, 100)
+    learner.highest_rate = 0.5
+    rates = []
+    for _ in range(2):
+        form.value_PW.grad = torch.full((4, 8), 1e-3)
+        assert learner.step(10.0)
+        rates.append(learner.rate_taken)
+        learner.go_back()
+    assert rates == pytest.approx([0.5, 0.01])  # 0.03 / 3
+
+
 @pytest.mark.parametrize("gradient", [0.0, 1e-3, 1e3])
 def test_a_gradient_of_any_size_takes_a_measured_step(tmp_path: Path, gradient: float) -> None:
     """Zero among them: no division by its norm."""

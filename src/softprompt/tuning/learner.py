@@ -156,9 +156,12 @@ class Learner:
         return sum(self.recent) / len(self.recent) > TRAINING_MARGIN * start + TRAINING_MARGIN_NATS
 
     def go_back(self) -> None:
-        """Returns to the best step's form, with a fresh optimiser and a third of the rate. The schedule continues."""
+        """Returns to the best step's form, with a fresh optimiser and a third of the rate. The schedule continues.
+
+        From then on no step takes more than that: where text is learned, most of the loss cannot be taken away, and steps
+        that promise all of it go too far."""
         self.learning_rate /= LOWERED_BY
-        self.highest_rate /= LOWERED_BY
+        self.highest_rate = self.learning_rate
         self.times_lowered += 1
         self.recent = []
         self.form.load_state_dict(self.best_form)
