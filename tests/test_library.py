@@ -229,3 +229,17 @@ def test_the_verbs_take_names_of_a_library(
     assert main(["publish", "support", "--rollback", "--switch", "--library", "shelf"]) == 2
     assert main(["inspect", "shelf/nobody"]) == 5
     assert "it has support" in capsys.readouterr().err
+
+
+def test_a_list_spells_out_what_could_rewrite_the_screen_and_loses_none_of_it(
+    lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    prompt = prompt_of(lm, 1, "evil")
+    named = replace(prompt, base=replace(prompt.base, name="evil\x1b[31m[/red]<b>"))
+    save_prompt(named, tmp_path / "evil")
+    Library(tmp_path / "shelf").publish(tmp_path / "evil", "sort")
+    assert main(["list", str(tmp_path / "shelf")]) == 0
+    shown = capsys.readouterr().out
+    assert "evil\\x1b[31m[/red]<b>" in shown
+    assert "\x1b" not in shown

@@ -13,6 +13,7 @@ from rich.text import Text
 from softprompt.cli import asked
 from softprompt.cli.screen import emit, screen, size
 from softprompt.errors import RecipeError
+from softprompt.progress.console import visible
 
 if TYPE_CHECKING:
     from softprompt.store.library import Entry
@@ -54,7 +55,7 @@ def command(
         row: list[str | Text] = [
             Text(entry.full_name),
             Text(entry.name if entry.is_current else ""),
-            Text(entry.base),
+            Text(visible(entry.base)),
             entry.kind,
             str(entry.virtual_tokens),
             size(entry.bytes),
