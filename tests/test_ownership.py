@@ -23,7 +23,7 @@ from softprompt.errors import SaveError
 from softprompt.evaluation.rows import RowFile
 from softprompt.prompt.soft_prompt import Fingerprint, SoftPrompt
 from softprompt.report.render import write_reports
-from softprompt.store import artifact
+from softprompt.store import artifact, ownership
 from softprompt.store.artifact import load_prompt, save_prompt
 from softprompt.store.lock import FolderLock
 from softprompt.store.ownership import claim, folder_named, remove_ours, run_of, written_by_us
@@ -513,3 +513,20 @@ def test_compare_removes_no_folder_that_it_did_not_make(
     assert main([*arguments, "--arms", "base"]) == 1
     assert "did not write" in capsys.readouterr().err
     assert thesis.read_text() == "mine"
+
+
+def test_a_file_that_is_away_for_the_moment_of_another_saves_rename_is_not_foreign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two savers: one looks at the folder just while the other has moved a file out and not yet in again."""
+    save_prompt(prompt(), tmp_path / "p")
+    is_plain = ownership._is_plain_file
+    asked: list[Path] = []
+
+    def away_at_first(path: Path) -> bool:
+        asked.append(path)
+        return len(asked) > 2 and is_plain(path)
+
+    monkeypatch.setattr(ownership, "_is_plain_file", away_at_first)
+    save_prompt(prompt(), tmp_path / "p")
+    assert len(asked) > 2

@@ -12,6 +12,7 @@ import contextlib
 import json
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from softprompt.store.lock import RUN, locked
 from softprompt.store.plain_file import read_bytes
 
 MARKER = ".softprompt.json"
+LOOKS, BETWEEN_LOOKS_SECONDS = 6, 0.02  # before a file counts as foreign: a publication takes milliseconds
 PROMPT_FILES = ("softprompt.json", "adapter_model.safetensors", "adapter_config.json", "README.md")
 WEIGHTS = (
     "model.safetensors",
@@ -49,9 +51,14 @@ def check_replaceable(
         raise SaveError(
             f"{folder}: holds a model, which files written beside it would change or break. Choose another folder."
         )
-    there = [name for name in names if _lies(folder / name)]
-    ours = written_by_us(folder) if there else set()
-    foreign = [name for name in there if name not in ours or not _is_plain_file(folder / name)]
+    names = list(names)
+    for _ in range(LOOKS):
+        there = [name for name in names if _lies(folder / name)]
+        ours = written_by_us(folder) if there else set()
+        foreign = [name for name in there if name not in ours or not _is_plain_file(folder / name)]
+        if not foreign:
+            break
+        time.sleep(BETWEEN_LOOKS_SECONDS)  # another process may be between two renames of a save of ours
     if foreign:
         what = "; ".join(f"{name} ({_what(folder / name)})" for name in foreign)
         raise SaveError(
