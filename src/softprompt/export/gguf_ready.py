@@ -16,18 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.errors import PromptError, SaveError
+from softprompt.errors import PromptError
 from softprompt.export.chat_copy import chat_copy, written
-from softprompt.export.merged import RECORD, free_folder, token_names, with_rows, with_tokens
+from softprompt.export.merged import free_folder, token_names, with_rows, with_tokens, write_copy
 from softprompt.inference.compiled import compile_prompt, end_ids
 from softprompt.prompt.soft_prompt import Prompt, SoftPrompt
-from softprompt.store.atomic import new_folder, replace_file
 from softprompt.store.card import last_part
-from softprompt.store.ownership import claim, remove_ours
 
 PROBES = ("The", "Hello, how are you?\n", "1 + 1 =", "def f(x):\n    return", "\n")
 
@@ -80,22 +77,7 @@ def gguf_ready(
         tokenizer.chat_template = by_name(chats, _default(lm.tokenizer.chat_template))
     vectors_PD = torch.cat([prompt.embeddings_PD for prompt in soft])
     record = {"base": last_part(lm.name), "prompts": about}
-    try:
-        with new_folder(folder) as draft:
-            claim(draft, "merged", [])  # the whole folder is ours
-            model = with_rows(lm, vectors_PD, ids, end_ids(lm), like=least_likely(lm))
-            model.save_pretrained(draft)
-            tokenizer.save_pretrained(draft)
-            replace_file(draft / RECORD, json.dumps(record, indent=2) + "\n")
-            if folder.exists() and any(folder.iterdir()):
-                remove_ours(folder, "merged", RECORD)
-    except (OSError, safetensors.SafetensorError) as error:
-        if isinstance(error, SaveError):
-            raise
-        raise SaveError(
-            f"{folder}: could not be written ({getattr(error, 'strerror', None) or error}). Free some space or choose "
-            "another folder."
-        ) from error
+    write_copy(folder, with_rows(lm, vectors_PD, ids, end_ids(lm), like=least_likely(lm)), tokenizer, record)
     return about
 
 

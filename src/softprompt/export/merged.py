@@ -68,10 +68,16 @@ def merge_prompt(
         "text": None if layout.chat or starts else written(layout, names),
         "stop": list(ending.stop),
     }
+    write_copy(folder, with_rows(lm, prompt.embeddings_PD, added, ending.ids), tokenizer, record)
+    return names
+
+
+def write_copy(folder: Path, model: Any, tokenizer: Any, record: dict[str, Any]) -> None:
+    """Publishes a merged copy of a base as a whole folder, in place of an earlier copy of ours. Raises SaveError."""
     try:
         with new_folder(folder) as draft:
             claim(draft, "merged", [])  # the whole folder is ours
-            with_rows(lm, prompt.embeddings_PD, added, ending.ids).save_pretrained(draft)
+            model.save_pretrained(draft)
             tokenizer.save_pretrained(draft)
             replace_file(draft / RECORD, json.dumps(record, indent=2) + "\n")
             if folder.exists() and any(folder.iterdir()):
@@ -83,7 +89,6 @@ def merge_prompt(
             f"{folder}: could not be written ({getattr(error, 'strerror', None) or error}). Free some space or choose "
             "another folder."
         ) from error
-    return names
 
 
 def token_names(prompt: SoftPrompt) -> list[str]:
