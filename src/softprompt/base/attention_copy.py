@@ -6,14 +6,14 @@ import copy
 from typing import Any
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.quantised import shared_tensors
 
 
 def body_with_attention(lm: FrozenLM, name: str) -> Any:
     """A copy of the base's body that shares its weights and calls the attention registered under `name`.
 
     Architectures that have an attention of their own do not call it."""
-    shared = {id(tensor): tensor for tensor in (*lm.body.parameters(), *lm.body.buffers())}
-    body: Any = copy.deepcopy(lm.body, shared)
+    body: Any = copy.deepcopy(lm.body, shared_tensors(lm.body))
     config = copy.deepcopy(body.config)
     config._attn_implementation = name
     for module in body.modules():

@@ -14,7 +14,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from softprompt.base.bitsandbytes_options import PACKED_BITS, bitsandbytes_options
 from softprompt.base.context_length import demand_one_vector, stated_context
 from softprompt.base.disk_cache import Stamp
 from softprompt.base.identity import (
@@ -28,6 +27,17 @@ from softprompt.base.locate import demand_no_adapter, load_local_first, locate
 from softprompt.base.nll import Head, token_nll
 from softprompt.base.placement import Placed, place
 from softprompt.base.processes import own_gpu, started_processes
+from softprompt.base.quantised import (
+    QUANTISATIONS,
+    demand_plain_ends,
+    demand_whole_layers,
+    is_quantised,
+    keep_weights,
+    quantised_options,
+    quantisers,
+    stored,
+    weight_count,
+)
 from softprompt.base.split import Shard, is_split, own_part, split_layers, split_options, whole
 from softprompt.base.whole import demand_causal_lm, demand_finite, demand_ids_in_table, demand_whole
 from softprompt.data.batch import Batch
@@ -59,8 +69,10 @@ class FrozenLM:
         self.dtype_reason = dtype_reason
         self.device: torch.device = next(model.parameters()).device
         self._embedding: nn.Module = model.get_input_embeddings()
+        keep_weights(model, name)
         self.body: Any = _body(model, name)
         self.head = _head(model, name)
+        demand_plain_ends(self._embedding.weight, self.head.weight_VD, name)
         self.dtype: torch.dtype = self.head.weight_VD.dtype
         self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
         self.num_layers = int(self.config.num_hidden_layers)
@@ -109,13 +121,13 @@ class FrozenLM:
         Raises BaseError if there is no such model, or where it is not one that a prompt can be placed in."""
         where, name = locate(name_or_path)
         on = choose_device(device)
-        bits = PACKED_BITS.get(dtype)
-        chosen, reason = choose_dtype("auto" if bits else dtype, on)
+        quantisation = QUANTISATIONS.get(dtype)
+        chosen, reason = choose_dtype("auto" if quantisation else dtype, on)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         weights: dict[str, Any] = {"dtype": chosen, "use_safetensors": None}
-        if bits:
-            weights |= bitsandbytes_options(bits, chosen, on)
-
+        if quantisation:
+            demand_whole_layers(spread, name)
+            weights |= quantised_options(dtype, chosen, on)
         weights |= split_options(spread, name)
         files = base_files(where, revision)
 
@@ -135,10 +147,12 @@ class FrozenLM:
 
         tokenizer, model = load_local_first(where, name, options, read_weights)
         loaded_revision = revision or getattr(model.config, "_commit_hash", None)
-        if bits:
-            reason = f"weights in {bits} bits as asked, the rest: {reason}"
-        elif spread in ("none", "layers"):
-            model = model.to(on) if spread == "none" else model
+        if is_quantised(model):
+            demand_whole_layers(spread, name)
+            how = f"{quantisation.bits} bits" if quantisation else "few bits, as its files hold them"
+            reason = f"weights in {how} ({quantisers(model)}), the rest: {reason}"
+        elif spread == "none":
+            model = model.to(on)
         if spread == "layers":
             split_layers(model, int(model.config.get_text_config().num_hidden_layers), on, name)
         return cls(model, tokenizer, name=name, revision=loaded_revision, dtype_reason=reason, files=files)
@@ -215,7 +229,7 @@ class FrozenLM:
     @property
     def num_parameters(self) -> int:
         """The number of weights; a tied matrix counts once."""
-        return sum(weight.numel() for weight in self.model.parameters())
+        return sum(weight_count(weight) for weight in self.model.parameters())
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] to the vectors [..., D] that the first layer reads, scaled where the model scales them."""
@@ -277,10 +291,14 @@ class FrozenLM:
     def weights_sha256(self) -> str:
         """Digest of every byte of every weight as it lies in memory now: equal before and after means untouched."""
         digest = hashlib.sha256()
-        for name, weight in sorted(self.model.named_parameters()):
+        weights: dict[str, Tensor] = dict(self.model.named_parameters())
+        if is_quantised(self.model):  # with the scales, which are no parameters
+            weights |= {name: value for name, value in self.model.state_dict().items() if name not in weights}
+        for name, weight in sorted(weights.items()):
             digest.update(name.encode())
-            content: Any = whole(weight.detach()).cpu().contiguous().view(torch.uint8).numpy()
-            digest.update(content)
+            for part in stored(whole(weight.detach())):
+                content: Any = part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                digest.update(content)
         return digest.hexdigest()
 
     def _check_against_transformers(self) -> tuple[int, int]:
@@ -339,7 +357,7 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype for this machine, and why."""
     if wanted != "auto":
         if wanted not in DTYPES:
-            raise BaseError(f"dtype: found {wanted}, wanted auto, {', '.join([*DTYPES, *PACKED_BITS])}.")
+            raise BaseError(f"dtype: found {wanted}, wanted auto, {', '.join([*DTYPES, *QUANTISATIONS])}.")
         if wanted == "float16" and device.type == "cpu":
             raise BaseError("dtype: float16 is hundreds of times slower than bfloat16 on a CPU. Take auto.")
         return DTYPES[wanted], "as asked"

@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor
 
 from softprompt.base.disk_cache import Stamp, kept_digest
+from softprompt.base.quantised import quantisers, stored
 from softprompt.base.split import is_split, own_part, whole
 
 SAMPLED_VALUES = 65_536  # of each weight go into the digest that version 0.1 recorded
@@ -66,6 +67,8 @@ def weights_sha256(model: Any, files: Stamp | None = None) -> str:
     if is_split(model):
         files = None  # all processes must gather, whatever one of them has kept
     way = f"weights, {type(model).__name__}, {dtypes}, transformers {transformers.__version__}"
+    if libraries := quantisers(model):  # the same files hold other weights then
+        way += f", {libraries}, {sorted({type(weight).__name__ for weight in model.parameters()})}"
     return kept_digest(files, way, lambda: compute_weights_sha256(model))
 
 
@@ -84,21 +87,23 @@ def sampled_sha256(model: Any) -> str:
     """The digest that version 0.1 recorded: of evenly spaced values of every weight, as bfloat16, in no order."""
     parts = []
     for weight in model.parameters():
-        flat = whole(weight.detach()).reshape(-1)
-        stride = max(1, flat.numel() // SAMPLED_VALUES)
-        values = flat[::stride][:SAMPLED_VALUES].to(torch.bfloat16).cpu().contiguous()
-        shape = ",".join(map(str, weight.shape)).encode()
-        parts.append(hashlib.sha256(shape + values.view(torch.uint8).numpy().tobytes()).digest())
+        content = ",".join(map(str, weight.shape)).encode()
+        for part in stored(whole(weight.detach())):
+            flat = part.reshape(-1)
+            stride = max(1, flat.numel() // SAMPLED_VALUES)
+            values = flat[::stride][:SAMPLED_VALUES].to(torch.bfloat16).cpu().contiguous()
+            content += values.view(torch.uint8).numpy().tobytes()
+        parts.append(hashlib.sha256(content).digest())
     return hashlib.sha256(b"".join(sorted(parts))).hexdigest()
 
 
 def compute_weights_sha256(model: Any) -> str:
     parameters = list(model.parameters())
-    kept = {own_part(tensor).data_ptr() for tensor in parameters}
+    kept = {part.data_ptr() for tensor in parameters for part in stored(own_part(tensor))}
     buffers = [
         tensor
         for tensor in model.state_dict().values()  # parameters again, and buffers that are saved with them
-        if isinstance(tensor, Tensor) and own_part(tensor).data_ptr() not in kept
+        if isinstance(tensor, Tensor) and stored(own_part(tensor))[0].data_ptr() not in kept
     ]
     if is_split(model):  # gathering goes in step with other processes, one tensor at a time
         return hashlib.sha256(b"".join(map(_tensor_digest, [*parameters, *buffers]))).hexdigest()
@@ -109,12 +114,14 @@ def compute_weights_sha256(model: Any) -> str:
 
 
 def _tensor_digest(tensor: Tensor) -> bytes:
-    values = whole(tensor.detach())
-    if values.is_floating_point():
-        values = values.to(torch.bfloat16)  # the same numbers from a base in float32 and in bfloat16
+    digest = hashlib.sha256()
+    for values in stored(whole(tensor.detach())):
+        if values.is_floating_point():
+            values = values.to(torch.bfloat16)  # the same numbers from a base in float32 and in bfloat16
+        content: Any = values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(content)
     shape = ",".join(map(str, tensor.shape)).encode()
-    content: Any = values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(shape + b":" + hashlib.sha256(content).digest()).digest()
+    return hashlib.sha256(shape + b":" + digest.digest()).digest()
 
 
 def compute_tokenizer_sha256(tokenizer: Any) -> str:

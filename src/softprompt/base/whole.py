@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from softprompt.base.quantised import stored
 from softprompt.base.split import own_part
 from softprompt.errors import BaseError
 
@@ -50,9 +51,8 @@ def demand_finite(model: Any, name: str) -> None:
         key
         for key, weight in model.named_parameters()
         # The largest magnitude is NaN where any value is: one pass, no mask of the tensor's size.
-        if weight.is_floating_point()
-        and own_part(weight).numel()
-        and not bool(torch.isfinite(own_part(weight.detach()).abs().max()))
+        for part in stored(own_part(weight.detach()))
+        if part.is_floating_point() and part.numel() and not bool(torch.isfinite(part.abs().max()))
     ]
     if broken:
         raise BaseError(

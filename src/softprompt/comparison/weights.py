@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.quantised import is_quantised
 from softprompt.data.batch import Batch, collate, epoch_order
-from softprompt.errors import MissingExtra, NotFinite
+from softprompt.errors import MissingExtra, NotFinite, RecipeError
 from softprompt.loss.mean import mean_nll
 from softprompt.progress.events import Event, Stepped, Validated
 from softprompt.prompt.soft_prompt import Plain
@@ -112,6 +113,10 @@ def with_lora(lm: FrozenLM, seed: int) -> tuple[Any, list[Tensor]]:
 
 def trainable_copy(lm: FrozenLM) -> Any:
     """A copy of the base in float32, where small updates are not rounded away, every weight trainable."""
+    if is_quantised(lm.model):
+        raise RecipeError(
+            f"The arm full learns every weight, and those of {lm.name} are quantised. Leave it out, or load the base in full."
+        )
     return copy.deepcopy(lm.model).float().requires_grad_(True)
 
 

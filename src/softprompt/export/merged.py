@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.quantised import is_quantised
 from softprompt.data.template import Soft
-from softprompt.errors import PromptError, SaveError
+from softprompt.errors import BaseError, PromptError, SaveError
 from softprompt.export.chat_copy import chat_copy, written
 from softprompt.inference.compiled import compile_prompt
 from softprompt.prompt.soft_prompt import SoftPrompt
@@ -170,6 +171,11 @@ def with_rows(
     generation stops where answers were learned to end.
 
     In the output layer the new rows are zero, or `like` that of another token."""
+    if is_quantised(lm.model):
+        raise BaseError(
+            f"{lm.name}: its weights are quantised ({lm.dtype_reason}), and a copy of the base with more tokens is written in full. "
+            "Export the prompt to peft or vectors, or learn it on the base in full."
+        )
     model = copy.deepcopy(lm.model)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     # Not all bases store what their layer returns: some scale a row when they look it up.

@@ -20,6 +20,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from softprompt.base.hardware import has_int8_products, product_dtype
+from softprompt.base.quantised import is_quantised
 from softprompt.base.split import is_split
 from softprompt.loss.kernels.attention import SHORT, fused_attention
 from softprompt.loss.kernels.gelu import SmallGelu
@@ -37,8 +38,8 @@ def learning_body(body: nn.Module, products: Products = "float") -> Any:
     """Returns a faster copy of `body` that shares its weights, or `body` itself where nothing can be gained.
 
     Its results are equal up to rounding, unless int8 products are asked for."""
-    if getattr(getattr(body, "config", None), "quantization_config", None) is not None:
-        return body  # its linear layers hold packed weights
+    if is_quantised(body) or getattr(getattr(body, "config", None), "quantization_config", None) is not None:
+        return body
     if is_split(body):
         return body  # other processes hold the rest of its weights
     shared = {id(tensor): tensor for tensor in (*body.parameters(), *body.buffers())}

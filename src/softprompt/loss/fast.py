@@ -19,6 +19,7 @@ from torch import Tensor
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.nll import token_nll
 from softprompt.base.placement import Placed, place
+from softprompt.base.quantised import demand_gradients
 from softprompt.data.batch import Batch
 from softprompt.loss.body import learning_body
 from softprompt.loss.checkpointing import checkpointed
@@ -117,6 +118,7 @@ class _Shared:
     """Facts that follow from the frozen weights alone, shared by all losses over one base."""
 
     def __init__(self, lm: FrozenLM) -> None:
+        demand_gradients(lm.body, lm.dtype, lm.name)
         self.plain_body = lm.body
         self.body = _proved(lm, learning_body(lm.body))
         self.head: PackedHead | None = packed(lm.head)

@@ -23,10 +23,12 @@ class BaseSettings(Table):
     base_revision: str | None = setting(
         None, "The hub model's commit, branch or tag.", flag="--base-revision"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"] = setting(
+    dtype: Literal[
+        "auto", "float32", "bfloat16", "float16", "int8", "int4", "int8-torchao", "int4-torchao"
+    ] = setting(
         "auto",
-        "The base's dtype; auto takes what the machine is fastest at; int8 and int4 pack its weights "
-        "(bitsandbytes).",
+        "The base's dtype; auto takes what the machine is fastest at; int8 and int4 quantise its weights, by bitsandbytes "
+        "or by torchao.",
         flag="--dtype",
     )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps.", flag="--device")
