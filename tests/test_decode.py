@@ -6,6 +6,7 @@ import json
 import random
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from transformers.generation.logits_process import (
 
 from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.placement import Placed
 from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import BaseError, DataError, OutOfMemory, PromptError, RecipeError
@@ -651,14 +653,12 @@ def test_an_unknown_architecture_proves_itself_when_it_is_first_used(monkeypatch
 def test_an_architecture_that_ignores_the_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("softprompt.inference.verify.PROVEN", frozenset())
     lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), name="odd")
-    hidden = FrozenLM.hidden
+    states = FrozenLM.states
 
-    def without_mask(
-        self: FrozenLM, embeddings: torch.Tensor, mask: object = None, *rest: object, past: object = None
-    ) -> object:
-        return hidden(self, embeddings, None, *rest, past=past)  # type: ignore[arg-type]
+    def without_mask(self: FrozenLM, placed: Placed, body: object = None) -> object:
+        return states(self, replace(placed, mask_BS=None), body)
 
-    monkeypatch.setattr(FrozenLM, "hidden", without_mask)
+    monkeypatch.setattr(FrozenLM, "states", without_mask)
     with pytest.raises(BaseError, match=r"odd: LlamaForCausalLM gives other logits .* Choose another base"):
         compile_prompt(lm, TextPrompt("hello"))
 

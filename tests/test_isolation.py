@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State
+from softprompt.base.placement import Placed
 from softprompt.errors import NotFinite
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt, text_state
 from softprompt.inference.generate import DecodeSettings, generate
@@ -234,16 +235,17 @@ def test_grouped_heads_never_step_without_a_mask_on_a_cpu_in_bfloat16() -> None:
     base = compile_prompt(lm, None)
     twelve = DecodeSettings(max_new_tokens=12, ignore_end=True)
     masks: list[torch.Tensor] = []
-    hidden = FrozenLM.hidden
+    states = FrozenLM.states
 
-    def watched(self: FrozenLM, *given: torch.Tensor, **past: object) -> torch.Tensor:
-        if given[0].shape[1] == 1:
-            masks.append(given[1])
-        return hidden(self, *given, **past)  # type: ignore[arg-type]
+    def watched(self: FrozenLM, placed: Placed, body: object = None) -> torch.Tensor:
+        if placed.embeddings_BSD.shape[1] == 1:
+            assert placed.mask_BS is not None
+            masks.append(placed.mask_BS)
+        return states(self, placed, body)
 
     running = Running(lm, max_rows=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FrozenLM, "hidden", watched)
+        patch.setattr(FrozenLM, "states", watched)
         waiting = [request(lm, base, text, twelve) for text in [*TEXTS[1:], TEXTS[1], *TEXTS[1:]]]
         while waiting or len(running):
             while waiting and running.fits([waiting[0]]):

@@ -39,7 +39,10 @@ class Head:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Hidden states [..., D] to logits [..., V], in the weights' dtype."""
-        logits_NV = torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
+        return self.finished(torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V))
+
+    def finished(self, logits_NV: Tensor) -> Tensor:
+        """The product with the weights, scaled, capped, and joined with the parts of other processes."""
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.softcap is not None:

@@ -9,7 +9,7 @@ prompt of other content is never taken for it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,6 +22,7 @@ from transformers.masking_utils import eager_mask
 from softprompt.base.attention_copy import body_with_attention
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State, batch_cache, new_cache, row_state
+from softprompt.base.packed_weights import packed_body
 from softprompt.base.placement import Placed
 
 # Below it, copying the prompt's columns into each row costs less than a second attention in every layer.
@@ -57,12 +58,12 @@ def hidden_in_parts(lm: FrozenLM, placed: Placed, groups: Sequence[PrefixGroup])
 
     Its mask covers the rows' own columns; its positions count the prefix too."""
     if not groups:
-        return lm.hidden(placed.embeddings_BSD, placed.mask_BS, placed.positions_BS, past=placed.past)
+        return lm.states(placed, packed_body(lm, lm.body))
     body = _BODIES[lm]
     assert body is not None, "the base was not asked whether it can share"
     _own.groups = groups
     try:
-        return lm.states(placed, body)
+        return lm.states(placed, packed_body(lm, body))
     finally:
         del _own.groups
 
@@ -74,7 +75,7 @@ def can_share(lm: FrozenLM) -> bool:
     attention of its own: there prompts are copied into each row."""
     if lm not in _BODIES:
         _BODIES[lm] = None
-        if _sees_everything(lm.config):
+        if sees_everything(lm.config):
             body = _body_in_parts(lm)
             _BODIES[lm] = body
             if not _is_exact(lm):
@@ -86,7 +87,7 @@ _BODIES: WeakKeyDictionary[FrozenLM, Any] = WeakKeyDictionary()
 _own = threading.local()
 
 
-def _sees_everything(config: Any) -> bool:
+def sees_everything(config: Any) -> bool:
     """Whether every layer attends to all columns before a position, as far as the config says."""
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
@@ -137,25 +138,40 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """One layer's attention, as transformers calls it: over the rows' own columns, then over each group's prefix."""
-    unknown = [
-        name
-        for name in ("softcap", "s_aux", "sliding_window", "position_bias")
-        if options.get(name) is not None
-    ]
-    if unknown:
-        raise NotImplementedError(f"attention in two parts has no {unknown[0]}")
+    demand_plain(options)
     _own.calls = getattr(_own, "calls", 0) + 1
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
+    result = attend_in_parts(query, key, value, mask, scaling, _own.groups, module.layer_idx)
+    return result.transpose(1, 2).contiguous(), None
+
+
+def demand_plain(options: Mapping[str, Any]) -> None:
+    """Raises NotImplementedError where a layer asks for more than a softmax of scaled scores."""
+    for name in ("softcap", "s_aux", "sliding_window", "position_bias"):
+        if options.get(name) is not None:
+            raise NotImplementedError(f"attention in parts has no {name}")
+
+
+def attend_in_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    groups: Sequence[PrefixGroup],
+    layer: int,
+) -> Tensor:
+    """Attention [B, H, Q, K] over the rows' own columns, which an additive mask leaves, and over their prefixes."""
     rows, heads, new, width = query.shape
     kv_heads, group = key.shape[1], heads // key.shape[1]
     # The heads that share keys become queries of one head: no copy of the keys for each of them.
     packed = query.reshape(rows, kv_heads, group * new, width)
-    mask = None
-    if attention_mask is not None:
-        mask = attention_mask[..., : key.shape[2]].repeat(1, 1, group, 1)
-    result, weight = attend(packed, key, value, mask, scaling)
-    for members in _own.groups:
-        keys, values = members.prefix.keys[module.layer_idx], members.prefix.values[module.layer_idx]
+    result, weight = attend(
+        packed, key, value, None if mask is None else mask.repeat(1, 1, group, 1), scaling
+    )
+    for members in groups:
+        keys, values = members.prefix.keys[layer], members.prefix.values[layer]
         count = len(members.rows_N)
         # All queries of all rows in one product: the prefix's keys and values are read once.
         queries = packed[members.rows_N].transpose(0, 1).reshape(1, kv_heads, count * group * new, width)
@@ -167,7 +183,7 @@ def _attention(
         share = torch.sigmoid(over_weight - own_weight)[..., None]
         joined = own.float() * (1 - share) + over.float() * share
         result = result.index_copy(0, members.rows_N, joined.to(result.dtype))
-    return result.reshape(rows, heads, new, -1).transpose(1, 2).contiguous(), None
+    return result.reshape(rows, heads, new, -1)
 
 
 def attend(

@@ -1,4 +1,4 @@
-"""One forward pass over rows that differ in prompt and length, each continued from the state that is known of it."""
+"""Reads rows that differ in prompt and length, each continued from the state that is known of it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State, batch_cache, row_state
 from softprompt.base.placement import Placed
+from softprompt.base.ragged import Known, RaggedGroup, can_read_ragged, hidden_ragged
 from softprompt.base.shared_prefix import hidden_in_parts, prefix_groups
 from softprompt.errors import PromptError
 
@@ -61,6 +62,8 @@ class Prefilled:
 # What one more pass costs, in positions: about 40 positions of a small base on a CPU, where reading the weights and
 # starting the layers' operations count; on a GPU a pass of few positions costs as much as one of thousands.
 PASS_COST_CPU, PASS_COST_GPU = 40, 4096
+# Rows of unlike length that are read in one pass without padding.
+PASS_POSITIONS = 4096
 
 
 def like_lengths(
@@ -118,21 +121,7 @@ def prefill(lm: FrozenLM, rows: Sequence[PrefillRow]) -> Prefilled:
     cache, columns = batch_cache([row.state for row in rows])
     device = lm.device
     longest = max(row.rest for row in rows)
-    rests = [row.marks[row.known :] for row in rows]
-    ids_BT = torch.tensor(
-        [[max(mark, 0) for mark in rest] + [0] * (longest - len(rest)) for rest in rests], device=device
-    )
-    embeddings_BTD = lm.embed(ids_BT)
-    # Negative marks were embedded as token 0 to keep the shape; the prompt's own vectors replace them.
-    for b, (row, rest) in enumerate(zip(rows, rests, strict=True)):
-        soft = [(t, -1 - mark) for t, mark in enumerate(rest) if mark < 0]
-        if soft:
-            if row.vectors_PD is None:
-                raise PromptError(
-                    "The row has soft positions, but its prompt has no vectors. Use a soft prompt for it."
-                )
-            places, indices = zip(*soft, strict=True)
-            embeddings_BTD[b, list(places)] = row.vectors_PD[list(indices)].to(embeddings_BTD.dtype)
+    embeddings_BTD = _embedded(lm, rows, longest)
     own_B1 = torch.tensor([[row.state.length] for row in rows], device=device)
     known_B1 = torch.tensor([[row.known] for row in rows], device=device)
     rest_B1 = torch.tensor([[row.rest] for row in rows], device=device)
@@ -145,3 +134,63 @@ def prefill(lm: FrozenLM, rows: Sequence[PrefillRow]) -> Prefilled:
     placed = Placed(embeddings_BTD, mask_BS, positions_BT, cache)
     hidden_BTD = hidden_in_parts(lm, placed, prefix_groups([row.shared for row in rows], device))
     return Prefilled(cache, columns, hidden_BTD, tuple(rows))
+
+
+def prefill_groups(lm: FrozenLM, groups: Sequence[Sequence[PrefillRow]]) -> list[Prefilled]:
+    """Like `prefill` of each group, in one pass without padding where the base can be read so (base/ragged.py)."""
+    if len(groups) < 2 or not can_read_ragged(lm):
+        return [prefill(lm, group) for group in groups]
+    results: list[Prefilled] = []
+    for together in _passes(groups):
+        results += _prefill_ragged(lm, together)
+    return results
+
+
+def _passes(groups: Sequence[Sequence[PrefillRow]]) -> list[list[Sequence[PrefillRow]]]:
+    """Groups of at most PASS_POSITIONS positions together, since each layer's states of all of them are held at once."""
+    passes: list[list[Sequence[PrefillRow]]] = [[]]
+    taken = 0
+    for group in groups:
+        size = sum(row.rest for row in group)
+        if passes[-1] and taken + size > PASS_POSITIONS:
+            passes.append([])
+            taken = 0
+        passes[-1].append(group)
+        taken += size
+    return passes
+
+
+def _prefill_ragged(lm: FrozenLM, groups: Sequence[Sequence[PrefillRow]]) -> list[Prefilled]:
+    rows = [row for group in groups for row in group]
+    embeddings_1ND = torch.cat([_embedded(lm, [row], row.rest) for row in rows], 1)
+    positions_N = torch.cat([torch.arange(row.known, len(row.marks), device=lm.device) for row in rows])
+    ragged: list[RaggedGroup] = []
+    start = 0
+    for group in groups:
+        ragged.append(RaggedGroup.of([Known(row.shared, row.state, row.rest) for row in group], start, lm))
+        start += sum(row.rest for row in group)
+    hidden_ND = hidden_ragged(lm, embeddings_1ND, positions_N[None], ragged)[0]
+    return [
+        Prefilled(done.cache, done.columns, hidden_ND[done.positions_BT], tuple(group))
+        for done, group in zip(ragged, groups, strict=True)
+    ]
+
+
+def _embedded(lm: FrozenLM, rows: Sequence[PrefillRow], longest: int) -> Tensor:
+    """Embeddings [B, T, D] of what is still to be computed of each row, padded to the longest."""
+    rests = [row.marks[row.known :] for row in rows]
+    ids_BT = torch.tensor(
+        [[max(mark, 0) for mark in rest] + [0] * (longest - len(rest)) for rest in rests], device=lm.device
+    )
+    embeddings_BTD = lm.embed(ids_BT)
+    # Negative marks were embedded as token 0 to keep the shape; the prompt's own vectors replace them.
+    for b, (row, rest) in enumerate(zip(rows, rests, strict=True)):
+        soft = [(t, -1 - mark) for t, mark in enumerate(rest) if mark < 0]
+        if soft:
+            if row.vectors_PD is None:
+                raise PromptError(
+                    "The row has soft positions, but its prompt has no vectors. Use a soft prompt for it."
+                )
+            places, indices = zip(*soft, strict=True)
+            embeddings_BTD[b, list(places)] = row.vectors_PD[list(indices)].to(embeddings_BTD.dtype)
+    return embeddings_BTD

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.packed_weights import pack_weights
 from softprompt.data.example import Example
 from softprompt.errors import SoftPromptError
 from softprompt.inference.compiled import CompiledPrompt
@@ -44,7 +45,7 @@ Compiled: TypeAlias = Callable[[str | None], CompiledPrompt]
 
 MAX_ROWS = 32
 # Text positions read between two steps: what running rows wait for. On a CPU about as long as two or three of their steps.
-READ_BESIDE_CPU, READ_BESIDE_GPU = 192, 2048
+READ_BESIDE_CPU, READ_BESIDE_GPU = 128, 2048
 READ_ALONE = 4096  # where no row runs, so that nobody waits
 MAX_SKIPPED = 8  # requests that are looked past in one turn for one that fits
 MAX_PASSED = 64  # rows that may join before one that waits for memory; then it is the next
@@ -75,6 +76,7 @@ class LocalEngine:
         read_beside: int | None = None,
     ) -> None:
         self.lm = lm
+        pack_weights(lm)
         self.max_rows, self.max_waiting, self.memory_bytes = max_rows, max_waiting, memory_bytes
         on_cpu = torch.device(lm.device).type == "cpu"
         self.read_beside = read_beside or (READ_BESIDE_CPU if on_cpu else READ_BESIDE_GPU)
