@@ -483,7 +483,7 @@ def test_the_automatic_rate_of_a_deep_prompt_follows_the_keys_and_values_of_the_
     with torch.no_grad():
         cache = lm.model(ids[None], use_cache=True).past_key_values
     squares = [tensor.square().mean() for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    assert rate == pytest.approx(0.125 * (sum(squares) / len(squares)).item() ** 0.5, rel=0.05)
+    assert rate == pytest.approx(0.25 * (sum(squares) / len(squares)).item() ** 0.5, rel=0.05)
 
 
 def bowl(batch: Any, prompt: Any = None) -> torch.Tensor:
@@ -548,7 +548,7 @@ def test_the_automatic_rate_promises_at_most_the_whole_loss_in_the_first_step(
         return 5.0 + 1e3 * (lm.token_nll(batch, prompt) - level)
 
     plan, gradients = make_plan(settings, lm=lm, splits=SPLITS, loss=steep), Gradients(steep, 4)
-    rate = measured_rate(plan, gradients, start(plan))
+    rate = measured_rate(plan, gradients, start(plan)).rate
     assert rate < plan.learning_rate
     learner = Learner(start(plan), plan.recipe.tune.model_copy(update={"warmup": 0.0}), rate * 0.1, 100)
     before = learner.snapshot()
@@ -567,7 +567,71 @@ def test_an_automatic_rate_is_never_above_its_share_of_the_embeddings_scale(tmp_
     flat: Loss = lambda batch, prompt=None: 1.0 + 1e-4 * lm.token_nll(batch, prompt)  # noqa: E731
     plan = make_plan(recipe(tmp_path, "tune.learning_rate=auto"), lm=lm, splits=SPLITS, loss=flat)
     rms = lm.embedding_VD[: min(5000, lm.vocab_size)].float().square().mean().sqrt().item()
-    assert measured_rate(plan, Gradients(flat, 4), start(plan)) == pytest.approx(1.5 * rms, rel=0.05)
+    assert measured_rate(plan, Gradients(flat, 4), start(plan)).rate == pytest.approx(3.0 * rms, rel=0.05)
+
+
+def valley(centre: torch.Tensor, width: float, floor: float) -> Loss:
+    """`floor` + the mean of ((the prompt - `centre`) / `width`) squared, for every token."""
+
+    def loss(batch: Any, prompt: Any = None) -> torch.Tensor:
+        trained = int(batch.trained_BS[:, 1:].sum())
+        if prompt is None:
+            return torch.ones(trained)
+        level: torch.Tensor = floor + ((prompt[0] - centre) / width).square().mean()
+        return level.expand(trained)
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("floor", "widths", "share"),
+    # By hand: the loss is floor + (1 - x)^2 after a step of x widths, so the start promises (floor + 1) / 2 widths. A step
+    # is kept up to the x with 2x - x^2 = half of (x - x^2 / 4), which is 12 / 7.
+    [(1.0, 1.0, 1.0), (2.4, 1.7, 1.0), (2.6, 0.9, 0.5), (19.0, 1.25, 0.125)],
+)
+def test_a_step_that_other_rows_do_not_confirm_is_halved_until_they_do(
+    tmp_path: Path, floor: float, widths: float, share: float
+) -> None:
+    lm = lm_of()
+    settings = recipe(tmp_path, "tune.optimizer=adamw", "tune.learning_rate=auto", "tune.clip=1e9")
+    plan = make_plan(settings, lm=lm, splits=SPLITS)
+    width = plan.learning_rate / 20  # so that the bound is not what decides
+    before = start(plan)()[0].detach()
+    loss = valley(before - width, width, floor)
+    measured = measured_rate(plan, Gradients(loss, 4), start(plan))
+    assert measured.rate == pytest.approx(widths * width, rel=0.05)
+    assert measured.reachable_nll == pytest.approx((1 - share) * (floor + 1), rel=1e-3)
+
+
+def test_where_no_step_helps_other_rows_the_promise_of_the_first_ones_counts(tmp_path: Path) -> None:
+    """The second batch's loss rises along the step of the first, whatever the rate."""
+    settings = recipe(tmp_path, "tune.optimizer=adamw", "tune.learning_rate=auto", "tune.clip=1e9")
+    plan = make_plan(settings, lm=lm_of(), splits=SPLITS)
+    before = start(plan)()[0].detach()
+    calls: list[int] = []
+
+    def split(batch: Any, prompt: Any = None) -> torch.Tensor:
+        calls.append(0)
+        sign = 1.0 if len(calls) == 1 else -1.0
+        trained = int(batch.trained_BS[:, 1:].sum())
+        return (1.0 + sign * 1e3 * (prompt[0] - before).sum()).expand(trained)
+
+    measured = measured_rate(plan, Gradients(split, 100), start(plan))
+    # By hand: AdamW's first step moves every number by the rate, down a slope of 1e3 each.
+    assert measured.rate == pytest.approx(1.0 / (1e3 * before.numel()), rel=0.05)
+    assert measured.reachable_nll == 0.0
+
+
+def test_steps_promise_no_more_than_what_is_above_the_reachable_loss(tmp_path: Path) -> None:
+    """By hand: AdamW's first step moves each of 32 numbers by the rate, along a gradient of 1 each: 32 nats per unit of rate."""
+    overrides = ("tune.optimizer=adamw", "tune.schedule=constant", "tune.warmup=0", "tune.clip=1e9")
+    for reachable, nll, rate in ((0.0, 3.2, 0.1), (2.4, 3.2, 0.025), (2.4, 2.0, 0.01)):
+        form = Direct((torch.zeros(4, 8),))
+        learner = Learner(form, recipe(tmp_path, *overrides).tune, 0.01, 100)
+        learner.highest_rate, learner.reachable_nll = 0.5, reachable
+        form.value_PW.grad = torch.ones(4, 8)
+        assert learner.step(nll)
+        assert learner.rate_taken == pytest.approx(rate, rel=1e-4)
 
 
 def slope_of(values: torch.Tensor, before: torch.Tensor, gradient: torch.Tensor) -> float:

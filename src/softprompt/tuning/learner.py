@@ -25,11 +25,12 @@ class Learner:
 
     `best` is the prompt of the best held-out loss so far (nats per token), which is what gets saved. `rate_taken` is
     the learning rate of the latest step. Where `highest_rate` is above `learning_rate`, each step takes the rate between
-    the two at which it promises its whole loss."""
+    the two at which it promises to take its loss down to `reachable_nll` (nats per token)."""
 
     def __init__(self, form: Form, settings: TuneSettings, learning_rate: float, steps: int) -> None:
         self.form, self.settings, self.learning_rate, self.steps = form, settings, learning_rate, steps
         self.highest_rate = learning_rate
+        self.reachable_nll = 0.0
         trained = form.trained()
         self.parameters = [part.parameter for part in trained]
         groups = [
@@ -90,8 +91,8 @@ class Learner:
             group["lr"] = rate * group["factor"]
 
     def _shortened(self, before: Sequence[Tensor], nll: float, norm: float) -> float:
-        """Shortens the step from `before`, just taken at `highest_rate`, to the rate at which it promises to take away the
-        whole loss `nll`, and at least `learning_rate`, both times the schedule. `norm` is that of the gradient before
+        """Shortens the step from `before`, just taken at `highest_rate`, to the rate at which it promises to take the
+        loss `nll` down to `reachable_nll`, and at least `learning_rate`, both times the schedule. `norm` is that of the gradient before
         clipping. Returns the rate."""
         share = self._scheduled_share()
         # A step is linear in its rate, so the one wanted lies on the way to here. The gradients have been clipped to a
@@ -100,7 +101,7 @@ class Learner:
         clipped = clip / max(norm, clip) if clip else 1.0
         slope = self._fall_since(before) / clipped / (self.highest_rate * share)
         # Momentum may point uphill for one batch, which says nothing about how far to go.
-        wanted = nll / slope if slope > 0 else self.learning_rate
+        wanted = (nll - self.reachable_nll) / slope if slope > 0 else self.learning_rate
         rate = min(self.highest_rate, max(self.learning_rate, wanted))
         if rate < self.highest_rate:
             with torch.no_grad():
@@ -180,6 +181,7 @@ class Learner:
             "best": self.best,
             "best_form": self.best_form,
             "highest_rate": self.highest_rate,
+            "reachable_nll": self.reachable_nll,
             **{name: getattr(self, name) for name in _COUNTS},
         }
 
@@ -191,6 +193,7 @@ class Learner:
         for name in _COUNTS:
             setattr(self, name, state[name])
         self.highest_rate = state.get("highest_rate", self.learning_rate)
+        self.reachable_nll = state.get("reachable_nll", 0.0)
 
 
 _COUNTS = (

@@ -16,7 +16,7 @@ Parameters: TypeAlias = Sequence[Tensor] | Sequence[dict[str, Any]]
 # A step of any of these optimisers moves every number by about the rate. How large a share of the root mean square of
 # what is learned that may be, for vectors and for keys and values. A bound: what a step takes is measured (rate.py).
 RATE_PER_RMS = {
-    "muon": {"soft": 1.5, "deep": 0.125},
+    "muon": {"soft": 3.0, "deep": 0.25},
     "adamw": {"soft": 0.5, "deep": 0.25},
     "adafactor": {"soft": 0.5, "deep": 0.25},
 }

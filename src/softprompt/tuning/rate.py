@@ -3,33 +3,88 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
 
 from softprompt.data.batch import epoch_order
+from softprompt.data.encoded import Encoded
 from softprompt.loss.gradient import Gradients
 from softprompt.prompt.reparam import Form
 from softprompt.tuning.learner import Learner
 from softprompt.tuning.plan import Plan
 
-PROMISED_SHARE = 1.0  # of the loss: what the first step may promise to take away (figures in LOG.md)
+KEPT_SHARE = 0.5  # of the fall at half the rate: a rate whose step falls by less than that goes too far
+MOST_HALVINGS = 5
 
 
-def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> float:
-    """The rate at which the first step, to first order, takes away the whole loss, or `plan.learning_rate` if lower.
+class MeasuredRate(NamedTuple):
+    """The rate of the first step, and the loss (nats per token) down to which steps may promise to go."""
+
+    rate: float
+    reachable_nll: float
+
+
+def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> MeasuredRate:
+    """The rate at which the first step, to first order, takes away the loss, as far as other rows confirm it.
 
     A share of the embeddings' scale says how far a vector can go, but not how steep the loss is: on a base of 30
     layers and width 576 the step that suits a small base promises 3 to 6 times the whole loss and lands far beyond
     the valley. Dividing the loss by the slope along the optimiser's own step is Polyak's step size (1987; Loizou et
-    al. 2021 for batches, with an upper bound as here). Costs one gradient of the first batch. The same base, rows and
-    settings give the same rate. `form` is what will be learned, at its start; it is not changed.
+    al. 2021 for batches, with an upper bound as here). It supposes that the loss can fall to zero. That of a label
+    can, that of a text cannot: so the step is tried on the rows of the second batch, and halved while it makes their
+    loss fall by less than `KEPT_SHARE` of what half the step does. The share of the loss that is left to promise is
+    what all steps of the run go by. Costs one gradient and a few forward passes. The same base, rows and settings
+    give the same rate. `form` is what will be learned, at its start; it is not changed.
 
-    This is the lowest rate of the run: later steps take more, up to the bound, where their own loss allows it
-    (`Learner.step`), since the slope falls as a prompt is learned. They never take less: a batch's slope holds its noise
-    too, and by the end of a deep prompt's run on a large base hardly anything else (figures in LOG.md)."""
+    This is the lowest rate of the run: later steps take more, up to the bound `plan.learning_rate`, where their own
+    loss allows it (`Learner.step`), since the slope falls as a prompt is learned. They never take less: a batch's slope
+    holds its noise too, and by the end of a deep prompt's run on a large base hardly anything else (figures in
+    LOG.md)."""
     tune = plan.recipe.tune.model_copy(update={"weight_decay": 0.0})
     learner = Learner(copy.deepcopy(form), tune, 1.0, plan.steps)
-    order = epoch_order(plan.train.lengths, plan.batch_size, seed=tune.seed, epoch=0)
-    (nll,) = gradients([learner.form], [[plan.train.encoded[index] for index in order[0]]])
+    first, second = _first_batches(plan, tune.seed)
+    start = [parameter.detach().clone() for parameter in learner.parameters]
+    (nll,) = gradients([learner.form], [first])
     fall = learner.promised_fall()
     if not fall > 0 or not nll > 0:  # a flat start, or one that is not finite, which the first step reports
-        return plan.learning_rate
-    return min(plan.learning_rate, float(f"{PROMISED_SHARE * nll / fall:.1e}"))
+        return MeasuredRate(plan.learning_rate, 0.0)
+    promised = nll / fall
+    tried = min(plan.learning_rate, promised)
+    rate = _confirmed(gradients, learner, start, second, tried)
+    share = rate / tried
+    return MeasuredRate(float(f"{rate:.1e}"), (1.0 - share) * nll)
+
+
+def _first_batches(plan: Plan, seed: int) -> tuple[list[Encoded], list[Encoded]]:
+    """The rows of the first two steps."""
+    lengths, size = plan.train.lengths, plan.batch_size
+    batches = [batch for epoch in (0, 1) for batch in epoch_order(lengths, size, seed=seed, epoch=epoch)[:2]]
+    first, second = ([plan.train.encoded[index] for index in batch] for batch in batches[:2])
+    return first, second
+
+
+def _confirmed(
+    gradients: Gradients, learner: Learner, start: Sequence[Tensor], rows: list[Encoded], rate: float
+) -> float:
+    """`rate`, halved until a step from `start` at it makes the loss of `rows` fall by enough.
+
+    The learner stands where a step at rate 1 has brought it."""
+    way = [parameter.detach() - old for parameter, old in zip(learner.parameters, start, strict=True)]
+
+    def loss_at(rate: float) -> float:
+        for parameter, old, change in zip(learner.parameters, start, way, strict=True):
+            parameter.data.copy_(old + rate * change)
+        (nll,) = gradients.losses([learner.snapshot()], [rows])
+        return nll
+
+    before, after, tried = loss_at(0.0), loss_at(rate), rate
+    for _ in range(MOST_HALVINGS):
+        after_half = loss_at(0.5 * tried)
+        # A loss that is not finite compares as false and so counts as too far.
+        if before - after >= max(0.0, KEPT_SHARE * (before - after_half)):
+            return tried
+        tried, after = 0.5 * tried, after_half
+    # Where no step helps the other rows, they say nothing about how far to go.
+    return tried if after < before else rate

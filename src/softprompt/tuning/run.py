@@ -93,7 +93,8 @@ class Run:
     def _begin_new(self) -> None:
         self.nll_base = mean_nll(self.plan.loss, self.plan.held_out_base, batch_size=self.gradients.rows)
         if isinstance(self.plan.recipe.tune.learning_rate, str):
-            self.learner.learning_rate = measured_rate(self.plan, self.gradients, self.learner.form)
+            measured = measured_rate(self.plan, self.gradients, self.learner.form)
+            self.learner.learning_rate, self.learner.reachable_nll = measured
             self.learner.highest_rate = self.plan.learning_rate
         if self.plan.recipe.tune.learning_rate == "find":
             search = find_rate(self.plan, self.gradients, self.learner.learning_rate)
