@@ -25,7 +25,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
 import machine
-from distil import snips
+from distil import few_shot
 from softprompt import DistilSettings, FrozenLM
 from softprompt.loss.divergence import DivergenceLoss
 from softprompt.loss.fast import FastLoss
@@ -84,7 +84,7 @@ class Cartridge:
 def lessons(base: str, data: Path, lm: FrozenLM, count: int) -> tuple[Teachers, list[Lesson], float]:
     """The teacher of a few-shot block, and some of its lessons, with the CPU seconds that answers and targets took."""
     with tempfile.TemporaryDirectory() as folder:
-        tree = snips(data, Path(folder))
+        tree = few_shot(data, Path(folder))
         tree["data"] |= {"limit": count + 40, "validation": 4, "test": 0}
         settings = DistilSettings(base=base, **tree)
         source = read_source(settings, lm, lambda event: None)

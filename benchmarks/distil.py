@@ -1,13 +1,14 @@
 """Distillation of three kinds of long text: how near a short prompt comes, what it costs, and what compaction alone gives.
 
-    python benchmarks/distil.py --base bases/smollm2 --data ../shared/data --seeds 3 --out benchmarks/distil_smollm2.json
+    python benchmarks/distil.py --base bases/smollm2 --data ../shared/data --seeds 3 --out benchmarks/distil_smollm2.jsonl
 
 few-shot    28 labelled SNIPS requests; answers are labels
-instruction how to answer a bank's customers, with 18 rules; the questions are Banking77's, without labels
+instruction rules by which a bank's messages go to six teams, with examples; the messages are Banking77's, answers are teams
 document    an article of the CIA World Factbook; the base writes the questions itself
 
-KL is that of the teacher's probabilities from the student's at every token of its answers to held-out questions, over the
-teacher's 20 likeliest tokens (nats a token).
+Nobody's labels are learned from; they are only compared with. KL is that of the teacher's probabilities from the student's
+at every token of its answers to held-out questions, over the teacher's 1,000 likeliest tokens and the rest as one (nats a
+token). `cpu_seconds` is of the process and includes the teacher's answers, the start, the steps and the judging.
 """
 
 from __future__ import annotations
@@ -25,63 +26,106 @@ from typing import Any
 import machine
 from softprompt import DistilSettings, FrozenLM, distil
 
-INSTRUCTION = """You answer customers of a bank by chat. Follow all of these rules.
+INSTRUCTION = """You sort the messages that customers send to a bank. Each message goes to one of six teams. Read the whole message, decide what the customer wants to have done, and answer with the name of the team alone.
 
-1. Begin with one short sentence that says what you understood the customer to ask.
-2. Never ask for a full card number, a PIN or a password. Ask for the last four digits if you must tell cards apart.
-3. If a card is lost or stolen, tell the customer to freeze it in the app under Cards, Freeze, before anything else.
-4. If a payment is not recognised, ask for its date and amount, and say that the money is held back for ten days.
-5. If a transfer is late, say that transfers within the country take one working day and others up to three.
-6. If a customer wants to know about a fee, name the fee and the page Fees in the app. Do not defend it.
-7. Exchange rates change every minute. Never state one. Point to the page Rates.
-8. A new card arrives within five working days. A tracked delivery costs six euros.
-9. If an identity check has failed, ask the customer to send the photograph again in daylight and without glasses.
-10. Cash machines pay out at most five hundred euros a day. A limit can be raised for a day in the app.
-11. If a top-up is pending, ask the customer to wait for an hour, and then to write again.
-12. Do not promise refunds. Say that the case is passed on and answered within two working days.
-13. If the customer is angry, say sorry once and go on to the next step.
-14. Do not speak of other banks.
-15. Write at most three sentences in all. Use plain words. No lists, no bold type.
-16. If a question is not about the bank, say that you can only help with the account and the cards.
-17. If a customer is younger than eighteen, point to the page Young Accounts, where a parent has to sign.
-18. End every answer with the words: Anything else I can do?
+The teams and their rules:
+
+1. delivery. Everything about getting a new card into the customer's hands: ordering a card, a second or spare card, when it will come, how it is tracked, where it can be sent, how it is activated, a card that is about to expire. A card that has come but does not work does not belong here.
+Message: I ordered my card ten days ago and it is still not here.
+Team: delivery
+###
+
+2. security. Cards and phones that are lost or stolen, cards that a machine has kept, a blocked or forgotten PIN or passcode, payments and withdrawals that the customer did not make, and proof of who the customer is. If somebody else may have the card, the message belongs here, whatever else it says.
+Message: My wallet was stolen this morning with the card in it.
+Team: security
+###
+Message: Why do you need a photograph of my passport?
+Team: security
+###
+
+3. cash. Notes from a cash machine: withdrawals that were declined, that are still pending, that gave a wrong amount, what a withdrawal costs, and which machines take the card. The rate that was used for cash abroad belongs here too.
+Message: The machine gave me 20 instead of 100.
+Team: cash
+###
+
+4. topup. Money that the customer puts into the account: by card, by bank transfer, by cheque, by cash or automatically; a top-up that is pending, that failed, that was reverted, its limits and its fees.
+Message: My top-up has been pending since yesterday.
+Team: topup
+###
+
+5. transfer. Money that goes from the account to a person or another account, or comes from one: how long it takes, why it failed or was declined, how it is cancelled, who may receive it, and what it costs.
+Message: How long does a transfer to Spain take?
+Team: transfer
+###
+
+6. exchange. Other currencies: which ones can be held, how money is changed in the app, which rate is used, and what changing costs. Rates of payments with the card belong here as well.
+Message: What rate do I get when I change pounds into euros?
+Team: exchange
+###
+
+If two teams seem right, take the one whose work comes first: security before all others, then cash, then the rest. Never answer with two teams, never explain the choice, and never make up a seventh team. A greeting or a complaint in front of the question does not change the team. Write the name in small letters.
 """
+TEAMS = {
+    "delivery": "card_arrival card_delivery_estimate get_physical_card getting_spare_card order_physical_card activate_my_card "
+    "card_about_to_expire",
+    "security": "lost_or_stolen_card lost_or_stolen_phone compromised_card card_swallowed pin_blocked passcode_forgotten "
+    "change_pin card_payment_not_recognised cash_withdrawal_not_recognised direct_debit_payment_not_recognised "
+    "why_verify_identity unable_to_verify_identity verify_my_identity",
+    "cash": "pending_cash_withdrawal wrong_amount_of_cash_received declined_cash_withdrawal cash_withdrawal_charge "
+    "atm_support wrong_exchange_rate_for_cash_withdrawal",
+    "topup": "automatic_top_up top_up_by_bank_transfer_charge pending_top_up top_up_limits top_up_reverted topping_up_by_card "
+    "verify_top_up top_up_by_cash_or_cheque top_up_failed top_up_by_card_charge "
+    "balance_not_updated_after_cheque_or_cash_deposit",
+    "transfer": "cancel_transfer transfer_not_received_by_recipient declined_transfer pending_transfer transfer_timing "
+    "beneficiary_not_allowed transfer_fee_charged failed_transfer transfer_into_account",
+    "exchange": "exchange_rate card_payment_wrong_exchange_rate fiat_currency_support exchange_via_app exchange_charge",
+}  # Banking77's intents, as the rules sort them
 
 
-def snips(data: Path, folder: Path) -> dict[str, Any]:
+def few_shot(data: Path, folder: Path) -> dict[str, Any]:
     rows = []
     for path in sorted((data / "snips").glob("train_*_full.json")):
-        ((intent, found),) = json.loads(path.read_text(encoding="latin-1")).items()
-        rows += [("".join(part["text"] for part in one["data"]).strip(), intent) for one in found[:100]]
+        ((intent, requests),) = json.loads(path.read_text(encoding="latin-1")).items()
+        rows += [
+            ("".join(part["text"] for part in request["data"]).strip(), intent) for request in requests[:100]
+        ]
     random.Random(0).shuffle(rows)
-    write(folder / "snips.csv", ("text", "intent"), rows[:660])
+    write(folder / "snips.csv", ("text", "intent"), rows[:564])
     return {
         "context": {"shots": 28},
         "data": {
             "source": str(folder / "snips.csv"),
             "target": "intent",
             "template": "Request: {text}\nIntent: {intent}",
-            "validation": 40,
+            "validation": 24,
             "test": 300,
         },
-        "distil": {"length": 32, "answer_tokens": 16, "answers": 1, "temperature": 0.0},
+        "distil": {"length": 32, "answer_tokens": 8, "temperature": 0.0},
     }
 
 
-def bank(data: Path, folder: Path) -> dict[str, Any]:
+def instruction(data: Path, folder: Path) -> dict[str, Any]:
+    team_of = {intent: team for team, intents in TEAMS.items() for intent in intents.split()}
     with (data / "banking77" / "train.csv").open(encoding="utf-8") as file:
-        texts = [row["text"] for row in csv.DictReader(file)]
-    random.Random(0).shuffle(texts)
-    write(folder / "bank.csv", ("text",), [(text,) for text in texts[:200]])
+        messages = [(row["text"].strip(), team_of.get(row["category"])) for row in csv.DictReader(file)]
+    rows = [message for message in messages if message[1] is not None]
+    random.Random(0).shuffle(rows)
+    write(folder / "bank.csv", ("text", "team"), rows[:564])
     (folder / "rules.txt").write_text(INSTRUCTION, encoding="utf-8")
     return {
         "context": {"instruction": str(folder / "rules.txt")},
-        "data": {"source": str(folder / "bank.csv"), "column": "text", "validation": 24, "test": 40},
-        "distil": {"length": 32, "answer_tokens": 48, "answers": 1},
+        "data": {
+            "source": str(folder / "bank.csv"),
+            "target": "team",
+            "template": "Message: {text}\nTeam: {team}\n###\n",
+            "validation": 24,
+            "test": 300,
+        },
+        "distil": {"length": 32, "answer_tokens": 8, "temperature": 0.0},
     }
 
 
-def factbook(data: Path, folder: Path) -> dict[str, Any]:
+def document(data: Path, folder: Path) -> dict[str, Any]:
     with lzma.open(data / "pretrain" / "usgov_pd" / "factbook.jsonl.xz", "rt", encoding="utf-8") as file:
         articles = [json.loads(line).get("text", "") for _, line in zip(range(400), file, strict=False)]
     text = max(articles, key=lambda article: min(len(article), 3_000))[:3_000]
@@ -89,11 +133,11 @@ def factbook(data: Path, folder: Path) -> dict[str, Any]:
     return {
         "context": {"document": str(folder / "article.txt")},
         "data": {"written": 120},
-        "distil": {"length": 32, "answer_tokens": 48, "answers": 1},
+        "distil": {"length": 32, "answer_tokens": 32, "answers": 1},
     }
 
 
-KINDS = {"few-shot": snips, "instruction": bank, "document": factbook}
+KINDS = {"few-shot": few_shot, "instruction": instruction, "document": document}
 
 
 def write(path: Path, header: tuple[str, ...], rows: list[Any]) -> None:
@@ -116,38 +160,47 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, help="A folder for the runs; one that was killed goes on from there."
     )
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--out", type=Path, help="A file of one JSON object a run; runs that are in it are not made again."
+    )
     parser.add_argument("--note", default="", help="What else the machine did, for the record.")
     arguments = parser.parse_args()
+    done = set()
+    if arguments.out is not None and arguments.out.is_file():
+        lines = arguments.out.read_text(encoding="utf-8").splitlines()
+        done = {(run["kind"], run["seed"]) for run in map(json.loads, lines)}
     lm = FrozenLM.load(arguments.base, dtype=arguments.dtype)
-    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        for kind in arguments.kinds:
-            folder = (arguments.work or Path(temporary)) / kind
-            folder.mkdir(parents=True, exist_ok=True)
-            tree = KINDS[kind](arguments.data, folder)
-            for seed in range(arguments.seeds):
-                tune = {"epochs": 100, "max_steps": arguments.steps, "valid_every_steps": 40, "seed": seed}
-                settings = DistilSettings(base=arguments.base, out=str(folder / str(seed)), tune=tune, **tree)
-                began = time.process_time()
-                result = distil(settings, lm=lm, resume=arguments.work is not None)
-                record = {
-                    "kind": kind,
-                    "seed": seed,
-                    "cpu_seconds": time.process_time() - began,
-                    **result.to_record(),
-                }
-                del record["path"], record["base"]
-                results.append(record)
+        for seed in range(arguments.seeds):  # every kind once before any twice: what a stop leaves is of use
+            for kind in arguments.kinds:
+                if (kind, seed) in done:
+                    continue
+                record = run(kind, seed, arguments, lm, (arguments.work or Path(temporary)) / kind)
                 print(json.dumps(record), flush=True)
-                if arguments.out:
-                    told = {
-                        "base": Path(arguments.base).name,
-                        "dtype": arguments.dtype,
-                        "steps": arguments.steps,
-                    }
-                    whole = {**machine.describe(), "note": arguments.note, **told, "runs": results}
-                    arguments.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+                if arguments.out is not None:
+                    with arguments.out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(record) + "\n")
+
+
+def run(kind: str, seed: int, arguments: argparse.Namespace, lm: FrozenLM, folder: Path) -> dict[str, Any]:
+    """One distillation with everything that its record needs to be understood alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tune = {"epochs": 100, "max_steps": arguments.steps, "valid_every_steps": 40, "seed": seed}
+    tree = KINDS[kind](arguments.data, folder)
+    settings = DistilSettings(base=arguments.base, out=str(folder / str(seed)), tune=tune, **tree)
+    began = time.process_time()
+    result = distil(settings, lm=lm, resume=arguments.work is not None)
+    record = {
+        **machine.describe(),
+        "note": arguments.note,
+        "dtype": arguments.dtype,
+        "kind": kind,
+        "seed": seed,
+        "cpu_seconds": time.process_time() - began,
+        **result.to_record(),
+    }
+    del record["path"]
+    return {**record, "base": Path(arguments.base).name}
 
 
 if __name__ == "__main__":

@@ -63,8 +63,14 @@ def show_result(console: Screen, result: DistilResult) -> None:
     fact(
         console,
         "same answer",
-        f"{result.agreement:.0%} of {min(result.held_out, 64)} held-out questions; {result.agreement_base:.0%} without any prompt",
+        f"{result.agreement:.0%} of {result.judged} held-out questions; {result.agreement_base:.0%} without any prompt",
     )
+    if not math.isnan(result.agreement_sure):
+        fact(
+            console,
+            "where it is sure",
+            f"{result.agreement_sure:.0%} of the {round(result.sure * result.judged)} questions that the long text answers surely",
+        )
     if not math.isnan(result.gold_prompt):
         fact(
             console,

@@ -7,7 +7,6 @@ student then learns from rows that hold the question alone, as any prompt does.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -28,19 +27,22 @@ from softprompt.tuning.distil_source import read_source
 from softprompt.tuning.distil_start import FixedFirst, context_start
 from softprompt.tuning.lessons import distil_plan, lessons_of
 from softprompt.tuning.loop import tune
-from softprompt.tuning.nearness import agreements, gold, milliseconds_saved
+from softprompt.tuning.nearness import milliseconds_saved, nearness
 from softprompt.tuning.records import METRICS, RECIPE
 from softprompt.tuning.result import TuneResult
 from softprompt.tuning.teacher import Teachers, teacher_of
 
-JUDGED_QUESTIONS = 64  # held-out questions that are answered for the agreement
+JUDGED_QUESTIONS = (
+    64  # held-out questions that are answered for the agreement; all, where there are right answers
+)
 
 
 @dataclass(frozen=True)
 class DistilResult:
     """The short prompt, and how near it comes to the long context. Divergences are KL(teacher || student) in nats a token of
-    the teacher's answers to held-out questions; agreement is the share of those questions that get the same greedy
-    answer. A figure that is not known is nan."""
+    the teacher's answers to held-out questions. Agreement is the share of `judged` held-out questions that get the same greedy
+    answer, and `agreement_sure` that of the share `sure` which the teacher answers with a clear margin at every token. A
+    figure that is not known is nan."""
 
     prompt: Prompt = field(repr=False)
     path: str
@@ -49,11 +51,14 @@ class DistilResult:
     virtual_tokens: int
     questions: int
     held_out: int
+    judged: int
     kl_base: float
     kl_start: float
     kl: float
     agreement: float
     agreement_base: float
+    agreement_sure: float
+    sure: float
     gold_context: float
     gold_prompt: float
     gold_base: float
@@ -80,7 +85,7 @@ class DistilResult:
     def __repr__(self) -> str:
         return (
             f"DistilResult({self.path}: {self.context_positions} positions -> {self.virtual_tokens}, KL {self.kl:.3f} nats "
-            f"a token, {self.agreement:.0%} of {self.held_out} answers the same)"
+            f"a token, {self.agreement:.0%} of {self.judged} answers the same)"
         )
 
 
@@ -203,12 +208,8 @@ def _distil(
     learned = learn_from(teacher, splits, settings, on_event=on_event, resume=resume)
     result = learned.result
     test = splits.test or splits.validation
-    agreement, agreement_base = agreements(
-        teacher, result.prompt, test[:JUDGED_QUESTIONS], settings.distil.answer_tokens
-    )
-    right = (math.nan,) * 3
-    if source.layout.target is not None:
-        right = gold(teacher, result.prompt, test)
+    asked = test[:JUDGED_QUESTIONS] if source.layout.target is None else test
+    near = nearness(teacher, result.prompt, asked, settings.distil.answer_tokens)
     return DistilResult(
         result.prompt,
         path=result.path,
@@ -217,14 +218,17 @@ def _distil(
         virtual_tokens=settings.distil.length,
         questions=len(splits.train),
         held_out=len(test),
+        judged=near.judged,
         kl_base=learned.kl_base,
         kl_start=learned.kl_start,
         kl=result.nll_after,
-        agreement=agreement,
-        agreement_base=agreement_base,
-        gold_context=right[0],
-        gold_prompt=right[1],
-        gold_base=right[2],
+        agreement=near.agreement,
+        agreement_base=near.agreement_base,
+        agreement_sure=near.agreement_sure,
+        sure=near.sure,
+        gold_context=near.right_context,
+        gold_prompt=near.right_prompt,
+        gold_base=near.right_base,
         milliseconds_saved=milliseconds_saved(teacher, result.prompt),
         seconds_teacher=learned.seconds_teacher + began_learning - began,
         seconds_start=learned.seconds_start,

@@ -25,6 +25,10 @@ from softprompt.tuning.settle import fast_loss, settled_batch_size, settled_rate
 from softprompt.tuning.task import Task
 from softprompt.tuning.teacher import Answer, Teachers, answers_under
 
+# The likeliest tokens by which a student is judged. Few are enough to learn by, but all others count as one, and where the
+# teacher is unsure that hides half of the divergence (figures in LOG.md).
+JUDGED_TOP_K = 1_000
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -52,6 +56,8 @@ def lessons_of(
     is the row's own, and its tokens get that share of the targets."""
     distil = settings.distil
     k = distil.teacher_top_k or None
+    if likeliest and k is not None:
+        k = max(k, JUDGED_TOP_K)
     drawn = not likeliest and distil.temperature > 0
     decode = DecodeSettings(
         max_new_tokens=distil.answer_tokens,
