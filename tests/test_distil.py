@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.nll import Head
@@ -22,6 +24,7 @@ from softprompt.loss.fast import FastLoss
 from softprompt.loss.soft_targets import SoftTargets, soft_cross_entropy
 from softprompt.progress.events import Event, Note, Stepped
 from softprompt.store.artifact import load_prompt
+from softprompt.tuning import nearness as nearness_module
 from softprompt.tuning import questions
 from softprompt.tuning.distil import distil
 from softprompt.tuning.distil_settings import DistilSettings
@@ -75,9 +78,15 @@ def test_the_first_position_of_the_context_stays_as_it_was(tmp_path: Path) -> No
 
 
 def test_a_soft_prompt_is_learned_where_it_is_asked_for(tmp_path: Path) -> None:
-    result = distil(settings(tmp_path, kind="soft", init="vocabulary"), lm=lm_of())
+    notes: list[str] = []
+    result = distil(
+        settings(tmp_path, kind="soft"),
+        lm=lm_of(),
+        on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+    )
     assert result.prompt.kind == "soft"
     assert result.kl < result.kl_start
+    assert any("hold far less of a long text" in note for note in notes)
 
 
 def test_the_loss_is_the_divergence_that_the_whole_vocabulary_gives(tmp_path: Path) -> None:
@@ -198,15 +207,17 @@ def test_no_questions_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "out" / "softprompt.json").exists()
 
 
-def test_a_document_longer_than_the_base_reads_is_cut_into_parts(tmp_path: Path) -> None:
-    """128 positions: three parts, each with a teacher of its own and its share of the short prompt."""
+@pytest.mark.parametrize("architecture", ["Llama", "GPT-2"])
+def test_a_document_longer_than_the_base_reads_is_cut_into_parts(architecture: str, tmp_path: Path) -> None:
+    """128 positions: three parts, each with a teacher of its own and its share of the short prompt. Learned positions end
+    there: nothing may be read beyond them."""
     given = settings(tmp_path)
     paragraphs = [f"{CONTEXT[:80]} {number}" for number in ("one", "two", "three", "four")]
     (tmp_path / "context.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
     notes: list[str] = []
     result = distil(
         given,
-        lm=lm_of(),
+        lm=lm_of(architecture),
         on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
     )
     assert any("cut into" in note for note in notes)
@@ -228,12 +239,114 @@ def test_a_document_longer_than_the_base_reads_is_cut_into_parts(tmp_path: Path)
             {"context": {"document": "a"}, "data": {"target": "b"}, "distil": {"gold": 0.5, "on_policy": 1}},
             "from right answers, and on_policy",
         ),
-        ({"context": {"document": "a"}, "distil": {"kind": "soft"}}, "cannot hold keys and values"),
+        (
+            {"context": {"document": "a"}, "distil": {"kind": "soft", "init": "first"}},
+            "cannot hold the keys and values of --init first",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tree: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         DistilSettings(**tree)
+
+
+def test_agreement_is_given_where_the_long_text_is_sure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy answers and the margins along them by transformers' own model, of the context and of the short prompt."""
+    lm = lm_of()
+    questions = [Example({"text": text}, row=n) for n, text in enumerate(QUESTIONS)]
+    prompt = distil(settings(tmp_path), lm=lm).prompt
+
+    def greedy(ids: list[int], plain: tuple[torch.Tensor, ...] | None) -> tuple[list[int], float]:
+        answer, margins = list[int](), list[float]()
+        for _ in range(6):
+            cache = None
+            if plain is not None:
+                layers = [
+                    tuple(each.transpose(0, 1)[None] for each in layer) for layer in zip(*plain, strict=True)
+                ]
+                cache = DynamicCache(layers)
+            with torch.no_grad():
+                logits_V = lm.model(torch.tensor([[*ids, *answer]]), past_key_values=cache).logits[0, -1]
+            top = logits_V.softmax(0).topk(2)
+            answer.append(int(top.indices[0]))
+            margins.append(float(top.values[0] - top.values[1]))
+            if answer[-1] == lm.tokenizer.eos_token_id:
+                break
+        return answer, min(margins)
+
+    def ids(text: str) -> list[int]:
+        return list(lm.tokenizer(text)["input_ids"])
+
+    wanted = [greedy(ids(f"{CONTEXT}{text}\n"), None) for text in QUESTIONS]
+    same = [
+        greedy(ids(f"{text}\n"), prompt.plain)[0] == answer
+        for text, (answer, _) in zip(QUESTIONS, wanted, strict=True)
+    ]
+    margin = sorted(margin for _, margin in wanted)[len(wanted) // 2]
+    sure = [agrees for agrees, (_, own) in zip(same, wanted, strict=True) if own >= margin]
+    monkeypatch.setattr(nearness_module, "SURE_MARGIN", margin - 1e-6)
+    teacher = Teachers((teacher_of(lm, CONTEXT, Template.parse("{text}\n")),))
+    near = nearness_module.nearness(teacher, prompt, questions, 6)
+    assert near.judged == len(QUESTIONS)
+    assert near.agreement == pytest.approx(sum(same) / len(same))
+    assert near.sure == pytest.approx(len(sure) / len(same))
+    assert near.agreement_sure == pytest.approx(sum(sure) / len(sure))
+    assert math.isnan(near.right_prompt)
+
+
+def test_right_answers_that_count_are_learned_beside_the_teachers(tmp_path: Path) -> None:
+    """The loss of the rows' own labels, which the teacher hardly ever gives; figures of KL stay those of the long text."""
+    losses, kl_base = [], []
+    labels = [("fox", "dog")[n % 2] for n in range(len(QUESTIONS))]
+    rows = "".join(f"{text},{label}\n" for text, label in zip(QUESTIONS, labels, strict=True))
+    for gold in (0.01, 0.7):
+        folder = tmp_path / str(gold)
+        folder.mkdir()
+        tree = settings(folder).model_dump(mode="json")
+        (folder / "q.csv").write_text(f"text,label\n{rows}", encoding="utf-8")
+        tree["data"] |= {"column": None, "target": "label"}
+        tree["distil"]["gold"], tree["tune"]["epochs"] = gold, 12
+        lm = lm_of()
+        result = distil(DistilSettings(**tree), lm=lm)
+        template = Template.parse("{text}\nlabel: {label}", target="label")
+        teacher = teacher_of(lm, CONTEXT, template)
+        examples = [
+            Example({"text": text, "label": label}, row=n)
+            for n, (text, label) in enumerate(zip(QUESTIONS, labels, strict=True))
+        ]
+        encoded = [teacher.student_row(row, teacher.gold(row).ids, row.row) for row in examples]
+        losses.append(float(lm.token_nll(collate(encoded), result.prompt.plain).mean()))
+        kl_base.append(result.kl_base)
+    assert losses[1] < 0.7 * losses[0]
+    assert kl_base[0] == pytest.approx(kl_base[1])
+
+
+def test_questions_are_of_five_kinds_and_empty_and_repeated_ones_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rounds = iter(
+        [
+            ["What is a fox?", "", "1. what is a fox?", "Who is the dog?", "..."],
+            ["Who is the dog?", "Where does it jump?", "How lazy is it?"],
+            ["Why is it quick today?"],
+        ]
+    )
+    asked: list[list[tuple[str, str]]] = []
+
+    def written(lm: FrozenLM, wanted: list[tuple[str, str]], seed: int, rows: int) -> list[str]:
+        asked.append(wanted)
+        return next(rounds)
+
+    monkeypatch.setattr(questions, "_written", written)
+    found = questions.write_questions(lm_of(), CONTEXT, 5)
+    assert [row.fields["text"] for row in found.questions] == [
+        "What is a fox?", "Who is the dog?", "Where does it jump?", "How lazy is it?", "Why is it quick today?",
+    ]  # fmt: skip
+    assert (found.empty, found.repeated) == (2, 2)
+    assert {kind for _, kind in asked[0]} == set(questions.KINDS.values())
+    assert len(questions.KINDS) == 5
 
 
 def test_a_few_shot_block_shows_every_answer_about_equally_often() -> None:

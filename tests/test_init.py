@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from softprompt.base.kv import new_cache
+from softprompt.data.batch import collate
 from softprompt.data.example import Example, Splits
 from softprompt.errors import RecipeError, WrongBase
 from softprompt.inference.compiled import as_deep
@@ -87,6 +88,22 @@ def test_a_deep_text_start_is_the_state_that_transformers_keeps_of_the_text(tmp_
     for layer in range(2):
         torch.testing.assert_close(keys_LPHK[layer].detach(), cache.layers[layer].keys[0].transpose(0, 1))
         torch.testing.assert_close(values_LPHK[layer].detach(), cache.layers[layer].values[0].transpose(0, 1))
+
+
+def test_a_deep_text_start_shorter_than_its_text_keeps_what_matters_of_it(tmp_path: Path) -> None:
+    """Token by token: losses behind 8 positions against those behind the whole text and behind its first 8 tokens."""
+    lm = lm_of()
+    text = "I want you to act as a logistician. The quick brown fox jumps over the lazy dog. thank you for the quick help"
+    ids = lm.tokenizer(text)["input_ids"]
+
+    def losses(text: str, length: int) -> torch.Tensor:
+        flags = ("prompt.kind=deep", f"prompt.init_text={text}", f"prompt.length={length}")
+        plan = make_plan(recipe(tmp_path, *flags), lm=lm, splits=SPLITS)
+        with torch.no_grad():
+            return lm.token_nll(collate(list(plan.train.encoded)), start(plan)())
+
+    whole, compacted, cut = losses(text, len(ids)), losses(text, 8), losses(lm.tokenizer.decode(ids[:8]), 8)
+    assert float((compacted - whole).abs().mean()) < 0.7 * float((cut - whole).abs().mean())
 
 
 @pytest.fixture

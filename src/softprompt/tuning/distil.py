@@ -20,16 +20,17 @@ from softprompt.errors import BaseError, DataError
 from softprompt.progress.events import Event, Note
 from softprompt.progress.shown import shown
 from softprompt.prompt.reparam import Direct, Form
-from softprompt.prompt.soft_prompt import Prompt
+from softprompt.prompt.soft_prompt import Plain, Prompt
 from softprompt.store.ownership import PROMPT_FILES, check_replaceable
 from softprompt.tuning.distil_settings import DistilSettings
 from softprompt.tuning.distil_source import read_source
 from softprompt.tuning.distil_start import FixedFirst, context_start
-from softprompt.tuning.lessons import distil_plan, lessons_of
+from softprompt.tuning.lessons import distil_plan, divergence_of, lessons_of
 from softprompt.tuning.loop import tune
 from softprompt.tuning.nearness import milliseconds_saved, nearness
 from softprompt.tuning.records import METRICS, RECIPE
 from softprompt.tuning.result import TuneResult
+from softprompt.tuning.starts import start as starting_form
 from softprompt.tuning.teacher import Teachers, teacher_of
 
 JUDGED_QUESTIONS = (
@@ -111,11 +112,13 @@ def distil(
 
 @dataclass(frozen=True)
 class Learned:
-    """A short prompt's last round of learning; divergences before the first, in nats a token; and what it took."""
+    """A short prompt's last round of learning; divergences of the bare base, the start and the prompt from the teacher, in
+    nats a token; and what it took."""
 
     result: TuneResult
     kl_base: float
     kl_start: float
+    kl: float
     steps: int
     seconds_teacher: float
     seconds_start: float
@@ -137,15 +140,20 @@ def learn_from(
     judged = lessons_of(teacher, splits.validation, settings, likeliest=True)
     taught = time.perf_counter()
     form: Form | None = None
-    if settings.distil.init != "vocabulary":
+    if settings.distil.kind == "deep" and settings.distil.init != "vocabulary":
         form = FixedFirst(context_start(settings, teacher, lessons))
     started = time.perf_counter()
     rounds: list[TuneResult] = []
+    start: Plain | None = None
     while len(rounds) <= settings.distil.on_policy:
         number = len(rounds)
         # The last round is the one that is kept; those before it are stages of it.
         out = settings.out if number == settings.distil.on_policy else f"{settings.out}/rounds/{number}"
         plan = distil_plan(settings, teacher, splits, lessons, judged, out)
+        if form is None:
+            form = starting_form(plan)
+        if start is None:
+            start = tuple(tensor.detach().clone() for tensor in form())
         rounds.append(
             tune(plan.recipe, plan=plan, form=form, on_event=on_event, progress=False, resume=resume)
         )
@@ -153,10 +161,20 @@ def learn_from(
             prompt = rounds[-1].prompt
             lessons = lessons_of(teacher, splits.train, settings, student=prompt, number=number + 1)
             form = FixedFirst(prompt.plain) if len(prompt.plain) == 2 else Direct(prompt.plain)
+    kl_base, kl_start, kl = rounds[0].nll_base, rounds[0].nll_before, rounds[-1].nll_after
+    if settings.distil.gold:  # what was learned is not the divergence from the teacher alone
+        learning = settings.distil.model_copy(update={"gold": 0.0})
+        judged = lessons_of(
+            teacher, splits.validation, settings.model_copy(update={"distil": learning}), likeliest=True
+        )
+        kl_base, kl_start, kl = (
+            divergence_of(teacher, judged, plain) for plain in (None, start, rounds[-1].prompt.plain)
+        )
     return Learned(
         rounds[-1],
-        rounds[0].nll_base,
-        rounds[0].nll_before,
+        kl_base,
+        kl_start,
+        kl,
         sum(each.steps for each in rounds),
         taught - began,
         started - taught,
@@ -204,6 +222,12 @@ def _distil(
             f"{teacher.context_positions / settings.distil.length:.1f} times shorter."
         )
     )
+    if settings.distil.kind == "soft":
+        on_event(
+            Note(
+                "Vectors hold far less of a long text than keys and values do, and learn it more slowly (--kind deep)."
+            )
+        )
     began_learning = time.perf_counter()
     learned = learn_from(teacher, splits, settings, on_event=on_event, resume=resume)
     result = learned.result
@@ -221,7 +245,7 @@ def _distil(
         judged=near.judged,
         kl_base=learned.kl_base,
         kl_start=learned.kl_start,
-        kl=result.nll_after,
+        kl=learned.kl,
         agreement=near.agreement,
         agreement_base=near.agreement_base,
         agreement_sure=near.agreement_sure,

@@ -65,10 +65,11 @@ class Learning(Section):
     length: Annotated[int, Field(ge=2, le=100_000)] = setting(
         32, "Positions of the short prompt.", flag="--virtual-tokens", elsewhere="num_virtual_tokens"
     )
-    init: Literal["compaction", "first", "vocabulary"] = setting(
-        "compaction",
+    init: Literal["auto", "compaction", "first", "vocabulary"] = setting(
+        "auto",
         "compaction: the context's own keys that matter, with values solved for (attention matching). first: the "
-        "context's first positions. vocabulary: sampled tokens, for soft prompts too.",
+        "context's first positions. vocabulary: sampled tokens. auto: compaction for a deep prompt, vocabulary for a "
+        "soft one.",
         flag="--init",
     )
     kind: Literal["deep", "soft"] = setting(
@@ -139,8 +140,9 @@ class DistilSettings(BaseSettings):
             raise ValueError("gold needs right answers. Give --target.")
         if self.distil.gold and self.distil.on_policy:
             raise ValueError("gold learns from right answers, and on_policy from the prompt's own. Keep one.")
-        if self.distil.kind == "soft" and self.distil.init != "vocabulary":
+        if self.distil.kind == "soft" and self.distil.init in ("compaction", "first"):
             raise ValueError(
-                "a soft prompt cannot hold keys and values: set --init vocabulary, or --kind deep."
+                f"a soft prompt cannot hold the keys and values of --init {self.distil.init}. Leave --init out, or set "
+                "--kind deep."
             )
         return self

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import torch
 
 from softprompt.base.context_length import longest_text
-from softprompt.data.batch import EncodedSet
+from softprompt.data.batch import EncodedSet, collate
 from softprompt.data.encoded import EncodedRows
 from softprompt.data.example import Example, Splits
 from softprompt.data.template import Soft, Template
 from softprompt.inference.compiled import compile_prompt
 from softprompt.inference.sampling import DecodeSettings
 from softprompt.loss.divergence import DivergenceLoss
+from softprompt.loss.fast import FastLoss
 from softprompt.loss.soft_targets import SoftTargets
-from softprompt.prompt.soft_prompt import Prompt
+from softprompt.prompt.soft_prompt import Plain, Prompt
 from softprompt.tuning.distil_settings import DistilSettings
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Data, PromptSettings, Recipe
@@ -53,7 +54,7 @@ def lessons_of(
 
     With `student`, the answers are the student's own, and the probabilities still the teacher's: on-policy distillation
     (Agarwal et al. 2024) corrects mistakes where the student makes them. `number` is the round. With `gold`, the answer
-    is the row's own, and its tokens get that share of the targets."""
+    is the row's own, and its tokens get that share of the targets: the best step is chosen by what is learned."""
     distil = settings.distil
     k = distil.teacher_top_k or None
     if likeliest and k is not None:
@@ -78,7 +79,7 @@ def lessons_of(
         if answer.ids
     ]
     targets = teacher.targets([(question, answer.ids) for question, answer in pairs], k)
-    if distil.gold and not likeliest:
+    if distil.gold:
         targets = [
             target.mixed(torch.tensor(answer.ids, device=target.ids_Nk.device), distil.gold)
             for target, (_, answer) in zip(targets, pairs, strict=True)
@@ -86,6 +87,20 @@ def lessons_of(
     return [
         Lesson(question, answer, target) for (question, answer), target in zip(pairs, targets, strict=True)
     ]
+
+
+def divergence_of(teacher: Teachers, lessons: Sequence[Lesson], plain: Plain | None) -> float:
+    """Mean KL divergence from the teacher at every token of the answers, in nats; of the bare base without `plain`."""
+    loss = DivergenceLoss(FastLoss(teacher.lm), {n: lesson.targets for n, lesson in enumerate(lessons)})
+    rows = [
+        teacher.of(lesson.question).student_row(lesson.question, lesson.answer.ids, n)
+        for n, lesson in enumerate(lessons)
+    ]
+    if plain is not None and len(plain) == 1:
+        rows = [row.behind_slot(len(plain[0])) for row in rows]
+    with torch.inference_mode():
+        parts = [loss(collate(rows[first : first + 8]), plain) for first in range(0, len(rows), 8)]
+    return float(torch.cat(parts).mean())
 
 
 def distil_plan(
