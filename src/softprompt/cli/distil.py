@@ -91,6 +91,12 @@ def show_result(console: Screen, result: DistilResult) -> None:
     base = "" if result.base == "builtin" else f" --base {shlex.quote(result.base)}"
     path = shlex.quote(result.path)
     to_copy(console, f'softprompt generate{base} --prompt {path} "..."')
+    if result.sure < 0.5 and result.agreement < 0.9:
+        line(
+            console,
+            "The long text leaves the base undecided in most answers: two tokens are about level, so small differences "
+            "change them. Judge by KL and by where it is sure.",
+        )
     if result.kl > 0.1:
         line(
             console, "Still far from the long text: more --virtual-tokens, more questions, or more --epochs."

@@ -191,7 +191,7 @@ class TuneSettings(Section):
     keep: NotNegative = setting(
         0.0,
         "Pull towards what the base predicts of general text without the prompt: the weight of that KL divergence "
-        "beside the task's loss. 0 for none; 0.5 keeps most of it for two more passages a step.",
+        "beside the task's loss. 0 for none; 1 keeps nearly all of it for two more passages a step.",
         flag="--keep",
     )
     keep_text: str | None = setting(
