@@ -132,7 +132,7 @@ def document(data: Path, folder: Path) -> dict[str, Any]:
     (folder / "article.txt").write_text(text, encoding="utf-8")
     return {
         "context": {"document": str(folder / "article.txt")},
-        "data": {"written": 120},
+        "data": {"written": 60},
         "distil": {"length": 32, "answer_tokens": 32, "answers": 1},
     }
 

@@ -69,7 +69,7 @@ def show_result(console: Screen, result: DistilResult) -> None:
         fact(
             console,
             "where it is sure",
-            f"{result.agreement_sure:.0%} of the {round(result.sure * result.judged)} questions that the long text answers surely",
+            f"{result.agreement_sure:.0%} (n={round(result.sure * result.judged)}, those that the long text answers without doubt)",
         )
     if not math.isnan(result.gold_prompt):
         fact(
