@@ -183,6 +183,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_plot.py": ("test_a_picture_is",),
     "test_processes.py": ("test_several_processes",),
     "test_progress.py": ("",),
+    "test_ray.py": ("",),
     "test_recipe.py": (
         "test_a_hostile_recipe",
         "test_any_text",
@@ -217,6 +218,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_source.py": ("test_the_real_files",),
     "test_sweep.py": ("",),
     "test_together.py": ("",),
+    "test_workers.py": ("",),
 }
 """Tests that take 0.4 s of processor time or more, as the beginnings of their names by file: `make quick` leaves them out."""
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from softprompt.data.template import Template
     from softprompt.errors import (
         BaseError,
+        ClusterError,
         DamagedPrompt,
         DataError,
         GateFailed,
@@ -34,10 +35,12 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from softprompt.inference.compiled import CompiledPrompt, TextPrompt, compile_prompt
     from softprompt.inference.conversation import Conversation
     from softprompt.inference.generate import Generation, generate
+    from softprompt.inference.generate_file import FileAnswers, generate_file
     from softprompt.inference.score import Scored, score
     from softprompt.inference.settings import DecodeSettings
     from softprompt.loss.fast import FastLoss
     from softprompt.prompt.soft_prompt import DeepPrompt, Prompt, SoftPrompt
+    from softprompt.scale.ray_workers import RayWorkers
     from softprompt.store.artifact import load_prompt, save_prompt
     from softprompt.store.library import Library
     from softprompt.tuning.distil import DistilResult, distil
@@ -62,6 +65,7 @@ _HOMES = {
     "data.template": ("Template",),
     "errors": (
         "BaseError",
+        "ClusterError",
         "DamagedPrompt",
         "DataError",
         "GateFailed",
@@ -80,10 +84,12 @@ _HOMES = {
     "inference.compiled": ("CompiledPrompt", "TextPrompt", "compile_prompt"),
     "inference.conversation": ("Conversation",),
     "inference.generate": ("Generation", "generate"),
+    "inference.generate_file": ("FileAnswers", "generate_file"),
     "inference.score": ("Scored", "score"),
     "inference.settings": ("DecodeSettings",),
     "loss.fast": ("FastLoss",),
     "prompt.soft_prompt": ("DeepPrompt", "Prompt", "SoftPrompt"),
+    "scale.ray_workers": ("RayWorkers",),
     "store.artifact": ("load_prompt", "save_prompt"),
     "store.library": ("Library",),
     "tuning.distil": ("DistilResult", "distil"),
@@ -101,6 +107,7 @@ _HOME_OF = {name: f"softprompt.{home}" for home, names in _HOMES.items() for nam
 
 __all__ = [
     "BaseError",
+    "ClusterError",
     "CompareSettings",
     "Comparison",
     "CompiledPrompt",
@@ -115,6 +122,7 @@ __all__ = [
     "Evaluation",
     "Example",
     "FastLoss",
+    "FileAnswers",
     "FrozenLM",
     "GateFailed",
     "Generation",
@@ -128,6 +136,7 @@ __all__ = [
     "Prompt",
     "PromptError",
     "PromptSettings",
+    "RayWorkers",
     "Recipe",
     "RecipeError",
     "SaveError",
@@ -147,6 +156,7 @@ __all__ = [
     "distil",
     "evaluate",
     "generate",
+    "generate_file",
     "load_prompt",
     "load_splits",
     "preview",

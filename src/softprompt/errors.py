@@ -11,6 +11,7 @@
     │   └── DamagedPrompt               5   its files are incomplete, of the wrong shape or not finite
     ├── NotFinite      (ArithmeticError) 1  the loss or its gradient became NaN or infinite
     ├── SaveError      (OSError)        1   nothing was written; the former version, if any, is unchanged
+    ├── ClusterError   (ConnectionError) 1  a cluster does not answer, or lost a part of the work too often
     └── GateFailed                    100   a measured figure is under the demanded one
 
 A message says what was found, what was wanted and what to do next.
@@ -76,6 +77,10 @@ class NotFinite(SoftPromptError, ArithmeticError):
 
 
 class SaveError(SoftPromptError, OSError):
+    pass
+
+
+class ClusterError(SoftPromptError, ConnectionError):
     pass
 
 

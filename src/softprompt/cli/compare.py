@@ -20,15 +20,18 @@ from softprompt.progress.bar import ShowJobs
 from softprompt.progress.console import Screen
 from softprompt.report.figures import difference, estimate, size
 from softprompt.report.verdict import verdict
+from softprompt.scale.cluster import workers_of
+from softprompt.settings.cluster_settings import ClusterSettings
 from softprompt.tuning.recipe import Recipe
 
 EXAMPLE = "softprompt compare my.yaml --arms base,few-shot,soft --seeds 3"
 
 
-@takes(Recipe, CompareSettings)
+@takes(Recipe, CompareSettings, ClusterSettings)
 def command(
     recipe: Recipe,
     settings: CompareSettings,
+    cluster: ClusterSettings,
     *,
     in_process: Annotated[
         bool,
@@ -57,11 +60,12 @@ def command(
 
     out = check_replaceable(recipe.out, FILES, kind="report")  # before hours are spent
     try:
-        with ShowJobs(console, settings.job_names) as bar:
+        with workers_of(cluster) as workers, ShowJobs(console, settings.job_names) as bar:
             comparison = compare(
                 recipe,
                 settings,
                 own_process=not in_process,
+                workers=workers,
                 tell=lambda job, what, done, of: bar(job.folder.name, what, done, of),
                 progress=False,
                 command=f"softprompt {shlex.join(sys.argv[1:])}" if sys.argv[1:] else "",

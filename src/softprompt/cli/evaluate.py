@@ -15,7 +15,9 @@ from softprompt.errors import RecipeError
 from softprompt.evaluation.evaluate import demand, read_gates
 from softprompt.evaluation.settings import JudgedRows, JudgeSettings
 from softprompt.progress.console import Screen
+from softprompt.scale.cluster import workers_of
 from softprompt.settings.base_settings import BaseSettings
+from softprompt.settings.cluster_settings import ClusterSettings
 
 if TYPE_CHECKING:
     from softprompt.evaluation.evaluate import Evaluation
@@ -25,11 +27,12 @@ EXAMPLE = "softprompt evaluate --prompt runs/mine --out runs/judged"
 MOST_LABELS = 12  # a confusion table of more is not readable in a terminal
 
 
-@takes(BaseSettings, JudgedRows, JudgeSettings)
+@takes(BaseSettings, JudgedRows, JudgeSettings, ClusterSettings)
 def command(
     base: BaseSettings,
     rows: JudgedRows,
     settings: JudgeSettings,
+    cluster: ClusterSettings,
     *,
     prompt_folder: Annotated[
         Path | None, typer.Option("--prompt", help="The learned prompt's folder.")
@@ -66,15 +69,17 @@ def command(
         asked.demand_local_data(*prompts)
     console = screen(as_json=as_json)
     try:
-        evaluation = evaluate(
-            prompt_folder if text is None else TextPrompt(text),
-            base=asked.load_base(with_recorded_hardware(base, *prompts), *prompts),
-            settings=settings,
-            reading=rows.data,
-            extra_metrics=[metric.name for metric, _ in gates],
-            out=out,
-            progress=False if console.quiet else None,
-        )
+        with workers_of(cluster) as workers:
+            evaluation = evaluate(
+                prompt_folder if text is None else TextPrompt(text),
+                base=asked.load_base(with_recorded_hardware(base, *prompts), *prompts),
+                settings=settings,
+                reading=rows.data,
+                extra_metrics=[metric.name for metric, _ in gates],
+                out=out,
+                workers=workers,
+                progress=False if console.quiet else None,
+            )
     except KeyboardInterrupt:
         if out is None:
             line(console, "Nothing is kept. With --out FOLDER, an interrupted evaluation can continue.")

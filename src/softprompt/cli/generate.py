@@ -14,12 +14,15 @@ from rich.text import Text
 
 from softprompt.cli import asked
 from softprompt.cli.flags import takes
-from softprompt.cli.screen import emit, screen
+from softprompt.cli.screen import emit, fact, line, screen
 from softprompt.cli.streams import read_input
+from softprompt.data.source import load_splits
 from softprompt.errors import RecipeError
 from softprompt.inference.settings import DecodeSettings
 from softprompt.progress.console import Screen, visible
+from softprompt.scale.cluster import workers_of
 from softprompt.settings.base_settings import BaseSettings
+from softprompt.settings.cluster_settings import ClusterSettings
 
 if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
@@ -30,13 +33,18 @@ if TYPE_CHECKING:
 EXAMPLE = 'softprompt generate --prompt runs/mine "Where is my parcel?"'
 
 
-@takes(BaseSettings, DecodeSettings)
+@takes(BaseSettings, DecodeSettings, ClusterSettings)
 def command(
     base: BaseSettings,
     settings: DecodeSettings,
+    cluster: ClusterSettings,
     *,
     texts: Annotated[
-        list[str], typer.Argument(metavar="TEXT...", help="What to continue; - reads standard input.")
+        list[str],
+        typer.Argument(
+            metavar="TEXT...",
+            help="What to continue; - reads standard input. With --out, a file whose rows are continued.",
+        ),
     ],
     prompts: Annotated[
         list[Path] | None, typer.Option("--prompt", help="A prompt's folder; give it again for more prompts.")
@@ -44,10 +52,26 @@ def command(
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side", help="Show the base's own answer beside the prompt's.")
     ] = False,
+    out: Annotated[
+        str | None,
+        typer.Option(help="Continue every row of a file, and keep the answers here; run again to continue."),
+    ] = None,
+    resume: asked.ContinuesByItself = False,
     as_json: asked.AsJson = False,
 ) -> None:
-    """Continue texts with the base, with one prompt or with several."""
+    """Continue texts with the base, with one prompt or with several; or every row of a file (--out)."""
     folders = prompts or []
+    if out is None and (cluster.cluster is not None or resume):
+        flag = "--resume" if resume else "--on"
+        raise RecipeError(
+            f"{flag}: is for the rows of a file. Give the file in place of a text, and --out FOLDER for its answers."
+        )
+    if out is not None and (len(texts) != 1 or texts[0] == "-"):
+        raise RecipeError(f"--out: found {len(texts)} texts, wanted one file, whose rows are continued.")
+    if out is not None:
+        load_splits(
+            texts[0], validation=0, test=0, limit=1
+        )  # refuses what is no file, before torch is imported
     asked.demand_folders(folders)
     if side_by_side and not folders:
         raise RecipeError("--side-by-side needs a prompt to compare with the base. Add --prompt FOLDER.")
@@ -57,6 +81,11 @@ def command(
     lm = asked.load_base(base, *loaded)
     for folder, prompt in zip(folders, loaded, strict=True):
         prompt.base.demand(lm.fingerprint, str(folder))
+    if out is not None:
+        _generate_file(
+            lm, texts[0], out, loaded, settings, cluster, side_by_side=side_by_side, as_json=as_json
+        )
+        return
     inputs = [read_input() if text == "-" else text for text in texts]
     alone = len(loaded) + side_by_side <= 1
     streams = alone and len(inputs) == 1 and settings.drawn == 1 and not as_json and sys.stdout.isatty()
@@ -95,6 +124,50 @@ def command(
             # Exactly as generated where it goes to a file or another program.
             text = f"{row.input}{row.text}"
             print(visible(text) if sys.stdout.isatty() else text)
+
+
+def _generate_file(
+    lm: FrozenLM,
+    source: str,
+    out: str,
+    prompts: Sequence[Prompt],
+    settings: DecodeSettings,
+    cluster: ClusterSettings,
+    *,
+    side_by_side: bool,
+    as_json: bool,
+) -> None:
+    """Continues the rows of a file."""
+    from softprompt.inference.generate_file import generate_file
+
+    console = screen(as_json=as_json)
+    try:
+        with workers_of(cluster) as workers:
+            answers = generate_file(
+                lm,
+                source,
+                out,
+                prompts,
+                settings,
+                with_base=side_by_side,
+                workers=workers,
+                progress=False if console.quiet else None,
+            )
+    except KeyboardInterrupt:
+        line(console, f"{asked.RESUME} Answers that were finished are kept in {out}.")
+        raise
+    if answers.reused:
+        fact(console, "kept", f"{answers.reused} rows of an earlier run were not continued again")
+    fact(console, "answers", answers.path)
+    if as_json:
+        emit(
+            {
+                "path": str(answers.path),
+                "rows": answers.rows,
+                "lines": answers.lines,
+                "reused": answers.reused,
+            }
+        )
 
 
 def _write(piece: str) -> None:

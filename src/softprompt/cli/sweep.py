@@ -13,6 +13,8 @@ from softprompt.cli.screen import emit, fact, figure, heading, line, screen
 from softprompt.errors import RecipeError
 from softprompt.progress.console import Screen
 from softprompt.progress.runs import ShowTable
+from softprompt.scale.cluster import workers_of
+from softprompt.settings.cluster_settings import ClusterSettings
 from softprompt.tuning.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -22,9 +24,10 @@ if TYPE_CHECKING:
 EXAMPLE = "softprompt sweep my.yaml --grid tune.learning_rate=0.01,0.03,0.1 --seeds 2"
 
 
-@takes(Recipe)
+@takes(Recipe, ClusterSettings)
 def command(
     recipe: Recipe,
+    cluster: ClusterSettings,
     *,
     grid: Annotated[
         list[str] | None,
@@ -48,7 +51,13 @@ def command(
         bool,
         typer.Option("--halving", help="Successive halving: stop the worse half early, again and again."),
     ] = False,
-    parallel: Annotated[int, typer.Option(min=1, help="At most so many prompts in one pass.")] = 8,
+    parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="At most so many prompts in one pass: 8, or on a cluster as few as give each worker some.",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a sweep that was killed.")] = False,
     as_json: asked.AsJson = False,
 ) -> None:
@@ -79,13 +88,14 @@ def command(
         table.show()
 
     try:
-        with table.live:
+        with workers_of(cluster) as workers, table.live:
             swept = sweeping.sweep(
                 recipe,
                 settings,
                 seeds=seeds,
                 halving=halving,
                 parallel=parallel,
+                workers=workers,
                 on_event=lambda trial, event: table.event(_line(trial), event, trial),
                 on_stretch=stretch,
                 progress=False,

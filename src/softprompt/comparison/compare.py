@@ -7,18 +7,20 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from softprompt.base.hardware import machine
 from softprompt.base.processes import demand_alone
+from softprompt.base.workers import HERE, Workers
 from softprompt.comparison.arm import ARMS
 from softprompt.comparison.forgetting import passages
 from softprompt.comparison.health import health
 from softprompt.comparison.records import ArmResult, BaseFacts, Comparison, DataFacts
-from softprompt.comparison.run_arm import RESULT, judged_rows, run_job
+from softprompt.comparison.run_arm import RESULT, TellJob, judged_rows, run_job
 from softprompt.comparison.settings import CompareSettings, Job, job_name
 from softprompt.comparison.summary import summarise
 from softprompt.errors import DataError, MissingExtra, SoftPromptError
@@ -47,6 +49,7 @@ def compare(
     out: str | Path | None = None,
     *,
     own_process: bool = True,
+    workers: Workers = HERE,
     tell: Tell = lambda job, what, done, of: None,
     progress: bool | None = None,
     command: str = "",
@@ -55,7 +58,8 @@ def compare(
 
     Arms of an earlier run with the same settings are reused, so a comparison that was killed continues with the arm
     that was running, and arms or seeds can be added later. An arm that fails is recorded with its reason, and is
-    tried again next time; SoftPromptError is raised where none succeeds. Progress is shown in terminals and notebooks,
+    tried again next time; SoftPromptError is raised where none succeeds. On the `workers` of a cluster, arms and seeds run
+    at the same time, each in a fresh process. Progress is shown in terminals and notebooks,
     unless `progress` is False.
     """
     demand_alone("compare")
@@ -73,11 +77,17 @@ def compare(
             show(job.folder.name, what, done, of)
             tell(job, what, done, of)
 
-        return _compare(recipe, settings, out, own_process, report, command)
+        return _compare(recipe, settings, out, own_process, workers, report, command)
 
 
 def _compare(
-    recipe: Recipe, settings: CompareSettings, out: Path, own_process: bool, tell: Tell, command: str
+    recipe: Recipe,
+    settings: CompareSettings,
+    out: Path,
+    own_process: bool,
+    workers: Workers,
+    tell: Tell,
+    command: str,
 ) -> Comparison:
     lm = load_base(recipe)
     task = task_of(recipe, lm)
@@ -90,21 +100,44 @@ def _compare(
     base, base_digest, device = described(lm), lm.fingerprint.digest, lm.device
     del lm  # each arm loads its own, and this process would only take its memory
     claim(out, "comparison", (RECORD,))
-    results: dict[str, list[ArmResult]] = {}
+    jobs = [
+        Job(recipe, settings, arm, seed, out / "arms" / job_name(arm, seed))
+        for arm in settings.arms
+        for seed in settings.seeds_of(arm)
+    ]
+    done: dict[str, ArmResult] = {}
     failed: dict[str, str] = {}
-    for arm in settings.arms:
-        for seed in settings.seeds_of(arm):
-            job = Job(recipe, settings, arm, seed, out / "arms" / job_name(arm, seed))
-            result = _done(job, splits.revision, base_digest)
-            if result is None:
+    asked: list[Job] = []
+
+    def to_do() -> Iterator[Job]:
+        for job in jobs:
+            former = _done(job, splits.revision, base_digest)
+            if former is not None:
+                done[job.folder.name] = former
+            elif job.arm not in failed:  # an arm needs all of its seeds
                 _prepare(job)
-                try:
-                    result = _in_own_process(job, tell) if own_process else run_job(job, _for(job, tell))
-                except SoftPromptError as error:
-                    failed[arm] = str(error)
-                    break
-            results.setdefault(arm, []).append(result)
-    results = {arm: runs for arm, runs in results.items() if arm not in failed}
+                asked.append(job)
+                yield job
+
+    # A worker of a cluster is a process already; here one is started for each job.
+    run = run_job if not own_process or not workers.are_here else _in_own_process
+    outcomes = workers.map(
+        partial(_attempted, run),
+        to_do(),
+        lambda number, event: tell(asked[number], *event),
+        folder=out,
+        own_process=own_process,
+    )
+    for number, outcome in enumerate(outcomes):
+        if isinstance(outcome, SoftPromptError):
+            failed.setdefault(asked[number].arm, str(outcome))
+        else:
+            done[asked[number].folder.name] = outcome
+    results = {
+        arm: [done[job_name(arm, seed)] for seed in settings.seeds_of(arm)]
+        for arm in settings.arms
+        if arm not in failed
+    }
     if not results:
         reasons = " ".join(f"{arm}: {reason}" for arm, reason in failed.items())
         raise SoftPromptError(f"No arm came to an end. {reasons}")
@@ -144,6 +177,16 @@ def _compare(
     return comparison
 
 
+def _attempted(
+    run: Callable[[Job, TellJob], ArmResult], job: Job, tell: Callable[[Any], None]
+) -> ArmResult | SoftPromptError:
+    """The result of a job, or why there is none: one arm that fails does not end the others."""
+    try:
+        return run(job, lambda what, done, of: tell((what, done, of)))
+    except SoftPromptError as error:
+        return error
+
+
 def _done(job: Job, data_revision: str | None, base_digest: str) -> ArmResult | None:
     """The result of an earlier run of the same job, on the same data and base."""
     try:
@@ -173,7 +216,7 @@ def _prepare(job: Job) -> None:
     replace_file(job.folder / "job.json", job.to_json())
 
 
-def _in_own_process(job: Job, tell: Tell) -> ArmResult:
+def _in_own_process(job: Job, tell: TellJob) -> ArmResult:
     """Runs the job in a fresh process, so that its memory is its own."""
     failure = ""
     command = [sys.executable, "-m", "softprompt.comparison.run_arm", str(job.folder)]
@@ -190,7 +233,7 @@ def _in_own_process(job: Job, tell: Tell) -> ArmResult:
                 except ValueError:
                     continue  # some library's own words
                 if isinstance(event, list):
-                    tell(job, *event)
+                    tell(*event)
                 elif isinstance(event, Mapping):
                     failure = str(event.get("failed", ""))
             code = child.wait()
@@ -210,10 +253,6 @@ def _last_words(log: Path, code: int) -> str:
         return f"its process was ended by signal {-code} (out of memory, if nobody did it). See {log}."
     lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
     return f"{lines[-1] if lines else f'it ended with code {code}'} (see {log})"
-
-
-def _for(job: Job, tell: Tell) -> Callable[[str, int, int], None]:
-    return lambda what, done, of: tell(job, what, done, of)
 
 
 def _need_extras(settings: CompareSettings) -> None:

@@ -50,11 +50,11 @@ RESULT = "result.json"
 REPORT_EVERY_SECONDS = 1.0
 SAMPLES, SAMPLE_WORDS, SAMPLE_TOKENS = 8, 6, 40
 
-Tell = Callable[[str, int, int], None]
+TellJob = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how much."""
 
 
-def run_job(job: Job, tell: Tell = lambda what, done, of: None) -> ArmResult:
+def run_job(job: Job, tell: TellJob = lambda what, done, of: None) -> ArmResult:
     """Makes the arm prepared, judge it, measures what it costs; the result is also left in the job's folder."""
     settings = job.settings
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ def _base_after(
     return after == before, {"before": before, "after": after}, losses
 
 
-def _learning(tell: Tell) -> Callable[[Event], None]:
+def _learning(tell: TellJob) -> Callable[[Event], None]:
     def report_step(event: Event) -> None:
         if isinstance(event, Stepped):
             tell("learning", event.step, event.steps)

@@ -10,12 +10,15 @@ import html
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from softprompt.base.workers import HERE, Tell, Workers
 from softprompt.data.example import Example
 from softprompt.data.template import Field, Messages, Soft, Template, Text
 from softprompt.errors import DataError, GateFailed, RecipeError
@@ -93,13 +96,14 @@ def judge_rows(
     on_progress: Callable[[int, int], None] = lambda done, rows: None,
     chunk: int = CHUNK,
     as_learned: Callable[[str], str] = lambda text: text,
+    workers: Workers = HERE,
 ) -> Evaluation:
     """Judges every example by the answer that `predict` gives.
 
     `as_learned` turns a wanted text into the form that the base's tokenizer can write: it may change letters.
     With `out`, rows are appended to `out`/rows.jsonl, and the figures with `about` are written to `out`/evaluation.json.
     `about` holds everything that the answers depend on: a folder of the same evaluation is continued, one of another
-    evaluation is refused with DataError.
+    evaluation is refused with DataError. Chunks are answered by the `workers`, and kept in order.
     """
     if not examples:
         raise DataError("There is no example to judge on. Name another split or file.")
@@ -122,14 +126,21 @@ def judge_rows(
         reused = done = sum(is_known)
         todo = (index for index in range(len(examples)) if not is_known[index])
         on_progress(done, len(examples))
-        while indices := list(islice(todo, chunk)):
-            asked = [examples[index] for index in indices]
+        under_way: deque[tuple[list[int], list[Example]]] = deque()
+
+        def chunks() -> Iterator[list[Example]]:
+            while indices := list(islice(todo, chunk)):
+                under_way.append((indices, [examples[index] for index in indices]))
+                yield under_way[-1][1]
+
+        for answers in workers.map(partial(_answered, predict), chunks()):
+            indices, asked = under_way.popleft()
             rows = [
                 _with_references(
                     judged(index, example, layout, answer, as_learned(wanted_text(layout, example))),
                     references,
                 )
-                for index, example, answer in zip(indices, asked, predict(asked), strict=True)
+                for index, example, answer in zip(indices, asked, answers, strict=True)
             ]
             keep.add(rows)
             for row in rows:
@@ -146,6 +157,10 @@ def judge_rows(
     if isinstance(keep, RowFile):
         write_json(keep.folder / SUMMARY, {"digest": keep.digest, "complete": True, **result.to_record()})
     return result
+
+
+def _answered(predict: Predict, examples: Sequence[Example], tell: Tell) -> Sequence[Answer]:
+    return predict(examples)
 
 
 def judged(index: int, example: Example, layout: Template, answer: Answer, wanted: str) -> Row:

@@ -9,18 +9,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from softprompt.base.from_settings import settings_of
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.workers import HERE, Workers
 from softprompt.data.default_template import CHAT
 from softprompt.data.example import Example, Splits
 from softprompt.data.layout import to_learn
 from softprompt.data.source import OWN
 from softprompt.data.template import Template
 from softprompt.errors import DataError, RecipeError
-from softprompt.evaluation.evaluate import Evaluation, default_metrics, judge_rows
+from softprompt.evaluation.answers_elsewhere import AnswersElsewhere, compiled_in
+from softprompt.evaluation.evaluate import Evaluation, Predict, default_metrics, judge_rows
 from softprompt.evaluation.metric import metrics_named
-from softprompt.evaluation.predictor import as_learned, predictor, settled
+from softprompt.evaluation.predictor import as_learned, demand_answers, predictor, settled
 from softprompt.evaluation.settings import JudgedData, JudgeSettings
-from softprompt.inference.compiled import CompiledPrompt, TextPrompt, compile_prompt
+from softprompt.inference.compiled import CompiledPrompt, TextPrompt
 from softprompt.progress.bar import Advance, progress_bar
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.settings.base_settings import BaseSettings
@@ -50,6 +53,7 @@ def evaluate(
     reading: JudgedData | None = None,
     extra_metrics: Sequence[str] = (),
     out: str | Path | None = None,
+    workers: Workers = HERE,
     progress: bool | Advance | None = None,
 ) -> Evaluation:
     """Judges a learned prompt (or its folder), an engineered text (TextPrompt), or the base alone (None).
@@ -57,7 +61,8 @@ def evaluate(
     A prompt brings its base, template, target, length, row limit and ending; without `data` it is judged on the held-out
     rows of what it was learned on. `reading` is a recipe's data section: what it sets overrides the prompt's own;
     `template`, `target` and `column` are short for it. `extra_metrics` are measured beside those of `settings`.
-    With `out`, rows are kept there, and the same call continues after an interruption. Progress is shown in terminals and
+    With `out`, rows are kept there, and the same call continues after an interruption. The `workers` of a cluster load the
+    base by its name, and each answers some rows at a time. Progress is shown in terminals and
     notebooks, unless `progress` is False; a function is called instead with the number of rows judged and of all rows.
 
     Raises RecipeError, DataError, PromptError, BaseError; NotFinite where numbers overflow the base.
@@ -99,9 +104,26 @@ def evaluate(
         "left_out": left_out,
         "metrics": names,
     }
+    predict: Predict
+    if workers.are_here:
+        predict = predictor(lm, compiled, layout, metrics, answering, end=task.end)
+    else:
+        demand_answers(metrics, layout)
+        front = None if text is None else task.behind(text)
+        predict = AnswersElsewhere(
+            settings_of(lm),
+            lm.fingerprint,
+            learned,
+            front,
+            layout,
+            tuple(names),
+            answering,
+            task.end,
+            task.special_tokens,
+        )
     with progress_bar(progress, "judging") as advance:
         return judge_rows(
-            predictor(lm, compiled, layout, metrics, answering, end=task.end),
+            predict,
             examples,
             metrics,
             layout,
@@ -109,6 +131,7 @@ def evaluate(
             about=about,
             on_progress=advance,
             as_learned=as_learned(lm, special_tokens=task.special_tokens),
+            workers=workers,
         )
 
 
@@ -230,9 +253,8 @@ def _positions(task: Task, lm: FrozenLM, prompt: CompiledPrompt, example: Exampl
 
 def compiled_for(lm: FrozenLM, prompt: Prompt | None, text: str | None, task: Task) -> CompiledPrompt:
     """The judged prompt, text or base in the form that generation and scoring take."""
-    if text is not None:
-        return compile_prompt(lm, task.behind(text), name="text", special_tokens=task.special_tokens)
-    return compile_prompt(lm, prompt, template=task.template, special_tokens=task.special_tokens)
+    front = None if text is None else task.behind(text)
+    return compiled_in(lm, prompt, front, task.template, special_tokens=task.special_tokens)
 
 
 def described(lm: FrozenLM) -> dict[str, Any]:

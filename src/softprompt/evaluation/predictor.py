@@ -73,13 +73,8 @@ def predictor(
     `layout` is the task's template with its slots and target; the wanted text is scored on the same tokens under
     every prompt. Raises RecipeError for metrics that compare answers where the template has no target.
     """
+    demand_answers(metrics, layout)
     needs = {metric.needs for metric in metrics}
-    if "answer" in needs and layout.target is None and not layout.chat:
-        names = ", ".join(metric.name for metric in metrics if metric.needs == "answer")
-        raise RecipeError(
-            f"metric {names}: compares answers, but the template has no target. Set data.target, or use nll, "
-            "perplexity, bits_per_byte."
-        )
     labels, batch_rows = settings.labels, settings.batch_rows
     bias = _bias(lm, prompt, layout, labels, end, batch_rows) if labels and settings.calibrate else {}
     learned_form = as_learned(lm, special_tokens=prompt.special_tokens)
@@ -114,6 +109,16 @@ def predictor(
         ]
 
     return predict
+
+
+def demand_answers(metrics: Sequence[Metric], layout: Template) -> None:
+    """Raises RecipeError for metrics that compare answers where the template has no target."""
+    names = [metric.name for metric in metrics if metric.needs == "answer"]
+    if names and layout.target is None and not layout.chat:
+        raise RecipeError(
+            f"metric {', '.join(names)}: compares answers, but the template has no target. Set data.target, or use nll, "
+            "perplexity, bits_per_byte."
+        )
 
 
 def as_learned(lm: FrozenLM, *, special_tokens: bool = False) -> Callable[[str], str]:

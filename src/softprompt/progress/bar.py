@@ -67,7 +67,7 @@ class ShowJobs:
             disable=not console.is_watched,
         )
         self.task = self.bar.add_task("starting", total=None)
-        self.last = ""
+        self.last: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -79,6 +79,6 @@ class ShowJobs:
     def __call__(self, name: str, what: str, done: int, of: int) -> None:
         count = f"{self.names.index(name) + 1}/{len(self.names)}"
         self.bar.update(self.task, description=f"{count} {name}: {what}", completed=done, total=of)
-        if not self.console.is_watched and (now := f"{name}: {what}") != self.last:
-            self.last = now
-            self.console.print(Text(visible(f"{count}  {now}")), soft_wrap=True)
+        if not self.console.is_watched and self.last.get(name) != what:
+            self.last[name] = what
+            self.console.print(Text(visible(f"{count}  {name}: {what}")), soft_wrap=True)

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from softprompt.base.from_settings import base_of
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Splits
 from softprompt.errors import RecipeError
@@ -14,6 +15,7 @@ from softprompt.loss.context_cache import GIGABYTE
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.gradient import Loss
 from softprompt.prompt.reparam import as_rows
+from softprompt.settings.base_settings import BaseSettings
 from softprompt.tuning.optim import RATE_PER_RMS, automatic_rate
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
@@ -59,16 +61,9 @@ def make_plan(
     )
 
 
-def load_base(recipe: Recipe) -> FrozenLM:
+def load_base(recipe: BaseSettings) -> FrozenLM:
     """The base as the recipe names it."""
-    return FrozenLM.load(
-        recipe.base,
-        revision=recipe.base_revision,
-        dtype=recipe.dtype,
-        device=recipe.device,
-        trust_remote_code=recipe.trust_remote_code,
-        spread=recipe.spread,
-    )
+    return base_of(recipe)
 
 
 def fast_loss(recipe: Recipe, lm: FrozenLM) -> FastLoss:

@@ -3,6 +3,9 @@
 Successive halving (Jamieson and Talwalkar 2016): with 8 settings, all run for an eighth of their steps, 4 for a
 quarter, 2 for half, one to its end. Without halving all run to the end. What is compared is the best held-out loss so
 far, as the mean over a setting's seeds, so settings are judged on the same seeds and rows.
+
+Trials that share a pass are a group. In this process all of them stay in memory; on a cluster each group is a part of a
+stretch, which a worker continues from the trials' checkpoints.
 """
 
 from __future__ import annotations
@@ -13,15 +16,17 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
+from softprompt.base.from_settings import kept_base
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.processes import demand_alone
+from softprompt.base.workers import HERE, Tell, Workers
 from softprompt.data.example import Splits
-from softprompt.errors import NotFinite, RecipeError, SaveError
+from softprompt.errors import NotFinite, RecipeError, SaveError, SoftPromptError
 from softprompt.loss.gradient import Loss
 from softprompt.progress.events import Event
 from softprompt.progress.shown import shown_runs
@@ -31,12 +36,14 @@ from softprompt.store.artifact import load_prompt, save_prompt
 from softprompt.store.json_values import plain
 from softprompt.store.ownership import PROMPT_FILES, claim, folder_named
 from softprompt.store.plain_file import read_bytes
+from softprompt.tuning.checkpoint import Checkpoints
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.records import SCHEMA
+from softprompt.tuning.settle import settled_batch_size
 from softprompt.tuning.together import Together
 
 RECORDS, TRIALS = "sweep.jsonl", "trials"
-PARALLEL = 8
+PARALLEL = 8  # prompts in a pass, at most, unless asked otherwise
 
 Setting = tuple[str, ...]
 """Overrides of the recipe, such as ("tune.learning_rate=0.03", "prompt.length=10")."""
@@ -139,10 +146,11 @@ def sweep(
     *,
     seeds: int = 1,
     halving: bool = False,
-    parallel: int = PARALLEL,
+    parallel: int | None = None,
     lm: FrozenLM | None = None,
     splits: Splits | None = None,
     loss: Loss | None = None,
+    workers: Workers = HERE,
     on_event: Callable[[str, Event], None] = lambda trial, event: None,
     on_stretch: Callable[[Sequence[Trial]], None] = lambda trials: None,
     progress: bool | None = None,
@@ -151,10 +159,14 @@ def sweep(
     """Learns `recipe` under every setting and seed, `parallel` prompts in a pass, and saves the winner in `recipe.out`.
 
     Every trial has its own folder under `trials/`; `sweep.jsonl` holds a line for each trial and stretch. With
-    `resume`, a killed sweep continues. Progress is shown in terminals and notebooks, unless `progress` is False.
-    Raises RecipeError for settings that do not fit, or NotFinite when every
-    setting broke."""
+    `resume`, a killed sweep continues. Without `parallel`, 8 prompts share a pass, or as few as give each of the `workers`
+    of a cluster a part; the same `parallel` gives the same bits here and there. Progress is shown in terminals and notebooks,
+    unless `progress` is False. Raises RecipeError for settings that do not fit, or NotFinite when every setting broke."""
     demand_alone("sweep")
+    if not workers.are_here and (lm is not None or loss is not None):
+        raise RecipeError(
+            "lm: found a base or a loss in memory, which cannot be sent to a cluster. Name the base in the recipe instead."
+        )
     out = folder_named(recipe.out)
     trials = [
         Trial(f"{number:03}-seed{seed}", setting, seed)
@@ -173,53 +185,57 @@ def sweep(
     trials = [replace(trial, **done.get(trial.name, {})) for trial in trials]
     going = [n for n, trial in enumerate(trials) if trial.kept]
 
+    parallel = parallel or min(PARALLEL, math.ceil(len(going) / workers.count)) or 1
+
     with shown_runs([trial.name for trial in trials], on_event, progress) as show:
 
         def tell(position: int, event: Event) -> None:
             show(trials[going[position]].name, event)
 
-        together = Together(
-            [recipes[n] for n in going], lm=lm, splits=splits, loss=loss, on_event=tell, resume=resume
-        )
+        learning: _Trials
+        if workers.are_here:
+            learning = _InMemory([recipes[n] for n in going], lm, splits, loss, tell, resume)
+        else:
+            learning = _Spread([recipes[n] for n in going], splits, workers, tell, out, resume)
         try:
             for share in shares[records.stretches_done :]:
-                left = [position for position in together.active if trials[going[position]].kept]
-                for first in range(0, len(left), parallel):
-                    together.advance(share, left[first : first + parallel])
-                now = together.losses() if share < 1 else {}  # a stretch may end between two validations
-                for position, n in enumerate(going):
-                    learner = together.runs[position].learner
-                    trials[n] = replace(
-                        trials[n],
-                        step=learner.steps_done,
-                        nll_start=learner.nll_start,
-                        nll=math.nan
-                        if position in together.failed
-                        else min(learner.nll_best, now.get(position, math.inf)),
-                        best_step=learner.best_step,
-                    )
+                left = [
+                    position
+                    for position, n in enumerate(going)
+                    if trials[n].kept and position not in learning.failed
+                ]
+                groups = [left[first : first + parallel] for first in range(0, len(left), parallel)]
+                for position, figures in learning.advance(share, groups).items():
+                    trials[going[position]] = replace(trials[going[position]], **asdict(figures))
+                for position in learning.failed:
+                    trials[going[position]] = replace(trials[going[position]], nll=math.nan)
                 kept = (
                     _better_half(trials) if share < 1 else {trial.setting for trial in trials if trial.kept}
                 )
-                trials = [replace(trial, kept=trial.kept and trial.setting in kept) for trial in trials]
-                together.checkpoint()
+                former, trials = (
+                    trials,
+                    [replace(trial, kept=trial.kept and trial.setting in kept) for trial in trials],
+                )
                 records.stretch(share, trials)
-                for position, n in enumerate(going):
-                    if not trials[n].kept and position in together.active:
-                        together.drop(position)
+                learning.drop(
+                    [
+                        position
+                        for position, n in enumerate(going)
+                        if former[n].kept and not trials[n].kept and position not in learning.failed
+                    ]
+                )
                 on_stretch(trials)
-            saved = together.save()
+            learning.save()
         finally:
-            together.close()
+            learning.close()
     winner = min(
         (trial.setting for trial in trials if trial.kept), key=lambda setting: _rank(trials, setting)
     )
     mine = [trial for trial in trials if trial.setting == winner]
     if not any(math.isfinite(trial.nll) for trial in mine):
-        raise next(iter(together.failed.values()), NotFinite("Every trial broke. Lower tune.learning_rate."))
+        raise next(iter(learning.failed.values()), NotFinite("Every trial broke. Lower tune.learning_rate."))
     best = min(mine, key=lambda trial: trial.nll if math.isfinite(trial.nll) else math.inf)
-    position = going.index(trials.index(best))
-    prompt = saved[position].prompt if position in saved else load_prompt(out / TRIALS / best.name)
+    prompt = load_prompt(out / TRIALS / best.name)
     nlls = [trial.nll for trial in mine if math.isfinite(trial.nll)]
     error = statistics.stdev(nlls) / len(nlls) ** 0.5 if len(nlls) > 1 else math.nan
     notes = {**prompt.notes, "sweep": {"setting": list(winner), "trial": best.name, "of": len(settings)}}
@@ -228,6 +244,184 @@ def sweep(
     result = SweepResult(prompt, str(out), winner, tuple(trials), statistics.fmean(nlls), error)
     records.end(result.to_record())
     return result
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """How far a trial has come, and how good it is."""
+
+    step: int
+    nll_start: float
+    nll: float
+    best_step: int
+
+
+class _Trials(Protocol):
+    """Trials while they learn. Each is known by its position; `failed` ones take part no more."""
+
+    failed: dict[int, SoftPromptError]
+
+    def advance(self, share: float, groups: Sequence[Sequence[int]]) -> dict[int, _Figures]:
+        """Takes every group to `share` of its steps in passes of its own, and writes checkpoints."""
+        ...
+
+    def drop(self, positions: Sequence[int]) -> None:
+        """Ends trials early; their best prompts so far are saved."""
+        ...
+
+    def save(self) -> None:
+        """Saves the trials that are left."""
+        ...
+
+    def close(self) -> None:
+        """Closes all records."""
+        ...
+
+
+class _InMemory:
+    """All trials in this process, which stay in memory from stretch to stretch."""
+
+    def __init__(
+        self,
+        recipes: Sequence[Recipe],
+        lm: FrozenLM | None,
+        splits: Splits | None,
+        loss: Loss | None,
+        tell: Callable[[int, Event], None],
+        resume: bool,
+    ) -> None:
+        self.together = Together(recipes, lm=lm, splits=splits, loss=loss, on_event=tell, resume=resume)
+        self.failed = self.together.failed
+
+    def advance(self, share: float, groups: Sequence[Sequence[int]]) -> dict[int, _Figures]:
+        """Takes one group after the other to `share` of its steps."""
+        figures: dict[int, _Figures] = {}
+        for group in groups:
+            figures |= _advanced(self.together, share, group)
+        self.together.checkpoint()
+        return figures
+
+    def drop(self, positions: Sequence[int]) -> None:
+        """Ends trials early."""
+        for position in positions:
+            self.together.drop(position)
+
+    def save(self) -> None:
+        """Saves the trials that are left."""
+        self.together.save()
+
+    def close(self) -> None:
+        """Closes all records."""
+        self.together.close()
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Trials that share passes, as a worker is given them: to be taken to `share` of their steps, or dropped (None).
+
+    `rows` is the bound on rows in a pass that all trials have together."""
+
+    recipes: tuple[Recipe, ...]
+    share: float | None
+    rows: int
+    splits: Splits | None
+
+
+class _Spread:
+    """Trials on a cluster. Between stretches they are their checkpoints, so any worker can take any of them."""
+
+    def __init__(
+        self,
+        recipes: Sequence[Recipe],
+        splits: Splits | None,
+        workers: Workers,
+        tell: Callable[[int, Event], None],
+        out: Path,
+        resume: bool,
+    ) -> None:
+        self.recipes, self.splits, self.workers, self.tell, self.out = recipes, splits, workers, tell, out
+        self.rows = sum(map(settled_batch_size, recipes))
+        self.failed: dict[int, SoftPromptError] = {}
+        if not resume:  # a group always continues from what it finds, also when it is done again after a loss
+            for recipe in recipes:
+                _checkpoints(recipe).clear()
+
+    def advance(self, share: float, groups: Sequence[Sequence[int]]) -> dict[int, _Figures]:
+        """Takes all groups to `share` of their steps, each on some worker."""
+        figures: dict[int, _Figures] = {}
+        for group, (measured, failed) in zip(groups, self._map(share, groups), strict=True):
+            figures |= {group[number]: each for number, each in measured.items()}
+            self.failed |= {group[number]: error for number, error in failed.items()}
+        return figures
+
+    def drop(self, positions: Sequence[int]) -> None:
+        """Ends trials early, all of them on one worker."""
+        for _ in self._map(None, [positions] if positions else []):
+            pass
+
+    def _map(self, share: float | None, groups: Sequence[Sequence[int]]) -> Iterator[_Outcome]:
+        parts = [
+            _Group(tuple(self.recipes[position] for position in group), share, self.rows, self.splits)
+            for group in groups
+        ]
+
+        def tell(part: int, event: tuple[int, Event]) -> None:
+            self.tell(groups[part][event[0]], event[1])
+
+        return self.workers.map(_continued, parts, tell, folder=self.out)
+
+    def save(self) -> None:
+        """Nothing is left to do: the workers saved what came to its end."""
+
+    def close(self) -> None:
+        """Nothing is open here."""
+
+
+_Outcome: TypeAlias = tuple[dict[int, _Figures], dict[int, SoftPromptError]]
+
+
+def _continued(group: _Group, tell: Tell) -> _Outcome:
+    """Takes a group one stretch further from its checkpoints, and leaves new ones; at its end it is saved."""
+    recipes = group.recipes
+    numbers = range(len(recipes))
+    together = Together(
+        recipes,
+        lm=kept_base(recipes[0]),
+        splits=group.splits,
+        on_event=lambda number, event: tell((number, event)),
+        resume=any(_checkpoints(recipe).newest() is not None for recipe in recipes),
+        rows=group.rows,
+    )
+    try:
+        if group.share is None:
+            for number in numbers:
+                together.drop(number)
+            return {}, {}
+        figures = _advanced(together, group.share, numbers)
+        together.checkpoint()
+        if group.share < 1:
+            together.save_failed()
+        else:
+            together.save()
+        return figures, together.failed
+    finally:
+        together.close()
+
+
+def _checkpoints(recipe: Recipe) -> Checkpoints:
+    return Checkpoints(Path(recipe.out), recipe.tune, lambda text: None)
+
+
+def _advanced(together: Together, share: float, group: Sequence[int]) -> dict[int, _Figures]:
+    """Takes a group to `share` of its steps, and measures it: a stretch may end between two validations."""
+    together.advance(share, group)
+    now = together.losses(group) if share < 1 else {}
+    figures = {}
+    for number in group:
+        learner = together.runs[number].learner
+        nll = math.nan if number in together.failed else min(learner.nll_best, now.get(number, math.inf))
+        figures[number] = _Figures(learner.steps_done, learner.nll_start, nll, learner.best_step)
+    return figures
 
 
 def _rank(trials: Sequence[Trial], setting: Setting) -> float:

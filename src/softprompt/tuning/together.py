@@ -38,6 +38,7 @@ from softprompt.tuning.task import read_splits
 class Together:
     """Runs side by side over one base. Take them to a step with `advance`, drop some, continue, `save` the rest.
 
+    At most `rows` rows go through the base at a time, by default as many as all runs have in a step.
     Runs whose `forms` share a part resume together: one checkpoint holds them all, at one moment."""
 
     def __init__(
@@ -50,6 +51,7 @@ class Together:
         on_event: Callable[[int, Event], None] = lambda run, event: None,
         resume: bool = False,
         forms: Callable[[Sequence[Plan]], Sequence[Form]] | None = None,
+        rows: int | None = None,
     ) -> None:
         _demand_one_base(recipes)
         _demand_folders_of_their_own(recipes)
@@ -74,7 +76,7 @@ class Together:
             )
             for number, (plan, form) in enumerate(zip(plans, made, strict=True))
         ]
-        rows = sum(run.plan.batch_size for run in self.runs)
+        rows = rows or sum(run.plan.batch_size for run in self.runs)
         self.gradients = Gradients(plans[0].loss, rows, self._halved)
         self.active = list(range(len(self.runs)))
         self.stepping: list[int] = []
@@ -108,11 +110,13 @@ class Together:
                 return
             self._step(rows)
 
-    def losses(self) -> dict[int, float]:
-        """Measures the held-out loss of every active run's present prompt; the runs do not record it."""
-        runs = [self.runs[number] for number in self.active]
+    def losses(self, numbers: Sequence[int]) -> dict[int, float]:
+        """Measures the held-out loss of the present prompts of those of `numbers` that are active; the runs do not
+        record it."""
+        active = [number for number in self.active if number in numbers]
+        runs = [self.runs[number] for number in active]
         prompts, rows = [run.learner.snapshot() for run in runs], [run.plan.held_out for run in runs]
-        return dict(zip(self.active, self.gradients.losses(prompts, rows) if runs else [], strict=True))
+        return dict(zip(active, self.gradients.losses(prompts, rows) if runs else [], strict=True))
 
     def checkpoint(self) -> None:
         """Keeps what every active run needs to continue, now."""
@@ -131,14 +135,18 @@ class Together:
     def save(self) -> dict[int, TuneResult]:
         """Saves what is still active, and gives it; of runs that broke, the best so far is saved too."""
         results = {number: self.runs[number].save(self.runs[number].ending) for number in self.active}
-        self._leave(list(self.failed), "failed")
+        self.save_failed()
         self.close()
         return results
+
+    def save_failed(self) -> None:
+        """Saves the best so far of runs that broke."""
+        self._leave(list(self.failed), "failed")
 
     def leave(self, reason: str) -> None:
         """Saves the best so far of every run that has taken a step, as one that ended for `reason`."""
         self._leave(self.active, reason)
-        self._leave(list(self.failed), "failed")
+        self.save_failed()
 
     def close(self) -> None:
         """Closes the records of every run."""

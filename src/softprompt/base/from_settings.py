@@ -1,0 +1,53 @@
+"""The base as settings name it, and settings that name a base: how the processes of one work come to the same one."""
+
+from __future__ import annotations
+
+import json
+import socket
+from functools import lru_cache
+
+from softprompt.base.frozen_lm import FrozenLM
+from softprompt.errors import BaseError
+from softprompt.prompt.soft_prompt import Fingerprint
+from softprompt.settings.base_settings import BaseSettings
+
+
+def base_of(settings: BaseSettings) -> FrozenLM:
+    """Loads the base; the bundled one where none is named."""
+    return FrozenLM.load(
+        settings.base or "builtin",
+        revision=settings.base_revision,
+        dtype=settings.dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+        spread=settings.spread,
+    )
+
+
+def kept_base(settings: BaseSettings, wanted: Fingerprint | None = None) -> FrozenLM:
+    """The same, kept in this process for the next part of a work that is spread over workers.
+
+    Raises BaseError unless it is the base `wanted`, where that is given."""
+    own = BaseSettings(**{name: getattr(settings, name) for name in BaseSettings.model_fields})
+    lm = _loaded(own.model_dump_json())
+    if wanted is not None and lm.fingerprint.digest != wanted.digest:
+        raise BaseError(
+            f"{lm.name}: is another base on {socket.gethostname()} (found {lm.fingerprint.digest[:12]}, wanted {wanted.digest[:12]}). "
+            "Give all machines of the cluster the same files."
+        )
+    return lm
+
+
+@lru_cache(maxsize=1)
+def _loaded(settings_json: str) -> FrozenLM:
+    return base_of(BaseSettings(**json.loads(settings_json)))
+
+
+def settings_of(lm: FrozenLM) -> BaseSettings:
+    """Settings that load the same base, in the same dtype, in another process."""
+    packed = {"is_loaded_in_8bit": "int8", "is_loaded_in_4bit": "int4"}
+    dtype = next(
+        (name for sign, name in packed.items() if getattr(lm.model, sign, False)),
+        str(lm.dtype).removeprefix("torch."),
+    )
+    return BaseSettings(base=lm.name, base_revision=lm.revision, dtype=dtype)

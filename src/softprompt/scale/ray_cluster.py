@@ -1,0 +1,71 @@
+"""A connection to a Ray cluster: an existing one, or one on this machine alone, without dashboard and reports of use."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+from softprompt.errors import ClusterError, MissingExtra, first_line
+
+OBJECT_STORE_BYTES = 500_000_000  # of a cluster on this machine alone: parts and outcomes are small
+QUIETLY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def demand_ray() -> None:
+    """Raises MissingExtra where Ray is not installed."""
+    if find_spec("ray") is None:
+        raise MissingExtra("--on ray needs Ray, which is not installed: pip install 'softprompt[ray]'.")
+
+
+@contextmanager
+def connected(address: str = "ray") -> Iterator[None]:
+    """A connection to the cluster at `address` (as `--on` takes it), or the one that this process has already.
+
+    Raises ClusterError where none answers."""
+    for name, value in QUIETLY.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        _connect(address)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
+        raise ClusterError(
+            f"--on {address}: no Ray cluster answers ({first_line(error)}). Start one with `ray start --head`, or check "
+            "the address."
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address != "ray":
+        ray.init(address=address, **common)
+        return
+    try:
+        ray.init(address="auto", **common)
+    except ConnectionError:
+        if os.environ.get("RAY_ADDRESS"):
+            raise
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            **common,
+        )

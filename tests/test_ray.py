@@ -1,0 +1,181 @@
+"""Work on a Ray cluster of several nodes: a killed node or worker costs time, and changes no figure.
+
+Needs Ray (the extra `ray`): pip install -c constraints.txt -e '.[dev,ray]'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray", reason="the extra ray is not installed: pip install 'softprompt[ray]'")
+
+from ray_nodes import Nodes, nodes
+from softprompt.cli.app import main
+from softprompt.comparison.compare import compare
+from softprompt.comparison.settings import CompareSettings
+from softprompt.errors import ClusterError, RecipeError
+from softprompt.evaluation.judge import evaluate
+from softprompt.inference.compiled import TextPrompt
+from softprompt.progress.events import Event, Started
+from softprompt.scale.ray_workers import RayWorkers
+from softprompt.tuning.sweep import sweep
+from test_compare import recipe as compared_recipe
+from test_compare import task as task
+from test_learn import SPLITS
+from test_workers import RATES, prompts_and_records, steps_recorded, sweep_recipe
+from test_workers import base as base
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Nodes]:
+    """A head and two nodes with a CPU each; a test that kills one adds another."""
+    with nodes(2) as started, RayWorkers():
+        yield started
+
+
+def test_a_sweep_loses_nothing_with_a_node(
+    tmp_path: Path, base: Path, cluster: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node dies when a group of trials on it has taken some steps; all of it is learned elsewhere, once."""
+    recipe = sweep_recipe(base).changed(["tune.epochs=40"])
+    begun: dict[str, int] = {}
+    killed: list[Any] = []
+
+    def kill(trial: str, event: Event) -> None:
+        begun[trial] = begun.get(trial, 0) + isinstance(event, Started)
+        if not killed and len(begun) == 4:  # both groups are at work
+            killed.append(cluster.workers[0])
+            cluster.kill(killed[0])
+            cluster.add()
+
+    for name, options in (("here", {}), ("there", {"on_event": kill, "workers": RayWorkers()})):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        sweep(recipe, RATES[:4], splits=SPLITS, parallel=2, progress=False, **options)  # type: ignore[arg-type]
+    assert killed
+    assert sorted(begun.values()) == [1, 1, 2, 2]  # those on the killed node began twice
+    assert prompts_and_records(tmp_path / "there") == prompts_and_records(tmp_path / "here")
+    for number in range(4):
+        folder = Path("swept") / "trials" / f"{number:03}-seed0"
+        assert steps_recorded(tmp_path / "there" / folder) == list(range(1, 121))
+
+
+def test_an_evaluation_loses_nothing_with_a_node_and_counts_nothing_twice(
+    tmp_path: Path, task: Path, cluster: Nodes
+) -> None:
+    recipe = compared_recipe(task)
+    examples = [{"text": f"my order {number} never came", "label": "complaint"} for number in range(320)]
+
+    def judged(out: Path, **options: Any) -> bytes:
+        template = recipe.data.template
+        given = {"template": template, "target": "label", "out": out}
+        evaluate(TextPrompt("Is it one? "), examples, base=recipe.base, **given, **options)
+        return (out / "rows.jsonl").read_bytes()
+
+    killed: list[Any] = []
+
+    def kill(done: int, rows: int) -> None:
+        if done and not killed:
+            killed.append(cluster.workers[0])
+            cluster.kill(killed[0])
+            cluster.add()
+
+    there = judged(tmp_path / "there", workers=RayWorkers(), progress=kill)
+    assert killed
+    assert there == judged(tmp_path / "here", progress=False)
+
+
+def test_a_comparison_loses_nothing_with_a_worker(tmp_path: Path, task: Path, cluster: Nodes) -> None:
+    """A worker dies by SIGKILL, as when memory runs out, while it learns the soft prompt of one seed."""
+    settings = CompareSettings(arms=["base", "soft"], seeds=2)
+    recipe = compared_recipe(task, "tune.max_steps=60")
+    lock = tmp_path / "there" / "arms" / "soft-1" / "prompt" / ".softprompt.lock"
+    killed: list[int] = []
+
+    def kill() -> None:
+        until = time.monotonic() + 200
+        while not killed and time.monotonic() < until:
+            time.sleep(0.02)
+            try:
+                killed.append(int(json.loads(lock.read_text())["pid"]))
+            except (OSError, ValueError, KeyError):
+                continue
+            os.kill(killed[0], signal.SIGKILL)
+
+    watcher = threading.Thread(target=kill, daemon=True)
+    watcher.start()
+    there = compare(recipe, settings, tmp_path / "there", workers=RayWorkers(), progress=False)
+    watcher.join()
+    here = compare(recipe, settings, tmp_path / "here", own_process=False, progress=False)
+    assert killed
+    assert killed[0] != os.getpid()
+    assert there.failed == {}
+    for arm, runs in here.runs.items():
+        for mine, other in zip(runs, there.runs[arm], strict=True):
+            assert (other.metrics, other.curve) == (mine.metrics, mine.curve)
+
+
+def test_the_commands_take_a_cluster_and_leave_what_they_leave_here(
+    tmp_path: Path,
+    task: Path,
+    cluster: Nodes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = compared_recipe(task)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    figures = {}
+    for name, on in (("here", []), ("there", ["--on", "ray"])):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        grid = ["--grid", "tune.learning_rate=0.05,0.1", "--parallel", "1"]
+        assert main(["sweep", "../recipe.yaml", "--out", "swept", *grid, *on]) == 0
+        judge = ["evaluate", "--prompt", "swept", "--out", "judged", *on]
+        assert main(judge) == 0, capsys.readouterr().err
+        assert (
+            main(
+                ["compare", "../recipe.yaml", "--out", "compared", "--arms", "base,soft", "--seeds", "1", *on]
+            )
+            == 0
+        )
+        record = json.loads(Path("compared/comparison.json").read_text())
+        figures[name] = {arm: [run["metrics"] for run in runs] for arm, runs in record["runs"].items()}
+    assert prompts_and_records(tmp_path / "there" / "swept") == prompts_and_records(
+        tmp_path / "here" / "swept"
+    )
+    there, here = (tmp_path / name / "judged" / "rows.jsonl" for name in ("there", "here"))
+    assert there.read_bytes() == here.read_bytes()
+    assert figures["there"] == figures["here"]
+
+
+def test_what_a_part_raises_and_a_place_that_is_not_shared_are_said_in_one_line(
+    tmp_path: Path, cluster: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError, match="no such thing"):
+        list(RayWorkers().map(refuse, ["no such thing"]))
+    with pytest.raises(ClusterError, match="lost with its worker 2 times"):
+        list(RayWorkers(retries=1).map(die, [0]))
+    monkeypatch.setattr("softprompt.scale.ray_site._marker", lambda folder: b"of this machine")
+    with pytest.raises(ClusterError, match="sees another folder"):
+        list(RayWorkers().map(refuse, ["never reached"], folder=tmp_path))
+    with pytest.raises(ClusterError, match="no machine has 64 CPUs"):
+        list(RayWorkers(cpus=64).map(refuse, ["never reached"]))
+
+
+def refuse(part: str, tell: Any) -> None:
+    raise RecipeError(part)
+
+
+def die(part: int, tell: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
