@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import socket
 from functools import lru_cache
+from typing import Any
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.quantised import is_quantised
 from softprompt.errors import BaseError
 from softprompt.prompt.soft_prompt import Fingerprint
 from softprompt.settings.base_settings import BaseSettings
@@ -44,10 +46,11 @@ def _loaded(settings_json: str) -> FrozenLM:
 
 
 def settings_of(lm: FrozenLM) -> BaseSettings:
-    """Settings that load the same base, in the same dtype, in another process."""
-    packed = {"is_loaded_in_8bit": "int8", "is_loaded_in_4bit": "int4"}
-    dtype = next(
-        (name for sign, name in packed.items() if getattr(lm.model, sign, False)),
-        str(lm.dtype).removeprefix("torch."),
-    )
+    """Settings that load the same base, in the same dtype, in another process. Raises BaseError for a quantised one."""
+    if is_quantised(lm.model):
+        raise BaseError(
+            f"{lm.name}: is quantised, which other machines cannot do alike. Load it in float32 or bfloat16 (--dtype) to "
+            "spread work over a cluster."
+        )
+    dtype: Any = str(lm.dtype).removeprefix("torch.")
     return BaseSettings(base=lm.name, base_revision=lm.revision, dtype=dtype)

@@ -133,7 +133,7 @@ def _compare(
             failed.setdefault(asked[number].arm, str(outcome))
         else:
             done[asked[number].folder.name] = outcome
-    results = {
+    results: dict[str, list[ArmResult]] = {
         arm: [done[job_name(arm, seed)] for seed in settings.seeds_of(arm)]
         for arm in settings.arms
         if arm not in failed

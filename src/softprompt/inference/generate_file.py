@@ -67,7 +67,7 @@ def generate_file(
     settings = settings or DecodeSettings()
     examples = load_splits(str(source), validation=0, test=0).train
     answering = AnswersOfRows(
-        settings_of(lm),
+        BaseSettings() if workers.are_here else settings_of(lm),
         lm.fingerprint,
         tuple(prompts),
         not prompts if with_base is None else with_base or not prompts,
@@ -166,7 +166,7 @@ class AnswersOfRows:
         """Stands for all that the answers depend on."""
         about = [
             self.fingerprint.digest,
-            self.base.dtype,
+            str(_held[self.key][0].dtype),
             [digest_of(prompt) for prompt in self.prompts],
             self.with_base,
             self.settings.model_dump(),
