@@ -59,13 +59,12 @@ def _connect(address: str) -> None:
         return
     try:
         ray.init(address="auto", **common)
-    except ConnectionError:
+    except (ConnectionError, RuntimeError, TimeoutError):  # none, or the trace of one that has ended
         if os.environ.get("RAY_ADDRESS"):
             raise
         ray.init(
             address="local",
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
             **common,
         )
