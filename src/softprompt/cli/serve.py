@@ -13,19 +13,16 @@ from softprompt.cli import asked
 from softprompt.cli.flags import takes
 from softprompt.cli.screen import fact, heading, screen
 from softprompt.errors import MissingExtra, RecipeError
-from softprompt.scale.settings import GatewaySettings, ReplicaSettings
+from softprompt.scale.settings import GatewaySettings
 from softprompt.serving.settings import ServeSettings
-from softprompt.settings.cluster_settings import ClusterSettings
 
 EXAMPLE = "softprompt serve --base builtin runs/support"
 
 
-@takes(ServeSettings, GatewaySettings, ReplicaSettings, ClusterSettings)
+@takes(ServeSettings, GatewaySettings)
 def command(
     settings: ServeSettings,
     front: GatewaySettings,
-    replicas: ReplicaSettings,
-    cluster: ClusterSettings,
     *,
     prompts: Annotated[
         list[Path] | None,
@@ -37,8 +34,7 @@ def command(
 ) -> None:
     """Serve the base and any number of prompts, each a model by name, until it is interrupted.
 
-    With --engine no base is loaded here: requests go to the engines behind it, and outlive one that dies. With --on engines
-    and gateways are started on a Ray cluster."""
+    With --engine no base is loaded here: requests go to the engines behind it, and outlive one that dies."""
     if find_spec("fastapi") is None or find_spec("uvicorn") is None or find_spec("prometheus_client") is None:
         raise MissingExtra(
             "serve needs a web server, which is not installed: pip install 'softprompt[serve]'."
@@ -58,9 +54,6 @@ def command(
             f"spread: found {settings.spread}, wanted none or devices: a server cannot keep several processes in step. Serve "
             "a base that is larger than a device with --spread devices, or by an engine of another make with --engine."
         )
-    if cluster.cluster is not None:
-        _serve_on_ray(settings, front, replicas, cluster, prompts or [])
-        return
     if front.engine:
         _serve_gateway(settings, front, prompts)
         return
@@ -111,33 +104,6 @@ def _serve_gateway(settings: ServeSettings, front: GatewaySettings, prompts: lis
         fact(console, "engine", peer.url)
     fact(console, "API", f"http://{settings.host}:{settings.port}/v1")
     server.run()
-
-
-def _serve_on_ray(
-    settings: ServeSettings,
-    front: GatewaySettings,
-    replicas: ReplicaSettings,
-    cluster: ClusterSettings,
-    prompts: list[Path],
-) -> None:
-    """Gateways and engines on a cluster."""
-    if front.engine:
-        raise RecipeError(
-            "--on and --engine are both given: --on starts engines of its own. Keep one of them."
-        )
-    from softprompt.scale.ray_cluster import demand_ray
-
-    demand_ray()
-    from softprompt.scale.ray_serve import serve_on_ray
-
-    console = screen()
-
-    def announce() -> None:
-        heading(console, "serving on the cluster")
-        fact(console, "page", f"http://{settings.host}:{settings.port}/")
-        fact(console, "API", f"http://{settings.host}:{settings.port}/v1")
-
-    serve_on_ray(settings, front, replicas, cluster, prompts, announce)
 
 
 def _is_loopback(host: str) -> bool:
