@@ -30,7 +30,8 @@ from serving_steps import PARTS, texts_of
 
 HERE = Path(__file__).resolve().parent
 OURS, STATIC = "engine, 8 prompts in turn and none", "transformers, static batch"
-ARMS = [STATIC, "transformers, continuous batching", "engine, base alone", OURS]
+FROZEN = "transformers, static batch, frozen"
+ARMS = [STATIC, FROZEN, "transformers, continuous batching", "engine, base alone", OURS]
 VLLM_ARMS = [
     "vllm, base alone",
     "vllm, 8 prompts in turn and none, our connector",
@@ -136,7 +137,8 @@ def measure(asked: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_work(work, asked.base, asked.dtype, asked.rows, asked.new)
-        arms = {name: Arm(name, work, str(pythons[name])) for name in pythons}
+        left = {arm for arm, _, _ in wanted - measured}
+        arms = {name: Arm(name, work, str(pythons[name])) for name in pythons if name in left}
         try:
             for arm in arms.values():
                 arm.run(min(asked.rows))  # compiles its prompts, and whatever else is done once

@@ -55,12 +55,17 @@ def engine(work: dict[str, Any], *, mixed: bool) -> Run:
     return lambda rows: asyncio.run(every(rows))
 
 
-def static(work: dict[str, Any]) -> Run:
-    """transformers' generate over one batch, padded on the left."""
+def static(work: dict[str, Any], *, frozen: bool = False) -> Run:
+    """transformers' generate over one batch, padded on the left.
+
+    Of a `frozen` model (requires_grad off, as in any prompt tuning) torch 2.13 copies the head's weights once a row where it
+    multiplies the last states of the texts with them: a view of [B, 1, D], which it folds into one product only where the
+    weights want a gradient."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(work["base"], dtype=getattr(torch, work["dtype"]))
+    model.requires_grad_(not frozen)
     tokenizer = AutoTokenizer.from_pretrained(work["base"], padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     new = work["new_tokens"]
@@ -156,6 +161,7 @@ def vllm(work: dict[str, Any], way: str) -> Run:
 
 ARMS: dict[str, Callable[[dict[str, Any]], Run]] = {
     "transformers, static batch": static,
+    "transformers, static batch, frozen": lambda work: static(work, frozen=True),
     "transformers, continuous batching": continuous,
     "engine, base alone": lambda work: engine(work, mixed=False),
     "engine, 8 prompts in turn and none": lambda work: engine(work, mixed=True),

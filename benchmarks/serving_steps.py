@@ -9,7 +9,6 @@ import asyncio
 import statistics
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 WORDS = (
@@ -31,9 +30,10 @@ def long_row(lm: Any, rounds: int) -> dict[str, Any]:
     from softprompt.inference.compiled import compile_prompt
     from softprompt.inference.lanes import Lanes
     from softprompt.inference.prefill import PrefillRow, read_on
-    from softprompt.inference.running_batch import Running, request
+    from softprompt.inference.request import request
+    from softprompt.inference.running_batch import Running
     from softprompt.inference.settings import DecodeSettings
-    from softprompt.serving.local_engine import READ_BESIDE_CPU
+    from softprompt.serving.scheduler import READ_BESIDE_CPU
 
     base = compile_prompt(lm, None)
     greedy = DecodeSettings(max_new_tokens=100, ignore_end=True)
@@ -77,50 +77,44 @@ def long_row(lm: Any, rounds: int) -> dict[str, Any]:
 
 
 def joining(lm: Any, rounds: int) -> dict[str, Any]:
-    """A text of 1,500 tokens joins 31 running rows: the longest time between two tokens of a running row, in steps."""
+    """A text of 1,500 tokens joins 31 running rows: how long they wait for its parts between two of their steps."""
+    import threading
+
     from softprompt.inference.settings import DecodeSettings
-    from softprompt.serving.engine import Piece, Work
-    from softprompt.serving.local_engine import LocalEngine
+    from softprompt.serving.engine import Work
+    from softprompt.serving.held_prompts import HeldPrompts
+    from softprompt.serving.scheduler import Scheduler
+    from softprompt.serving.waiting import Ticket, Waiting
 
-    engine = LocalEngine(lm, max_rows=32)
-    engine.start()
-    settled, new = 12, 60
+    loop = asyncio.new_event_loop()
+    results: list[tuple[float, list[float]]] = []
+    for _ in range(rounds):
+        waiting = Waiting(threading.Condition())
+        scheduler = Scheduler(lm, HeldPrompts(lm), waiting, max_rows=32)
 
-    def marks(length: int) -> list[int]:
-        return [5 + place % 200 for place in range(length)]
+        def put(length: int, new: int, waiting: Any = waiting) -> None:
+            settings = DecodeSettings(max_new_tokens=new, ignore_end=True)
+            marks = [5 + place % 200 for place in range(length)]
+            waiting.add(Ticket(Work(None, marks, settings), None, loop))
 
-    async def watched(started: asyncio.Event) -> list[float]:
-        """CPU seconds of the process between two tokens of one of the rows."""
-        times: list[float] = []
-        settings = DecodeSettings(max_new_tokens=new, ignore_end=True)
-        async for event in engine.submit(Work(None, marks(16), settings)):
-            if isinstance(event, Piece):
-                times.append(time.process_time())
-            if len(times) == settled:
-                started.set()
-        return [later - earlier for earlier, later in pairwise(times)]
-
-    async def other(length: int, tokens: int) -> None:
-        settings = DecodeSettings(max_new_tokens=tokens, ignore_end=True)
-        async for _ in engine.submit(Work(None, marks(length), settings)):
-            pass
-
-    async def once() -> tuple[float, float]:
-        started = asyncio.Event()
-        rows = [asyncio.create_task(other(16, new)) for _ in range(30)]
-        watching = asyncio.create_task(watched(started))
-        await started.wait()
-        await asyncio.gather(other(1500, 1), *rows)
-        steps = await watching
-        return statistics.median(steps[2 : settled - 2]), max(steps[settled:])
-
-    results = [asyncio.run(once()) for _ in range(rounds)]
-    engine.stop()
+        for _ in range(31):
+            put(16, 100)
+        while waiting:
+            scheduler.admit()
+            scheduler.advance()
+        step = statistics.median(cpu_seconds(scheduler.advance) for _ in range(8))
+        put(1500, 1)
+        stops: list[float] = []
+        while waiting or scheduler.reading:
+            stops.append(cpu_seconds(scheduler.admit))
+            scheduler.advance()
+        results.append((step, stops))
+    loop.close()
     return {
         "step_cpu_milliseconds": [round(1000 * step, 1) for step, _ in results],
-        "longest_wait_for_a_token_cpu_milliseconds": [round(1000 * wait, 1) for _, wait in results],
-        "longest_wait_in_steps": [round(wait / step, 2) for step, wait in results],
-        "of_it_the_others_stop_for_steps": [round(wait / step - 1, 2) for step, wait in results],
+        "parts": [len(stops) for _, stops in results],
+        "median_stop_in_steps": [round(statistics.median(stops) / step, 2) for step, stops in results],
+        "longest_stop_in_steps": [round(max(stops) / step, 2) for step, stops in results],
     }
 
 
@@ -178,7 +172,8 @@ def shared_prompt(lm: Any, rounds: int, length: int = 1024, rows: int = 16) -> d
 
     from softprompt.base import shared_prefix
     from softprompt.inference.compiled import compile_prompt
-    from softprompt.inference.running_batch import Running, request
+    from softprompt.inference.request import request
+    from softprompt.inference.running_batch import Running
     from softprompt.inference.settings import DecodeSettings
     from softprompt.prompt.soft_prompt import SoftPrompt
 

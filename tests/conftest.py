@@ -213,6 +213,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_serving_page.py": ("",),
     "test_serving_soak.py": ("",),
+    "test_vllm_server.py": ("",),
     "test_shared_base.py": ("",),
     "test_shared_prefix.py": ("test_rows_under_long",),
     "test_source.py": ("test_the_real_files",),

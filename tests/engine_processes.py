@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx2 as httpx
 import uvicorn
 
-from softprompt.scale.gateway import Gateway, build_gateway
+from softprompt.scale.gateway import Gateway
+from softprompt.scale.gateway_app import build_gateway
 from softprompt.scale.peer import Peer
 from softprompt.scale.settings import GatewaySettings
 from softprompt.serving.keys import Keys

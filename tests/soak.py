@@ -2,9 +2,11 @@
 queue is full and the server is killed with kill -9.
 
     python tests/soak.py --requests 10000 --kills 2 [--out FILE]
+    python tests/soak.py --requests 10000 --kills 4 --engines 2      # two servers behind a gateway, killed in turn
 
 Every answer is compared with the same request generated alone. A request may be refused or cut off with an error; one that
 ends without an answer and without an error is lost. Two kinds of clients vanish: before the answer and during a stream.
+Behind a gateway a kill excuses nothing: another engine answers, and a stream that has begun goes on there.
 """
 
 from __future__ import annotations
@@ -70,19 +72,67 @@ class Result:
         return statistics.median(late) / statistics.median(early)
 
 
-class Soak:
-    """One run over a library that is made in `folder`."""
+class Server:
+    """A `softprompt serve` on loopback, which can be killed and started again at the same address."""
 
-    def __init__(self, folder: Path, requests: int, kills: int, seed: int = 0) -> None:
-        self.folder, self.requests, self.kills = folder, requests, kills
-        self.rng = random.Random(seed)
-        self.result = Result()
-        self._make_library()
+    def __init__(self, folder: Path, arguments: list[str], name: str) -> None:
+        self.arguments, self.name, self.log = arguments, name, folder / f"{name}.log"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
-        self.server: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    async def start(self) -> None:
+        """Return when it takes requests."""
+        command = [sys.executable, "-m", "softprompt", "serve", *self.arguments, "--port", str(self.port)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        async with httpx.AsyncClient(timeout=5) as client:
+            for _ in range(2400):
+                with contextlib.suppress(httpx.HTTPError):
+                    if (await client.get(f"{self.url}/ready")).status_code == 200:
+                        return
+                assert self.process.poll() is None, self.log.read_text()
+                await asyncio.sleep(0.1)
+        raise AssertionError(f"{self.name} does not start")
+
+    def kill(self) -> None:
+        """SIGKILL, unless it has ended or was never started."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    async def end(self) -> int:
+        """SIGTERM; the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return await asyncio.to_thread(self.process.wait, 60)
+
+
+class Soak:
+    """One run over a library that is made in `folder`."""
+
+    def __init__(self, folder: Path, requests: int, kills: int, seed: int = 0, engines: int = 1) -> None:
+        self.folder, self.requests, self.kills = folder, requests, kills
+        self.rng = random.Random(seed)
+        self.result = Result()
+        self._make_library()
+        keys = ["--keys", str(folder / "keys.yaml")]
+        self.servers = [Server(folder, self._engine(), f"engine-{number}") for number in range(engines)]
+        self.door = self.servers[0]
+        if engines == 1:
+            self.door.arguments += keys
+        else:
+            urls = ",".join(server.url for server in self.servers)
+            self.door = Server(folder, ["--engine", urls, *keys], "gateway")
+        self.url = self.door.url
         self.up = asyncio.Event()  # new requests wait for a server that was killed to be there again
         self.done = 0
         self.killed_at: list[float] = []
@@ -114,49 +164,50 @@ class Soak:
         draft.write_text(json.dumps(entries), encoding="utf-8")
         os.replace(draft, self.folder / "keys.yaml")
 
+    @property
+    def has_gateway(self) -> bool:
+        return self.door not in self.servers
+
+    @property
+    def everything(self) -> list[Server]:
+        """All processes, the engines first."""
+        return [*self.servers, self.door] if self.has_gateway else self.servers
+
+    def _engine(self) -> list[str]:
+        arguments = ["--base", str(self.folder / "base"), "--library", str(self.folder / "library")]
+        arguments += ["--dtype", "float32", "--device", "cpu"]
+        return [*arguments, "--max-rows", str(MAX_ROWS), "--max-waiting", str(MAX_WAITING)]
+
     async def run(self) -> Result:
-        """All of it; the server is ended by SIGTERM and must exit with 0."""
-        await self._start()
+        """All of it; the servers are ended by SIGTERM and must exit with 0."""
+        for server in self.everything:
+            await server.start()
+        self.up.set()
         limits = httpx.Limits(max_connections=4 * AT_ONCE)
-        async with httpx.AsyncClient(base_url=self.url, timeout=120, limits=limits) as client:
-            turns = iter(range(self.requests))
-            disturbing = [
-                asyncio.create_task(each) for each in (self._disturb(), self._watch(), self._kill())
-            ]
-            try:
-                await asyncio.gather(*(self._clients(client, turns) for _ in range(AT_ONCE)))
-                await self.up.wait()
-            finally:
+        try:
+            async with httpx.AsyncClient(base_url=self.url, timeout=120, limits=limits) as client:
+                turns = iter(range(self.requests))
+                killing = asyncio.create_task(self._kill())
+                disturbing = [asyncio.create_task(each) for each in (self._disturb(), self._watch())]
+                disturbing.append(killing)
+                try:
+                    await asyncio.gather(*(self._clients(client, turns) for _ in range(AT_ONCE)))
+                    await killing  # the last one that was killed is there again
+                finally:
+                    for task in disturbing:
+                        task.cancel()
                 for task in disturbing:
-                    task.cancel()
-            for task in disturbing:
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
-            await self._settle(client)
-        assert self.server is not None
-        self.server.send_signal(signal.SIGTERM)
-        assert await asyncio.to_thread(self.server.wait, 60) == 0
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await task
+                for server in self.servers:
+                    await self._settle(server)
+            for server in reversed(self.everything):
+                assert await server.end() == 0, server.name
+        finally:
+            for server in self.everything:
+                server.kill()
         self._judge()
         return self.result
-
-    async def _start(self) -> None:
-        command = [sys.executable, "-m", "softprompt", "serve", "--base", str(self.folder / "base")]
-        command += ["--library", str(self.folder / "library"), "--keys", str(self.folder / "keys.yaml")]
-        command += ["--port", str(self.port), "--dtype", "float32", "--device", "cpu"]
-        command += ["--max-rows", str(MAX_ROWS), "--max-waiting", str(MAX_WAITING)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        log = (self.folder / "server.log").open("ab")
-        self.server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        log.close()
-        async with httpx.AsyncClient(timeout=5) as client:
-            for _ in range(1200):
-                with contextlib.suppress(httpx.HTTPError):
-                    if (await client.get(f"{self.url}/ready")).status_code == 200:
-                        self.up.set()
-                        return
-                assert self.server.poll() is None, (self.folder / "server.log").read_text()
-                await asyncio.sleep(0.1)
-        raise AssertionError("the server does not start")
 
     async def _clients(self, client: httpx.AsyncClient, turns: Any) -> None:
         for number in turns:
@@ -209,8 +260,8 @@ class Soak:
         except (httpx.HTTPError, OSError) as error:
             # The client sees this error. Nothing but a kill may be its cause.
             near = [at for at in self.killed_at if began <= at <= time.monotonic()]
-            if not near:
-                self.result.lost.append(f"{kind}: {error!r}, and nothing was killed")
+            if not near or self.has_gateway:
+                self.result.lost.append(f"{kind}: {error!r}, {len(near)} kills meanwhile")
             self.result.counted["cut off with an error by a kill"] += 1
             await asyncio.sleep(0.2)
 
@@ -304,36 +355,38 @@ class Soak:
                 self._write_keys(KEYS[:1] if self.revoked[0] else KEYS)
 
     async def _watch(self) -> None:
-        """Memory of the server, once a second."""
+        """Memory of every process, once a second."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            with contextlib.suppress(psutil.Error):
-                assert self.server is not None
-                size = psutil.Process(self.server.pid).memory_info().rss
-                self.result.memory.setdefault(self.server.pid, []).append(size)
+            for server in self.everything:
+                with contextlib.suppress(psutil.Error):
+                    size = psutil.Process(server.pid).memory_info().rss
+                    self.result.memory.setdefault(server.pid, []).append(size)
 
     async def _kill(self) -> None:
-        """Kill -9, when a part of the requests has been sent, and start again."""
+        """Kill -9 of each engine in turn, when a part of the requests has been sent, and start it again."""
         for kill in range(self.kills):
             # Early, so that the last server lives long enough to show whether its memory grows.
             while self.done < self.requests * (kill + 1) / (2 * self.kills + 2):
                 await asyncio.sleep(0.02)
-            assert self.server is not None
-            self.up.clear()
+            server = self.servers[kill % len(self.servers)]
+            if not self.has_gateway:
+                self.up.clear()
             self.killed_at.append(time.monotonic())
-            self.server.kill()
-            await asyncio.to_thread(self.server.wait)
-            await self._start()
+            server.kill()
+            await server.start()
+            self.up.set()
             self.result.counted["kills"] += 1
 
-    async def _settle(self, client: httpx.AsyncClient) -> None:
+    async def _settle(self, server: Server) -> None:
         """When all clients have gone, nothing runs, nothing waits, and no memory is held for rows."""
-        for _ in range(600):
-            health = (await client.get("/health")).json()
-            if (health["running"], health["waiting"], health["kv_bytes"]) == (0, 0, 0):
-                return
-            await asyncio.sleep(0.05)
-        self.result.lost.append(f"rows are left: {health}")
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            for _ in range(600):
+                health = (await client.get("/health")).json()
+                if (health["running"], health["waiting"], health["kv_bytes"]) == (0, 0, 0):
+                    return
+                await asyncio.sleep(0.05)
+        self.result.lost.append(f"rows are left at {server.name}: {health}")
 
     def _judge(self) -> None:
         """Compare every answer with the same request alone."""
@@ -347,25 +400,27 @@ class Soak:
                 self.result.wrong.append(f"{key}: {texts} instead of {alone[key]}")
 
 
-def soak(folder: Path, requests: int, kills: int, seed: int = 0) -> Result:
+def soak(folder: Path, requests: int, kills: int, seed: int = 0, engines: int = 1) -> Result:
     """Run it in a folder that is empty."""
-    return asyncio.run(Soak(folder, requests, kills, seed).run())
+    return asyncio.run(Soak(folder, requests, kills, seed, engines).run())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A server under everything at once.")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--engines", type=int, default=1, help="More than one: behind a gateway.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        result = soak(Path(folder), options.requests, options.kills, options.seed)
+        result = soak(Path(folder), options.requests, options.kills, options.seed, options.engines)
     sizes = max(result.memory.values(), key=len)
     record = {
         "requests": options.requests,
+        "engines": options.engines,
         "minutes": round((time.monotonic() - began) / 60, 1),
         **dict(sorted(result.counted.items())),
         "versions that answered for the name that was switched": len(result.digests),

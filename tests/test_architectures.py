@@ -27,7 +27,8 @@ from softprompt.errors import BaseError, PromptError
 from softprompt.inference.compiled import TextPrompt, compile_prompt, text_state
 from softprompt.inference.generate import DecodeSettings
 from softprompt.inference.prefill import PrefillRow, prefill
-from softprompt.inference.running_batch import Running, request
+from softprompt.inference.request import request
+from softprompt.inference.running_batch import Running
 from softprompt.inference.verify import PROVEN
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
 from tiny_models import ARCHITECTURES, REFUSED, WINDOW, tiny_model, tiny_tokenizer

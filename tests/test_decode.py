@@ -34,7 +34,8 @@ from softprompt.inference.conversation import Conversation
 from softprompt.inference.detokenize import TextStream
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.inference.prefill import prefill
-from softprompt.inference.running_batch import Running, position_bytes, request
+from softprompt.inference.request import request
+from softprompt.inference.running_batch import Running, position_bytes
 from softprompt.inference.sampling import biased, completing, draw, filtered_probabilities, penalised, without
 from softprompt.inference.score import score
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt

@@ -20,11 +20,12 @@ from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.inference.generate import generate
 from softprompt.inference.lanes import Lanes
 from softprompt.inference.prefill import PrefillRow, read_on
-from softprompt.inference.running_batch import Running, position_bytes, request
+from softprompt.inference.request import request
+from softprompt.inference.running_batch import Running, position_bytes
 from softprompt.inference.score import score
 from softprompt.inference.settings import DecodeSettings
 from softprompt.prompt.soft_prompt import SoftPrompt
-from softprompt.serving import held_prompts, local_engine
+from softprompt.serving import held_prompts, scheduler
 from softprompt.serving.engine import (
     EngineFailed,
     Finished,
@@ -206,7 +207,7 @@ def test_memory_bounds_the_rows_and_one_that_can_never_fit_is_refused(lm: Frozen
 def test_a_large_row_is_passed_by_small_ones_only_so_often(
     lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_engine, "MAX_PASSED", 4)
+    monkeypatch.setattr(scheduler, "MAX_PASSED", 4)
     order: list[str] = []
 
     async def go(engine: LocalEngine) -> None:
@@ -292,7 +293,7 @@ def test_a_long_text_is_read_between_the_steps_of_others_and_changes_nothing(
         return read_on(lm, row, positions)
 
     monkeypatch.setattr(Lanes, "advance", stepping)
-    monkeypatch.setattr(local_engine, "read_on", reading)
+    monkeypatch.setattr(scheduler, "read_on", reading)
     prompt = prompt_of(lm, 2)
 
     async def go(engine: LocalEngine) -> list[str]:

@@ -55,6 +55,16 @@ def test_another_engine_goes_on_where_the_first_one_stopped() -> None:
     assert followed.choices[0].ids == [1, 2, 3, 4, 5, 6]
 
 
+def test_an_event_is_one_line_also_to_clients_that_break_lines_wherever_unicode_does() -> None:
+    text = "a\u2028b\u2029c\x85d"
+    followed = choices()
+    followed.begin()
+    (made,) = followed.take(event(text, [1]))
+    line, *rest = made.decode().splitlines()  # breaks at every line separator of Unicode
+    assert rest == [""]
+    assert json.loads(line[6:])["choices"][0]["text"] == text
+
+
 def test_a_choice_that_has_ended_is_not_ended_twice() -> None:
     followed = FollowedChoices("m", 2, tells_ids=False, rated=False)
     followed.begin()

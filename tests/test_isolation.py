@@ -20,7 +20,8 @@ from softprompt.errors import NotFinite
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt, text_state
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.inference.prefill import PASS_COST_CPU, PrefillRow, like_lengths
-from softprompt.inference.running_batch import Request, Running, request
+from softprompt.inference.request import Request, request
+from softprompt.inference.running_batch import Running
 from softprompt.inference.score import score
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
 from tiny_models import tiny_model, tiny_tokenizer

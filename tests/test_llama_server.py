@@ -162,10 +162,11 @@ class LlamaDouble:
             for number in range(body["n_predict"]):
                 record = {
                     "tokens": [70 if name is None else 71],
+                    "content": "?\u2028\x85",  # no line ends
                     "stop": number + 1 == body["n_predict"],
                     "timings": {"cache_n": used},
                 }
-                yield f"data: {json.dumps(record)}\n\n".encode()
+                yield f"data: {json.dumps(record, ensure_ascii=False)}\n\n".encode()
 
 
 @pytest.fixture(scope="module")

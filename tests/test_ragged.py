@@ -12,7 +12,8 @@ from softprompt.base.ragged import can_read_ragged
 from softprompt.inference import prefill as reading
 from softprompt.inference.compiled import TextPrompt, compile_prompt
 from softprompt.inference.prefill import Prefilled, PrefillRow, like_lengths, prefill_groups
-from softprompt.inference.running_batch import Running, request
+from softprompt.inference.request import request
+from softprompt.inference.running_batch import Running
 from softprompt.inference.settings import DecodeSettings
 from softprompt.prompt.soft_prompt import SoftPrompt
 from tiny_models import tiny_model, tiny_tokenizer

@@ -22,8 +22,10 @@ from softprompt.export.kv_file import file_of, placeholder_ids, read_kv
 from softprompt.export.states import save_kv
 from softprompt.inference.compiled import compile_prompt
 from softprompt.inference.generate import generate
-from softprompt.inference.running_batch import GREEDY, Running, request
+from softprompt.inference.request import GREEDY, request
+from softprompt.inference.running_batch import Running
 from softprompt.inference.settings import DecodeSettings
+from softprompt.scale.event_lines import lines_of
 from softprompt.scale.server import GatewayServer, addresses, make_gateway
 from softprompt.scale.settings import GatewaySettings
 from softprompt.serving.settings import ServeSettings
@@ -69,11 +71,11 @@ class VllmDouble:
             is_last = token in body["stop_token_ids"] or number + 1 == body["max_tokens"]
             choice = {
                 "index": 0,
-                "text": "?",
+                "text": "?\u2028\x85\x0c",  # as the real one does; clients that take these for line ends see half an event
                 "token_ids": [token],
                 "finish_reason": "stop" if is_last else None,
             }
-            yield f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
+            yield f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}\n\n".encode()
             await asyncio.sleep(0)
             if is_last:
                 break
@@ -292,3 +294,19 @@ def test_addresses_tell_the_kind_of_engine() -> None:
     for wrong in ("other=http://a:1", "vllm=a:1", "http://a:1/v1"):
         with pytest.raises(RecipeError, match="wanted http"):
             addresses([wrong])
+
+
+def test_lines_end_at_newlines_alone_wherever_the_stream_is_cut() -> None:
+    text = 'data: {"text": "a\u2028b\x85c\x0cd é"}\r\n\ndata: [DONE]'
+    content = text.encode()
+
+    async def read(size: int) -> list[str]:
+        async def pieces() -> AsyncIterator[bytes]:
+            for start in range(0, len(content), size):
+                yield content[start : start + size]
+
+        response = httpx.Response(200, content=pieces())
+        return [line async for line in lines_of(response)]
+
+    for size in (1, 3, 1000):
+        assert asyncio.run(read(size)) == ['data: {"text": "a\u2028b\x85c\x0cd é"}', "", "data: [DONE]"]

@@ -51,6 +51,7 @@ class Serving:
         config = uvicorn.Config(
             build_app(engine, catalogue, keys), host="127.0.0.1", port=0, log_level="error"
         )
+        self.catalogue = catalogue
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()

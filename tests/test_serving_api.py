@@ -546,6 +546,7 @@ def test_a_server_that_is_asked_to_end_says_so_and_finishes_what_runs() -> None:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "softprompt", "serve", "--base", "builtin", "--port", str(port), "-q"]
+    command += ["--grace-seconds", "300"]  # however busy the machine is
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
 
         def answers() -> bool:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ import httpx2 as httpx
 import pytest
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.evaluation.judge import evaluate
+from softprompt.evaluation.settings import JudgeSettings
+from softprompt.inference.generate import generate
 from softprompt.inference.score import score
+from softprompt.inference.settings import DecodeSettings
 from softprompt.serving.catalogue import Catalogue
 from softprompt.serving.local_engine import LocalEngine
 from softprompt.store.artifact import save_prompt
@@ -61,7 +66,7 @@ const { url, path, args, text, front, label } = JSON.parse(process.argv[2]);
     await page.fill("#rows", `${text}\\t${label}\\nno gold`);
     await page.focus("#run");
     await page.keyboard.press("Enter");
-    await page.waitForFunction(() => document.querySelectorAll("#matrix tr").length === 4);
+    await page.waitForFunction(() => document.querySelectorAll("#matrix tr").length === 6);
     const code = await page.textContent("#code");
     await page.click("#link");
     const again = await browser.newPage({ viewport: { width, height }, colorScheme });
@@ -78,7 +83,8 @@ const { url, path, args, text, front, label } = JSON.parse(process.argv[2]);
       overflow: await page.evaluate(() => document.documentElement.scrollWidth - innerWidth),
       background: await page.evaluate(() => getComputedStyle(document.body).backgroundColor),
       right: await page.$$eval("#matrix td.right", all => all.length),
-      figures: await page.$$eval("#matrix tr:last-child th", all => all.map(each => each.textContent)),
+      wrong: await page.$$eval("#matrix td.wrong", all => all.length),
+      figures: await page.$$eval("#matrix tr", all => all.slice(3).map(line => [...line.children].map(each => each.textContent))),
       code,
     });
     await page.close();
@@ -136,6 +142,8 @@ def test_the_page_answers_scores_and_marks_by_keyboard_at_every_width(
     assert run.returncode == 0, run.stderr
     pages: list[dict[str, Any]] = json.loads(run.stdout)
     assert len(pages) == 6
+    (scored,) = score(lm, [text], label, support, end="auto")
+    loss = -scored.log_probability / len(scored.token_ids)
     jumps = [score(lm, [text], " jumps", prompt)[0].log_probability for prompt in (None, support)]
     for page in pages:
         assert (page["problems"], page["outside"]) == ([], [])
@@ -146,13 +154,46 @@ def test_the_page_answers_scores_and_marks_by_keyboard_at_every_width(
         assert page["scores"] == [f"base: {jumps[0]:.2f} nats", f"support: {jumps[1]:.2f} nats"]
         assert len(page["detail"].splitlines()) == 6
         assert page["right"] >= 1
-        assert page["figures"][-1].startswith("1.000")
+        assert page["right"] + page["wrong"] == 2  # of two models; the row without a right answer has no mark
+        assert [line[0] for line in page["figures"]] == ["accuracy", "macro f1", "nll"]
+        assert [line[-1].split(" ")[0] for line in page["figures"]] == ["1.000", "1.000", f"{loss:.3f}"]
         assert "from openai import OpenAI" in page["code"]
     light, dark = (
         {page["background"] for page in pages if page["colorScheme"] == scheme}
         for scheme in ("light", "dark")
     )
     assert not light & dark
+
+
+def test_the_figures_of_answered_rows_are_those_of_evaluate(
+    serving: Serving, lm: FrozenLM, tmp_path: Path
+) -> None:
+    """Right and wrong labels, one of them never answered; and texts that are no labels."""
+    learned = replace(prompt_of(lm, 3, "labelled", "{soft:4}{text}{label}"), target="label")
+    save_prompt(learned, tmp_path / "labelled")
+    serving.catalogue.add(tmp_path / "labelled")
+    texts = ["The quick brown fox", "Tweet: my order", "I want you", "a", "thank you", "nobody answers!"]
+    bare = prompt_of(lm, 3, "labelled", "{soft:4}{text}")
+    said = [row.text for row in generate(lm, texts, bare, DecodeSettings(max_new_tokens=6, stop=("\n",)))]
+    wanted = [said[0].strip() or "x", said[0].strip() or "x", "no", "no", "no", said[5].strip() or "x"]
+    as_labels, as_texts = ["accuracy", "macro_f1", "nll"], ["rouge_l", "chrf", "nll", "bits_per_byte"]
+    for labels, metrics in ((wanted, as_labels), ([f"a text, number {row}" for row in range(6)], as_texts)):
+        rows = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+        settings = JudgeSettings(max_new_tokens=6, stop=["\n"], metrics=metrics)
+        judged = evaluate(learned, rows, base=lm, settings=settings, progress=False)
+        answered = [
+            {"input": text, "wanted": label, "answer": answer}
+            for text, label, answer in zip(texts, labels, said, strict=True)
+        ]
+        asked = {"model": "labelled", "rows": answered}
+        response = httpx.post(f"{serving.url}/v1/softprompt/figures", json=asked, timeout=60)
+        figures = response.json()["figures"]
+        assert list(figures) == list(judged.estimates)
+        for name, estimate in judged.estimates.items():
+            about = figures[name]
+            assert about["n"] == estimate.n == 6
+            assert about["value"] == pytest.approx(estimate.value, rel=1e-5), name
+            assert about["stderr"] == pytest.approx(estimate.stderr, rel=1e-4), name
 
 
 def test_the_page_is_small_and_may_run_nothing_but_itself(serving: Serving) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import pytest
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.inference.generate import generate
@@ -158,4 +159,17 @@ def test_a_server_that_is_killed_loses_no_request_without_an_error(tmp_path: Pat
     assert (result.wrong, result.lost) == ([], [])
     assert result.counted["kills"] == 1
     assert result.counted["answered"] > 10
+    assert result.counted["vanished"] > 10
+
+
+@pytest.mark.timeout(900)  # three processes start, and one starts again
+def test_one_of_two_engines_killed_behind_a_gateway_loses_nothing(tmp_path: Path) -> None:
+    """Some of `python tests/soak.py --engines 2`: whole answers and streams of the killed engine come from the other one."""
+    from soak import soak
+
+    result = soak(tmp_path, requests=100, kills=1, engines=2)
+    assert (result.wrong, result.lost) == ([], [])
+    assert result.counted["kills"] == 1
+    assert result.counted["cut off with an error by a kill"] == 0
+    assert result.counted["answered"] > 15
     assert result.counted["vanished"] > 10

@@ -14,7 +14,8 @@ from softprompt.base.shared_prefix import attend, can_share
 from softprompt.inference.compiled import TextPrompt, compile_prompt
 from softprompt.inference.generate import generate
 from softprompt.inference.lanes import Lanes
-from softprompt.inference.running_batch import Running, position_bytes, request
+from softprompt.inference.request import request
+from softprompt.inference.running_batch import Running, position_bytes
 from softprompt.inference.settings import DecodeSettings
 from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.serving.engine import Finished, Work

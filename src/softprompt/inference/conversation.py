@@ -9,7 +9,8 @@ from softprompt.data.tokenizer import tokens
 from softprompt.inference.compiled import Promptable, compile_prompt
 from softprompt.inference.generate import Generation, generation, run
 from softprompt.inference.prefill import PrefillRow
-from softprompt.inference.running_batch import GREEDY, Running, request
+from softprompt.inference.request import GREEDY, request
+from softprompt.inference.running_batch import Running
 from softprompt.inference.settings import DecodeSettings
 
 

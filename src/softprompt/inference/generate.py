@@ -11,7 +11,8 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Example
 from softprompt.errors import DataError
 from softprompt.inference.compiled import CompiledPrompt, Promptable, compile_prompt
-from softprompt.inference.running_batch import GREEDY, FinishReason, Request, Running, request
+from softprompt.inference.request import GREEDY, FinishReason, Request, request
+from softprompt.inference.running_batch import Running
 from softprompt.inference.settings import DecodeSettings as DecodeSettings
 from softprompt.progress.bar import Advance, progress_bar
 

@@ -13,7 +13,8 @@ import torch
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.errors import OutOfMemory
-from softprompt.inference.running_batch import Request, Running
+from softprompt.inference.request import Request
+from softprompt.inference.running_batch import Running
 
 # What one more lane costs a step, in columns of keys and values: some 50 ms of a small base on a CPU in bfloat16, at 0.01
 # ms a row and column. On a GPU a step costs about the same whatever it holds.

@@ -98,10 +98,15 @@ class RatedToken:
 
 @torch.inference_mode()
 def rate_continuation(
-    lm: FrozenLM, prompt: CompiledPrompt, given: str | Example, continuation: str, top: int = 0
+    lm: FrozenLM,
+    prompt: CompiledPrompt,
+    given: str | Example,
+    continuation: str,
+    top: int = 0,
+    end: End = "never",
 ) -> list[RatedToken]:
     """Rates every token of a continuation, laid out and scored as by `score`, with the `top` likeliest at its position."""
-    scoring = _laid_out(lm, prompt, given, continuation, "never")
+    scoring = _laid_out(lm, prompt, given, continuation, end)
     return _rated_tokens(lm, scoring.row, scoring.positions, top)
 
 

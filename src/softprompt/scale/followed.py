@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from softprompt.serving.answers import sse
+
 DONE = "[DONE]"
 
 
@@ -236,10 +238,3 @@ class FollowedResponse:
 
     def _first(self, what: str, record: dict[str, Any]) -> dict[str, Any]:
         return {**record, "id": self._ids.setdefault(what, record["id"])}
-
-
-def sse(record: dict[str, Any] | str, event: str | None = None) -> bytes:
-    """One server-sent event."""
-    named = f"event: {event}\n" if event else ""
-    data = record if isinstance(record, str) else json.dumps(record, ensure_ascii=False)
-    return f"{named}data: {data}\n\n".encode(errors="replace")

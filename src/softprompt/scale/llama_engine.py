@@ -12,7 +12,8 @@ import httpx2 as httpx
 
 from softprompt.errors import DataError, MissingExtra
 from softprompt.export.kv_file import placeholder_ids, read_slot_header, slot_header_of, slot_of
-from softprompt.inference.running_batch import Request
+from softprompt.inference.request import Request
+from softprompt.scale.event_lines import lines_of
 from softprompt.scale.remote_engine import RemoteEngine, refuse_vectors, sample_seed
 from softprompt.serving.engine import EngineFailed, Work
 
@@ -138,7 +139,7 @@ class LlamaEngine(RemoteEngine):
 
 
 async def _events(answer: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
-    async for line in answer.aiter_lines():
+    async for line in lines_of(answer):
         if line.startswith("data: ") and line != "data: [DONE]":
             record: dict[str, Any] = json.loads(line[6:])
             if "error" in record:

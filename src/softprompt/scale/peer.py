@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import httpx2 as httpx
 
+from softprompt.scale.event_lines import lines_of
+
 Result = TypeVar("Result")
 
 PROBE_SECONDS = 5.0  # that an engine may take to answer a probe
@@ -145,7 +147,7 @@ class Peer:
                     yield Whole(response.status_code, response.headers, content)
                     return
                 yield Whole(response.status_code, response.headers, b"")
-                lines = response.aiter_lines()
+                lines = lines_of(response)
                 while (line := await self._unless_lost(_next(lines))) is not None:
                     if line.startswith("data: "):
                         yield line.removeprefix("data: ")

@@ -17,11 +17,12 @@ from typing import Any
 import httpx2 as httpx
 
 from softprompt.base.outline import Outline
+from softprompt.data.ending import End
 from softprompt.data.example import Example
 from softprompt.errors import MissingExtra, PromptError
 from softprompt.inference.compiled import CompiledPrompt
 from softprompt.inference.detokenize import TextStream
-from softprompt.inference.running_batch import Request, request
+from softprompt.inference.request import Request, request
 from softprompt.inference.score import RatedToken
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.scale.remote_base import laid_out_only, remote_base
@@ -162,6 +163,7 @@ class RemoteEngine(ABC):
         given: str | Example | Sequence[int],
         continuation: str | None = None,
         top: int = 0,
+        end: End = "never",
     ) -> list[RatedToken]:
         """Not to be had: an engine that rates its prompt reads placeholders as if they were text, and keeps what comes of it.
 

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 from softprompt.base.outline import Outline
 from softprompt.errors import RecipeError
 from softprompt.scale.app_transport import AppTransport
-from softprompt.scale.gateway import Gateway, build_gateway
+from softprompt.scale.gateway import Gateway
+from softprompt.scale.gateway_app import build_gateway
 from softprompt.scale.llama_engine import LlamaEngine
 from softprompt.scale.peer import Peer
 from softprompt.scale.remote_engine import RemoteEngine

@@ -9,7 +9,8 @@ from typing import Any
 
 from softprompt.errors import DataError
 from softprompt.export.kv_file import file_of, placeholder_ids, read_header
-from softprompt.inference.running_batch import Request
+from softprompt.inference.request import Request
+from softprompt.scale.event_lines import lines_of
 from softprompt.scale.kv_loading import PARAMETER, POSITIONS
 from softprompt.scale.remote_engine import RemoteEngine, refuse_vectors, sample_seed
 from softprompt.serving.engine import EngineFailed
@@ -84,7 +85,7 @@ class VllmEngine(RemoteEngine):
             if answer.status_code != 200:
                 _raise(answer.status_code, (await answer.aread()).decode(errors="replace"))
             is_over = False
-            async for line in answer.aiter_lines():
+            async for line in lines_of(answer):
                 data = line.removeprefix("data: ")
                 if data == "[DONE]":
                     break

@@ -349,10 +349,10 @@ def reason(answer: Finished) -> str:
     return "length" if answer.reason == "length" else "stop"
 
 
-def sse(record: dict[str, Any], event: str | None = None) -> bytes:
+def sse(record: dict[str, Any] | str, event: str | None = None) -> bytes:
     """One server-sent event: its data are one line, also to clients that break lines wherever Unicode does."""
     named = f"event: {event}\n" if event else ""
-    data = json.dumps(record, ensure_ascii=False)
+    data = record if isinstance(record, str) else json.dumps(record, ensure_ascii=False)
     for separator in LINE_SEPARATORS:  # JSON itself escapes those of ASCII
         data = data.replace(separator, f"\\u{ord(separator):04x}")
     return f"{named}data: {data}\n\n".encode(errors="replace")

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.data.ending import End
 from softprompt.data.example import Example
 from softprompt.errors import SoftPromptError
 from softprompt.inference.compiled import CompiledPrompt
-from softprompt.inference.running_batch import Steering
+from softprompt.inference.request import Steering
 from softprompt.inference.score import RatedToken
 from softprompt.inference.settings import DecodeSettings
 from softprompt.prompt.soft_prompt import Prompt
@@ -129,9 +130,10 @@ class Engine(Protocol):
         given: str | Example | Sequence[int],
         continuation: str | None = None,
         top: int = 0,
+        end: End = "never",
     ) -> list[RatedToken]:
-        """Rates every token of a continuation under a prompt, with the `top` likeliest in its place; without a
-        continuation, every token of the input itself. Raises as `submit` does."""
+        """Rates every token of a continuation under a prompt, with the `top` likeliest in its place, and the end token
+        behind it as `end` says; without a continuation, every token of the input itself. Raises as `submit` does."""
 
     def room(self) -> Room:
         """The room for requests now."""

@@ -10,7 +10,7 @@ from softprompt.data.example import Example, Message
 from softprompt.data.layout import Layout, to_answer
 from softprompt.data.template import Template
 from softprompt.inference.compiled import CompiledPrompt
-from softprompt.inference.running_batch import Steering
+from softprompt.inference.request import Steering
 from softprompt.serving import wire
 from softprompt.serving.catalogue import Served
 from softprompt.serving.refusals import Refused

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.errors import SoftPromptError
+from softprompt.errors import MissingExtra, SoftPromptError
 from softprompt.inference.score import RatedToken
 from softprompt.serving import wire
 from softprompt.serving.answers import columns, token_text
 from softprompt.serving.engine import Work
+from softprompt.serving.figures import figures_of, row_of
 from softprompt.serving.inputs import completion_input
 from softprompt.serving.openai_routes import DEFAULT_NEW_TOKENS, STREAMED, shown
 from softprompt.serving.refusals import Refused, too_many
@@ -70,6 +72,20 @@ def own_routes(service: Service) -> APIRouter:
                 continuations.append(_scored(lm, text, rated))
             data.append({"model": served.name, "continuations": continuations})
         return {"object": "softprompt.score", "data": data}
+
+    @router.post("/v1/softprompt/figures")
+    async def figures(body: wire.FiguresBody, request: Request) -> dict[str, Any]:
+        """What `evaluate` says of such answers; without the loss where the engine rates no text."""
+        served = service.served_by(body.model, service.caller_of(request))
+        service.demand_known(body)
+        rows = []
+        for index, row in enumerate(body.rows):
+            rated: list[RatedToken] = []
+            with suppress(MissingExtra):
+                rated = await engine.score(served.digest, row.input, row.wanted, end="auto")
+            rows.append(row_of(lm, index, row, rated))
+        figures = await asyncio.to_thread(figures_of, rows)
+        return {"object": "softprompt.figures", "model": served.name, "figures": figures}
 
     @router.post("/tokenize")
     async def tokenize(body: wire.TokenizeBody, request: Request) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.hardware import free_memory_bytes
+from softprompt.base.packed_weights import pack_weights
 from softprompt.base.processes import demand_alone
 from softprompt.serving.app import build_app
 from softprompt.serving.catalogue import Catalogue
@@ -46,6 +47,7 @@ def make_server(lm: FrozenLM, settings: ServeSettings, prompts: Sequence[Path] =
     """Loads everything that is served. Raises the errors of softprompt.errors before anything listens."""
     demand_alone("serve")
     keys = Keys.load(settings.keys)
+    pack_weights(lm)  # before the free memory is looked at
     memory = (
         free_memory_bytes(lm.device) // 2
         if settings.memory_gigabytes is None

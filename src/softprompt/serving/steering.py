@@ -17,7 +17,7 @@ from softprompt.data.example import Example
 from softprompt.data.tokenizer import tokens
 from softprompt.errors import DataError, MissingExtra, RecipeError
 from softprompt.inference.compiled import CompiledPrompt, end_ids
-from softprompt.inference.running_batch import Steering
+from softprompt.inference.request import Steering
 from softprompt.inference.score import continuation_ids
 
 FORBIDDEN = float("-inf")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from softprompt.inference.running_batch import Request
+from softprompt.inference.request import Request
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.serving.engine import Answer, Work
 

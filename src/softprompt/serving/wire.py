@@ -236,6 +236,22 @@ class ScoreBody(Body):
     top: int = Field(default=0, ge=0, le=MAX_LOG_PROBABILITIES)
 
 
+class AnsweredRow(BaseModel):
+    """An input, what is wanted of it, and an answer to it."""
+
+    model_config = ConfigDict(extra="forbid")
+    input: str = Field(max_length=100_000)
+    wanted: str = Field(min_length=1, max_length=100_000)
+    answer: str = Field(max_length=1_000_000)
+
+
+class FiguresBody(Body):
+    """A request for the figures that `evaluate` gives of rows that have been answered: for the page."""
+
+    model: str = "base"
+    rows: list[AnsweredRow] = Field(min_length=1, max_length=200)
+
+
 class TokenizeBody(Body):
     model: str = "base"
     prompt: str = Field(default="", max_length=1_000_000)
