@@ -126,7 +126,7 @@ def test_rows_out_of_order_and_twice_are_read_in_the_order_of_their_index(
 ) -> None:
     order = list(range(30)) * 2
     random.Random(1).shuffle(order)
-    lines = [Row(index, index, "in", "out", answer=f"{place}") for place, index in enumerate(order)]
+    lines = [Row(index, index, "in", "out", answer=f"{n}", nll=1.0) for n, index in enumerate(order)]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"".join(row.to_line() for row in lines))
     expected = {row.index: row for row in lines}

@@ -1,8 +1,8 @@
 """The loss of every trained token, faster than the base's own: same signature, same values up to rounding.
 
 `FrozenLM.token_nll` is the exact, plain reference. A FastLoss reads the same batches through a copy of the body that
-shares its weights (body.py), keeps the states before a row's first virtual token (context_cache.py), and screens large
-heads with int8 products (kernels/screened_head.py). The base itself is only read, so that several losses, runs and a
+shares its weights (body.py), keeps the states before a row's first virtual token (context_cache.py) and those that
+enter the first layer that learns (cut_states.py), and screens large heads with int8 products (kernels/screened_head.py). The base itself is only read, so that several losses, runs and a
 server can share it.
 """
 
@@ -24,6 +24,7 @@ from softprompt.data.batch import Batch
 from softprompt.loss.body import learning_body
 from softprompt.loss.checkpointing import checkpointed
 from softprompt.loss.context_cache import GIGABYTE, ContextCache
+from softprompt.loss.cut_states import CutStates, below_detached
 from softprompt.loss.kernels.screened_head import PackedHead, ScreenedHead, packed
 from softprompt.loss.packed_body import PackedBody
 from softprompt.prompt.soft_prompt import Plain
@@ -34,7 +35,8 @@ class FastLoss:
 
     `int8_products`: gradients are taken with the body's weights in int8 (losses without a gradient never are).
     `context_bytes`: memory for the states of text before the first virtual token; 0 reads it again every time.
-    `recompute`: gradient checkpointing, one layer's memory at a time and a third more time."""
+    `recompute`: gradient checkpointing, one layer's memory at a time and a third more time.
+    `first_layer`: the first one of which a deep prompt learns (cut_states.py); the gradient below it is zero."""
 
     def __init__(
         self,
@@ -43,10 +45,12 @@ class FastLoss:
         int8_products: bool = False,
         context_bytes: int = GIGABYTE,
         recompute: bool = False,
+        first_layer: int = 0,
     ) -> None:
         self.lm = lm
         self.int8_products, self.recompute = int8_products, recompute
         self.context_cache = ContextCache(lm, self._read, context_bytes)
+        self.first_layer, self.cut_states = first_layer, CutStates(context_bytes)
 
     def __call__(self, batch: Batch, prompt: Plain | None = None) -> Tensor:
         """Loss in nats of every trained token, float32 [N], in the order of the batch's rows and positions.
@@ -59,6 +63,9 @@ class FastLoss:
     def hidden(self, batch: Batch, prompt: Plain | None = None) -> Tensor:
         """The last hidden states that predict the trained tokens, [N, D], in the order of the losses."""
         batch = batch.to(self.lm.device)
+        is_cut = self.first_layer > 0 and prompt is not None and len(prompt) == 2
+        if prompt is not None and is_cut:
+            prompt = below_detached(prompt, self.first_layer)
         split = self.context_cache.split(batch) if prompt is not None and len(prompt) == 1 else None
         if split is None:
             placed = place(self.lm, batch, prompt)
@@ -67,7 +74,7 @@ class FastLoss:
             placed = replace(rest, embeddings_BSD=place(self.lm, batch, prompt).embeddings_BSD)
         # The state at s predicts the token at s + 1.
         before_BS = torch.nn.functional.pad(batch.trained_BS[:, 1:], (0, 1))
-        return self._states_at(placed, batch, before_BS)
+        return self._states_at(placed, batch, before_BS, prompt if is_cut else None)
 
     def __repr__(self) -> str:
         return f"FastLoss({self.lm!r}, int8_products={self.int8_products})"
@@ -76,11 +83,17 @@ class FastLoss:
         """Builds the fast body now rather than in the first loss."""
         _ = self.body
 
-    def _states_at(self, placed: Placed, batch: Batch, wanted_BS: Tensor) -> Tensor:
-        """Last hidden states of the wanted positions, [N, D]: of those alone, where the body can."""
+    def _states_at(self, placed: Placed, batch: Batch, wanted_BS: Tensor, cut: Plain | None) -> Tensor:
+        """Last hidden states of the wanted positions, [N, D]: of those alone, where the body can.
+
+        `cut` is a deep prompt whose lower layers are fixed; the body then begins above them, where it can."""
         body = self._current_body
         if isinstance(body, PackedBody) and bool(wanted_BS.any()) and body.takes(placed):
-            return body.states_at(placed, batch, wanted_BS)
+            if cut is None:
+                return body.states_at(placed, batch, wanted_BS)
+            states_BSD = self.cut_states.of(self.lm, body, batch, cut, self.first_layer)
+            placed = replace(placed, embeddings_BSD=states_BSD)
+            return body.states_at(placed, batch, wanted_BS, self.first_layer)
         return self.lm.states(placed, body)[wanted_BS]
 
     def _read(self, placed: Placed) -> Tensor:

@@ -9,7 +9,7 @@ read. Results equal those of the plain body up to rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,15 +72,39 @@ class PackedBody(nn.Module):
         length = placed.embeddings_BSD.shape[1]
         return self.layers[0].heads.group * length * (length + _past_length(placed)) <= MOST_SCORES
 
-    def states_at(self, placed: Placed, batch: Batch, wanted_BS: Tensor) -> Tensor:
-        """Last hidden states of the wanted positions [M, D], in the order of rows and positions."""
-        embeddings_BSD = placed.embeddings_BSD
-        rows, length, width = embeddings_BSD.shape
-        past = _past_length(placed)
-        # Padding is never computed, and a beginning that all rows share is computed once: the rows are packed into one list.
-        packing = packed(batch, wanted_BS, share=past == 0)
-        hidden_ND = embeddings_BSD.reshape(rows * length, width).index_select(0, packing.source_N)
+    def states_at(self, placed: Placed, batch: Batch, wanted_BS: Tensor, first: int = 0) -> Tensor:
+        """Last hidden states of the wanted positions [M, D], in the order of rows and positions.
 
+        Layers below `first` are not read: what stands for embeddings are the states that enter it (`states_entering`)."""
+        # Padding is never computed, and a beginning that all rows share is computed once: the rows are packed into one list.
+        packing = packed(batch, wanted_BS, share=_past_length(placed) == 0)
+        hidden_ND, full = self._begin(placed, packing)
+        # Where the wanted states lie among the packed ones.
+        wanted_BR = wanted_BS[:, packing.shared :]
+        wanted_M = packing.packed_BR[wanted_BR]
+        last = len(self.layers) - 1
+        for index in range(first, len(self.layers)):
+            positions = full[self.windows[index]]
+            # The last layer is only needed where a label is: its queries and its MLP run at the wanted positions alone.
+            if index == last:
+                only = _only(positions.blocks[-1], wanted_BR)
+                positions = replace(positions, blocks=(only,), kept=wanted_M)
+            hidden_ND = self._layer(index, hidden_ND, placed, positions)
+        return normed(hidden_ND, self.norm)
+
+    def states_entering(self, layer: int, placed: Placed, batch: Batch) -> Tensor:
+        """The hidden states [S, D] of the batch's one row that enter layer `layer`."""
+        packing = packed(batch, torch.ones_like(batch.trained_BS), share=False)
+        hidden_ND, full = self._begin(placed, packing)
+        for index in range(layer):
+            hidden_ND = self._layer(index, hidden_ND, placed, full[self.windows[index]])
+        return hidden_ND
+
+    def _begin(self, placed: Placed, packing: _Packing) -> tuple[Tensor, dict[int | None, Positions]]:
+        """The packed input [N, D], and by sliding window how its positions attend."""
+        rows, length, width = placed.embeddings_BSD.shape
+        past = _past_length(placed)
+        hidden_ND = placed.embeddings_BSD.reshape(rows * length, width).index_select(0, packing.source_N)
         # Rotary angles come from the body itself, which knows about every scaling of positions.
         positions_BS = placed.positions_BS
         if positions_BS is None:
@@ -88,27 +112,16 @@ class PackedBody(nn.Module):
         positions_N = positions_BS.reshape(-1)[packing.source_N]
         with torch.no_grad():
             cos_1NK, sin_1NK = self.body.rotary_emb(hidden_ND[None].float(), positions_N[None])
-
-        # Where the wanted states lie among the packed ones.
-        wanted_BR = wanted_BS[:, packing.shared :]
-        wanted_M = packing.packed_BR[wanted_BR]
-        full = {
+        return hidden_ND, {
             window: Positions(cos_1NK[0], sin_1NK[0], _attending(packing, placed, past, window))
             for window in set(self.windows)
         }
-        last = len(self.layers) - 1
-        for index, (layer, window) in enumerate(zip(self.layers, self.windows, strict=True)):
-            positions = full[window]
-            # The last layer is only needed where a label is: its queries and its MLP run at the wanted positions alone.
-            if index == last:
-                positions = Positions(
-                    cos_1NK[0], sin_1NK[0], (_only(positions.blocks[-1], wanted_BR),), kept=wanted_M
-                )
-            keys = values = None
-            if past:
-                keys, values = placed.past.layers[index].keys, placed.past.layers[index].values
-            hidden_ND = layer_output(hidden_ND, keys, values, layer, positions, self.recompute)
-        return normed(hidden_ND, self.norm)
+
+    def _layer(self, index: int, hidden_ND: Tensor, placed: Placed, positions: Positions) -> Tensor:
+        keys = values = None
+        if _past_length(placed):
+            keys, values = placed.past.layers[index].keys, placed.past.layers[index].values
+        return layer_output(hidden_ND, keys, values, self.layers[index], positions, self.recompute)
 
 
 def _past_length(placed: Placed) -> int:

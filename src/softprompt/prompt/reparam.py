@@ -27,9 +27,11 @@ class Trained(NamedTuple):
 class Form(nn.Module):
     """The tensors that the optimiser updates (`parameters()`), and the plain prompt they produce (a call; differentiable).
 
-    All float32 on the CPU: a prompt is small, and only its plain value and its gradient travel to the base."""
+    All float32 on the CPU: a prompt is small, and only its plain value and its gradient travel to the base. A deep prompt
+    keeps its start in the layers below `first_layer`."""
 
     start_PW: Tensor
+    first_layer: int = 0
 
     def __init__(self, start: Plain) -> None:
         super().__init__()
@@ -41,7 +43,19 @@ class Form(nn.Module):
         raise NotImplementedError
 
     def forward(self) -> Plain:
-        return as_plain(self.rows(), self.deep_shape)
+        plain = as_plain(self.rows(), self.deep_shape)
+        if not self.first_layer:
+            return plain
+        below = as_plain(self.start_PW, self.deep_shape)
+        return tuple(
+            torch.cat([start[: self.first_layer], learned[self.first_layer :]])
+            for start, learned in zip(below, plain, strict=True)
+        )
+
+    @property
+    def trained_values(self) -> int:
+        """How many numbers are learned."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def trained(self) -> list[Trained]:
         """All that the optimiser moves, with shares of the rate by which the prompt moves about as fast as in `Direct`."""
@@ -66,6 +80,11 @@ class Direct(Form):
 
     def rows(self) -> Tensor:
         return self.value_PW
+
+    @property
+    def trained_values(self) -> int:
+        layers = self.deep_shape[0] if self.deep_shape else 1
+        return self.value_PW.numel() * (layers - self.first_layer) // layers
 
 
 class Residual(Form):

@@ -146,6 +146,17 @@ class PromptSettings(Section):
         "Size of the form: hidden width of a network, rank, or how many embeddings are superposed; without it, the "
         "form's own.",
     )
+    upper_layers: Annotated[float, Field(gt=0, le=1)] = setting(
+        1.0,
+        "The share of the layers, counted from the top, that a deep prompt learns in; below them it keeps its start. "
+        "Hidden states that enter them are read once a row, within `tune.context_cache_gigabytes`: at 0.5 a step costs "
+        "about half where rows are seen several times.",
+        flag="--upper-layers",
+    )
+
+    def first_layer(self, layers: int) -> int:
+        """The lowest of the base's `layers` layers that learns."""
+        return min(layers - 1, round((1.0 - self.upper_layers) * layers))
 
 
 class TuneSettings(Section):
@@ -257,6 +268,11 @@ class Recipe(BaseSettings):
             raise ValueError(
                 "prompt.init is zero, which only keys and values can start from: vectors would all be the same. Set "
                 "prompt.kind to deep, or prompt.init to random or vocabulary."
+            )
+        if self.prompt.upper_layers < 1 and self.prompt.kind != "deep":
+            raise ValueError(
+                f"prompt.upper_layers is {self.prompt.upper_layers:g}, but a soft prompt stands before the first layer. Set "
+                "prompt.kind to deep, or leave it away."
             )
         if self.prompt.init in ("prompt", "mean", "concatenation") and not self.prompt.init_from:
             raise ValueError(

@@ -274,7 +274,7 @@ class Run:
                 examples=len(plan.train.encoded),
                 validation_examples=len(plan.splits.validation),
                 trained_tokens=plan.trained_tokens,
-                prompt_values=sum(parameter.numel() for parameter in self.learner.parameters),
+                prompt_values=self.learner.form.trained_values,
                 baseline_nll=self.nll_base,
             )
         )

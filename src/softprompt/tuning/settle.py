@@ -74,6 +74,7 @@ def fast_loss(recipe: Recipe, lm: FrozenLM) -> FastLoss:
         int8_products=tune.int8_products,
         context_bytes=round(tune.context_cache_gigabytes * GIGABYTE),
         recompute=tune.gradient_checkpointing,
+        first_layer=recipe.prompt.first_layer(lm.num_layers),
     )
 
 

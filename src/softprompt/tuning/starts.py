@@ -27,7 +27,9 @@ def start(plan: Plan) -> Form:
     generator = torch.Generator().manual_seed(recipe.tune.seed)
     plain = plain_start(plan, generator)
     table_mW = _table(plan, generator) if recipe.prompt.form == "superposition" else torch.empty(0)
-    return FORMS[recipe.prompt.form](plain, table_mW, recipe.prompt.form_width, generator)
+    form = FORMS[recipe.prompt.form](plain, table_mW, recipe.prompt.form_width, generator)
+    form.first_layer = recipe.prompt.first_layer(plan.lm.num_layers)
+    return form
 
 
 def plain_start(plan: Plan, generator: torch.Generator) -> Plain:

@@ -239,6 +239,7 @@ def _demand_one_base(recipes: Sequence[Recipe]) -> None:
         "tune.int8_products",
         "tune.context_cache_gigabytes",
         "tune.gradient_checkpointing",
+        "prompt.upper_layers",
     ):
         first, *others = map(attrgetter(name), recipes)
         for value in others:
@@ -303,9 +304,12 @@ def tune_tasks(
                     "alike."
                 )
         generator = torch.Generator().manual_seed(tune.tune.seed)
-        return SharedTimesLowRank.of_tasks(
+        forms = SharedTimesLowRank.of_tasks(
             plain_start(first, generator), len(plans), tune.prompt.form_width or 1, generator
         )
+        for form in forms:
+            form.first_layer = tune.prompt.first_layer(first.lm.num_layers)
+        return forms
 
     for recipe in recipes:
         if recipe.prompt.form != "multitask":
