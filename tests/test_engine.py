@@ -20,7 +20,7 @@ from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.inference.generate import generate
 from softprompt.inference.lanes import Lanes
 from softprompt.inference.prefill import PrefillRow, read_on
-from softprompt.inference.request import request
+from softprompt.inference.request import Request, request
 from softprompt.inference.running_batch import Running, position_bytes
 from softprompt.inference.score import score
 from softprompt.inference.settings import DecodeSettings
@@ -282,7 +282,12 @@ def test_a_long_text_is_read_between_the_steps_of_others_and_changes_nothing(
     lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    advance = Lanes.advance
+    sizes: list[int] = []
+    advance, join = Lanes.advance, Lanes.join
+
+    def joining(self: Lanes, requests: Sequence[Request]) -> Any:
+        events.extend("join" for row in requests if len(row.row.marks) > len(shorter))
+        return join(self, requests)
 
     def stepping(self: Lanes) -> Any:
         events.append("step")
@@ -290,9 +295,14 @@ def test_a_long_text_is_read_between_the_steps_of_others_and_changes_nothing(
 
     def reading(lm: FrozenLM, row: PrefillRow, positions: int) -> PrefillRow:
         events.append("part")
+        if len(row.marks) > len(shorter):
+            sizes.append(positions)
         return read_on(lm, row, positions)
 
+    shorter = compile_prompt(lm, prompt_of(lm, 2)).marks(lm, TEXTS[0])  # of the shorter text
     monkeypatch.setattr(Lanes, "advance", stepping)
+    monkeypatch.setattr(Lanes, "join", joining)
+    monkeypatch.setattr(scheduler, "KNOWN_AS_ONE", 40)
     monkeypatch.setattr(scheduler, "read_on", reading)
     prompt = prompt_of(lm, 2)
 
@@ -311,6 +321,11 @@ def test_a_long_text_is_read_between_the_steps_of_others_and_changes_nothing(
     parts = [place for place, event in enumerate(events) if event == "part"]
     assert len(parts) >= 4
     assert all("step" in events[a:b] for a, b in itertools.pairwise(parts))
+    # What is left of it is read as it joins, not between the same two steps as the last part.
+    joined = events.index("join")
+    assert "step" in events[max(part for part in parts if part < joined) : joined]
+    assert sizes == sorted(sizes, reverse=True)  # attending to what is known takes time too
+    assert sizes[-1] < sizes[0] <= 8
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "BLOOM (ALiBi)", "Gemma 2 (sliding window)"])
