@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import html
 import inspect
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,7 +39,17 @@ from softprompt.base.quantised import (
     stored,
     weight_count,
 )
-from softprompt.base.split import Shard, is_split, own_part, split_layers, split_options, whole
+from softprompt.base.split import (
+    Shard,
+    fetched,
+    fetched_module,
+    is_dispatched,
+    is_split,
+    own_part,
+    split_layers,
+    split_options,
+    whole,
+)
 from softprompt.base.whole import demand_causal_lm, demand_finite, demand_ids_in_table, demand_whole
 from softprompt.data.batch import Batch
 from softprompt.errors import BaseError, DataError
@@ -67,7 +78,7 @@ class FrozenLM:
         self.name = name
         self.revision = revision
         self.dtype_reason = dtype_reason
-        self.device: torch.device = next(model.parameters()).device
+        self.device: torch.device = _device(model)
         self._embedding: nn.Module = model.get_input_embeddings()
         keep_weights(model, name)
         self.body: Any = _body(model, name)
@@ -81,7 +92,9 @@ class FrozenLM:
         demand_ids_in_table(tokenizer, self.vocab_size, name)
         self.max_positions = stated_context(self.config)
         demand_finite(model, name)
-        kv_heads, head_width = self._check_against_transformers()
+        keys = self._check_against_transformers()
+        self.layer_devices: tuple[torch.device, ...] = tuple(key.device for key in keys)
+        kv_heads, head_width = self._kv_shape(keys[0])
         self.fingerprint: Fingerprint = Fingerprint(
             name=name,
             revision=revision,
@@ -218,13 +231,17 @@ class FrozenLM:
     @property
     def embedding_VD(self) -> Tensor:
         """The input embedding table."""
-        weight: Tensor = self._embedding.weight  # type: ignore[assignment]
-        return whole(weight)
+        return whole(_weight(self._embedding))
 
     @property
     def is_split(self) -> bool:
         """Whether several processes hold the weights in parts, and so read the same rows in step."""
         return is_split(self.model)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all weights lie on one device of this process."""
+        return not (self.is_split or is_dispatched(self.model))
 
     @property
     def num_parameters(self) -> int:
@@ -266,7 +283,7 @@ class FrozenLM:
             options["position_ids"] = placed.positions_BS
         output = body(inputs_embeds=placed.embeddings_BSD, attention_mask=placed.mask_BS, **options)
         states: Tensor = output[0]
-        return states
+        return states.to(self.device)  # the last layer may lie on another device
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] to logits [..., V], with the architecture's own scale and soft cap."""
@@ -291,18 +308,26 @@ class FrozenLM:
     def weights_sha256(self) -> str:
         """Digest of every byte of every weight as it lies in memory now: equal before and after means untouched."""
         digest = hashlib.sha256()
-        weights: dict[str, Tensor] = dict(self.model.named_parameters())
-        if is_quantised(self.model):  # with the scales, which are no parameters
-            weights |= {name: value for name, value in self.model.state_dict().items() if name not in weights}
-        for name, weight in sorted(weights.items()):
+        scales: dict[str, Tensor] = {}
+        if is_quantised(self.model):  # the scales are no parameters
+            named = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+            scales = {name: value for name, value in self.model.state_dict().items() if name not in named}
+        for name, weight in chain(fetched(self.model, by_name=True), sorted(scales.items())):
             digest.update(name.encode())
-            for part in stored(whole(weight.detach())):
+            for part in stored(whole(weight)):
                 content: Any = part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
                 digest.update(content)
         return digest.hexdigest()
 
-    def _check_against_transformers(self) -> tuple[int, int]:
-        """Demands that embed, body and head give the model's own logits. Returns key/value heads and their width."""
+    def _kv_shape(self, keys_1HTK: Tensor) -> tuple[int, int]:
+        """Key/value heads of the whole base, and their width."""
+        heads = int(keys_1HTK.shape[1])
+        if self.head.shard is not None:  # this process has its part of the heads
+            heads = int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+        return heads, int(keys_1HTK.shape[3])
+
+    def _check_against_transformers(self) -> list[Tensor]:
+        """Demands that embed, body and head give the model's own logits. Returns every layer's keys of a few tokens."""
         ids_BT = (torch.arange(1, 6, device=self.device) * 7 % self.vocab_size)[None]
         with torch.no_grad():
             theirs = self.model(input_ids=ids_BT, use_cache=True)
@@ -331,11 +356,26 @@ class FrozenLM:
                 f"{self.name}: {type(self.model).__name__} computes its logits in a way that softprompt does not know "
                 f"(they differ by {difference:.3g}). It is refused rather than trained wrongly; choose another base."
             )
-        first: Tensor = keys[0]
-        heads = int(first.shape[1])
-        if self.head.shard is not None:  # this process has its part of the heads
-            heads = int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
-        return heads, int(first.shape[3])
+        return keys
+
+
+def _device(model: Any) -> torch.device:
+    """The device that the base reads its input on."""
+    first = next(model.parameters())
+    if not first.is_meta:
+        return torch.device(first.device)
+    # accelerate fetches the weights of the embedding table to where that computes.
+    return torch.device(model.get_input_embeddings()._hf_hook.execution_device)
+
+
+def _weight(layer: Any) -> Tensor:
+    """A layer's weight, fetched where it lies on disk or in the CPU's memory."""
+    if not layer.weight.is_meta:
+        weight: Tensor = layer.weight
+        return weight
+    with fetched_module(layer) as module:
+        kept: Tensor = module.weight.detach().clone()  # type: ignore[operator]
+        return kept
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -406,7 +446,7 @@ def _head(model: Any, name: str) -> Head:
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
     return Head(
-        own_part(layer.weight),
+        own_part(_weight(layer)),
         None if getattr(layer, "bias", None) is None else own_part(layer.bias),
         scale,
         float(softcap) if softcap else None,

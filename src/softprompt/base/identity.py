@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from softprompt.base.disk_cache import Stamp, kept_digest
 from softprompt.base.quantised import quantisers, stored
-from softprompt.base.split import is_split, own_part, whole
+from softprompt.base.split import fetched, is_dispatched, is_split, own_part, whole
 
 SAMPLED_VALUES = 65_536  # of each weight go into the digest that version 0.1 recorded
 THREADS = 4
@@ -86,9 +87,9 @@ def config_identity(config: Any) -> str:
 def sampled_sha256(model: Any) -> str:
     """The digest that version 0.1 recorded: of evenly spaced values of every weight, as bfloat16, in no order."""
     parts = []
-    for weight in model.parameters():
+    for _, weight in fetched(model):
         content = ",".join(map(str, weight.shape)).encode()
-        for part in stored(whole(weight.detach())):
+        for part in stored(whole(weight)):
             flat = part.reshape(-1)
             stride = max(1, flat.numel() // SAMPLED_VALUES)
             values = flat[::stride][:SAMPLED_VALUES].to(torch.bfloat16).cpu().contiguous()
@@ -98,19 +99,26 @@ def sampled_sha256(model: Any) -> str:
 
 
 def compute_weights_sha256(model: Any) -> str:
-    parameters = list(model.parameters())
-    kept = {part.data_ptr() for tensor in parameters for part in stored(own_part(tensor))}
+    kept = {
+        part.data_ptr()
+        for tensor in model.parameters()
+        for part in stored(own_part(tensor))
+        if not part.is_meta
+    }
+    named = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = [
         tensor
-        for tensor in model.state_dict().values()  # parameters again, and buffers that are saved with them
-        if isinstance(tensor, Tensor) and stored(own_part(tensor))[0].data_ptr() not in kept
+        for name, tensor in model.state_dict().items()  # parameters again, and buffers that are saved with them
+        if name not in named
+        and isinstance(tensor, Tensor)
+        and stored(own_part(tensor))[0].data_ptr() not in kept
     ]
-    if is_split(model):  # gathering goes in step with other processes, one tensor at a time
-        return hashlib.sha256(b"".join(map(_tensor_digest, [*parameters, *buffers]))).hexdigest()
+    weights = chain((weight for _, weight in fetched(model)), buffers)
+    if is_split(model) or is_dispatched(model):  # gathered or fetched one tensor at a time
+        return hashlib.sha256(b"".join(map(_tensor_digest, weights))).hexdigest()
     # Hashing runs outside the interpreter's lock, so a few threads share it; one tensor's copy each is held meanwhile.
     with ThreadPoolExecutor(THREADS) as pool:
-        parts = pool.map(_tensor_digest, [*parameters, *buffers])
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        return hashlib.sha256(b"".join(pool.map(_tensor_digest, weights))).hexdigest()
 
 
 def _tensor_digest(tensor: Tensor) -> bytes:

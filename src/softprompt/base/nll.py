@@ -39,7 +39,10 @@ class Head:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Hidden states [..., D] to logits [..., V], in the weights' dtype."""
-        return self.finished(torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V))
+        # The head may lie on another device than the base's input.
+        there_ND = hidden_ND.to(self.weight_VD.device)
+        logits_NV = torch.nn.functional.linear(there_ND, self.weight_VD, self.bias_V)
+        return self.finished(logits_NV).to(hidden_ND.device)
 
     def finished(self, logits_NV: Tensor) -> Tensor:
         """The product with the weights, scaled, capped, and joined with the parts of other processes."""
@@ -103,7 +106,7 @@ def dense_block(
     if shard is not None:  # targets by their row of this part; those of other parts lie outside
         targets_n = targets_n - shard.first
     dtype = product_dtype(weight_VD.dtype, weight_VD.device)
-    hidden_nD = hidden_nD.to(dtype)
+    hidden_nD, targets_n = hidden_nD.to(weight_VD.device, dtype), targets_n.to(weight_VD.device)
     # Softmax online: the highest logit so far, the sum of exp(logit - highest), and the sum of such weights times rows.
     highest_n1 = hidden_nD.new_full((len(hidden_nD), 1), -torch.inf, dtype=torch.float32)
     sum_n1 = torch.zeros_like(highest_n1)

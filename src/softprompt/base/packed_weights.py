@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.hardware import free_memory_bytes
+from softprompt.base.quantised import is_quantised
 
 # A large base beside a second copy of itself may leave too little for keys and values.
 MAX_MEMORY_SHARE = 0.25
@@ -37,17 +38,18 @@ class PackedLinear(nn.Module):
 def pack_weights(lm: FrozenLM) -> bool:
     """Packs the weights of a base's linear layers and head, once for all who read through it in this process.
 
-    False, and nothing is changed, on other devices and dtypes, where this torch has no such product, or where the packed
+    False, and nothing is changed, on other devices and dtypes, for a base that is quantised or in parts, where this torch has no such product, or where the packed
     weights would take more than a quarter of the memory that is free."""
     if lm in _PACKED:
         return True
+    if not lm.is_whole or is_quantised(lm.body):  # weights lie elsewhere, or are packed otherwise
+        return False
     layers = _linear_layers(lm.body)
     weights = {id(layer.weight): layer.weight for layer in layers}
-    if lm.head.shard is None:
-        weights[id(lm.head.weight_VD)] = lm.head.weight_VD
+    weights[id(lm.head.weight_VD)] = lm.head.weight_VD
     size = sum(weight.nbytes for weight in weights.values())
     is_able = torch.device(lm.device).type == "cpu" and lm.dtype == torch.bfloat16 and packing_is_offered()
-    if lm.is_split or not is_able or size > MAX_MEMORY_SHARE * free_memory_bytes(lm.device):
+    if not is_able or size > MAX_MEMORY_SHARE * free_memory_bytes(lm.device):
         return False
     with torch.no_grad():
         packed = {

@@ -68,13 +68,14 @@ def prefix_cache(lm: Embeds, state: Plain, rows: int) -> DynamicCache:
     The cache is made without a config, so that layers with a sliding window keep all of it and mask by index."""
     cache = DynamicCache()
     keys_LPHK, values_LPHK = state
+    devices = getattr(lm, "layer_devices", None) or [lm.device] * len(keys_LPHK)
     for layer, (keys_PHK, values_PHK) in enumerate(zip(keys_LPHK, values_LPHK, strict=True)):
-        cache.update(_rows(keys_PHK, rows, lm), _rows(values_PHK, rows, lm), layer)
+        keys, values = (
+            state_PHK.to(devices[layer], lm.dtype).transpose(0, 1)[None].expand(rows, -1, -1, -1)
+            for state_PHK in (keys_PHK, values_PHK)
+        )
+        cache.update(keys, values, layer)
     return cache
-
-
-def _rows(state_PHK: Tensor, rows: int, lm: Embeds) -> Tensor:
-    return state_PHK.to(lm.device, lm.dtype).transpose(0, 1)[None].expand(rows, -1, -1, -1)
 
 
 def padding_mask(batch: Batch) -> Tensor | None:

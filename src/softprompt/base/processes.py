@@ -1,4 +1,4 @@
-"""Processes that learn one prompt together: each reads a share of a step's rows, and only the prompt's gradient is added up.
+"""Processes that work together: each reads a share of a step's rows, and only the prompt's gradient is added up.
 
 Every process holds the base, takes the same steps on the same summed gradient, and so holds the same prompt throughout.
 What goes over the network is a gradient as large as the prompt (46 KB for 20 virtual tokens of width 576) and a loss for
@@ -7,8 +7,9 @@ each step. Started by `torchrun`, or by any program that has made torch's proces
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from softprompt.data.encoded import Encoded
 from softprompt.errors import BaseError, RecipeError
 
 Value = TypeVar("Value")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Processes:
                 torch.tensor(figures, dtype=torch.float64),
             ]
         )
-        distributed.all_reduce(message)
+        with _one_line():
+            distributed.all_reduce(message)
         parts = torch.split(message, [*(tensor.numel() for tensor in tensors), len(figures)])
         for tensor, part in zip(tensors, parts, strict=False):
             tensor.copy_(part.view(tensor.shape))
@@ -62,9 +65,34 @@ class Processes:
         if self.count == 1:
             return value
         box: list[Any] = [value]
-        distributed.broadcast_object_list(box, src=0)
+        with _one_line():
+            distributed.broadcast_object_list(box, src=0)
         shared: Value = box[0]
         return shared
+
+    def share_out(
+        self, work: Callable[[Sequence[Item]], Sequence[Value]], items: Sequence[Item]
+    ) -> list[Value]:
+        """What `work` makes of each item, in order: each process works on its share, and all get everything."""
+        if self.count == 1 or not self.shares_rows:
+            return list(work(items))
+        own = items[self.rank :: self.count]
+        parts: list[Any] = [None] * self.count
+        made = list(work(own)) if own else []
+        with _one_line():
+            distributed.all_gather_object(parts, made)
+        return [parts[index % self.count][index // self.count] for index in range(len(items))]
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Raises BaseError where another process is gone, whose own message says why."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise BaseError(
+            "Another of the processes that work together has ended; its own message says why. Start all of them again."
+        ) from error
 
 
 def started_processes() -> int:
@@ -77,7 +105,7 @@ def demand_alone(verb: str) -> None:
     if started_processes() > 1:
         raise RecipeError(
             f"WORLD_SIZE={started_processes()}: `{verb}` runs in one process. Start it without torchrun; `tune` and `evaluate` "
-            "take several."
+            "take several, and so do `generate` and `serve` with --spread tensor or layers."
         )
 
 

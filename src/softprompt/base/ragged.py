@@ -145,7 +145,7 @@ def can_read_ragged(lm: FrozenLM) -> bool:
     distance (ALiBi), or has an attention of its own."""
     if lm not in _BODIES:
         _BODIES[lm] = None
-        if torch.device(lm.device).type == "cpu" and not lm.is_split and sees_everything(lm.config):
+        if torch.device(lm.device).type == "cpu" and lm.is_whole and sees_everything(lm.config):
             AttentionInterface.register(_NAME, _attention)
             AttentionMaskInterface.register(_NAME, _no_mask)
             _BODIES[lm] = body_with_attention(lm, _NAME)

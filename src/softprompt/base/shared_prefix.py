@@ -72,10 +72,10 @@ def can_share(lm: FrozenLM) -> bool:
     """Whether this base's attention can be taken in two parts: tried once, on a few tokens, against its own.
 
     Not where a layer looks at some columns only (sliding windows, chunks), adds a bias by distance (ALiBi), or has an
-    attention of its own: there prompts are copied into each row."""
+    attention of its own, nor on a base in parts, whose body is not copied: there prompts are copied into each row."""
     if lm not in _BODIES:
         _BODIES[lm] = None
-        if sees_everything(lm.config):
+        if sees_everything(lm.config) and lm.is_whole:
             body = _body_in_parts(lm)
             _BODIES[lm] = body
             if not _is_exact(lm):

@@ -1,12 +1,15 @@
-"""Weights of a base that several processes hold in parts: by transformers' tensor parallel plan, or layer by layer (FSDP2).
+"""Weights of a base in parts: over the devices of one process, or over processes, each with a part of every matrix or layer.
 
-With `tensor`, each process computes with its part of every matrix, the head over the vocabulary included. With `layers`,
+With `devices`, one process holds the base over all devices that it sees, and what does not fit there in the CPU's memory or
+on disk (accelerate). With `tensor`, each process computes with its part of every matrix, the head over the vocabulary included. With `layers`,
 each process keeps a part of every layer and gathers the layer when it computes; embedding and head are whole. Either
 way all processes read the same rows in step.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +59,37 @@ def is_split(model: nn.Module) -> bool:
     return any(hasattr(weight, "full_tensor") for weight in model.parameters()) or any(
         hasattr(module, "set_reshard_after_forward") for module in model.modules()
     )
+
+
+def is_dispatched(model: nn.Module) -> bool:
+    """Whether accelerate's hooks bring inputs, or weights from the CPU's memory or from disk, to where a module computes."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def fetched(model: nn.Module, *, by_name: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter with its name, in the model's order or by name; those that lie on disk or in the CPU's memory are
+    fetched for as long as each is asked for."""
+    parameters = model.named_parameters()
+    for name, parameter in sorted(parameters, key=_name) if by_name else parameters:
+        if not parameter.is_meta:
+            yield name, parameter.detach()
+            continue
+        path, _, own = name.rpartition(".")
+        with fetched_module(model.get_submodule(path)) as module:
+            yield name, getattr(module, own).detach()
+
+
+def _name(named: tuple[str, Tensor]) -> str:
+    return named[0]
+
+
+@contextlib.contextmanager
+def fetched_module(module: nn.Module) -> Iterator[nn.Module]:
+    """The module with its own weights fetched to where it computes."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield module
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from softprompt.base.quantised import stored
-from softprompt.base.split import own_part
+from softprompt.base.split import fetched, own_part
 from softprompt.errors import BaseError
 
 # Buffers that old checkpoints hold and today's classes compute themselves: causal masks and rotary frequencies.
@@ -49,9 +49,9 @@ def demand_finite(model: Any, name: str) -> None:
     """Raises BaseError, naming tensors, where weights are NaN or infinite."""
     broken = [
         key
-        for key, weight in model.named_parameters()
+        for key, weight in fetched(model)
         # The largest magnitude is NaN where any value is: one pass, no mask of the tensor's size.
-        for part in stored(own_part(weight.detach()))
+        for part in stored(own_part(weight))
         if part.is_floating_point() and part.numel() and not bool(torch.isfinite(part.abs().max()))
     ]
     if broken:

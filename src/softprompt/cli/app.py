@@ -41,6 +41,9 @@ VERBS = {
     "settings": "Show the settings of any verb, as a file to start from.",
 }
 
+SEVERAL = {"tune", "evaluate", "generate", "serve"}
+"""Verbs that several processes can run together; the others would each do all of the work."""
+
 MEANT = {
     "train": "tune",
     "fit": "tune",
@@ -80,6 +83,10 @@ class Verb(TyperCommand):
     """A command known by name and one line of help; its file is imported when it is called."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if os.environ.get("WORLD_SIZE", "1") != "1" and self.name not in SEVERAL:
+            from softprompt.base.processes import demand_alone
+
+            demand_alone(str(self.name))
         module = import_module(f"softprompt.cli.{self.name}")
         app = typer.Typer(add_completion=False)
         example = getattr(module, "EXAMPLE", None)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from softprompt.cli import asked
 from softprompt.cli.flags import takes
-from softprompt.cli.screen import emit, fact, line, screen
+from softprompt.cli.screen import emit, fact, is_follower, line, screen
 from softprompt.cli.streams import read_input
 from softprompt.data.source import load_splits
 from softprompt.errors import RecipeError
@@ -75,8 +75,11 @@ def command(
     asked.demand_folders(folders)
     if side_by_side and not folders:
         raise RecipeError("--side-by-side needs a prompt to compare with the base. Add --prompt FOLDER.")
+    from softprompt.base.processes import demand_alone, joined
     from softprompt.store.artifact import load_prompt
 
+    if base.spread not in ("tensor", "layers"):
+        demand_alone("generate")
     loaded = [load_prompt(folder) for folder in folders]
     lm = asked.load_base(base, *loaded)
     for folder, prompt in zip(folders, loaded, strict=True):
@@ -86,9 +89,17 @@ def command(
             lm, texts[0], out, loaded, settings, cluster, side_by_side=side_by_side, as_json=as_json
         )
         return
-    inputs = [read_input() if text == "-" else text for text in texts]
+    # Several processes that hold the base in parts read the same texts; the first one has the input and speaks.
+    inputs = joined().same([] if is_follower() else [read_input() if text == "-" else text for text in texts])
     alone = len(loaded) + side_by_side <= 1
-    streams = alone and len(inputs) == 1 and settings.drawn == 1 and not as_json and sys.stdout.isatty()
+    streams = (
+        alone
+        and len(inputs) == 1
+        and settings.drawn == 1
+        and not as_json
+        and sys.stdout.isatty()
+        and not is_follower()
+    )
     if streams:
         _write(inputs[0])
     rows = answers(
@@ -117,6 +128,8 @@ def command(
                 ]
             }
         )
+    elif is_follower():
+        return
     elif not alone:
         show_side_by_side(screen(), rows)
     else:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ipaddress
+import signal
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from softprompt.cli import asked
 from softprompt.cli.flags import takes
-from softprompt.cli.screen import fact, heading, screen
+from softprompt.cli.screen import fact, heading, is_follower, screen
 from softprompt.errors import MissingExtra, RecipeError
 from softprompt.scale.settings import GatewaySettings
 from softprompt.serving.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from softprompt.serving.local_engine import LocalEngine
 
 EXAMPLE = "softprompt serve --base builtin runs/support"
 
@@ -49,17 +53,15 @@ def command(
         raise RecipeError(
             f"--host {settings.host} can be reached by others, and anybody could use it. Give --keys FILE, or serve on 127.0.0.1."
         )
-    if settings.spread in ("tensor", "layers"):
-        raise RecipeError(
-            f"spread: found {settings.spread}, wanted none or devices: a server cannot keep several processes in step. Serve "
-            "a base that is larger than a device with --spread devices, or by an engine of another make with --engine."
-        )
     if front.engine:
         _serve_gateway(settings, front, prompts)
         return
     from softprompt.base.frozen_lm import FrozenLM
-    from softprompt.serving.server import make_server
+    from softprompt.base.processes import demand_alone
+    from softprompt.serving.server import make_engine, make_server
 
+    if settings.spread not in ("tensor", "layers"):
+        demand_alone("serve")
     console = screen()
     lm = FrozenLM.load(
         settings.base or "builtin",
@@ -69,6 +71,9 @@ def command(
         trust_remote_code=settings.trust_remote_code,
         spread=settings.spread,
     )
+    if is_follower():
+        _follow(make_engine(lm, settings))
+        return
     server = make_server(lm, settings, prompts or [])
     heading(console, f"serving {lm.name}")
     for served in server.catalogue.models():
@@ -83,6 +88,17 @@ def command(
     fact(console, "page", f"http://{settings.host}:{settings.port}/")
     fact(console, "API", f"http://{settings.host}:{settings.port}/v1")
     server.run()
+
+
+def _follow(engine: LocalEngine) -> None:
+    """Holds a part of the base for the first process, which has the clients, until that ends."""
+    from softprompt.serving.in_step import EngineInStep
+
+    assert isinstance(engine, EngineInStep), "a base in parts has an engine in step"
+    # A signal to all processes is for the first one, which finishes what runs and then ends the others.
+    for sent in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sent, signal.SIG_IGN)
+    engine.follow()
 
 
 def _serve_gateway(settings: ServeSettings, front: GatewaySettings, prompts: list[Path] | None) -> None:

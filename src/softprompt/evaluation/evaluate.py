@@ -97,6 +97,7 @@ def judge_rows(
     chunk: int = CHUNK,
     as_learned: Callable[[str], str] = lambda text: text,
     workers: Workers = HERE,
+    same: Callable[[list[Row]], list[Row]] | None = None,
 ) -> Evaluation:
     """Judges every example by the answer that `predict` gives.
 
@@ -104,6 +105,8 @@ def judge_rows(
     With `out`, rows are appended to `out`/rows.jsonl, and the figures with `about` are written to `out`/evaluation.json.
     `about` holds everything that the answers depend on: a folder of the same evaluation is continued, one of another
     evaluation is refused with DataError. Chunks are answered by the `workers`, and kept in order.
+    Where several processes judge together, the first one has the folder, and `same`
+    gives all of them the rows that it holds.
     """
     if not examples:
         raise DataError("There is no example to judge on. Name another split or file.")
@@ -120,8 +123,10 @@ def judge_rows(
             for metric in metrics:
                 counts[metric.name].append(metric.counted(row))
 
-        for row in keep.judged():
+        for row in keep.judged() if same is None else same(list(keep.judged())):
             if row.index < len(examples) and not is_known[row.index]:
+                if out is None:  # another process read it
+                    keep.add([row])
                 count(row)
         reused = done = sum(is_known)
         todo = (index for index in range(len(examples)) if not is_known[index])

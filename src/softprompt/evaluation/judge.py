@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from softprompt.base.from_settings import settings_of
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.processes import Processes, joined
 from softprompt.base.workers import HERE, Workers
 from softprompt.data.default_template import CHAT
 from softprompt.data.example import Example, Splits
@@ -61,6 +63,8 @@ def evaluate(
     A prompt brings its base, template, target, length, row limit and ending; without `data` it is judged on the held-out
     rows of what it was learned on. `reading` is a recipe's data section: what it sets overrides the prompt's own;
     `template`, `target` and `column` are short for it. `extra_metrics` are measured beside those of `settings`.
+    Where `torchrun` started several processes, each judges a share of the rows, the first one keeps them, and all get the
+    figures.
     With `out`, rows are kept there, and the same call continues after an interruption. The `workers` of a cluster load the
     base by its name, and each answers some rows at a time. Progress is shown in terminals and
     notebooks, unless `progress` is False; a function is called instead with the number of rows judged and of all rows.
@@ -121,17 +125,20 @@ def evaluate(
             task.end,
             task.special_tokens,
         )
-    with progress_bar(progress, "judging") as advance:
+    processes = joined(shares_rows=not lm.is_split) if workers.are_here else Processes()
+    answers = predict if processes.count == 1 else partial(processes.share_out, predict)
+    with progress_bar(progress if processes.first else False, "judging") as advance:
         return judge_rows(
-            predict,
+            answers,
             examples,
             metrics,
             layout,
-            out=None if out is None else folder_named(out),
+            out=None if out is None or not processes.first else folder_named(out),
             about=about,
             on_progress=advance,
             as_learned=as_learned(lm, special_tokens=task.special_tokens),
             workers=workers,
+            same=processes.same if processes.count > 1 else None,
         )
 
 

@@ -21,7 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from softprompt.base.hardware import has_int8_products, product_dtype
 from softprompt.base.quantised import is_quantised
-from softprompt.base.split import is_split
+from softprompt.base.split import is_dispatched, is_split
 from softprompt.loss.kernels.attention import SHORT, fused_attention
 from softprompt.loss.kernels.gelu import SmallGelu
 from softprompt.loss.kernels.grouped_attention import Heads
@@ -40,8 +40,8 @@ def learning_body(body: nn.Module, products: Products = "float") -> Any:
     Its results are equal up to rounding, unless int8 products are asked for."""
     if is_quantised(body) or getattr(getattr(body, "config", None), "quantization_config", None) is not None:
         return body
-    if is_split(body):
-        return body  # other processes hold the rest of its weights
+    if is_split(body) or is_dispatched(body):
+        return body  # other processes or devices hold the rest of its weights
     shared = {id(tensor): tensor for tensor in (*body.parameters(), *body.buffers())}
     twin = copy.deepcopy(body, shared)
     on_cpu = next(body.parameters()).device.type == "cpu"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.nll import token_nll
+from softprompt.base.nll import HeadLoss, token_nll
 from softprompt.base.placement import Placed, place
 from softprompt.base.quantised import demand_gradients
 from softprompt.data.batch import Batch
@@ -25,6 +25,7 @@ from softprompt.loss.body import learning_body
 from softprompt.loss.checkpointing import checkpointed
 from softprompt.loss.context_cache import GIGABYTE, ContextCache
 from softprompt.loss.cut_states import CutStates, below_detached
+from softprompt.loss.kernels.cut_head import CutHead, cut_head
 from softprompt.loss.kernels.screened_head import PackedHead, ScreenedHead, packed
 from softprompt.loss.packed_body import PackedBody
 from softprompt.prompt.soft_prompt import Plain
@@ -114,10 +115,11 @@ class FastLoss:
         return self._checkpointed(_shared(self.lm).int8_body)
 
     @cached_property
-    def head_loss(self) -> ScreenedHead | None:
-        """The screened road through a large head on a CPU; None where the plain one is as fast."""
-        head = _shared(self.lm).head
-        return None if head is None else ScreenedHead(head)
+    def head_loss(self) -> HeadLoss | None:
+        """The screened road through a large head on a CPU, cut-cross-entropy on a GPU that has it; None where the plain road
+        is as fast."""
+        shared = _shared(self.lm)
+        return shared.cut_head if shared.head is None else ScreenedHead(shared.head)
 
     def _checkpointed(self, body: Any) -> Any:
         if not self.recompute:
@@ -135,6 +137,7 @@ class _Shared:
         self.plain_body = lm.body
         self.body = _proved(lm, learning_body(lm.body))
         self.head: PackedHead | None = packed(lm.head)
+        self.cut_head: CutHead | None = cut_head(lm.head)
 
     @cached_property
     def int8_body(self) -> Any:

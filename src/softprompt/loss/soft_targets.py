@@ -105,7 +105,7 @@ class _FrozenHeadSoftTargets(torch.autograd.Function):
             block = slice(start, start + size)
             part = SoftTargets(targets.ids_Nk[block], targets.probabilities_Nk[block], targets.rest_N[block])
             # With few listed tokens the fast head gives the sum over the vocabulary; with many, its extra rows cost more than it saves.
-            if head_loss is None or part.ids_Nk.shape[1] > FEW_LISTED:
+            if head_loss is None or head.shard is not None or part.ids_Nk.shape[1] > FEW_LISTED:
                 loss_n, pull_nD = _block(hidden_ND[block], part, head, wants_gradient)
             else:
                 loss_n, pull_nD = _from_likeliest(hidden_ND[block], part, head, head_loss, wants_gradient)
@@ -145,7 +145,11 @@ def _block(
     pull_nV.scatter_add_(1, ids_nk, struck_nk - wanted_nk)
     if head.softcap is not None:
         pull_nV.mul_(1.0 - (logits_nV / head.softcap).square())
-    return loss_n, (pull_nV.to(head.weight_VD.dtype) @ head.weight_VD).float().mul_(head.scale)
+    if head.shard is None:
+        return loss_n, (pull_nV.to(head.weight_VD) @ head.weight_VD).float().mul_(head.scale)
+    own_nV = pull_nV[:, head.shard.first : head.shard.first + len(head.weight_VD)]
+    pull_nD = head.shard.sum((own_nV.to(head.weight_VD) @ head.weight_VD).float())
+    return loss_n, pull_nD.mul_(head.scale)
 
 
 def _from_likeliest(

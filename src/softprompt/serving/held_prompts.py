@@ -46,7 +46,11 @@ class HeldPrompts:
     def discard(self, digest: str) -> None:
         """Forgets the compiled prompt, unless the prompt was loaded again."""
         if digest not in self._prompts:
-            self._compiled.pop(digest, None)
+            self.forget(digest)
+
+    def forget(self, digest: str) -> None:
+        """Forgets the compiled prompt; it is compiled again where it is asked for."""
+        self._compiled.pop(digest, None)
 
     def compiled(self, digest: str | None, prompt: Prompt | None) -> CompiledPrompt:
         """The prompt's keys and values; the most recently used ones are kept within a budget of bytes."""

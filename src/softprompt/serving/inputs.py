@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Example, Message
 from softprompt.data.layout import Layout, to_answer
 from softprompt.data.template import Template
-from softprompt.inference.compiled import CompiledPrompt
-from softprompt.inference.request import Steering
 from softprompt.serving import wire
 from softprompt.serving.catalogue import Served
 from softprompt.serving.refusals import Refused
-from softprompt.serving.steering import Choice, Grammars, Joined, Penalties, choice_of
+from softprompt.serving.steering import Grammars, Penalties, Steers
 
 Input = str | Example | list[int]
 
@@ -88,15 +86,9 @@ def _as_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-Steer = Callable[[FrozenLM, CompiledPrompt], Steering]
-
-
-def steering(body: wire.Decoding, given: Input, grammars: Grammars) -> Steer | None:
+def steering(body: wire.Decoding, given: Input, grammars: Grammars) -> Steers | None:
     """The steering of this body's rows, if any. Raises Refused and RecipeError for what cannot be followed."""
-    makers: list[Steer] = []
     penalties = Penalties(body.presence_penalty or 0.0, body.frequency_penalty or 0.0)
-    if penalties != Penalties():
-        makers.append(lambda lm, prompt: penalties)
     try:
         schema = wire.json_schema(body.response_format)
     except ValueError as error:
@@ -105,27 +97,15 @@ def steering(body: wire.Decoding, given: Input, grammars: Grammars) -> Steer | N
         raise Refused(
             400, "choice, regex and response_format exclude each other. Send one.", param="response_format"
         )
-    if body.choice:
-        labels = tuple(body.choice)
-        compiled_choices: list[Choice] = []  # laid out once for all samples, since it keeps nothing of a row
-
-        def choose(lm: FrozenLM, prompt: CompiledPrompt) -> Choice:
-            if not compiled_choices:
-                compiled_choices.append(choice_of(lm, prompt, given, labels))
-            return compiled_choices[0]
-
-        makers.append(choose)
     grammar = None
     if body.regex is not None:
         grammar = grammars.regex(body.regex)
     elif schema is not None:
         grammar = grammars.schema(schema)
-    if grammar is not None:
-        followed = grammar
-        makers.append(lambda lm, prompt: grammars.make(lm, followed))
-    if not makers:
+    labels = tuple(body.choice or ())
+    if penalties == Penalties() and not labels and grammar is None:
         return None
-    return lambda lm, prompt: Joined([make(lm, prompt) for make in makers])
+    return Steers(given, penalties, labels, grammar, grammars)
 
 
 def demand_in_vocabulary(body: wire.Decoding, vocabulary: int) -> None:

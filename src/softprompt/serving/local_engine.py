@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Task:
+class Task:
     """A function to run on the model's thread between two steps."""
 
     run: Callable[[], None]
@@ -68,7 +68,7 @@ class LocalEngine:
         pack_weights(lm)
         self.max_rows, self.max_waiting, self.memory_bytes = max_rows, max_waiting, memory_bytes
         self._prompts = HeldPrompts(lm)
-        self._tasks: deque[_Task] = deque()
+        self._tasks: deque[Task] = deque()
         self._wake = threading.Condition()
         self._waiting = Waiting(self._wake)
         self._scheduler = Scheduler(
@@ -141,14 +141,14 @@ class LocalEngine:
         """The room for requests now; see Engine."""
         left = None if self.memory_bytes is None else max(0, self.memory_bytes - self._scheduler.lanes.bytes)
         rows = max(0, self.max_rows - len(self._scheduler.running))
-        return Room(rows, max(0, self.max_waiting - len(self._waiting)), left)
+        return Room(rows, max(0, self.max_waiting - self._queued), left)
 
     def health(self) -> dict[str, int]:
         """Whether it works (`alive`), rows running and waiting, and bytes of their keys and values."""
         return {
             "alive": int(self.is_alive),
             "running": len(self._scheduler.running),
-            "waiting": len(self._waiting),
+            "waiting": self._queued,
             "kv_bytes": self._scheduler.lanes.bytes,
         }
 
@@ -159,11 +159,11 @@ class LocalEngine:
         request itself as softprompt.errors."""
         with self._wake:
             self._demand_open()
-            if len(self._waiting) >= self.max_waiting:
-                raise Overloaded(f"{len(self._waiting)} requests are waiting already. Try again in a moment.")
+            if self._queued >= self.max_waiting:
+                raise Overloaded(f"{self._queued} requests are waiting already. Try again in a moment.")
             ticket = Ticket(work, self._prompts.find(work.digest), asyncio.get_running_loop())
-            self._waiting.add(ticket)
             self._tickets[id(work)] = ticket
+            self._arrive(ticket)
             self._wake.notify()
         try:
             while True:
@@ -175,16 +175,13 @@ class LocalEngine:
                 yield answer
         finally:
             self._tickets.pop(id(work), None)
-            if not ticket.is_over:  # the client has gone
-                ticket.is_over = True
-                self._waiting.remove(ticket)
-                self._later(lambda: self._scheduler.drop(ticket))
+            self._leave(ticket)
 
     def cancel(self, work: Work) -> None:
         """Ends a work: its stream ends with what its rows have so far; see Engine."""
         ticket = self._tickets.get(id(work))
         if ticket is not None:
-            self._later(lambda: self._scheduler.cancel(ticket))
+            self._end_early(ticket)
 
     async def score(
         self,
@@ -222,21 +219,39 @@ class LocalEngine:
 
         with self._wake:
             self._demand_open()
-            self._tasks.append(_Task(run, fail))
+            self._tasks.append(Task(run, fail))
             self._wake.notify()
         return await asyncio.wrap_future(future)
 
     def _demand_open(self) -> None:
         if self._failure is not None:
-            raise EngineFailed(
-                "The engine has failed, and its server must be started again. Its log says why."
-            )
+            raise failed()
         if self._stopping:
             raise ShuttingDown("The server is shutting down. Ask another one.")
 
+    @property
+    def _queued(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
+
+    def _arrive(self, ticket: Ticket) -> None:
+        """Lets a ticket wait for its turn."""
+        self._waiting.add(ticket)
+
+    def _leave(self, ticket: Ticket) -> None:
+        """Drops what is left of a ticket that nobody listens to any more."""
+        if not ticket.is_over:  # the client has gone
+            ticket.is_over = True
+            self._waiting.remove(ticket)
+            self._later(lambda: self._scheduler.drop(ticket))
+
+    def _end_early(self, ticket: Ticket) -> None:
+        """Ends a ticket in order before the next step."""
+        self._later(lambda: self._scheduler.cancel(ticket))
+
     def _later(self, run: Callable[[], None]) -> None:
         with self._wake:
-            self._tasks.append(_Task(run))
+            self._tasks.append(Task(run))
             self._wake.notify()
 
     # What follows runs on the engine's own thread.
@@ -251,18 +266,24 @@ class LocalEngine:
 
     def _turn(self) -> bool:
         """Does what has been asked for, reads and admits some texts, takes a step. False when there is nothing more to do."""
-        with self._wake:
-            while not (self._tasks or self._waiting or self._scheduler.running or self._stopping):
-                self._wake.wait()
-            tasks = list(self._tasks)
-            self._tasks.clear()
-            if self._stopping and not (tasks or self._waiting or self._scheduler.running):
-                return False
+        tasks = self._taken()
+        if tasks is None:
+            return False
         for task in tasks:
             task.run()
         self._scheduler.admit()
         self._scheduler.advance()
         return True
+
+    def _taken(self) -> list[Task] | None:
+        """Waits for something to do, and takes the tasks that there are. None when there is nothing more to do."""
+        with self._wake:
+            while not (self._tasks or self._waiting or self._scheduler.running or self._stopping):
+                self._wake.wait()
+            tasks = list(self._tasks)
+            self._tasks.clear()
+            is_ending = self._stopping and not (tasks or self._waiting or self._scheduler.running)
+            return None if is_ending else tasks
 
     def _cut_everything(self) -> None:
         error = ShuttingDown(
@@ -271,9 +292,7 @@ class LocalEngine:
         self._scheduler.refuse_all(error)
 
     def _fail(self, error: BaseException) -> None:
-        failure = EngineFailed(
-            "The engine has failed, and its server must be started again. Its log says why."
-        )
+        failure = failed()
         with self._wake:
             self._failure = error
             tasks = list(self._tasks)
@@ -289,3 +308,8 @@ class LocalEngine:
 
     def _compiled_by_digest(self, digest: str | None) -> CompiledPrompt:
         return self._prompts.compiled(digest, self._prompts.find(digest))
+
+
+def failed() -> EngineFailed:
+    """The error of whoever waits for an engine that has failed."""
+    return EngineFailed("The engine has failed, and its server must be started again. Its log says why.")

@@ -8,9 +8,10 @@ from pathlib import Path
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.hardware import free_memory_bytes
 from softprompt.base.packed_weights import pack_weights
-from softprompt.base.processes import demand_alone
+from softprompt.base.processes import demand_alone, joined
 from softprompt.serving.app import build_app
 from softprompt.serving.catalogue import Catalogue
+from softprompt.serving.in_step import EngineInStep
 from softprompt.serving.keys import Keys
 from softprompt.serving.listener import Listener
 from softprompt.serving.local_engine import LocalEngine
@@ -44,19 +45,38 @@ class Server:
 
 
 def make_server(lm: FrozenLM, settings: ServeSettings, prompts: Sequence[Path] = ()) -> Server:
-    """Loads everything that is served. Raises the errors of softprompt.errors before anything listens."""
-    demand_alone("serve")
+    """Loads everything that is served. Raises the errors of softprompt.errors before anything listens.
+
+    Where several processes hold the base in parts, the first one makes the server and the others the engine alone, which
+    follows."""
     keys = Keys.load(settings.keys)
+    engine = make_engine(lm, settings)
+    catalogue = Catalogue(engine, None if settings.library is None else Library(settings.library))
+    for folder in prompts:
+        catalogue.add(folder)
+    return Server(engine, catalogue, settings, keys)
+
+
+def make_engine(lm: FrozenLM, settings: ServeSettings) -> LocalEngine:
+    """The engine of this process; an EngineInStep where several processes hold the base in parts."""
     pack_weights(lm)  # before the free memory is looked at
     memory = (
         free_memory_bytes(lm.device) // 2
         if settings.memory_gigabytes is None
         else round(settings.memory_gigabytes * 10**9)
     )
-    engine = LocalEngine(
-        lm, max_rows=settings.max_rows, max_waiting=settings.max_waiting, memory_bytes=memory
+    if not lm.is_split:
+        demand_alone("serve")
+        return LocalEngine(
+            lm, max_rows=settings.max_rows, max_waiting=settings.max_waiting, memory_bytes=memory
+        )
+    processes = joined()
+    # What a process has free must not decide what fits: all take the same turns.
+    memory = processes.same(memory)
+    return EngineInStep(
+        lm,
+        processes,
+        max_rows=settings.max_rows,
+        max_waiting=settings.max_waiting,
+        memory_bytes=memory,
     )
-    catalogue = Catalogue(engine, None if settings.library is None else Library(settings.library))
-    for folder in prompts:
-        catalogue.add(folder)
-    return Server(engine, catalogue, settings, keys)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -159,6 +160,9 @@ class Grammars:
     def __init__(self) -> None:
         self._tokenizer: Any = None
 
+    def __reduce__(self) -> Any:
+        return _grammars_of_this_process, ()  # the tokenizer stays; another process reads its own once
+
     def schema(self, schema: Mapping[str, Any]) -> str:
         """A JSON schema as a grammar. Raises RecipeError for one that is not supported."""
         _demand_llguidance("response_format")
@@ -199,6 +203,36 @@ class Grammars:
         if problem:
             raise RecipeError(f"The constraint cannot be read: {_first_line(problem)}.")
         return grammar
+
+
+@cache
+def _grammars_of_this_process() -> Grammars:
+    return Grammars()
+
+
+@dataclass(frozen=True)
+class Steers:
+    """What steers the rows of a request, as data: every process that takes the request's steps makes the same of it."""
+
+    given: str | Example | Sequence[int]
+    penalties: Penalties
+    labels: tuple[str, ...]
+    grammar: str | None
+    grammars: Grammars
+    _choices: list[Choice] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __call__(self, lm: FrozenLM, prompt: CompiledPrompt) -> Steering:
+        """The steering of one row."""
+        parts: list[Steering] = []
+        if self.penalties != Penalties():
+            parts.append(self.penalties)
+        if self.labels:
+            if not self._choices:  # laid out once for all samples, since it keeps nothing of a row
+                self._choices.append(choice_of(lm, prompt, self.given, self.labels))
+            parts.append(self._choices[0])
+        if self.grammar is not None:
+            parts.append(self.grammars.make(lm, self.grammar))
+        return Joined(parts)
 
 
 def _demand_llguidance(what: str) -> None:

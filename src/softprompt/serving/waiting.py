@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from softprompt.inference.request import Request
 from softprompt.prompt.soft_prompt import Prompt
@@ -15,13 +16,20 @@ from softprompt.serving.engine import Answer, Work
 REMEMBERED_TURNS = 10_000  # owners and prompts whose last turn is remembered
 
 
+class Loop(Protocol):
+    """The part of an event loop that a ticket needs."""
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> object:
+        """Calls back in the loop's own thread. Raises RuntimeError where the loop has ended."""
+
+
 @dataclass(eq=False)
 class Ticket:
     """One work, from its arrival to its last answer. `waiting` are rows that have not joined yet."""
 
     work: Work
     prompt: Prompt | None
-    loop: asyncio.AbstractEventLoop
+    loop: Loop
     number: int = 0
     answers: asyncio.Queue[Answer | BaseException | None] = field(default_factory=asyncio.Queue)
     rows: list[Request] = field(default_factory=list)
