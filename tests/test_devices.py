@@ -11,7 +11,9 @@ import torch
 from softprompt.base import frozen_lm
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.nll import Head
+from softprompt.base.packed_weights import pack_weights
 from softprompt.base.placement import prefix_cache
+from softprompt.base.ragged import can_read_ragged
 from softprompt.base.split import split_options
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.inference.score import score
@@ -64,6 +66,9 @@ def test_a_base_over_devices_has_the_fingerprint_of_the_whole(spread: FrozenLM, 
     assert spread.weights_sha256() == whole.weights_sha256()
     assert torch.equal(spread.embedding_VD, whole.embedding_VD)
     assert spread.num_parameters == whole.num_parameters
+    # Both would read weights past the hooks.
+    assert not pack_weights(spread)
+    assert not can_read_ragged(spread)
 
 
 @pytest.mark.parametrize("kind", ["soft", "deep"])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from softprompt import load_prompt
 from softprompt.base import frozen_lm
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.packed_weights import pack_weights
 from softprompt.base.quantised import demand_gradients, is_quantised
 from softprompt.cli.app import main
 from softprompt.data.batch import Batch
@@ -149,6 +150,7 @@ def test_a_prompt_learns_on_quantised_weights_and_belongs_to_them(
     assert lm.num_parameters == full.num_parameters
     with pytest.raises(WrongBase):
         load_prompt(tmp_path / "p", base=full.fingerprint)
+    assert not pack_weights(lm)  # for a server: they are packed already
     # Loaded once more, also from what is kept of its digests, it is the same base.
     load_prompt(tmp_path / "p", base=quantised(base, dtype).fingerprint)
 
