@@ -20,6 +20,10 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
 from softprompt.inference.generate import generate
 from softprompt.inference.settings import DecodeSettings
+from softprompt.scale.followed import FollowedChoices
+from softprompt.scale.gateway import Asked, Gateway
+from softprompt.scale.peer import Peer
+from softprompt.scale.settings import GatewaySettings
 from softprompt.serving.keys import Keys, sha256_of
 from softprompt.store.artifact import save_prompt
 from softprompt.store.library import Library
@@ -323,3 +327,57 @@ def test_what_serve_refuses_of_a_gateway(capsys: pytest.CaptureFixture[str]) -> 
     ):
         assert main(["serve", *arguments]) == 2
         assert words in capsys.readouterr().err
+
+
+def event(text: str, token: int, end: str | None = None) -> str:
+    choice = {"index": 0, "text": text, "token_ids": [token] if text else [], "finish_reason": end}
+    record = {"id": "cmpl-1", "created": 1, "model": "base", "choices": [choice]}
+    return f"data: {json.dumps(record)}\n\n"
+
+
+def engine_that(*answers: tuple[int, str]) -> Peer:
+    """An engine of one base that gives one answer after the other: a status, and events or nothing."""
+    coming = iter(answers)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/ready":
+            return httpx.Response(200)
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "base", "root": "one base"}]})
+        status, events = next(coming)
+        if status == 200:
+            return httpx.Response(200, headers={"content-type": "text/event-stream"}, text=events)
+        return httpx.Response(status, json={"error": {"message": "full", "type": "x", "code": "queue_full"}})
+
+    return Peer("http://engine", transport=httpx.MockTransport(answer))
+
+
+def answered_by(*peers: Peer, patience: float = 20.0) -> str:
+    """What a client gets of a stream, all events after each other."""
+    asked = Asked("/v1/completions", {"model": "base", "prompt": "a", "stream": True}, {})
+
+    async def ask() -> str:
+        gateway = Gateway(peers, GatewaySettings(engine=("http://x",), patience_seconds=patience))
+        await gateway.look()
+        followed = FollowedChoices("base", 1, tells_ids=False, rated=False)
+        parts = [part async for part in gateway.streamed(asked, followed)]
+        return "".join(part.decode() for part in parts if isinstance(part, bytes)) or str(parts)
+
+    return asyncio.run(ask())
+
+
+def test_a_stream_that_has_begun_waits_out_the_full_queue_of_the_engine_that_is_left() -> None:
+    """Its client cannot ask again, unlike one that has nothing yet, who gets the 429."""
+    begun, rest = event("one ", 1) + event("two ", 2), event("three", 3) + event("", 0, "stop")
+    dies = engine_that((200, begun), *[(503, "")] * 100)
+    # The second engine reads the tokens that there are, but the last one, and gives the answer's text from its start.
+    full = engine_that(*[(429, "")] * 3, (200, begun + rest + "data: [DONE]\n\n"))
+    text = answered_by(dies, full)
+    assert [json.loads(line[6:])["choices"][0]["text"] for line in text.split("\n\n")[:3]] == [
+        "one ",
+        "two ",
+        "three",
+    ]
+    assert text.endswith("data: [DONE]\n\n")
+    assert "error" not in text
+    assert "status=429" in answered_by(engine_that(*[(429, "")] * 100))

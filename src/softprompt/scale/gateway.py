@@ -166,6 +166,8 @@ class Gateway:
                 assert isinstance(first, Whole)
                 if first.status != 200 or not is_stream(first):
                     if not self._is_final(first, peer, tries):
+                        # A client that has a part of its answer cannot ask again: a full queue is waited out.
+                        tries.broken |= head is not None and first.status == 429
                         continue
                     if head is None:
                         yield first
