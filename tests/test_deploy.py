@@ -56,7 +56,7 @@ def test_a_pod_is_given_longer_to_end_than_its_answers(pod: str) -> None:
 
 @pytest.mark.parametrize("pod", sorted(PODS))
 def test_every_probe_asks_for_a_route_that_is_there(pod: str) -> None:
-    routes = "scale/gateway.py" if pod.endswith("gateway") else "serving/app.py"
+    routes = "scale/gateway_app.py" if pod.endswith("gateway") else "serving/app.py"
     source = (ROOT / "src" / "softprompt" / routes).read_text("utf-8")
     probes = [value for key, value in container(pod).items() if key.endswith("Probe")]
     assert len(probes) >= 2

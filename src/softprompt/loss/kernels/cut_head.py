@@ -16,7 +16,7 @@ from softprompt.base.nll import Head, dense
 
 PROBED = 64  # positions of the first comparison with the plain road
 # Both roads round products to the head's dtype, and the kernel leaves out what is below that dtype's precision.
-TOLERANCE = 32.0
+TOLERANCE = 8.0
 
 
 class CutHead:
