@@ -98,7 +98,7 @@ class FrozenLM:
         self.fingerprint: Fingerprint = Fingerprint(
             name=name,
             revision=revision,
-            sha256=sampled_sha256(model),
+            sha256=sampled_sha256(weight for _, weight in fetched(model)),
             width=self.width,
             layers=self.num_layers,
             vocabulary=self.vocab_size,

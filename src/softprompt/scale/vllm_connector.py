@@ -13,12 +13,13 @@ served ends with an error, and no other request notices.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import safetensors
+from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -211,10 +212,10 @@ def base_sha256(model: str, revision: str | None) -> str:
             'folder, or set "verify_base": false in kv_connector_extra_config to trust the files of prompts.'
         )
 
-    def weights() -> Any:
+    def weights() -> Iterator[Tensor]:
         for path in files:
             with safetensors.safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     yield file.get_tensor(name)
 
-    return sampled_sha256(SimpleNamespace(parameters=weights))
+    return sampled_sha256(weights())
