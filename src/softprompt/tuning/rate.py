@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import chain, islice
 from typing import NamedTuple
 
 from torch import Tensor
@@ -58,10 +59,11 @@ def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> MeasuredRate:
 
 
 def _first_batches(plan: Plan, seed: int) -> tuple[list[Encoded], list[Encoded]]:
-    """The rows of the first two steps."""
+    """The rows of the first two steps; the second epoch is ordered only where the first has one step."""
     lengths, size = plan.train.lengths, plan.batch_size
-    batches = [batch for epoch in (0, 1) for batch in epoch_order(lengths, size, seed=seed, epoch=epoch)[:2]]
-    first, second = ([plan.train.encoded[index] for index in batch] for batch in batches[:2])
+    epochs = (epoch_order(lengths, size, seed=seed, epoch=epoch) for epoch in (0, 1))
+    batches = islice(chain.from_iterable(epochs), 2)
+    first, second = ([plan.train.encoded[index] for index in batch] for batch in batches)
     return first, second
 
 
@@ -70,7 +72,7 @@ def _confirmed(
 ) -> float:
     """`rate`, halved until a step from `start` at it makes the loss of `rows` fall by enough.
 
-    The learner stands where a step at rate 1 has brought it."""
+    The learner has taken that step at rate 1."""
     way = [parameter.detach() - old for parameter, old in zip(learner.parameters, start, strict=True)]
 
     def loss_at(rate: float) -> float:
