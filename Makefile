@@ -21,6 +21,9 @@ DEV := $(VENV)/.installed-dev-$(STATE)
 # What tests and checks do must depend on this checkout alone: not on the hub, and not on a user's own settings.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH= PYTHONDONTWRITEBYTECODE=1
 
+# Tests run in two processes of one thread each; `make test SPREAD=` runs them in one.
+SPREAD := -n 2 --dist worksteal
+
 .PHONY: demo base quick test check fuzz reliability lint format types imports package docs site notebooks setup clean
 
 demo: $(CORE)
@@ -32,13 +35,13 @@ base: $(CORE)
 	@PYTHONPATH=src $(BIN)/python tests/fetch_smollm2.py bases
 
 quick: $(DEV)
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow"
+	$(OFFLINE) $(BIN)/python -m pytest $(SPREAD) -m "not slow"
 
 test: $(DEV)
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) $(BIN)/python -m pytest $(SPREAD)
 
 check: lint types imports package
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) $(BIN)/python -m pytest $(SPREAD)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

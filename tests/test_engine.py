@@ -445,23 +445,21 @@ def test_a_cancelled_work_ends_with_what_it_has_and_frees_its_place(lm: FrozenLM
     async def go(engine: LocalEngine) -> None:
         long, waits = (Work(None, TEXTS[0], greedy(200)) for _ in range(2))
         pieces: list[str] = []
-        ended: list[Finished] = []
 
-        async def follow(work: Work) -> None:
+        async def follow(work: Work) -> Finished:
             async for answer in engine.submit(work):
                 if isinstance(answer, Finished):
-                    ended.append(answer)
-                else:
-                    pieces.append(answer.text)
+                    return answer
+                pieces.append(answer.text)
+            raise AssertionError("the stream ended without a result")
 
         tasks = [asyncio.ensure_future(follow(work)) for work in (long, waits)]
         while len(pieces) < 3:
             await asyncio.sleep(0.001)
         engine.cancel(waits)
         engine.cancel(long)
-        await asyncio.gather(*tasks)
-        assert [answer.reason for answer in ended] == ["cancelled", "cancelled"]
-        waited, ran = ended
+        ran, waited = await asyncio.gather(*tasks)
+        assert ran.reason == waited.reason == "cancelled"
         assert waited.token_ids == ()
         assert 3 <= len(ran.token_ids) < 200
         assert alone(lm, TEXTS[0], greedy(200)).startswith(ran.text)

@@ -24,6 +24,8 @@ from test_serving import Serving, prompt_of
 from tiny_models import tiny_model, tiny_tokenizer
 
 REQUESTS = 300
+# A client that vanishes leaves its socket to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 TEXTS = ["a", "The quick brown fox", "Tweet: my order never came", "I want you to act as a logistician. " * 3]
 
 
