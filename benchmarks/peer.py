@@ -5,7 +5,7 @@
 
 Every arm sees the same batches for the same steps and keeps its best validated step. PEFT's arms and full fine-tuning take
 AdamW with linear decay, a warm-up of 6 % and a gradient norm of at most 1, at every rate that is listed for them; validation
-loss chooses the rate. softprompt's arms take nothing but their kind. Test rows are judged once for each run, by softprompt's
+loss chooses the rate. With --search-steps, each rate is tried for so many steps of the first seed, and the best alone goes all the way. softprompt's arms take nothing but their kind. Test rows are judged once for each run, by softprompt's
 evaluate: loss, and what the set is about (exact labels, BLEU against all references). --work keeps a file a run, and a run that is
 there is not repeated. `gain` is the base's test loss less an arm's, its share that of full fine-tuning's gain, and bytes are
 those that are kept for the task, in float32.
@@ -25,8 +25,9 @@ import os
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,9 +207,16 @@ def held_out_nll(model: Any, plan: Plan) -> float:
 
 
 def run(
-    lm: FrozenLM, task: Task, name: str, rate: float | None, seed: int, given: Any, out: Path
+    lm: FrozenLM,
+    task: Task,
+    name: str,
+    rate: float | None,
+    seed: int,
+    given: Any,
+    out: Path,
+    judge: bool = True,
 ) -> dict[str, Any]:
-    """Learns one arm at one rate and judges it on the test rows."""
+    """Learns one arm at one rate and, unless it only looks for a rate, judges it on the test rows."""
     arm = ARMS[name]
     settings = recipe(task, seed, given, out)
     splits = of_size(task.splits, given)
@@ -252,6 +260,8 @@ def run(
     record |= {"trained": trained, "bytes": 4 * trained, "cpu_seconds": round(seconds, 1)}
     if arm.kind != "weights":
         record["file_bytes"] = prompt_bytes(out)
+    if not judge:
+        return record
     record["test"] = judged(base, prompt, plan, given.metrics)
     if given.peft_checkout and arm.kind != "weights" and "exact_match" in given.metrics:
         record["by_pefts_evaluate"] = by_pefts_evaluate(given.peft_checkout, lm, plan, out)
@@ -394,16 +404,45 @@ def bars(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, bool | None]:
     }
 
 
-def planned(given: argparse.Namespace) -> list[tuple[str, float | None, int]]:
-    """(arm, rate, seed), seed by seed."""
-    arms = {name: arm.rates or (None,) for name, arm in ARMS.items()}
+def kept_run(
+    lm: FrozenLM, task: Task, folder: Path, given: Any, arm: str, rate: float | None, seed: int, steps: int
+) -> dict[str, Any]:
+    """A run's record: read if it was made before."""
+    out = folder / f"{arm} {rate or 'auto'} {seed} {steps}".replace(",", "").replace(" ", "_")
+    kept = out.with_suffix(out.suffix + ".json")
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        is_search = steps != given.steps
+        options = argparse.Namespace(**{**vars(given), "steps": steps})
+        record = run(lm, task, arm, rate, seed, options, out, judge=not is_search)
+        kept.write_text(json.dumps(record), encoding="utf-8")
+    record = json.loads(kept.read_text(encoding="utf-8"))
+    return dict(record)
+
+
+def rates_of(given: argparse.Namespace) -> dict[str, Sequence[float | None]]:
+    """The arms that were asked for, each with the rates that are tried; softprompt's settle their own."""
+    rates: dict[str, Sequence[float | None]] = {name: arm.rates or (None,) for name, arm in ARMS.items()}
     if given.quick:
-        arms = {
-            name: QUICK.get(name, rates) for name, rates in arms.items() if name in QUICK or rates == (None,)
-        }
-    if given.arms:
-        arms = {name: arms[name] for name in given.arms}
-    return [(name, rate, seed) for seed in given.seeds for name, rates in arms.items() for rate in rates]
+        rates = {name: QUICK.get(name, own) for name, own in rates.items() if name in QUICK or own == (None,)}
+    return {name: rates[name] for name in given.arms} if given.arms else rates
+
+
+def planned(
+    given: argparse.Namespace, record_of: Callable[[str, float | None, int, int], Mapping[str, Any]]
+) -> Iterator[tuple[str, float | None, int]]:
+    """(arm, rate, seed) of the runs that count, seed by seed.
+
+    With --search-steps, validation loss chooses each arm's rate; `record_of` makes a run of an arm, rate, seed and number of steps."""
+    rates = rates_of(given)
+    for seed in given.seeds:
+        for arm, own in rates.items():
+            if given.search_steps and len(own) > 1:
+                runs = {rate: record_of(arm, rate, given.seeds[0], given.search_steps) for rate in own}
+                nlls = {rate: run["validation_nll"] for rate, run in runs.items()}
+                rates[arm] = own = [min(nlls, key=lambda rate: nlls[rate])]
+            for rate in own:
+                yield arm, rate, seed
 
 
 def main() -> None:
@@ -416,6 +455,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS))
     parser.add_argument("--quick", action="store_true", help="six arms, each at one rate")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--search-steps", type=int, default=0, help="0: every rate goes all the way")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--positions", type=int, default=256)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -435,15 +475,11 @@ def main() -> None:
         given.metrics = METRICS_OF.get(name, ["nll", "exact_match"])
         plan = make_plan(recipe(task, 0, given, folder), lm=lm, splits=of_size(task.splits, given))
         base = judged(lm, compile_prompt(lm, None, template=plan.template), plan, given.metrics)
+
+        kept = partial(kept_run, lm, task, folder, given)
         runs = []
-        for arm, rate, seed in planned(given):
-            out = folder / f"{arm} {rate or 'auto'} {seed} {given.steps}".replace(",", "").replace(" ", "_")
-            kept = out.with_suffix(out.suffix + ".json")
-            if not kept.exists():
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                record = run(lm, task, arm, rate, seed, given, out)
-                kept.write_text(json.dumps(record), encoding="utf-8")
-            runs.append(json.loads(kept.read_text(encoding="utf-8")))
+        for arm, rate, seed in planned(given, kept):
+            runs.append(kept(arm, rate, seed, given.steps))
             print(name, json.dumps(runs[-1]), flush=True)
             result["sets"][name] = summary(runs, base)
             if given.out:

@@ -91,13 +91,39 @@ def test_soft_must_have_most_of_loras_gain_at_a_200th_of_its_bytes(
     assert bars["soft has 85 % of lora 8's gain at a 200th of its bytes"] is holds
 
 
+def asked(**changed: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"quick": False, "arms": None, "seeds": [0], "search_steps": 0} | changed)
+
+
+def never(*run: Any) -> dict[str, float]:
+    raise AssertionError(f"{run} is made to look for a rate")
+
+
 def test_quick_takes_six_arms_at_one_rate_each(peer: Any) -> None:
-    planned = peer.planned(argparse.Namespace(quick=True, arms=None, seeds=[0]))
+    planned = list(peer.planned(asked(quick=True), never))
     assert len(planned) == 6
     assert len({arm for arm, _, _ in planned}) == 6
-    everything = peer.planned(argparse.Namespace(quick=False, arms=None, seeds=[0, 1]))
+    everything = list(peer.planned(asked(seeds=[0, 1]), never))
     assert {arm for arm, _, _ in everything} == set(peer.ARMS)
     assert len(everything) > 40
+
+
+def test_short_runs_of_the_first_seed_choose_the_rate_of_all_seeds(peer: Any) -> None:
+    nlls = {0.005: 3.0, 0.03: 1.0, 0.3: 2.0}
+    searched: list[tuple[Any, ...]] = []
+
+    def record_of(arm: str, rate: float, seed: int, steps: int) -> dict[str, float]:
+        searched.append((arm, rate, seed, steps))
+        return {"validation_nll": nlls[rate]}
+
+    given = asked(arms=["softprompt soft", "prefix"], seeds=[4, 5], search_steps=7)
+    assert list(peer.planned(given, record_of)) == [
+        ("softprompt soft", None, 4),
+        ("prefix", 0.03, 4),
+        ("softprompt soft", None, 5),
+        ("prefix", 0.03, 5),
+    ]
+    assert searched == [("prefix", rate, 4, 7) for rate in nlls]
 
 
 def task(peer: Any) -> Any:
