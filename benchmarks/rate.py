@@ -32,9 +32,8 @@ from quality_vs_peft import TASKS, Task, plain
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Example, Splits
 from softprompt.loss.gradient import Loss
-from softprompt.progress.events import Event, Note, Stepped, Validated
+from softprompt.progress.events import Event, Note, Started, Stepped, Validated
 from softprompt.prompt.reparam import Direct
-from softprompt.tuning.learner import LOWERED_BY
 from softprompt.tuning.loop import tune
 from softprompt.tuning.recipe import Recipe
 
@@ -80,10 +79,13 @@ def learned(lm: FrozenLM, splits: Splits, settings: Recipe, loss: Loss | None, f
     curve: list[tuple[int, float]] = []
     training: list[float] = []
     rates: list[float] = []
+    measured: list[float] = []
     notes: list[str] = []
 
     def watch(event: Event) -> None:
-        if isinstance(event, Validated):
+        if isinstance(event, Started):
+            measured.append(event.learning_rate)
+        elif isinstance(event, Validated):
             curve.append((event.step, round(event.nll, 4)))
         elif isinstance(event, Stepped):
             training.append(round(event.nll, 4))
@@ -94,7 +96,7 @@ def learned(lm: FrozenLM, splits: Splits, settings: Recipe, loss: Loss | None, f
     began = time.process_time()
     result = tune(settings, lm=lm, splits=splits, loss=loss, form=form, on_event=watch, progress=False)
     return {
-        "measured": result.learning_rate * LOWERED_BY ** len(notes),  # before the first step
+        "measured": measured[0],  # before the first step
         "highest_rate_taken": max(rates),
         "validation_nll": round(result.nll_after, 5),
         "best_step": result.best_step,

@@ -30,7 +30,7 @@ from softprompt.prompt.reparam import Direct
 from softprompt.store.artifact import load_prompt
 from softprompt.tuning.learner import Learner
 from softprompt.tuning.loop import tune
-from softprompt.tuning.rate import measured_rate
+from softprompt.tuning.rate import measured_rate, try_last_step
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.result import TuneResult
 from softprompt.tuning.run import Run
@@ -702,6 +702,65 @@ def test_a_gradient_of_any_size_takes_a_measured_step(tmp_path: Path, gradient: 
     form.value_PW.grad = torch.full((4, 8), gradient)
     assert learner.step(1.0)
     assert 0.02 * 0.9 <= learner.rate_taken <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("widths", "factor"),
+    # By hand: after f steps of x widths the other rows' loss is (1 - f x)^2, so that they fall by 2 f x - (f x)^2. Doubled
+    # pays up to 4x - 4x^2 = 1.5 (2x - x^2), x = 0.4; a step is too long from 2x - x^2 = (x - x^2 / 4) / 2, x = 12 / 7, and
+    # half of it helps up to x = 4.
+    [(0.3, 2.0), (0.5, 1.0), (1.6, 1.0), (1.8, 0.5), (3.9, 0.5), (4.1, 1.0), (-0.1, 1.0)],
+)
+def test_a_step_is_doubled_or_halved_where_other_rows_say_so(
+    tmp_path: Path, widths: float, factor: float
+) -> None:
+    learner = tried_learner(tmp_path)
+    try_last_step(learner, lambda prompt: (1.0 + float(prompt[0][0, 0]) / 0.25 * widths) ** 2)
+    assert learner.rate_taken == learner.learning_rate == 0.25 * factor
+    # AdamW's first step moves every number by the rate, against the gradient.
+    torch.testing.assert_close(learner.snapshot()[0], torch.full((4, 8), -0.25 * factor))
+
+
+def test_a_step_that_breaks_the_loss_of_other_rows_is_halved(tmp_path: Path) -> None:
+    learner = tried_learner(tmp_path)
+    try_last_step(
+        learner, lambda prompt: math.nan if float(prompt[0][0, 0]) < -0.2 else 1.0 + float(prompt[0].mean())
+    )
+    assert learner.learning_rate == 0.125
+
+
+def tried_learner(folder: Path) -> Learner:
+    """One that has moved each of its numbers from 0 to -0.25, in a step that is tried."""
+    overrides = ("tune.optimizer=adamw", "tune.schedule=constant", "tune.warmup=0", "tune.clip=1e9")
+    form = Direct((torch.zeros(4, 8),))
+    learner = Learner(form, recipe(folder, *overrides).tune, 0.25, 100)
+    learner.tried_steps = (1,)
+    form.value_PW.grad = torch.ones(4, 8)
+    assert learner.step(1.0)
+    assert learner.is_tried
+    return learner
+
+
+@pytest.mark.parametrize(("setting", "factors"), [("auto", (1, 2, 2, 4, 4, 4)), ("0.01", (1,) * 6)])
+def test_the_second_and_fourth_step_of_an_automatic_run_are_tried(
+    tmp_path: Path, setting: str, factors: tuple[int, ...]
+) -> None:
+    """Far from the valley's centre a step of twice the length always takes nearly twice as much away."""
+    overrides = ("tune.optimizer=adamw", "tune.schedule=constant", "tune.warmup=0", "tune.clip=1e9")
+    settings = recipe(
+        tmp_path, *overrides, f"tune.learning_rate={setting}", "tune.max_steps=6", "tune.epochs=99"
+    )
+    lm = lm_of()
+    plan = make_plan(settings, lm=lm, splits=SPLITS)
+    far = valley(start(plan)()[0].detach() - 1e3, 1e3, 0.0)
+    rates: list[float] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, Stepped):
+            rates.append(event.learning_rate)
+
+    tune(settings, lm=lm, splits=SPLITS, loss=far, on_event=note)
+    assert rates == pytest.approx([factor * rates[0] for factor in factors])
 
 
 def test_an_automatic_run_that_was_killed_ends_with_the_same_bits(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ class Learner:
         self.form, self.settings, self.learning_rate, self.steps = form, settings, learning_rate, steps
         self.highest_rate = learning_rate
         self.reachable_nll = 0.0
+        self.tried_steps: tuple[int, ...] = ()  # see rate.try_last_step
+        self._last_start: list[Tensor] = []
+        self._last_way: list[Tensor] = []
         trained = form.trained()
         self.parameters = [part.parameter for part in trained]
         groups = [
@@ -56,8 +59,7 @@ class Learner:
     def snapshot(self) -> Plain:
         """A copy of the plain prompt at this step."""
         with torch.no_grad():
-            prompt = self.form()
-        return tuple(tensor.clone() for tensor in prompt)
+            return tuple(tensor.clone() for tensor in self.form())
 
     def step(self, nll: float = 0.0) -> bool:
         """Takes one optimiser step along the parameters' gradients, clipped, at the scheduled rate.
@@ -67,15 +69,38 @@ class Learner:
         finite = math.isfinite(nll) and bool(torch.isfinite(norm))
         if finite:
             is_measured = self.highest_rate > self.learning_rate
-            before = self._values() if is_measured else []
+            is_tried = self.steps_done + 1 in self.tried_steps
+            before = self._values() if is_measured or is_tried else []
             self._set_rate(self.highest_rate * self._scheduled_share() if is_measured else self.rate)
             self.optimiser.step()
             self.rate_taken = self._shortened(before, nll, float(norm)) if is_measured else self.rate
+            if is_tried:
+                self._last_start = before
+                self._last_way = [now - old for now, old in zip(self._values(), before, strict=True)]
             self.steps_done += 1
             self.recent = [*self.recent, nll][-RECENT_STEPS:]
             self.nll_first = nll if math.isnan(self.nll_first) else self.nll_first
         self.optimiser.zero_grad()
         return finite
+
+    @property
+    def is_tried(self) -> bool:
+        """Whether the step just taken is one of `tried_steps`, and no return has lowered the rate since."""
+        return bool(self._last_way) and not self.times_lowered
+
+    def moved(self, factor: float) -> Plain:
+        """Moves to where the last step had led if it were `factor` times as long; the plain prompt there."""
+        with torch.no_grad():
+            for parameter, old, way in zip(self.parameters, self._last_start, self._last_way, strict=True):
+                parameter.copy_(old + factor * way)
+        return self.snapshot()
+
+    def lengthen(self, factor: float) -> None:
+        """Makes the last step `factor` times as long, and all later ones."""
+        self.moved(factor)
+        self.learning_rate, self.highest_rate = self.learning_rate * factor, self.highest_rate * factor
+        self.rate_taken *= factor
+        self._last_start = self._last_way = []
 
     def promised_fall(self) -> float:
         """By how much the loss falls, to first order, for a unit of learning rate: minus the sum of gradient times

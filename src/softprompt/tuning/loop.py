@@ -50,6 +50,7 @@ def tune(
                 run.add_keep_gradient()
                 if not learner.step(nll):  # clipped and scheduled
                     raise run.not_finite(rows, nll)
+                run.try_last_step()
                 run.record_step(rows, nll)
                 if run.validation_is_due:
                     run.validate()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -13,11 +13,16 @@ from softprompt.data.batch import epoch_order
 from softprompt.data.encoded import Encoded
 from softprompt.loss.gradient import Gradients
 from softprompt.prompt.reparam import Form
+from softprompt.prompt.soft_prompt import Plain
 from softprompt.tuning.learner import Learner
 from softprompt.tuning.plan import Plan
 
 KEPT_SHARE = 0.5  # of the fall at half the rate: a rate whose step falls by less than that goes too far
 MOST_HALVINGS = 5
+TRIED_STEPS = (
+    2,
+    4,
+)  # whose length is tried on the rows of the next step; later the noise of one batch decides
 
 
 class MeasuredRate(NamedTuple):
@@ -39,7 +44,7 @@ def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> MeasuredRate:
     what all steps of the run go by. Costs one gradient and a few forward passes. The same base, rows and settings
     give the same rate. `form` is what will be learned, at its start; it is not changed.
 
-    This is the lowest rate of the run: later steps take more, up to the bound `plan.learning_rate`, where their own
+    This is the lowest rate of the run, but for `try_last_step`: later steps take more, up to the bound `plan.learning_rate`, where their own
     loss allows it (`Learner.step`), since the slope falls as a prompt is learned. They never take less: a batch's slope
     holds its noise too, and by the end of a deep prompt's run on a large base hardly anything else (figures in
     LOG.md)."""
@@ -56,6 +61,27 @@ def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> MeasuredRate:
     rate = _confirmed(gradients, learner, start, second, tried)
     share = rate / tried
     return MeasuredRate(float(f"{rate:.1e}"), (1.0 - share) * nll)
+
+
+def try_last_step(learner: Learner, nll_of: Callable[[Plain], float]) -> None:
+    """Doubles or halves the step just taken, and all later ones, where other rows say so.
+
+    `nll_of` gives the loss of those rows under a prompt (nats per token). Neither the embeddings' scale nor one gradient
+    knows how far a deep prompt can go: on some bases twice the bound of `plan.learning_rate` learns far more, on others it breaks
+    the run (figures in LOG.md). A few forward passes see which."""
+    learner.lengthen(_tried_factor(lambda factor: nll_of(learner.moved(factor))))
+
+
+def _tried_factor(nll_at: Callable[[float], float]) -> float:
+    """2, 1 or 0.5: how many times as long a step should be; `nll_at` gives the loss after so many times the step."""
+    before, after = nll_at(0.0), nll_at(1.0)
+    fall = before - after
+    # Twice, where the second half of the doubled step still brings `KEPT_SHARE` of what the first does. A loss that is
+    # not finite compares as false: it is never doubled, and halved where half of the step helps.
+    if fall > 0 and before - nll_at(2.0) >= (1.0 + KEPT_SHARE) * fall:
+        return 2.0
+    half_fall = before - nll_at(0.5)
+    return 0.5 if half_fall > 0 and not fall >= KEPT_SHARE * half_fall else 1.0
 
 
 def _first_batches(plan: Plan, seed: int) -> tuple[list[Encoded], list[Encoded]]:

@@ -27,7 +27,7 @@ from softprompt.tuning.keep import Keeper
 from softprompt.tuning.learner import Learner, is_finite
 from softprompt.tuning.plain_reading import plain_reading
 from softprompt.tuning.plan import Plan
-from softprompt.tuning.rate import measured_rate
+from softprompt.tuning.rate import TRIED_STEPS, measured_rate, try_last_step
 from softprompt.tuning.records import versions
 from softprompt.tuning.result import TuneResult
 from softprompt.tuning.run_log import RunLog
@@ -51,6 +51,10 @@ class Run:
         tune = plan.recipe.tune
         out = Path(plan.recipe.out)
         self.learner = Learner(form or start(plan), tune, plan.learning_rate, plan.steps)
+        if (
+            tune.learning_rate == "auto" and not shares_a_part
+        ):  # no task may move what others share a second time
+            self.learner.tried_steps = TRIED_STEPS
         self.processes = processes or Processes()
         self.gradients = Gradients(plan.loss, plan.batch_size, self._halved, self.processes)
         self.keeper = Keeper(plan) if tune.keep else None
@@ -125,6 +129,19 @@ class Run:
                     return
                 self.log.step_begins()
                 yield [encoded[index] for index in indices]
+
+    def try_last_step(self) -> None:
+        """Tries the length of one of the first steps on the rows of the next one, and corrects it and the rate."""
+        if self.learner.is_tried and not self.at_its_end:
+            rows = self._rows_of(self.steps_done)
+            try_last_step(self.learner, lambda prompt: self.gradients.losses([prompt], [rows])[0])
+
+    def _rows_of(self, step: int) -> list[Encoded]:
+        """The rows of a step, counted from 0."""
+        plan = self.plan
+        epoch, index = divmod(step, plan.steps_per_epoch)
+        order = epoch_order(plan.train.lengths, plan.batch_size, seed=plan.recipe.tune.seed, epoch=epoch)
+        return [plan.train.encoded[number] for number in order[index]]
 
     def add_keep_gradient(self) -> None:
         """Adds the pull towards the bare base on general text to the form's gradient, where `tune.keep` asks for it."""

@@ -165,6 +165,7 @@ class Together:
             try:
                 if not run.learner.step(nll):
                     raise run.not_finite(rows[number], nll)
+                run.try_last_step()
                 run.record_step(rows[number], nll, seconds)
             except SoftPromptError as error:  # this run is over; the others continue
                 self.failed[number] = error
