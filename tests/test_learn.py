@@ -27,6 +27,7 @@ from softprompt.progress.console import Screen
 from softprompt.progress.events import BatchHalved, Event, Note, Stepped, Stopped, Validated
 from softprompt.progress.runs import ShowProgress
 from softprompt.prompt.reparam import Direct
+from softprompt.prompt.soft_prompt import Plain
 from softprompt.store.artifact import load_prompt
 from softprompt.tuning.learner import Learner
 from softprompt.tuning.loop import tune
@@ -715,7 +716,7 @@ def test_a_step_is_doubled_or_halved_where_other_rows_say_so(
     tmp_path: Path, widths: float, factor: float
 ) -> None:
     learner = tried_learner(tmp_path)
-    try_last_step(learner, lambda prompt: (1.0 + float(prompt[0][0, 0]) / 0.25 * widths) ** 2)
+    try_last_step(learner, lambda prompt: (1.0 + float(prompt[0][0, 0]) / 0.25 * widths) ** 2, 0.125)
     assert learner.rate_taken == learner.learning_rate == 0.25 * factor
     # AdamW's first step moves every number by the rate, against the gradient.
     torch.testing.assert_close(learner.snapshot()[0], torch.full((4, 8), -0.25 * factor))
@@ -723,10 +724,19 @@ def test_a_step_is_doubled_or_halved_where_other_rows_say_so(
 
 def test_a_step_that_breaks_the_loss_of_other_rows_is_halved(tmp_path: Path) -> None:
     learner = tried_learner(tmp_path)
-    try_last_step(
-        learner, lambda prompt: math.nan if float(prompt[0][0, 0]) < -0.2 else 1.0 + float(prompt[0].mean())
-    )
+    try_last_step(learner, lambda prompt: broken_beyond(0.2, prompt), 0.125)
     assert learner.learning_rate == 0.125
+
+
+def test_a_rate_that_was_not_doubled_is_not_halved(tmp_path: Path) -> None:
+    learner = tried_learner(tmp_path)
+    try_last_step(learner, lambda prompt: broken_beyond(0.2, prompt), 0.25)
+    assert learner.learning_rate == 0.25
+
+
+def broken_beyond(distance: float, prompt: Plain) -> float:
+    """A loss that falls along the step, and is not finite beyond a distance."""
+    return math.nan if float(prompt[0][0, 0]) < -distance else 1.0 + float(prompt[0].mean())
 
 
 def tried_learner(folder: Path) -> Learner:

@@ -63,16 +63,19 @@ def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> MeasuredRate:
     return MeasuredRate(float(f"{rate:.1e}"), (1.0 - share) * nll)
 
 
-def try_last_step(learner: Learner, nll_of: Callable[[Plain], float]) -> None:
-    """Doubles or halves the step just taken, and all later ones, where other rows say so.
+def try_last_step(learner: Learner, nll_of: Callable[[Plain], float], measured_bound: float) -> None:
+    """Doubles the step just taken, and all later ones, where other rows say so, or takes an earlier doubling back.
 
-    `nll_of` gives the loss of those rows under a prompt (nats per token). Neither the embeddings' scale nor one gradient
-    knows how far a deep prompt can go: on some bases twice the bound of `plan.learning_rate` learns far more, on others it breaks
-    the run (figures in LOG.md). A few forward passes see which."""
-    learner.lengthen(_tried_factor(lambda factor: nll_of(learner.moved(factor))))
+    `nll_of` gives the loss of those rows under a prompt (nats per token), `measured_bound` is the highest rate before any
+    doubling. Neither the embeddings' scale nor one gradient
+    knows how far a deep prompt can go: on some bases twice the bound of `plan.learning_rate` learns far more, on others it
+    breaks the run (figures in LOG.md). A few forward passes see which. Below the rate that was measured before the
+    first step nothing is tried: what lowers the loss of one batch most is shorter than what suits a whole run."""
+    may_halve = learner.highest_rate > measured_bound
+    learner.lengthen(_tried_factor(lambda factor: nll_of(learner.moved(factor)), may_halve))
 
 
-def _tried_factor(nll_at: Callable[[float], float]) -> float:
+def _tried_factor(nll_at: Callable[[float], float], may_halve: bool) -> float:
     """2, 1 or 0.5: how many times as long a step should be; `nll_at` gives the loss after so many times the step."""
     before, after = nll_at(0.0), nll_at(1.0)
     fall = before - after
@@ -80,6 +83,8 @@ def _tried_factor(nll_at: Callable[[float], float]) -> float:
     # not finite compares as false: it is never doubled, and halved where half of the step helps.
     if fall > 0 and before - nll_at(2.0) >= (1.0 + KEPT_SHARE) * fall:
         return 2.0
+    if not may_halve:
+        return 1.0
     half_fall = before - nll_at(0.5)
     return 0.5 if half_fall > 0 and not fall >= KEPT_SHARE * half_fall else 1.0
 

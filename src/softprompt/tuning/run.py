@@ -134,7 +134,11 @@ class Run:
         """Tries the length of one of the first steps on the rows of the next one, and corrects it and the rate."""
         if self.learner.is_tried and not self.at_its_end:
             rows = self._rows_of(self.steps_done)
-            try_last_step(self.learner, lambda prompt: self.gradients.losses([prompt], [rows])[0])
+
+            def nll_of(prompt: Plain) -> float:
+                return self.gradients.losses([prompt], [rows])[0]
+
+            try_last_step(self.learner, nll_of, self.plan.learning_rate)
 
     def _rows_of(self, step: int) -> list[Encoded]:
         """The rows of a step, counted from 0."""
