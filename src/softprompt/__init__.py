@@ -40,7 +40,9 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from softprompt.inference.settings import DecodeSettings
     from softprompt.loss.fast import FastLoss
     from softprompt.prompt.soft_prompt import DeepPrompt, Prompt, SoftPrompt
+    from softprompt.scale.ray_server import RayServer
     from softprompt.scale.ray_workers import RayWorkers
+    from softprompt.serving.settings import ServeSettings
     from softprompt.store.artifact import load_prompt, save_prompt
     from softprompt.store.library import Library
     from softprompt.tuning.distil import DistilResult, distil
@@ -89,7 +91,9 @@ _HOMES = {
     "inference.settings": ("DecodeSettings",),
     "loss.fast": ("FastLoss",),
     "prompt.soft_prompt": ("DeepPrompt", "Prompt", "SoftPrompt"),
+    "scale.ray_server": ("RayServer",),
     "scale.ray_workers": ("RayWorkers",),
+    "serving.settings": ("ServeSettings",),
     "store.artifact": ("load_prompt", "save_prompt"),
     "store.library": ("Library",),
     "tuning.distil": ("DistilResult", "distil"),
@@ -136,11 +140,13 @@ __all__ = [
     "Prompt",
     "PromptError",
     "PromptSettings",
+    "RayServer",
     "RayWorkers",
     "Recipe",
     "RecipeError",
     "SaveError",
     "Scored",
+    "ServeSettings",
     "SoftPrompt",
     "SoftPromptError",
     "Splits",

@@ -17,7 +17,7 @@ from softprompt.cli.flags import takes
 from softprompt.cli.screen import emit, fact, is_follower, line, screen
 from softprompt.cli.streams import read_input
 from softprompt.data.source import load_splits
-from softprompt.errors import RecipeError
+from softprompt.errors import DataError, RecipeError
 from softprompt.inference.settings import DecodeSettings
 from softprompt.progress.console import Screen, visible
 from softprompt.scale.cluster import workers_of
@@ -155,7 +155,7 @@ def _generate_file(
 
     console = screen(as_json=as_json)
     try:
-        with workers_of(cluster) as workers:
+        with workers_of(cluster, as_stream=True) as workers:
             answers = generate_file(
                 lm,
                 source,
@@ -179,7 +179,13 @@ def _generate_file(
                 "rows": answers.rows,
                 "lines": answers.lines,
                 "reused": answers.reused,
+                "failed": answers.failed,
             }
+        )
+    if answers.failed:
+        raise DataError(
+            f"{answers.path}: {answers.failed} of {answers.rows} rows could not be continued; their lines say why (error). The "
+            "other rows are answered."
         )
 
 

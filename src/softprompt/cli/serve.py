@@ -14,8 +14,9 @@ from softprompt.cli import asked
 from softprompt.cli.flags import takes
 from softprompt.cli.screen import fact, heading, is_follower, screen
 from softprompt.errors import MissingExtra, RecipeError
-from softprompt.scale.settings import GatewaySettings
+from softprompt.scale.settings import GatewaySettings, ReplicaSettings
 from softprompt.serving.settings import ServeSettings
+from softprompt.settings.cluster_settings import ClusterSettings
 
 if TYPE_CHECKING:
     from softprompt.serving.local_engine import LocalEngine
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 EXAMPLE = "softprompt serve --base builtin runs/support"
 
 
-@takes(ServeSettings, GatewaySettings)
+@takes(ServeSettings, GatewaySettings, ReplicaSettings, ClusterSettings)
 def command(
     settings: ServeSettings,
     front: GatewaySettings,
+    replicas: ReplicaSettings,
+    cluster: ClusterSettings,
     *,
     prompts: Annotated[
         list[Path] | None,
@@ -38,7 +41,8 @@ def command(
 ) -> None:
     """Serve the base and any number of prompts, each a model by name, until it is interrupted.
 
-    With --engine no base is loaded here: requests go to the engines behind it, and outlive one that dies."""
+    With --engine no base is loaded here: requests go to the engines behind it, and outlive one that dies. With --on, engines and
+    gateways run on a Ray cluster."""
     if find_spec("fastapi") is None or find_spec("uvicorn") is None or find_spec("prometheus_client") is None:
         raise MissingExtra(
             "serve needs a web server, which is not installed: pip install 'softprompt[serve]'."
@@ -52,6 +56,13 @@ def command(
     if not _is_loopback(settings.host) and settings.keys is None:
         raise RecipeError(
             f"--host {settings.host} can be reached by others, and anybody could use it. Give --keys FILE, or serve on 127.0.0.1."
+        )
+    if cluster.cluster is not None:
+        _serve_on_cluster(settings, front, replicas, cluster, prompts or [])
+        return
+    if replicas != ReplicaSettings():
+        raise RecipeError(
+            "--replicas, --max-replicas and --gateways are for a server on a cluster. Add --on ray, or leave them out."
         )
     if front.engine:
         _serve_gateway(settings, front, prompts)
@@ -120,6 +131,40 @@ def _serve_gateway(settings: ServeSettings, front: GatewaySettings, prompts: lis
         fact(console, "engine", peer.url)
     fact(console, "API", f"http://{settings.host}:{settings.port}/v1")
     server.run()
+
+
+def _serve_on_cluster(
+    settings: ServeSettings,
+    front: GatewaySettings,
+    replicas: ReplicaSettings,
+    cluster: ClusterSettings,
+    prompts: list[Path],
+) -> None:
+    """Gateways and engines on a cluster."""
+    if front.engine:
+        raise RecipeError("--on and --engine: found both, wanted one. --on starts its own engines.")
+    if find_spec("httpx2") is None:
+        raise MissingExtra("--on needs httpx2, which is not installed: pip install 'softprompt[ray]'.")
+    from softprompt.scale.ray_server import RayServer
+
+    server = RayServer(
+        settings,
+        prompts,
+        address=str(cluster.cluster),
+        **replicas.model_dump(),
+        cpus=cluster.worker_cpus,
+        gpus=cluster.worker_gpus,
+        front=front,
+    )
+    console = screen()
+    with server:
+        heading(console, "serving on the cluster")
+        most = replicas.max_replicas or replicas.replicas
+        upwards = f" to {most}" if most > replicas.replicas else ""
+        fact(console, "engines", f"{replicas.replicas}{upwards}, behind {replicas.gateways} gateways")
+        fact(console, "page", f"{server.url}/")
+        fact(console, "API", f"{server.url}/v1")
+        server.wait()
 
 
 def _is_loopback(host: str) -> bool:

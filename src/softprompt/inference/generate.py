@@ -124,7 +124,7 @@ def generation(name: str | None, given: str | Example, request: Request) -> Gene
     rated = sum(request.log_probabilities) if request.settings.rated else None
     return Generation(
         name,
-        _shown(given),
+        shown(given),
         request.text,
         len(request.token_ids),
         request.finish_reason,
@@ -134,7 +134,7 @@ def generation(name: str | None, given: str | Example, request: Request) -> Gene
     )
 
 
-def _shown(given: str | Example) -> str:
+def shown(given: str | Example) -> str:
     """Shows an input as one text: its only field, its last message, or its fields by name."""
     if isinstance(given, str):
         return given

@@ -20,7 +20,8 @@ from softprompt.data.example import Example
 from softprompt.data.source import load_splits
 from softprompt.errors import DataError, SaveError
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt
-from softprompt.inference.generate import generate
+from softprompt.inference.generate import generate, shown
+from softprompt.inference.request import request
 from softprompt.inference.settings import DecodeSettings
 from softprompt.progress.bar import Advance, progress_bar
 from softprompt.prompt.soft_prompt import Fingerprint, Prompt
@@ -41,12 +42,15 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class FileAnswers:
-    """The continued rows of a file: `path` holds a JSON object for each, `reused` of them from an earlier run."""
+    """The continued rows of a file: `path` holds a JSON object for each, `reused` of them from an earlier run.
+
+    `failed` rows could not be continued, for instance because they do not fit the base: their lines hold an `error`."""
 
     path: Path
     rows: int
     lines: int
     reused: int
+    failed: int = 0
 
 
 def generate_file(
@@ -63,7 +67,7 @@ def generate_file(
     """Continues every row of `source` under each prompt (and the base, `with_base` or without a prompt), in order, and
     leaves a line for each continuation in `out`/answers.jsonl. The same call continues after an interruption.
 
-    Raises DataError for rows that cannot be read or laid out, SaveError where `out` holds other answers."""
+    Raises DataError where the file cannot be read, or its first row not be laid out, SaveError where `out` holds other answers."""
     settings = settings or DecodeSettings()
     examples = load_splits(str(source), validation=0, test=0).train
     answering = AnswersOfRows(
@@ -99,7 +103,7 @@ def generate_file(
     finally:
         kept.close()
         _held.clear()
-    return FileAnswers(kept.path, len(examples), len(examples) * answering.lines_each, reused)
+    return FileAnswers(kept.path, len(examples), len(examples) * answering.lines_each, reused, kept.failed)
 
 
 _held: dict[str, tuple[FrozenLM, list[CompiledPrompt]]] = {}
@@ -123,11 +127,47 @@ class AnswersOfRows:
         return (len(self.prompts) + self.with_base) * self.settings.n
 
     def __call__(self, examples: Sequence[Example]) -> list[Line]:
-        """A line for each continuation, in the order of the rows, then of the base and the prompts."""
+        """A line for each continuation, in the order of the rows, then of the base and the prompts.
+
+        A row that cannot be continued has lines with an error in their place, and hinders no other."""
         if self.key not in _held:
             lm = kept_base(self.base, self.fingerprint)
             _held.clear()
             _held[self.key] = (lm, self.compiled(lm))
+        try:
+            return self._continued(examples)
+        except DataError:
+            problems = [self._problem(example) for example in examples]
+            if not any(problems):
+                raise
+        able = [example for example, problem in zip(examples, problems, strict=True) if problem is None]
+        lines = iter(self._continued(able))
+        return [
+            next(lines) if problem is None else {**line, "error": problem}
+            for example, problem in zip(examples, problems, strict=True)
+            for line in self._without_text(example)
+        ]
+
+    def _problem(self, example: Example) -> str | None:
+        """Why a row cannot be continued; None where it can."""
+        lm, columns = _held[self.key]
+        try:
+            for column in columns:
+                request(lm, column, example, self.settings)
+        except DataError as error:
+            return str(error)
+        return None
+
+    def _without_text(self, example: Example) -> list[Line]:
+        """The lines of a row that has no continuations."""
+        _, columns = _held[self.key]
+        return [
+            {"prompt": column.name, "input": shown(example), "sample": sample}
+            for column in columns
+            for sample in range(self.settings.n)
+        ]
+
+    def _continued(self, examples: Sequence[Example]) -> list[Line]:
         lm, columns = _held[self.key]
         generations = generate(
             lm,
@@ -186,6 +226,7 @@ class _AnswerFile:
 
     def __init__(self, folder: Path, digest: str, lines_each: int) -> None:
         self.digest, self.lines_each = digest, lines_each
+        self._failed: set[int] = set()
         self.folder = check_replaceable(folder, (ANSWERS, ABOUT), kind="answers")
         self.path = self.folder / ANSWERS
         former = self._former_digest()
@@ -204,6 +245,8 @@ class _AnswerFile:
             )
             lines = self._whole_lines() if former is not None and self.path.exists() else []
             self._rows = len(lines) // lines_each
+            for line in lines[: self._rows * lines_each]:
+                self._count(json.loads(line))
             with replaced_file(self.path) as fresh:
                 fresh.writelines(lines[: self._rows * lines_each])
             self._file = self.path.open("ab")
@@ -213,6 +256,15 @@ class _AnswerFile:
                 f"{folder}: answers cannot be kept there ({error.strerror}). Choose another folder with --out."
             ) from error
 
+    @property
+    def failed(self) -> int:
+        """Rows that could not be continued, those of an earlier run among them."""
+        return len(self._failed)
+
+    def _count(self, line: Line) -> None:
+        if "error" in line:
+            self._failed.add(line["row"])
+
     def rows_done(self) -> int:
         """Rows of an earlier run."""
         return self._rows
@@ -221,6 +273,7 @@ class _AnswerFile:
         """Appends lines, and flushes them. Raises SaveError."""
         try:
             for line in lines:
+                self._count(line)
                 self._file.write(json.dumps(plain(line)).encode() + b"\n")
             self._file.flush()
         except OSError as error:

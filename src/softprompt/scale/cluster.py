@@ -10,12 +10,19 @@ from softprompt.settings.cluster_settings import ClusterSettings
 
 
 @contextmanager
-def workers_of(settings: ClusterSettings) -> Iterator[Workers]:
-    """The workers for a work. Raises MissingExtra without Ray, BaseError where its cluster does not answer."""
+def workers_of(settings: ClusterSettings, *, as_stream: bool = False) -> Iterator[Workers]:
+    """The workers for a work; on a cluster those of Ray Data for a stream of many equal parts.
+
+    Raises MissingExtra without Ray, ClusterError where its cluster does not answer."""
     if settings.cluster is None:
         yield HERE
         return
     from softprompt.scale.ray_workers import RayWorkers
 
-    with RayWorkers(settings.cluster, cpus=settings.worker_cpus, gpus=settings.worker_gpus) as workers:
+    kind = RayWorkers
+    if as_stream:
+        from softprompt.scale.ray_data import RayDataWorkers
+
+        kind = RayDataWorkers
+    with kind(settings.cluster, cpus=settings.worker_cpus, gpus=settings.worker_gpus) as workers:
         yield workers

@@ -92,7 +92,7 @@ class RayWorkers:
             max_retries=self.retries,
             max_calls=int(own_process),
             scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": {name: os.environ[name] for name in PASSED_ON if name in os.environ}},
+            runtime_env=environment(),
         )(_done)
         site, shared = Site.here(folder), ray.put(do)
         mailbox = None if tell is None else _Mailbox()
@@ -140,6 +140,11 @@ class RayWorkers:
                 f"Part {number + 1} of the work was lost with its worker {self.retries + 1} times ({first_line(error)}). If memory "
                 "runs out there, let each worker take more of a machine (--worker-cpus)."
             ) from error
+
+
+def environment() -> dict[str, Any]:
+    """The part of this process' environment that workers get, as Ray takes it."""
+    return {"env_vars": {name: os.environ[name] for name in PASSED_ON if name in os.environ}}
 
 
 def _done(

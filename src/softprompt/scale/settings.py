@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from softprompt.settings.section import setting
 from softprompt.settings.table import Table
@@ -40,3 +40,29 @@ class GatewaySettings(Table):
         "An engine that answers no probe for so long is given up, and its requests go to the others.",
         flag="--lost-after-seconds",
     )
+
+
+class ReplicaSettings(Table):
+    """Copies of a server on a cluster (--on)."""
+
+    replicas: Annotated[int, Field(ge=1, le=10_000)] = setting(
+        1, "With --on: engines at least, each with the base and every prompt.", flag="--replicas"
+    )
+    max_replicas: Annotated[int, Field(ge=1, le=10_000)] | None = setting(
+        None,
+        "With --on: engines at most; further ones start while requests wait, and end when there is nothing to do.",
+        flag="--max-replicas",
+    )
+    gateways: Annotated[int, Field(ge=1, le=1_000)] = setting(
+        2,
+        "With --on: gateways, which put requests to the engines, and to another one when an engine dies.",
+        flag="--gateways",
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas: found {self.max_replicas}, wanted at least replicas ({self.replicas})."
+            )
+        return self
