@@ -163,19 +163,21 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="A file of one JSON object a run; runs that are in it are not made again."
     )
+    parser.add_argument("--set", nargs="*", default=[], help="settings that differ, such as distil.length=16")
     parser.add_argument("--note", default="", help="What else the machine did, for the record.")
     arguments = parser.parse_args()
     done = set()
     if arguments.out is not None and arguments.out.is_file():
         lines = arguments.out.read_text(encoding="utf-8").splitlines()
-        done = {(run["kind"], run["seed"]) for run in map(json.loads, lines)}
+        done = {(run["kind"], run["seed"], *run.get("set", ())) for run in map(json.loads, lines)}
     lm = FrozenLM.load(arguments.base, dtype=arguments.dtype)
     with tempfile.TemporaryDirectory() as temporary:
         for seed in range(arguments.seeds):  # every kind once before any twice: what a stop leaves is of use
             for kind in arguments.kinds:
-                if (kind, seed) in done:
+                if (kind, seed, *arguments.set) in done:
                     continue
-                record = run(kind, seed, arguments, lm, (arguments.work or Path(temporary)) / kind)
+                folder = (arguments.work or Path(temporary)) / "_".join([kind, *arguments.set])
+                record = run(kind, seed, arguments, lm, folder)
                 print(json.dumps(record), flush=True)
                 if arguments.out is not None:
                     with arguments.out.open("a", encoding="utf-8") as file:
@@ -188,6 +190,7 @@ def run(kind: str, seed: int, arguments: argparse.Namespace, lm: FrozenLM, folde
     tune = {"epochs": 100, "max_steps": arguments.steps, "valid_every_steps": 40, "seed": seed}
     tree = KINDS[kind](arguments.data, folder)
     settings = DistilSettings(base=arguments.base, out=str(folder / str(seed)), tune=tune, **tree)
+    settings = settings.changed(arguments.set)
     began = time.process_time()
     result = distil(settings, lm=lm, resume=arguments.work is not None)
     record = {
@@ -196,6 +199,7 @@ def run(kind: str, seed: int, arguments: argparse.Namespace, lm: FrozenLM, folde
         "dtype": arguments.dtype,
         "kind": kind,
         "seed": seed,
+        "set": arguments.set,
         "cpu_seconds": time.process_time() - began,
         **result.to_record(),
     }
