@@ -16,17 +16,16 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
-from softprompt.base.from_settings import kept_base
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.processes import demand_alone
-from softprompt.base.workers import HERE, Tell, Workers
+from softprompt.base.workers import HERE, Workers
 from softprompt.data.example import Splits
-from softprompt.errors import NotFinite, RecipeError, SaveError, SoftPromptError
+from softprompt.errors import NotFinite, RecipeError, SaveError
 from softprompt.loss.gradient import Loss
 from softprompt.progress.events import Event
 from softprompt.progress.shown import shown_runs
@@ -36,11 +35,9 @@ from softprompt.store.artifact import load_prompt, save_prompt
 from softprompt.store.json_values import plain
 from softprompt.store.ownership import PROMPT_FILES, claim, folder_named
 from softprompt.store.plain_file import read_bytes
-from softprompt.tuning.checkpoint import Checkpoints
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.records import SCHEMA
-from softprompt.tuning.settle import settled_batch_size
-from softprompt.tuning.together import Together
+from softprompt.tuning.trials import InMemory, Spread, Trials
 
 RECORDS, TRIALS = "sweep.jsonl", "trials"
 PARALLEL = 8  # prompts in a pass, at most, unless asked otherwise
@@ -192,11 +189,11 @@ def sweep(
         def tell(position: int, event: Event) -> None:
             show(trials[going[position]].name, event)
 
-        learning: _Trials
+        learning: Trials
         if workers.are_here:
-            learning = _InMemory([recipes[n] for n in going], lm, splits, loss, tell, resume)
+            learning = InMemory([recipes[n] for n in going], lm, splits, loss, tell, resume)
         else:
-            learning = _Spread([recipes[n] for n in going], splits, workers, tell, out, resume)
+            learning = Spread([recipes[n] for n in going], splits, workers, tell, out, resume)
         try:
             for share in shares[records.stretches_done :]:
                 left = [
@@ -244,184 +241,6 @@ def sweep(
     result = SweepResult(prompt, str(out), winner, tuple(trials), statistics.fmean(nlls), error)
     records.end(result.to_record())
     return result
-
-
-@dataclass(frozen=True)
-class _Figures:
-    """How far a trial has come, and how good it is."""
-
-    step: int
-    nll_start: float
-    nll: float
-    best_step: int
-
-
-class _Trials(Protocol):
-    """Trials while they learn. Each is known by its position; `failed` ones take part no more."""
-
-    failed: dict[int, SoftPromptError]
-
-    def advance(self, share: float, groups: Sequence[Sequence[int]]) -> dict[int, _Figures]:
-        """Takes every group to `share` of its steps in passes of its own, and writes checkpoints."""
-        ...
-
-    def drop(self, positions: Sequence[int]) -> None:
-        """Ends trials early; their best prompts so far are saved."""
-        ...
-
-    def save(self) -> None:
-        """Saves the trials that are left."""
-        ...
-
-    def close(self) -> None:
-        """Closes all records."""
-        ...
-
-
-class _InMemory:
-    """All trials in this process, which stay in memory from stretch to stretch."""
-
-    def __init__(
-        self,
-        recipes: Sequence[Recipe],
-        lm: FrozenLM | None,
-        splits: Splits | None,
-        loss: Loss | None,
-        tell: Callable[[int, Event], None],
-        resume: bool,
-    ) -> None:
-        self.together = Together(recipes, lm=lm, splits=splits, loss=loss, on_event=tell, resume=resume)
-        self.failed = self.together.failed
-
-    def advance(self, share: float, groups: Sequence[Sequence[int]]) -> dict[int, _Figures]:
-        """Takes one group after the other to `share` of its steps."""
-        figures: dict[int, _Figures] = {}
-        for group in groups:
-            figures |= _advanced(self.together, share, group)
-        self.together.checkpoint()
-        return figures
-
-    def drop(self, positions: Sequence[int]) -> None:
-        """Ends trials early."""
-        for position in positions:
-            self.together.drop(position)
-
-    def save(self) -> None:
-        """Saves the trials that are left."""
-        self.together.save()
-
-    def close(self) -> None:
-        """Closes all records."""
-        self.together.close()
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Trials that share passes, as a worker is given them: to be taken to `share` of their steps, or dropped (None).
-
-    `rows` is the bound on rows in a pass that all trials have together."""
-
-    recipes: tuple[Recipe, ...]
-    share: float | None
-    rows: int
-    splits: Splits | None
-
-
-class _Spread:
-    """Trials on a cluster. Between stretches they are their checkpoints, so any worker can take any of them."""
-
-    def __init__(
-        self,
-        recipes: Sequence[Recipe],
-        splits: Splits | None,
-        workers: Workers,
-        tell: Callable[[int, Event], None],
-        out: Path,
-        resume: bool,
-    ) -> None:
-        self.recipes, self.splits, self.workers, self.tell, self.out = recipes, splits, workers, tell, out
-        self.rows = sum(map(settled_batch_size, recipes))
-        self.failed: dict[int, SoftPromptError] = {}
-        if not resume:  # a group always continues from what it finds, also when it is done again after a loss
-            for recipe in recipes:
-                _checkpoints(recipe).clear()
-
-    def advance(self, share: float, groups: Sequence[Sequence[int]]) -> dict[int, _Figures]:
-        """Takes all groups to `share` of their steps, each on some worker."""
-        figures: dict[int, _Figures] = {}
-        for group, (measured, failed) in zip(groups, self._map(share, groups), strict=True):
-            figures |= {group[number]: each for number, each in measured.items()}
-            self.failed |= {group[number]: error for number, error in failed.items()}
-        return figures
-
-    def drop(self, positions: Sequence[int]) -> None:
-        """Ends trials early, all of them on one worker."""
-        for _ in self._map(None, [positions] if positions else []):
-            pass
-
-    def _map(self, share: float | None, groups: Sequence[Sequence[int]]) -> Iterator[_Outcome]:
-        parts = [
-            _Group(tuple(self.recipes[position] for position in group), share, self.rows, self.splits)
-            for group in groups
-        ]
-
-        def tell(part: int, event: tuple[int, Event]) -> None:
-            self.tell(groups[part][event[0]], event[1])
-
-        return self.workers.map(_continued, parts, tell, folder=self.out)
-
-    def save(self) -> None:
-        """Nothing is left to do: the workers saved what came to its end."""
-
-    def close(self) -> None:
-        """Nothing is open here."""
-
-
-_Outcome: TypeAlias = tuple[dict[int, _Figures], dict[int, SoftPromptError]]
-
-
-def _continued(group: _Group, tell: Tell) -> _Outcome:
-    """Takes a group one stretch further from its checkpoints, and leaves new ones; at its end it is saved."""
-    recipes = group.recipes
-    numbers = range(len(recipes))
-    together = Together(
-        recipes,
-        lm=kept_base(recipes[0]),
-        splits=group.splits,
-        on_event=lambda number, event: tell((number, event)),
-        resume=any(_checkpoints(recipe).newest() is not None for recipe in recipes),
-        rows=group.rows,
-    )
-    try:
-        if group.share is None:
-            for number in numbers:
-                together.drop(number)
-            return {}, {}
-        figures = _advanced(together, group.share, numbers)
-        together.checkpoint()
-        if group.share < 1:
-            together.save_failed()
-        else:
-            together.save()
-        return figures, together.failed
-    finally:
-        together.close()
-
-
-def _checkpoints(recipe: Recipe) -> Checkpoints:
-    return Checkpoints(Path(recipe.out), recipe.tune, lambda text: None)
-
-
-def _advanced(together: Together, share: float, group: Sequence[int]) -> dict[int, _Figures]:
-    """Takes a group to `share` of its steps, and measures it: a stretch may end between two validations."""
-    together.advance(share, group)
-    now = together.losses(group) if share < 1 else {}
-    figures = {}
-    for number in group:
-        learner = together.runs[number].learner
-        nll = math.nan if number in together.failed else min(learner.nll_best, now.get(number, math.inf))
-        figures[number] = _Figures(learner.steps_done, learner.nll_start, nll, learner.best_step)
-    return figures
 
 
 def _rank(trials: Sequence[Trial], setting: Setting) -> float:
