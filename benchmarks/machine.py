@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import resource
@@ -35,6 +36,14 @@ def describe() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
     }
+
+
+def demand_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Ends with one line where torch sees no such device."""
+    import torch
+
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {device}: torch {torch.__version__} sees no GPU with CUDA here")
 
 
 def matrix_rates(device: str, rows: int = 1024, width: int = 1024, columns: int = 4096) -> dict[str, float]:

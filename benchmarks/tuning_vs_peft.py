@@ -31,7 +31,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for every arm: spinning threads starve each other
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-from machine import matrix_rates, peak_bytes, rounds, write_result
+from machine import demand_device, matrix_rates, peak_bytes, rounds, write_result
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[1] / "shared" / "data"
@@ -381,6 +381,7 @@ def main() -> None:
     parser.add_argument("--name", default="", help="name of the result file")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    demand_device(parser, options.device)
     if options.arm:
         print("RESULT " + json.dumps(run_arm(options)))
         return

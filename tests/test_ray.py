@@ -13,24 +13,29 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytest.importorskip("ray", reason="the extra ray is not installed: pip install 'softprompt[ray]'")
 
 from ray_nodes import Nodes
+from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
 from softprompt.comparison.compare import compare
 from softprompt.comparison.settings import CompareSettings
 from softprompt.errors import ClusterError, RecipeError
 from softprompt.evaluation.judge import evaluate
 from softprompt.inference.compiled import TextPrompt
+from softprompt.inference.generate_file import generate_file
+from softprompt.inference.settings import DecodeSettings
 from softprompt.progress.events import Event, Started
+from softprompt.scale.ray_data import RayDataWorkers
 from softprompt.scale.ray_workers import RayWorkers
 from softprompt.tuning.sweep import sweep
 from test_compare import recipe as compared_recipe
 from test_compare import task as task
 from test_learn import SPLITS
-from test_workers import RATES, prompts_and_records, steps_recorded, sweep_recipe
+from test_workers import RATES, prompts_and_records, rows_file, steps_recorded, sweep_recipe
 from test_workers import base as base
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own
@@ -156,7 +161,7 @@ def test_what_a_part_raises_and_a_place_that_is_not_shared_are_said_in_one_line(
 ) -> None:
     with pytest.raises(RecipeError, match="no such thing"):
         list(RayWorkers().map(refuse, ["no such thing"]))
-    with pytest.raises(ClusterError, match="lost with its worker 2 times"):
+    with pytest.raises(ClusterError, match="Part 1 of the work was lost with its worker 2 times"):
         list(RayWorkers(retries=1).map(die, [0]))
     monkeypatch.setattr("softprompt.scale.ray_site._marker", lambda folder: b"of this machine")
     with pytest.raises(ClusterError, match="sees another folder"):
@@ -171,3 +176,44 @@ def refuse(part: str, tell: Any) -> None:
 
 def die(part: int, tell: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_of_the_second(part: int, tell: Any) -> int:
+    if part == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return part
+
+
+def test_a_row_that_ends_its_workers_is_given_up(ray_cluster: Nodes) -> None:
+    """Ray Data alone would start worker after worker for it."""
+    with pytest.raises(ClusterError, match="Part 2 of the work was lost with its worker 1 times"):
+        list(RayDataWorkers(retries=0).map(die_of_the_second, [0, 1]))
+    with pytest.raises(RecipeError, match="no such thing"):
+        list(RayDataWorkers().map(refuse, ["no such thing"]))
+
+
+def test_rows_of_a_file_lose_nothing_with_a_worker_and_stay_in_order(
+    tmp_path: Path, base: Path, ray_cluster: Nodes
+) -> None:
+    """A worker dies by SIGKILL when the first rows are there."""
+    lm = FrozenLM.load(str(base), dtype="float32")
+    source = rows_file(tmp_path, 640)
+    killed: list[int] = []
+
+    def kill(done: int, rows: int) -> None:
+        if done and not killed:
+            workers = [
+                process
+                for process in psutil.Process().children(recursive=True)
+                if "MapWorker" in "".join(process.cmdline())
+            ]
+            killed.append(workers[0].pid)
+            os.kill(workers[0].pid, signal.SIGKILL)
+
+    settings = DecodeSettings(max_new_tokens=8)
+    for name, options in (("here", {}), ("there", {"workers": RayDataWorkers(), "progress": kill})):
+        answers = generate_file(lm, source, tmp_path / name, [], settings, **{"progress": False, **options})  # type: ignore[arg-type]
+        assert (answers.rows, answers.failed) == (640, 0)
+    assert killed
+    there, here = (tmp_path / name / "answers.jsonl" for name in ("there", "here"))
+    assert there.read_bytes() == here.read_bytes()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from softprompt.errors import ClusterError, MissingExtra, first_line
@@ -32,6 +33,8 @@ def connected(address: str = "ray") -> Iterator[None]:
     Raises ClusterError where none answers."""
     for name, value in QUIETLY.items():
         os.environ.setdefault(name, value)
+    if address != "ray" and _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's client sends its token only if told to
     import ray
 
     if ray.is_initialized():
@@ -42,12 +45,18 @@ def connected(address: str = "ray") -> Iterator[None]:
     except Exception as error:  # Ray raises many kinds, bare ones among them
         raise ClusterError(
             f"--on {address}: no Ray cluster answers ({first_line(error)}). Start one with `ray start --head`, or check "
-            "the address."
+            "the address and, where the cluster wants one, the token (~/.ray/auth_token)."
         ) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _has_token() -> bool:
+    """Whether this machine has a token for clusters, as Ray keeps it."""
+    named = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return named or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def _connect(address: str) -> None:

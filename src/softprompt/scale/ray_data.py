@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from softprompt.base.workers import Outcome, Part, Tell
-from softprompt.errors import ClusterError, SoftPromptError, first_line
+from softprompt.errors import SoftPromptError
 from softprompt.scale.ray_site import Site
-from softprompt.scale.ray_workers import RayWorkers, environment
+from softprompt.scale.ray_workers import RayWorkers, environment, lost_too_often, near_the_driver
 
 
 class RayDataWorkers(RayWorkers):
@@ -32,54 +34,71 @@ class RayDataWorkers(RayWorkers):
 
         Raises what a part raises, and ClusterError where a part's worker was lost too often."""
         import ray
-        from ray.exceptions import RayError, RayTaskError
+        import ray.data
 
-        rows = [{"part": pickle.dumps(part)} for part in parts]
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        rows = [{"number": number, "part": pickle.dumps(part)} for number, part in enumerate(parts)]
         if not rows:
             return
         context = ray.data.DataContext.get_current().copy()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.print_on_execution_start = False
+        tries = ray.remote(num_cpus=0)(_Tries).options(scheduling_strategy=near_the_driver()).remote()
         with ray.data.DataContext.current(context):
             outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
                 _Doing,
-                fn_constructor_args=(do, Site.here(folder)),
+                fn_constructor_args=(do, Site.here(folder), tries, self.retries),
                 compute=ray.data.ActorPoolStrategy(size=min(self.count, len(rows))),
                 num_cpus=self.cpus,
                 num_gpus=self.gpus or None,
-                max_restarts=self.retries,
-                max_task_retries=self.retries,
                 runtime_env=environment(),
             )
-        try:
-            for row in outcomes.iter_rows():
-                outcome, error = pickle.loads(row["outcome"])
-                if error is not None:
-                    raise error
-                yield outcome
-        except RayTaskError:
-            raise
-        except RayError as error:
-            raise ClusterError(
-                f"A part of the work was lost with its worker too often ({first_line(error)}). If memory runs out there, let "
-                "each worker take more of a machine (--worker-cpus)."
-            ) from error
+        for row in outcomes.iter_rows():
+            outcome, error = pickle.loads(row["outcome"])
+            if error is not None:
+                raise error
+            yield outcome
 
 
 class _Doing:
     """An actor that does parts."""
 
-    def __init__(self, do: Callable[[Any, Tell], Any], site: Site) -> None:
-        self.do, self.site = do, site
+    def __init__(self, do: Callable[[Any, Tell], Any], site: Site, tries: Any, retries: int) -> None:
+        self.do, self.site, self.tries, self.retries = do, site, tries, retries
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Does a part. Its outcome, or the error that a user can help."""
         try:
+            self._demand_tries_left(int(row["number"]))
             self.site.enter()
             return {"outcome": pickle.dumps((self.do(pickle.loads(row["part"]), _tell_nobody), None))}
         except SoftPromptError as error:
             return {"outcome": pickle.dumps((None, error))}
+
+    def _demand_tries_left(self, number: int) -> None:
+        """Raises ClusterError where the part has ended its workers each time: Ray Data would try it without an end."""
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            begun = ray.get(self.tries.begin.remote(number))
+        except RayError:  # the node of the counter is lost, and the work is not
+            return
+        if begun > self.retries + 1:
+            raise lost_too_often(number, self.retries, "each of them ended")
+
+
+class _Tries:
+    """How often each part was begun."""
+
+    def __init__(self) -> None:
+        self.begun: Counter[int] = Counter()
+
+    def begin(self, number: int) -> int:
+        """Counts a try of a part, and gives how many there were with it."""
+        self.begun[number] += 1
+        return self.begun[number]
 
 
 def _tell_nobody(event: Any) -> None:

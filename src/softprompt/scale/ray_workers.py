@@ -136,15 +136,28 @@ class RayWorkers:
         except RayTaskError:
             raise
         except RayError as error:
-            raise ClusterError(
-                f"Part {number + 1} of the work was lost with its worker {self.retries + 1} times ({first_line(error)}). If memory "
-                "runs out there, let each worker take more of a machine (--worker-cpus)."
-            ) from error
+            raise lost_too_often(number, self.retries, first_line(error)) from error
 
 
 def environment() -> dict[str, Any]:
     """The part of this process' environment that workers get, as Ray takes it."""
     return {"env_vars": {name: os.environ[name] for name in PASSED_ON if name in os.environ}}
+
+
+def near_the_driver() -> Any:
+    """Places an actor on the node of this process, which the work does not outlive anyway."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
+def lost_too_often(number: int, retries: int, why: str) -> ClusterError:
+    """The error for a part whose worker was lost each time."""
+    return ClusterError(
+        f"Part {number + 1} of the work was lost with its worker {retries + 1} times ({why}). If memory runs out there, let "
+        "each worker take more of a machine (--worker-cpus)."
+    )
 
 
 def _done(
@@ -176,10 +189,9 @@ class _Mailbox:
 
     def __init__(self) -> None:
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        near = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self.actor: Any = ray.remote(num_cpus=0)(_Events).options(scheduling_strategy=near).remote()
+        events = ray.remote(num_cpus=0)(_Events)
+        self.actor: Any = events.options(scheduling_strategy=near_the_driver()).remote()
         self._coming: Any = None
 
     def empty(self, tell: Callable[[int, Any], None]) -> None:
