@@ -349,6 +349,39 @@ def test_questions_are_of_five_kinds_and_empty_and_repeated_ones_are_counted(
     assert len(questions.KINDS) == 5
 
 
+def own_questions(folder: Path) -> DistilSettings:
+    given = settings(folder)
+    return given.model_copy(update={"data": given.data.model_copy(update={"source": None, "written": 8})})
+
+
+def test_a_context_that_cannot_be_distilled_is_refused_before_questions_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = own_questions(tmp_path)
+
+    def written(*asked: Any) -> list[str]:
+        raise AssertionError("the base was asked for questions")
+
+    monkeypatch.setattr(questions, "_written", written)
+    for text, message in (("", "The context is empty"), ("hi", "fit into 8 virtual tokens")):
+        (tmp_path / "context.txt").write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=message):
+            distil(given, lm=lm_of())
+
+
+def test_a_base_without_a_chat_template_learns_from_questions_that_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        questions, "_written", lambda lm, asked, seed, rows: [f"{text} please?" for text in QUESTIONS]
+    )
+    lm = lm_of()
+    assert lm.tokenizer.chat_template is None
+    result = distil(own_questions(tmp_path), lm=lm)
+    assert result.kl < result.kl_start
+    assert result.prompt.template == "{soft:8}{text}\n"
+
+
 def test_a_few_shot_block_shows_every_answer_about_equally_often() -> None:
     layout = Template.parse("{text} is {label}\n\n", target="label")
     rows = [Example({"text": f"t{n}", "label": "ab"[n % 2]}) for n in range(20)]

@@ -23,7 +23,7 @@ from softprompt.prompt.reparam import Direct, Form
 from softprompt.prompt.soft_prompt import Plain, Prompt
 from softprompt.store.ownership import PROMPT_FILES, check_replaceable
 from softprompt.tuning.distil_settings import DistilSettings
-from softprompt.tuning.distil_source import read_source
+from softprompt.tuning.distil_source import questions_of, read_source
 from softprompt.tuning.distil_start import FixedFirst, context_start
 from softprompt.tuning.lessons import distil_plan, divergence_of, lessons_of
 from softprompt.tuning.loop import tune
@@ -202,7 +202,6 @@ def _distil(
             "Leave --exact out, or choose another base."
         )
     source = read_source(settings, lm, on_event)
-    splits = source.splits
     teacher = Teachers(tuple(teacher_of(lm, context, source.layout) for context in source.contexts))
     if len(source.contexts) > 1:
         on_event(
@@ -228,6 +227,7 @@ def _distil(
                 "Vectors hold far less of a long text than keys and values do, and learn it more slowly (--kind deep)."
             )
         )
+    splits = questions_of(source, settings, lm, on_event)
     began_learning = time.perf_counter()
     learned = learn_from(teacher, splits, settings, on_event=on_event, resume=resume)
     result = learned.result

@@ -32,25 +32,46 @@ SHOT_END = (
 @dataclass(frozen=True)
 class Source:
     """The contexts as they come before a question, one a part of the long text; the template around a question,
-    without the context; and the questions to learn from, to choose the best step by, and to judge on."""
+    without the context; and the questions to learn from, to choose the best step by, and to judge on: None until the
+    base has written them."""
 
     contexts: tuple[str, ...]
     layout: Template
-    splits: Splits
+    splits: Splits | None
 
 
 def read_source(settings: DistilSettings, lm: FrozenLM, on_event: Callable[[Event], None]) -> Source:
-    """Reads what `settings` names; without questions, the base writes them. Raises DataError."""
-    shots = settings.context.shots
-    if shots is not None:
-        layout, splits = _questions(settings, lm, (), on_event)
+    """Reads the text and the questions that `settings` names. Raises DataError."""
+    given = None
+    if settings.data.source is not None:
+        given = _given_questions(settings, on_event)
+    if settings.context.shots is None:
+        contexts = _parts(settings, lm, _document(settings))
+        layout = _layout(settings, lm, given)
+    else:
+        assert given is not None  # examples are rows, as DistilSettings demands
+        layout = _layout(settings, lm, given)
         if isinstance(layout.pieces[-1], Field):
             layout = Template((*layout.pieces, Text(SHOT_END)), layout.target)
-        contexts = [few_shot_text(splits.train, layout, shots, settings.tune.seed)]
-    else:
-        contexts = _parts(settings, lm, _document(settings))
-        layout, splits = _questions(settings, lm, contexts, on_event)
-    return Source(tuple(in_front(context, layout) for context in contexts), layout, splits)
+        contexts = [few_shot_text(given.train, layout, settings.context.shots, settings.tune.seed)]
+    if given is not None and layout.chat and settings.data.template is None:
+        given = _as_chats(given)
+    return Source(tuple(in_front(context, layout) for context in contexts), layout, given)
+
+
+def questions_of(
+    source: Source, settings: DistilSettings, lm: FrozenLM, on_event: Callable[[Event], None]
+) -> Splits:
+    """The questions of `source`; where none were given, the base writes them. Raises DataError."""
+    if source.splits is not None:
+        return source.splits
+    questions = _written_questions(settings, lm, source.contexts, on_event)
+    held = max(1, round(OWN_HELD_OUT * len(questions)))
+    if len(questions) < 4:
+        raise DataError(
+            f"{lm.name} wrote {len(questions)} usable questions, wanted at least 4. Give questions with --data."
+        )
+    return Splits(questions[:-held], questions[-held:], (), "questions by the base")
 
 
 def few_shot_text(train: Sequence[Example], layout: Template, count: int, seed: int) -> str:
@@ -64,47 +85,42 @@ def in_front(text: str, layout: Template) -> str:
     return text if layout.chat or text.endswith("\n") or not text.strip() else f"{text}\n\n"
 
 
-def _questions(
-    settings: DistilSettings, lm: FrozenLM, texts: Sequence[str], on_event: Callable[[Event], None]
-) -> tuple[Template, Splits]:
-    """The template around a question, and the questions in parts: to learn from, to choose by, to judge on."""
+def _given_questions(settings: DistilSettings, on_event: Callable[[Event], None]) -> Splits:
     data = settings.data
-    if data.source is None:
-        questions = _written_questions(settings, lm, texts, on_event)
-        held = max(1, round(OWN_HELD_OUT * len(questions)))
-        if len(questions) < 4:
-            raise DataError(
-                f"{lm.name} wrote {len(questions)} usable questions, wanted at least 4. Give questions with --data."
-            )
-        splits = Splits(questions[:-held], questions[-held:], (), "questions by the base")
-    else:
-        splits = load_splits(
-            data.source,
-            column=data.column,
-            messages=data.messages,
-            target=data.target,
-            limit=data.limit,
-            validation=data.validation,
-            test=data.test,
-            seed=data.seed,
+    splits = load_splits(
+        data.source,
+        column=data.column,
+        messages=data.messages,
+        target=data.target,
+        limit=data.limit,
+        validation=data.validation,
+        test=data.test,
+        seed=data.seed,
+    )
+    if not splits.validation:
+        raise DataError(
+            f"{splits.source}: too few rows to hold some out, so the prompt cannot be measured. Give more "
+            "questions, or --validation."
         )
-        if not splits.validation:
-            raise DataError(
-                f"{splits.source}: too few rows to hold some out, so the prompt cannot be measured. Give more "
-                "questions, or --validation."
-            )
-        for text in splits.notes:
-            on_event(Note(text))
+    for text in splits.notes:
+        on_event(Note(text))
+    return splits
+
+
+def _layout(settings: DistilSettings, lm: FrozenLM, given: Splits | None) -> Template:
+    """The template around a question: the one that was named, a chat where the base has a template or the rows are
+    chats, else the text and what separates it from the answer."""
+    data = settings.data
     if data.template is not None:
-        return Template.parse(data.template, target=data.target), splits
-    chat = splits.train[0].messages is not None or bool(lm.tokenizer.chat_template)
+        return Template.parse(data.template, target=data.target)
+    chat = bool(lm.tokenizer.chat_template) or (given is not None and given.train[0].messages is not None)
     if chat and data.target is None:
-        return Template.parse("{messages}"), _as_chats(splits)
-    names = [name for name in splits.train[0].fields if name != data.target]
+        return Template.parse("{messages}")
+    names = ["text"] if given is None else [name for name in given.train[0].fields if name != data.target]
     question = "text" if "text" in names else names[0]
     if data.target is None:
-        return Template((Field(question), Text("\n"))), splits
-    return Template.parse(f"{{{question}}}\n{data.target}: {{{data.target}}}", target=data.target), splits
+        return Template((Field(question), Text("\n")))
+    return Template.parse(f"{{{question}}}\n{data.target}: {{{data.target}}}", target=data.target)
 
 
 def _written_questions(
@@ -156,11 +172,20 @@ def _document(settings: DistilSettings) -> str:
     if not is_file:
         if settings.context.document is not None:
             raise DataError(f"{given}: there is no such file. Check --context.")
+        demand_text(given)
         return given
     try:
-        return read_text(path).removeprefix("\ufeff")
+        text = read_text(path).removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{given}: cannot be read as UTF-8 text ({error}). Save it as UTF-8.") from error
+    demand_text(text)
+    return text
+
+
+def demand_text(context: str) -> None:
+    """Raises DataError for a context without text."""
+    if not context.strip():
+        raise DataError("The context is empty. Give a text to distil.")
 
 
 def _parts(settings: DistilSettings, lm: FrozenLM, document: str) -> list[str]:

@@ -26,6 +26,7 @@ from softprompt.inference.generate import generate
 from softprompt.inference.prefill import PrefillRow, like_lengths, prefill
 from softprompt.inference.sampling import DecodeSettings
 from softprompt.loss.soft_targets import SoftTargets
+from softprompt.tuning.distil_source import demand_text
 
 READ_AT_ONCE = 8
 
@@ -193,8 +194,7 @@ def teacher_of(lm: FrozenLM, context: str, layout: Template) -> Teacher:
     """Reads `context` once, in front of `layout` (a template without slots).
 
     Raises DataError for a context without text, or one that leaves no room in the base."""
-    if not context.strip():
-        raise DataError("The context is empty. Give a text to distil.")
+    demand_text(context)
     layout = Template(tuple(piece for piece in layout.pieces if not isinstance(piece, Soft)), layout.target)
     if layout.chat:
         compiled = _compiled_chat(lm, context, layout)
