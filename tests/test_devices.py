@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ from softprompt.base.packed_weights import pack_weights
 from softprompt.base.placement import prefix_cache
 from softprompt.base.ragged import can_read_ragged
 from softprompt.base.split import split_options
+from softprompt.data.example import Example
+from softprompt.evaluation.judge import evaluate
+from softprompt.evaluation.settings import JudgeSettings
+from softprompt.inference.compiled import TextPrompt
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.inference.score import score
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.packed_body import PackedBody
 from softprompt.prompt.soft_prompt import SoftPrompt
+from softprompt.serving.engine import Finished, Work
+from softprompt.serving.local_engine import LocalEngine
 from softprompt.store.artifact import load_prompt
 from test_learn import learn
 from tiny_models import tiny_model, tiny_tokenizer
@@ -98,6 +105,49 @@ def test_text_under_prompts_long_ones_too_is_that_of_the_whole(spread: FrozenLM,
     scored = score(spread, texts, " never came", prompts)
     for ours, theirs in zip(scored, score(whole, texts, " never came", prompts), strict=True):
         assert ours.token_log_probabilities == pytest.approx(theirs.token_log_probabilities, abs=1e-5)
+
+
+def test_an_engine_over_devices_gives_the_text_of_the_whole(spread: FrozenLM, whole: FrozenLM) -> None:
+    """Several rows at once, under a prompt and under none."""
+    drawn = torch.Generator().manual_seed(5)
+    prompt = SoftPrompt(
+        0.3 * torch.randn(4, whole.width, generator=drawn), whole.fingerprint, "{soft:4}{text}"
+    )
+    settings = DecodeSettings(max_new_tokens=8, ignore_end=True)
+    asked = [(digest, text) for text in ("a", "Tweet: my order", "The quick") for digest in ("digest", None)]
+    wanted = [
+        generate(whole, text, None if digest is None else prompt, settings)[0].token_ids
+        for digest, text in asked
+    ]
+
+    async def served() -> list[tuple[int, ...]]:
+        with LocalEngine(spread) as engine:
+            engine.load(prompt, "digest")
+
+            async def ask(digest: str | None, text: str) -> tuple[int, ...]:
+                answers = [answer async for answer in engine.submit(Work(digest, text, settings))]
+                assert isinstance(answers[-1], Finished)
+                return answers[-1].token_ids
+
+            return list(await asyncio.gather(*(ask(digest, text) for digest, text in asked)))
+
+    assert asyncio.run(served()) == wanted
+
+
+def test_an_evaluation_over_devices_has_the_figures_of_the_whole(spread: FrozenLM, whole: FrozenLM) -> None:
+    rows = [
+        Example({"text": f"my order {number}", "label": "late" if number % 2 else "new"})
+        for number in range(6)
+    ]
+    settings = JudgeSettings(max_new_tokens=4)
+    given = {"template": "{text} {label}", "target": "label", "settings": settings, "progress": False}
+    found, wanted = (
+        evaluate(TextPrompt("Is it one? "), rows, base=lm, **given)  # type: ignore[arg-type]
+        for lm in (spread, whole)
+    )
+    assert found.estimates
+    for name, estimate in wanted.estimates.items():
+        assert found.estimates[name].value == pytest.approx(estimate.value, abs=1e-5)
 
 
 def test_what_a_deep_prompt_and_the_head_need_goes_to_where_their_layers_are() -> None:
