@@ -20,7 +20,7 @@ def workers_of(settings: ClusterSettings, *, as_stream: bool = False) -> Iterato
     from softprompt.scale.ray_workers import RayWorkers
 
     kind = RayWorkers
-    if as_stream:
+    if as_stream and not settings.cluster.startswith("ray://"):  # Ray's client has no Ray Data
         from softprompt.scale.ray_data import RayDataWorkers
 
         kind = RayDataWorkers

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from softprompt.errors import ClusterError, MissingExtra, first_line
+from softprompt.errors import ClusterError, MissingExtra
 
 OBJECT_STORE_BYTES = 500_000_000  # of a cluster on this machine alone: parts and outcomes are small
 QUIETLY = {
@@ -44,13 +44,19 @@ def connected(address: str = "ray") -> Iterator[None]:
         _connect(address)
     except Exception as error:  # Ray raises many kinds, bare ones among them
         raise ClusterError(
-            f"--on {address}: no Ray cluster answers ({first_line(error)}). Start one with `ray start --head`, or check "
+            f"--on {address}: no Ray cluster answers ({_why(error)}). Start one with `ray start --head`, or check "
             "the address and, where the cluster wants one, the token (~/.ray/auth_token)."
         ) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _why(error: Exception) -> str:
+    """What an error of Ray's says: its first line, and the last one, where its client puts the cause behind a traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(dict.fromkeys([lines[0], lines[-1]])) if lines else type(error).__name__
 
 
 def _has_token() -> bool:
