@@ -19,10 +19,9 @@ from softprompt.tuning.plan import Plan
 
 KEPT_SHARE = 0.5  # of the fall at half the rate: a rate whose step falls by less than that goes too far
 MOST_HALVINGS = 5
-TRIED_STEPS = (
-    2,
-    4,
-)  # whose length is tried on the rows of the next step; later the noise of one batch decides
+# Steps whose length is tried on the rows of the next one; later the noise of one batch decides.
+TRIED_STEPS = (2, 4)
+CLEAR_RISE, CLEAR_RISE_NATS = 1.1, 0.25  # of the next rows' loss: a step that lifts it by more goes too far
 
 
 class MeasuredRate(NamedTuple):
@@ -64,29 +63,32 @@ def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> MeasuredRate:
 
 
 def try_last_step(learner: Learner, nll_of: Callable[[Plain], float], measured_bound: float) -> None:
-    """Doubles the step just taken, and all later ones, where other rows say so, or takes an earlier doubling back.
+    """Doubles the step just taken, and all later ones, where other rows say so, or shortens them where it goes too far.
 
     `nll_of` gives the loss of those rows under a prompt (nats per token), `measured_bound` is the highest rate before any
-    doubling. Neither the embeddings' scale nor one gradient
-    knows how far a deep prompt can go: on some bases twice the bound of `plan.learning_rate` learns far more, on others it
-    breaks the run (figures in LOG.md). A few forward passes see which. Below the rate that was measured before the
-    first step nothing is tried: what lowers the loss of one batch most is shorter than what suits a whole run."""
+    doubling. Neither the embeddings' scale nor one gradient knows how far a prompt can go: on some bases twice the bound
+    of `plan.learning_rate` learns far more, on others it breaks the run, and a soft prompt before a long question
+    may overshoot at the fourth step what the second batch confirmed for the first (figures in LOG.md). A few forward passes see
+    which. Below the rate that was measured only a clear rise counts: what lowers the loss of one batch most is shorter
+    than what suits a whole run."""
     may_halve = learner.highest_rate > measured_bound
     learner.lengthen(_tried_factor(lambda factor: nll_of(learner.moved(factor)), may_halve))
 
 
 def _tried_factor(nll_at: Callable[[float], float], may_halve: bool) -> float:
-    """2, 1 or 0.5: how many times as long a step should be; `nll_at` gives the loss after so many times the step."""
+    """2, 1, 0.5 or 0.25: how many times as long a step should be; `nll_at` gives the loss after so many times the step."""
     before, after = nll_at(0.0), nll_at(1.0)
     fall = before - after
-    # Twice, where the second half of the doubled step still brings `KEPT_SHARE` of what the first does. A loss that is
-    # not finite compares as false: it is never doubled, and halved where half of the step helps.
+    # Twice, where the second half of the doubled step still brings `KEPT_SHARE` of what the first does.
     if fall > 0 and before - nll_at(2.0) >= (1.0 + KEPT_SHARE) * fall:
         return 2.0
-    if not may_halve:
+    rises = not after <= CLEAR_RISE * before + CLEAR_RISE_NATS  # also where it is not finite
+    if not rises and not may_halve:
         return 1.0
     half_fall = before - nll_at(0.5)
-    return 0.5 if half_fall > 0 and not fall >= KEPT_SHARE * half_fall else 1.0
+    if rises:
+        return 0.5 if half_fall > 0 else 0.25
+    return 0.5 if half_fall > 0 and fall < KEPT_SHARE * half_fall else 1.0
 
 
 def _first_batches(plan: Plan, seed: int) -> tuple[list[Encoded], list[Encoded]]:
