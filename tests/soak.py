@@ -1,7 +1,7 @@
 """A server under everything at once: thousands of requests while clients vanish, names are switched, keys are taken out, the
 queue is full and the server is killed with kill -9.
 
-    python tests/soak.py --requests 10000 --kills 2 [--out FILE]
+    python tests/soak.py --requests 10000 --kills 2 [--out FILE] [--folder FOR_LOGS]
     python tests/soak.py --requests 10000 --kills 4 --engines 2      # two servers behind a gateway, killed in turn
 
 Every answer is compared with the same request generated alone. A request may be refused or cut off with an error; one that
@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from softprompt.store.library import Library
 from tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = ["a", "The quick brown fox", "Tweet: my order never came", "I want you to act as a logistician. " * 3]
+MODELS = ["base", "deep", "long", "task", "task", "task", "task@1", "task@2", "task@3"]
 AT_ONCE = 30  # clients that have a request under way
 MAX_ROWS, MAX_WAITING = 8, 12
 RETRIES = 2
@@ -70,6 +72,61 @@ class Result:
         quarter = max(1, len(sizes) // 4)
         early, late = sizes[quarter : 2 * quarter] or sizes, sizes[-quarter:]
         return statistics.median(late) / statistics.median(early)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A completion that is asked for, as the settings of generating it alone and as the body of a request."""
+
+    model: str
+    text: str
+    settings: DecodeSettings
+
+    @classmethod
+    def drawn(cls, rng: random.Random, number: int, models: Sequence[str]) -> Question:
+        """Any of a few texts under any of `models`, greedy or sampled, once or twice."""
+        model, text, n, warm = (
+            rng.choice(models),
+            rng.choice(TEXTS),
+            rng.choice([1, 1, 2]),
+            rng.random() < 0.5,
+        )
+        settings = DecodeSettings(
+            max_new_tokens=rng.choice([1, 8, 30]),
+            temperature=1.0 if warm else 0.0,
+            seed=number % 5,
+            n=n if warm else 1,
+        )
+        return cls(model, text, settings)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The request's body."""
+        return {
+            "model": self.model,
+            "prompt": self.text,
+            "max_tokens": self.settings.max_new_tokens,
+            "temperature": self.settings.temperature,
+            "seed": self.settings.seed,
+            "n": self.settings.n,
+        }
+
+    def texts(self, events: Sequence[str]) -> list[str]:
+        """The text of each choice, of the events of a stream that ended in order."""
+        pieces: dict[int, str] = dict.fromkeys(range(self.settings.n), "")
+        for event in events[:-1]:
+            for choice in json.loads(event[6:])["choices"]:
+                pieces[choice["index"]] += choice["text"]
+        return [pieces[index] for index in sorted(pieces)]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question that was sent: with which key, and when."""
+
+    question: Question
+    key: str
+    began: float
 
 
 class Server:
@@ -137,7 +194,7 @@ class Soak:
         self.done = 0
         self.killed_at: list[float] = []
         self.revoked: tuple[bool, float] = (False, 0.0)
-        self.answered: list[tuple[str, str, DecodeSettings, list[str]]] = []
+        self.answered: list[tuple[str, Question, list[str]]] = []
 
     def _make_library(self) -> None:
         model, tokenizer = tiny_model("Llama", max_position_embeddings=512), tiny_tokenizer()
@@ -217,35 +274,20 @@ class Soak:
 
     async def _ask(self, client: httpx.AsyncClient, number: int) -> None:
         rng = self.rng
-        model = rng.choice(["base", "deep", "long", "task", "task", "task", "task@1", "task@2", "task@3"])
-        text, n, warm = rng.choice(TEXTS), rng.choice([1, 1, 2]), rng.random() < 0.5
-        settings = DecodeSettings(
-            max_new_tokens=rng.choice([1, 8, 30]),
-            temperature=1.0 if warm else 0.0,
-            seed=number % 5,
-            n=n if warm else 1,
-        )
-        body = {
-            "model": model,
-            "prompt": text,
-            "max_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-            "seed": settings.seed,
-            "n": settings.n,
-        }
+        question = Question.drawn(rng, number, MODELS)
         key = rng.choice(
             ["stays", "stays", "goes", "unknown"] if rng.random() < 0.1 else ["stays", "stays", "goes"]
         )
         headers = {"authorization": f"Bearer {key}"}
         kind = rng.choice(["whole", "stream", "whole", "stream", "leaves", "leaves a stream"])
         began = time.monotonic()
-        asked = (model, text, settings, key, began)
+        asked = Asked(question, key, began)
         try:
             match kind:
                 case "whole" | "stream":
                     send = self._whole if kind == "whole" else self._stream
                     for attempt in range(RETRIES + 1):  # as openai's client does by itself
-                        refused = await send(client, body, headers, asked)
+                        refused = await send(client, headers, asked)
                         if refused is None:
                             break
                         self.result.counted["times the queue was full"] += 1
@@ -253,7 +295,8 @@ class Soak:
                             self.result.counted["refused: the queue was full each time"] += 1
                         await asyncio.sleep(refused * 2**attempt)
                 case _:
-                    long = {**body, "max_tokens": 100, "ignore_eos": True, "stream": kind != "leaves"}
+                    more = {"max_tokens": 100, "ignore_eos": True, "stream": kind != "leaves"}
+                    long = {**question.body, **more}
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._read(client, long, headers), rng.random() * 0.1)
                     self.result.counted["vanished"] += 1
@@ -270,11 +313,9 @@ class Soak:
             async for _ in stream.aiter_lines():
                 pass
 
-    async def _whole(
-        self, client: httpx.AsyncClient, body: dict[str, Any], headers: dict[str, str], asked: Any
-    ) -> float | None:
+    async def _whole(self, client: httpx.AsyncClient, headers: dict[str, str], asked: Asked) -> float | None:
         """None when it is over; or the seconds after which to try again."""
-        answer = await client.post("/v1/completions", json=body, headers=headers)
+        answer = await client.post("/v1/completions", json=asked.question.body, headers=headers)
         if answer.status_code == 429:
             return self._again_after(answer)
         if self._is_answer(answer, answer.content, asked):
@@ -282,13 +323,10 @@ class Soak:
             self._note(answer, texts, asked)
         return None
 
-    async def _stream(
-        self, client: httpx.AsyncClient, body: dict[str, Any], headers: dict[str, str], asked: Any
-    ) -> float | None:
+    async def _stream(self, client: httpx.AsyncClient, headers: dict[str, str], asked: Asked) -> float | None:
         """None when it is over; or the seconds after which to try again."""
-        async with client.stream(
-            "POST", "/v1/completions", json={**body, "stream": True}, headers=headers
-        ) as answer:
+        body = {**asked.question.body, "stream": True}
+        async with client.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
             lines = [line async for line in answer.aiter_lines() if line]
         if answer.status_code == 429:
             return self._again_after(answer)
@@ -300,11 +338,7 @@ class Soak:
         if lines[-1:] != ["data: [DONE]"]:
             self.result.lost.append("a stream ended without its end and without an error")
             return None
-        pieces = dict.fromkeys(range(body["n"]), "")
-        for line in lines[:-1]:
-            for choice in json.loads(line[6:])["choices"]:
-                pieces[choice["index"]] += choice["text"]
-        self._note(answer, [pieces[index] for index in sorted(pieces)], asked)
+        self._note(answer, asked.question.texts(lines), asked)
         return None
 
     def _again_after(self, answer: httpx.Response) -> float:
@@ -312,12 +346,12 @@ class Soak:
             self.result.wrong.append("429 without Retry-After")
         return float(answer.headers.get("retry-after-ms", 500)) / 1000
 
-    def _is_answer(self, answer: httpx.Response, content: bytes, asked: Any) -> bool:
+    def _is_answer(self, answer: httpx.Response, content: bytes, asked: Asked) -> bool:
         """Whether it is an answer; a refusal is counted, and must be OpenAI's, and one that was to be expected."""
-        model, _, _, key, began = asked
+        key = asked.key
         if answer.status_code == 200:
             is_out, since = self.revoked
-            if key == "unknown" or (key == "goes" and is_out and began > since + SETTLED_SECONDS):
+            if key == "unknown" or (key == "goes" and is_out and asked.began > since + SETTLED_SECONDS):
                 self.result.wrong.append(f"the key {key} was answered")
             return True
         error = json.loads(content)["error"]
@@ -326,11 +360,11 @@ class Soak:
         if answer.status_code == 401 and key != "stays":
             self.result.counted["refused: the key"] += 1
         else:
-            self.result.lost.append(f"{model}: {answer.status_code} {error}")
+            self.result.lost.append(f"{asked.question.model}: {answer.status_code} {error}")
         return False
 
-    def _note(self, answer: httpx.Response, texts: list[str], asked: Any) -> None:
-        model, text, settings, _, _ = asked
+    def _note(self, answer: httpx.Response, texts: list[str], asked: Asked) -> None:
+        model = asked.question.model
         digest = answer.headers["x-softprompt-digest"]
         wanted = {"base": "base", **self.names}.get(model)
         if model in ("deep", "long"):
@@ -339,7 +373,7 @@ class Soak:
             self.result.wrong.append(f"{model} was answered by {digest}")
         if model == "task":
             self.result.digests.add(digest)
-        self.answered.append((digest, text, settings, texts))
+        self.answered.append((digest, asked.question, texts))
         self.result.counted["answered"] += 1
 
     async def _disturb(self) -> None:
@@ -390,11 +424,11 @@ class Soak:
 
     def _judge(self) -> None:
         """Compare every answer with the same request alone."""
-        alone: dict[Any, list[str]] = {}
-        for digest, text, settings, texts in self.answered:
-            key = (digest, text, settings)
+        alone: dict[tuple[str, str, DecodeSettings], list[str]] = {}
+        for digest, question, texts in self.answered:
+            key = (digest, question.text, question.settings)
             if key not in alone:
-                answers = generate(self.lm, [text], self.prompts[digest], settings)
+                answers = generate(self.lm, [question.text], self.prompts[digest], question.settings)
                 alone[key] = [answer.text for answer in answers]
             if texts != alone[key]:
                 self.result.wrong.append(f"{key}: {texts} instead of {alone[key]}")
@@ -411,12 +445,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--engines", type=int, default=1, help="More than one: behind a gateway.")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="Keep the servers' logs in this folder, which is made.")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        result = soak(Path(folder), options.requests, options.kills, options.seed, options.engines)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        result = soak(folder, options.requests, options.kills, options.seed, options.engines)
     sizes = max(result.memory.values(), key=len)
     record = {
         "requests": options.requests,

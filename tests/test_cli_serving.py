@@ -13,9 +13,11 @@ import pytest
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
 from softprompt.cli.chat import Chat
+from softprompt.data.example import Example, Message
 from softprompt.inference.generate import generate
 from softprompt.inference.settings import DecodeSettings
 from softprompt.store.artifact import save_prompt
+from softprompt.store.library import Library
 from test_serving import prompt_of
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -75,16 +77,40 @@ def test_a_talk_switches_prompts_compares_and_is_saved(
     chat = Chat(lm, None, decode)
     chat.run()
     (bare,), (learned,) = (generate(lm, ["hello"], one, decode) for one in (None, prompt))
-    assert [answer for _, answer in chat.exchanges] == [
-        f"base: {bare.text.strip()}",
-        f"greet: {learned.text.strip()}",
-        f"greet: {learned.text.strip()}",
-        f"base: {bare.text.strip()}",
+    assert [(each.name, each.answer) for each in chat.exchanges] == [
+        ("base", bare.text.strip()),
+        ("greet", learned.text.strip()),
+        ("greet", learned.text.strip()),
+        ("base", bare.text.strip()),
     ]
     assert "there is no such command" in capsys.readouterr().out
     assert (tmp_path / "talk.txt").read_text(encoding="utf-8").count("you: hello") == 4
     with pytest.raises(ValueError, match="exists already"):
         chat.save(str(tmp_path / "talk.txt"))
+
+
+def test_versions_of_a_name_are_told_apart_in_a_talk(
+    lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is given the other's answers as its own former turns."""
+    library = Library(tmp_path / "shelf")
+    for seed in (1, 2):
+        save_prompt(prompt_of(lm, seed, "talk", "{soft:4}{messages}"), tmp_path / "talk")
+        library.publish(tmp_path / "talk", "talk")
+    lines = [
+        f"/prompt {tmp_path / 'shelf' / 'talk@1'}",
+        "hello",
+        f"/prompt {tmp_path / 'shelf' / 'talk@2'}",
+        "you",
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    decode = DecodeSettings(max_new_tokens=6)
+    chat = Chat(lm, None, decode)
+    chat.run()
+    assert [each.name for each in chat.exchanges] == ["talk@1", "talk@2"]
+    second = prompt_of(lm, 2, "talk", "{soft:4}{messages}")
+    (fresh,) = generate(lm, [Example({}, (Message("user", "you"),))], second, decode)
+    assert chat.exchanges[1].answer == fresh.text.strip()
 
 
 def test_a_server_on_the_command_line_answers_and_ends_in_order(lm: FrozenLM, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,7 @@ from softprompt.serving import held_prompts, scheduler
 from softprompt.serving.engine import (
     EngineFailed,
     Finished,
+    Overloaded,
     Piece,
     PromptGone,
     Room,
@@ -173,35 +175,39 @@ def test_an_owner_of_one_request_does_not_wait_for_another_owners_many(lm: Froze
 
         many = [asyncio.ensure_future(one("many")) for _ in range(20)]
         await asyncio.sleep(0)
-        await asyncio.gather(one("few"), *many)
+        few = asyncio.ensure_future(one("few"))
+        await asyncio.sleep(0)
+        engine.start()  # when all of them wait, however the two threads are scheduled
+        await asyncio.gather(few, *many)
 
-    with LocalEngine(lm, max_rows=2) as engine:
-        asyncio.run(go(engine))
+    engine = LocalEngine(lm, max_rows=2)
+    asyncio.run(go(engine))
+    engine.stop()
     assert order.index("few") <= 4
 
 
-def test_memory_bounds_the_rows_and_one_that_can_never_fit_is_refused(lm: FrozenLM) -> None:
+def test_memory_bounds_the_rows_and_one_that_can_never_fit_is_refused(
+    lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limit = 150 * position_bytes(lm)
+    held: list[int] = []
+    advance = Lanes.advance
+
+    def watched(self: Lanes) -> Any:
+        held.append(engine.health()["kv_bytes"])
+        return advance(self)
+
+    monkeypatch.setattr(Lanes, "advance", watched)
     with LocalEngine(lm, memory_bytes=limit) as engine:
-        most = 0
-
-        async def go() -> list[Any]:
-            nonlocal most
-            works = [
-                Work(None, "a", greedy(20)),
-                Work(None, LONG, greedy(60)),
-                *[Work(None, text, greedy(20)) for text in TEXTS],
-            ]
-            tasks = [asyncio.ensure_future(whole(engine, work)) for work in works]
-            while not all(task.done() for task in tasks):
-                most = max(most, engine.health()["kv_bytes"])
-                await asyncio.sleep(0.001)
-            return await asyncio.gather(*tasks, return_exceptions=True)
-
-        found = asyncio.run(go())
+        works = [
+            Work(None, "a", greedy(20)),
+            Work(None, LONG, greedy(60)),
+            *[Work(None, text, greedy(20)) for text in TEXTS],
+        ]
+        found = together(engine, works)
     assert isinstance(found[1], OutOfMemory)
     assert [found[0], *found[2:]] == [alone(lm, text, greedy(20)) for text in ["a", *TEXTS]]
-    assert 0 < most <= limit
+    assert 0 < max(held) <= limit
 
 
 def test_a_large_row_is_passed_by_small_ones_only_so_often(
@@ -262,12 +268,30 @@ def test_a_request_keeps_its_prompt_though_that_is_removed_while_it_waits(lm: Fr
         asyncio.run(go(engine))
 
 
-def test_an_end_within_the_grace_finishes_and_after_it_cuts(lm: FrozenLM) -> None:
+def test_an_end_within_the_grace_finishes_and_after_it_cuts(
+    lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = threading.Event()
+    advance, close = Lanes.advance, LocalEngine.close
+
+    def waiting(self: Lanes) -> Any:
+        stopped.wait(60)  # nothing is finished before the engine is asked to stop
+        return advance(self)
+
+    def closing(self: LocalEngine) -> None:
+        close(self)
+        # Only now, when a grace of 0 has passed and the cut has been asked for too.
+        threading.Timer(0.2, stopped.set).start()
+
+    monkeypatch.setattr(Lanes, "advance", waiting)
+    monkeypatch.setattr(LocalEngine, "close", closing)
+
     async def go(grace: float) -> Any:
+        stopped.clear()
         engine = LocalEngine(lm)
         engine.start()
         task = asyncio.ensure_future(whole(engine, Work(None, "a", greedy(100))))
-        await asyncio.sleep(0.03)
+        await asyncio.sleep(0)
         await asyncio.to_thread(engine.stop, grace)
         with pytest.raises(ShuttingDown):
             await whole(engine, Work(None, "a", greedy()))
@@ -283,6 +307,7 @@ def test_a_long_text_is_read_between_the_steps_of_others_and_changes_nothing(
 ) -> None:
     events: list[str] = []
     sizes: list[int] = []
+    has_company = threading.Event()
     advance, join = Lanes.advance, Lanes.join
 
     def joining(self: Lanes, requests: Sequence[Request]) -> Any:
@@ -291,6 +316,7 @@ def test_a_long_text_is_read_between_the_steps_of_others_and_changes_nothing(
 
     def stepping(self: Lanes) -> Any:
         events.append("step")
+        has_company.wait(60)  # however the two threads are scheduled
         return advance(self)
 
     def reading(lm: FrozenLM, row: PrefillRow, positions: int) -> PrefillRow:
@@ -310,7 +336,9 @@ def test_a_long_text_is_read_between_the_steps_of_others_and_changes_nothing(
         first = asyncio.ensure_future(whole(engine, Work(None, "a", greedy(60))))
         while "step" not in events:
             await asyncio.sleep(0.001)
-        rest = [whole(engine, Work("d", text, greedy())) for text in (LONG, TEXTS[0])]
+        rest = [asyncio.ensure_future(whole(engine, Work("d", text, greedy()))) for text in (LONG, TEXTS[0])]
+        await asyncio.sleep(0)
+        has_company.set()
         return await asyncio.gather(first, *rest)
 
     with LocalEngine(lm, read_beside=8) as engine:
@@ -432,34 +460,55 @@ def test_a_prompt_of_one_request_does_not_wait_for_another_prompts_many(lm: Froz
 
         many = [asyncio.ensure_future(ask("many")) for _ in range(20)]
         await asyncio.sleep(0)
-        await asyncio.gather(ask("few"), *many)
+        few = asyncio.ensure_future(ask("few"))
+        await asyncio.sleep(0)
+        engine.start()  # when all of them wait, however the two threads are scheduled
+        await asyncio.gather(few, *many)
 
-    with LocalEngine(lm, max_rows=1) as engine:
-        for seed, digest in enumerate(("many", "few")):
-            engine.load(prompt_of(lm, seed), digest)
-        asyncio.run(go(engine))
+    engine = LocalEngine(lm, max_rows=1)
+    for seed, digest in enumerate(("many", "few")):
+        engine.load(prompt_of(lm, seed), digest)
+    asyncio.run(go(engine))
+    engine.stop()
     assert order.index("few") <= 2
 
 
-def test_a_cancelled_work_ends_with_what_it_has_and_frees_its_place(lm: FrozenLM) -> None:
+def test_a_cancelled_work_ends_with_what_it_has_and_frees_its_place(
+    lm: FrozenLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = itertools.count()
+    is_cancelled = threading.Event()
+    advance = Lanes.advance
+
+    def waiting(self: Lanes) -> Any:
+        if next(steps) > 8:
+            is_cancelled.wait(60)  # it does not end by itself before it is cancelled
+        return advance(self)
+
+    monkeypatch.setattr(Lanes, "advance", waiting)
+
     async def go(engine: LocalEngine) -> None:
         long, waits = (Work(None, TEXTS[0], greedy(200)) for _ in range(2))
         pieces: list[str] = []
 
-        async def follow(work: Work) -> Finished:
+        async def follow(work: Work) -> list[Finished]:
+            ended: list[Finished] = []
             async for answer in engine.submit(work):
                 if isinstance(answer, Finished):
-                    return answer
-                pieces.append(answer.text)
-            raise AssertionError("the stream ended without a result")
+                    ended.append(answer)
+                else:
+                    pieces.append(answer.text)
+            return ended
 
         tasks = [asyncio.ensure_future(follow(work)) for work in (long, waits)]
         while len(pieces) < 3:
             await asyncio.sleep(0.001)
         engine.cancel(waits)
         engine.cancel(long)
-        ran, waited = await asyncio.gather(*tasks)
-        assert ran.reason == waited.reason == "cancelled"
+        is_cancelled.set()
+        # Each stream's own end: which of two streams is read first is the event loop's affair.
+        [ran], [waited] = await asyncio.gather(*tasks)
+        assert [ran.reason, waited.reason] == ["cancelled", "cancelled"]
         assert waited.token_ids == ()
         assert 3 <= len(ran.token_ids) < 200
         assert alone(lm, TEXTS[0], greedy(200)).startswith(ran.text)
@@ -473,10 +522,21 @@ def test_a_cancelled_work_ends_with_what_it_has_and_frees_its_place(lm: FrozenLM
         asyncio.run(go(engine))
 
 
-def test_the_room_of_an_engine_is_what_it_still_takes(lm: FrozenLM) -> None:
+def test_the_room_of_an_engine_is_what_it_still_takes(lm: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_seen = threading.Event()
+    advance = Lanes.advance
+
+    def waiting(self: Lanes) -> Any:
+        is_seen.wait(60)  # no row ends before the room has been looked at
+        return advance(self)
+
+    monkeypatch.setattr(Lanes, "advance", waiting)
+
     async def go(engine: LocalEngine) -> None:
         assert engine.room() == Room(rows=2, requests=3, bytes=10**6)
         tasks = [asyncio.ensure_future(whole(engine, Work(None, "a", greedy(60)))) for _ in range(2)]
+        await asyncio.sleep(0)
+        engine.start()  # both join at once
         while engine.health()["running"] < 2 or not engine.health()["kv_bytes"]:
             await asyncio.sleep(0.001)
         tasks += [asyncio.ensure_future(whole(engine, Work(None, "a", greedy(2)))) for _ in range(2)]
@@ -485,10 +545,32 @@ def test_the_room_of_an_engine_is_what_it_still_takes(lm: FrozenLM) -> None:
         room = engine.room()
         assert (room.rows, room.requests) == (0, 1)
         assert room.bytes == 10**6 - engine.health()["kv_bytes"] < 10**6
+        is_seen.set()
         await asyncio.gather(*tasks)
 
-    with LocalEngine(lm, max_rows=2, max_waiting=3, memory_bytes=10**6) as engine:
-        asyncio.run(go(engine))
+    engine = LocalEngine(lm, max_rows=2, max_waiting=3, memory_bytes=10**6)
+    asyncio.run(go(engine))
+    engine.stop()
+
+
+@pytest.mark.parametrize("max_waiting", [0, 1])
+def test_requests_that_find_a_free_row_are_taken_however_short_the_queue(
+    lm: FrozenLM, max_waiting: int
+) -> None:
+    """All come before the engine's next turn, so that none of them has its row yet."""
+
+    async def go(engine: LocalEngine) -> list[Any]:
+        tasks = [asyncio.ensure_future(whole(engine, Work(None, "a", greedy(4)))) for _ in range(6)]
+        await asyncio.sleep(0)
+        engine.start()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    engine = LocalEngine(lm, max_rows=3, max_waiting=max_waiting)
+    found = asyncio.run(go(engine))
+    engine.stop()
+    taken = 3 + max_waiting
+    assert found[:taken] == [alone(lm, "a", greedy(4))] * taken
+    assert {type(each) for each in found[taken:]} == {Overloaded}
 
 
 def test_scores_of_an_engine_are_those_of_scoring(lm: FrozenLM) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from softprompt.scale import engine_client
 from softprompt.scale.followed import (
     Differs,
     Failed,
@@ -210,5 +211,62 @@ def test_another_digest_is_not_the_same_answer() -> None:
 def test_a_request_that_kills_engines_is_given_up() -> None:
     peers = [Scripted({"support": "d1"}, [Broken("killed")]) for _ in range(5)]
     (answer,) = streamed(gateway(*peers))
-    assert answer.status == 503
+    assert (answer.status, answer.record["error"]["code"]) == (503, "engines_killed")
     assert sum(len(peer.asked) for peer in peers) == 3
+
+
+def test_an_engine_that_is_slow_to_answer_a_look_delays_no_other() -> None:
+    """The second engine failed a moment ago and is well again, which the next look finds."""
+
+    async def run() -> None:
+        slow, well = Scripted({}, []), Scripted({}, [])
+        well.is_ready = False
+        looks = asyncio.Event()
+
+        async def never() -> None:
+            looks.set()
+            await asyncio.Event().wait()
+
+        async def finds() -> None:
+            await looks.wait()
+            well.is_ready = True
+
+        slow.look, well.look = never, finds  # type: ignore[method-assign]
+        front = gateway(slow, well)
+        looking = asyncio.create_task(front.keep_looking())
+        async with asyncio.timeout(60):
+            while not well.is_ready:
+                await asyncio.sleep(0.01)
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_a_connection_that_was_idle_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server may be closing it, which looks as if it had died with the request."""
+    monkeypatch.setattr(engine_client, "KEPT_SECONDS", 0.1)
+    connections: list[asyncio.Task[None]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(asyncio.current_task())  # type: ignore[arg-type]
+        while (await reader.readline()).strip():  # a request begins
+            while (await reader.readline()).strip():
+                pass
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        writer.close()
+        await writer.wait_closed()
+
+    async def run() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        engine = Peer(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        for _ in range(2):
+            assert (await engine.ask("GET", "/")).status == 200
+            await asyncio.sleep(0.3)
+        await engine.close()
+        await asyncio.gather(*connections)
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(run())
+    assert len(connections) == 2

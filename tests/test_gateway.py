@@ -6,10 +6,13 @@ import asyncio
 import json
 import random
 import signal
+import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import openai
@@ -23,8 +26,10 @@ from softprompt.inference.settings import DecodeSettings
 from softprompt.scale.followed import FollowedChoices
 from softprompt.scale.gateway import Asked, Gateway
 from softprompt.scale.peer import Peer
+from softprompt.scale.server import make_gateway
 from softprompt.scale.settings import GatewaySettings
 from softprompt.serving.keys import Keys, sha256_of
+from softprompt.serving.settings import ServeSettings
 from softprompt.store.artifact import save_prompt
 from softprompt.store.library import Library
 from test_begun import deep_of
@@ -381,3 +386,61 @@ def test_a_stream_that_has_begun_waits_out_the_full_queue_of_the_engine_that_is_
     assert text.endswith("data: [DONE]\n\n")
     assert "error" not in text
     assert "status=429" in answered_by(engine_that(*[(429, "")] * 100))
+
+
+def test_a_request_that_comes_while_no_engine_is_ready_waits_for_one() -> None:
+    """Its name is looked up when one is there: before, nobody knows what it means."""
+    looks = 0
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal looks
+        if request.url.path == "/ready":
+            looks += 1
+            return httpx.Response(200 if looks > 8 else 503)
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "base", "root": "one base"}]})
+        return httpx.Response(200, json={"model": "base", "choices": []})
+
+    peer = Peer("http://engine", transport=httpx.MockTransport(answer))
+    front = Front.of(Gateway([peer], GatewaySettings(engine=("http://x",), patience_seconds=60)))
+
+    def ask(model: str) -> httpx.Response:
+        return httpx.post(front.url + "/v1/completions", json={"model": model, "prompt": "a"}, timeout=60)
+
+    assert not peer.is_ready
+    with ThreadPoolExecutor() as clients:
+        known, unknown = clients.submit(ask, "base"), clients.submit(ask, "other")
+        listed = clients.submit(httpx.get, front.url + "/v1/models", timeout=60)
+        assert known.result().status_code == 200
+        assert unknown.result().json()["error"]["code"] == "model_not_found"
+        assert [model["id"] for model in listed.result().json()["data"]] == ["base"]
+    front.close()
+
+
+def test_a_gateway_that_ends_waits_for_a_request_that_is_with_no_engine() -> None:
+    """Its engine has died, and it is about to be put to another one."""
+    front = GatewaySettings(engine=(f"http://127.0.0.1:{free_port()}",))
+    server = make_gateway(ServeSettings(grace_seconds=60), front)
+    lease = server.app.state.rows.take("anyone", 1)
+    with ThreadPoolExecutor() as threads:
+        ending = threads.submit(server.drain)
+        with pytest.raises(TimeoutError):
+            ending.result(0.3)
+        lease.end()
+        ending.result(60)
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_the_server(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    front = Front.of(Gateway([engine_that()], GatewaySettings(engine=("http://x",))))
+    where = urlsplit(front.url)
+    with socket.create_connection((where.hostname or "", where.port or 0)) as wire:
+        wire.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+    for _ in range(3000):
+        if front.count("request_rejected", reason="client_gone"):
+            break
+        time.sleep(0.02)
+    assert front.count("request_rejected", reason="client_gone") == 1
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    front.close()

@@ -12,6 +12,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from soak import Question, soak
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.inference.generate import generate
 from softprompt.inference.settings import DecodeSettings
@@ -26,7 +27,6 @@ from tiny_models import tiny_model, tiny_tokenizer
 REQUESTS = 300
 # A client that vanishes leaves its socket to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-TEXTS = ["a", "The quick brown fox", "Tweet: my order never came", "I want you to act as a logistician. " * 3]
 
 
 def test_every_request_gets_its_own_answer_or_an_error_and_memory_stays_flat(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_every_request_gets_its_own_answer_or_an_error_and_memory_stays_flat(tmp
         return solo[key]
 
     counted = {"left": 0, "busy": 0, "refused": 0}
-    answered: list[tuple[int, str, DecodeSettings, list[str]]] = []
+    answered: list[tuple[int, Question, list[str]]] = []
 
     async def vanish(client: httpx.AsyncClient, body: dict[str, Any], headers: dict[str, str]) -> None:
         async with client.stream("POST", "/v1/completions", json=body, headers=headers) as stream:
@@ -60,23 +60,8 @@ def test_every_request_gets_its_own_answer_or_an_error_and_memory_stays_flat(tmp
 
     async def ask(client: httpx.AsyncClient, number: int) -> None:
         await asyncio.sleep(rng.random() * 3)
-        model = rng.choice(["base", "task", "task", "task@1", "task@2", "task@3"])
-        text, n = rng.choice(TEXTS), rng.choice([1, 1, 2])
-        warm = rng.random() < 0.5
-        settings = DecodeSettings(
-            max_new_tokens=rng.choice([1, 8, 30]),
-            temperature=1.0 if warm else 0.0,
-            seed=number % 5,
-            n=n if warm else 1,
-        )
-        body = {
-            "model": model,
-            "prompt": text,
-            "max_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-            "seed": settings.seed,
-            "n": settings.n,
-        }
+        question = Question.drawn(rng, number, ["base", "task", "task", "task@1", "task@2", "task@3"])
+        body = question.body
         headers = {"authorization": f"Bearer {rng.choice(['stays', 'stays', 'goes'])}"}
         if rng.random() < 0.25:  # a client that vanishes, at any moment
             long = {**body, "max_tokens": 100, "ignore_eos": True, "stream": True}
@@ -92,14 +77,10 @@ def test_every_request_gets_its_own_answer_or_an_error_and_memory_stays_flat(tmp
             async with client.stream(
                 "POST", "/v1/completions", json={**body, "stream": True}, headers=headers
             ) as answer:
-                pieces: dict[int, str] = dict.fromkeys(range(settings.n), "")
                 lines = [line async for line in answer.aiter_lines() if line]
             if answer.status_code == 200:
                 assert lines[-1] == "data: [DONE]"
-                for line in lines[:-1]:
-                    for choice in json.loads(line[6:])["choices"]:
-                        pieces[choice["index"]] += choice["text"]
-                texts = [pieces[index] for index in sorted(pieces)]
+                texts = question.texts(lines)
         if answer.status_code == 429:
             counted["busy"] += 1
             return
@@ -110,8 +91,9 @@ def test_every_request_gets_its_own_answer_or_an_error_and_memory_stays_flat(tmp
         assert answer.status_code == 200, answer.status_code
         digests = ["base", *(entry.digest for entry in library.entries())]
         version = digests.index(answer.headers["x-softprompt-digest"])
-        assert model == "task" or version == ("base", "task@1", "task@2", "task@3").index(model)
-        answered.append((version, text, settings, texts))
+        fixed = ("base", "task@1", "task@2", "task@3")
+        assert question.model == "task" or version == fixed.index(question.model)
+        answered.append((version, question, texts))
 
     async def change(catalogue: Catalogue) -> None:
         for turn in range(12):
@@ -149,14 +131,12 @@ def test_every_request_gets_its_own_answer_or_an_error_and_memory_stays_flat(tmp
     assert counted["left"], counted
     assert counted["refused"], counted
     assert len(answered) > 10  # on a slow machine most find the queue full
-    for version, text, settings, texts in answered:
-        assert texts == answers_alone(version, text, settings), (version, text, settings)
+    for version, question, texts in answered:
+        assert texts == answers_alone(version, question.text, question.settings), (version, question)
 
 
 def test_a_server_that_is_killed_loses_no_request_without_an_error(tmp_path: Path) -> None:
     """Some of `python tests/soak.py`: a server in a process of its own, killed with kill -9 and started again."""
-    from soak import soak
-
     result = soak(tmp_path, requests=120, kills=1)
     assert (result.wrong, result.lost) == ([], [])
     assert result.counted["kills"] == 1
@@ -167,8 +147,6 @@ def test_a_server_that_is_killed_loses_no_request_without_an_error(tmp_path: Pat
 @pytest.mark.timeout(900)  # three processes start, and one starts again
 def test_one_of_two_engines_killed_behind_a_gateway_loses_nothing(tmp_path: Path) -> None:
     """Some of `python tests/soak.py --engines 2`: whole answers and streams of the killed engine come from the other one."""
-    from soak import soak
-
     result = soak(tmp_path, requests=100, kills=1, engines=2)
     assert (result.wrong, result.lost) == ([], [])
     assert result.counted["kills"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,18 +41,30 @@ def command(
 
     learned = None if prompt is None else load_prompt(prompt)
     lm = asked.load_base(base, *([learned] if learned is not None else []))
-    Chat(lm, learned, decode).run()
+    Chat(lm, learned, decode, "base" if prompt is None else _name_of(str(prompt))).run()
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A text and the answer to it: under which prompt, and what that was called."""
+
+    text: str
+    answer: str
+    prompt: Prompt | None
+    name: str
 
 
 class Chat:
-    """One talk: who answers, and what was said."""
+    """One talk: who answers, and what was said. `name` is what the prompt is called, versions of one name apart."""
 
-    def __init__(self, lm: FrozenLM, prompt: Prompt | None, decode: DecodeSettings) -> None:
+    def __init__(
+        self, lm: FrozenLM, prompt: Prompt | None, decode: DecodeSettings, name: str = "base"
+    ) -> None:
         if prompt is not None:
             prompt.base.demand(lm.fingerprint, prompt.name)
-        self.lm, self.prompt, self.decode = lm, prompt, decode
+        self.lm, self.prompt, self.decode, self.name = lm, prompt, decode, name
         self.compares = False
-        self.exchanges: list[tuple[str, str]] = []
+        self.exchanges: list[Exchange] = []
         self.console = screen()
 
     def run(self) -> None:
@@ -70,11 +83,6 @@ class Chat:
             except SoftPromptError as error:  # the conversation continues
                 self.console.print(str(error), markup=False, soft_wrap=True)
 
-    @property
-    def name(self) -> str:
-        """The name of the prompt that answers, or of the base."""
-        return self.prompt.name if self.prompt is not None else "base"
-
     def take(self, line: str) -> None:
         """Does what a line asks for. Raises the errors of softprompt.errors."""
         verb, _, rest = line.strip().partition(" ")
@@ -84,7 +92,7 @@ class Chat:
             case "/help":
                 self.console.print(HELP, markup=False)
             case "/base":
-                self.prompt = None
+                self.prompt, self.name = None, "base"
             case "/prompt":
                 self.use(rest.strip())
             case "/compare":
@@ -104,7 +112,7 @@ class Chat:
 
         prompt = load_prompt(folder)
         prompt.base.demand(self.lm.fingerprint, folder)
-        self.prompt = prompt
+        self.prompt, self.name = prompt, _name_of(folder)
 
     def save(self, path: str) -> None:
         """Writes what was said; an existing file is kept."""
@@ -112,7 +120,9 @@ class Chat:
             raise DataError("/save needs the name of a file.")
         try:
             with Path(path).open("x", encoding="utf-8") as file:
-                file.writelines(f"you: {text}\n{name}\n\n" for text, name in self.exchanges)
+                file.writelines(
+                    f"you: {each.text}\n{each.name}: {each.answer}\n\n" for each in self.exchanges
+                )
         except FileExistsError:
             raise DataError(f"{path}: exists already. Give another name.") from None
         except OSError as error:
@@ -124,7 +134,7 @@ class Chat:
 
         prompts = [self.prompt, None] if self.compares and self.prompt is not None else [self.prompt]
         for prompt in prompts:
-            name = prompt.name if prompt is not None else "base"
+            name = self.name if prompt is not None else "base"
             if len(prompts) > 1:
                 sys.stdout.write(f"[{visible(name)}] ")
             given = self._with_former_turns(text, prompt)
@@ -135,7 +145,7 @@ class Chat:
 
             (generation,) = generate(self.lm, [given], prompt, self.decode, on_text=show)
             sys.stdout.write("\n")
-            self.exchanges.append((text, f"{name}: {generation.text.strip()}"))
+            self.exchanges.append(Exchange(text, generation.text.strip(), prompt, name))
 
     def _with_former_turns(self, text: str, prompt: Prompt | None) -> str | Example:
         """The whole talk where the prompt is laid out as a chat; the text alone elsewhere."""
@@ -147,9 +157,13 @@ class Chat:
         )
         if layout is None or not layout.chat:
             return text
-        own = f"{prompt.name}: " if prompt is not None else ""
         turns = []
-        for question, answer in self.exchanges:
-            if answer.startswith(own):
-                turns += [Message("user", question), Message("assistant", answer.removeprefix(own))]
+        for each in self.exchanges:
+            if each.prompt == prompt:
+                turns += [Message("user", each.text), Message("assistant", each.answer)]
         return Example({}, (*turns, Message("user", text)))
+
+
+def _name_of(place: str) -> str:
+    """The last part of a prompt's place: `support@2` of library/support@2."""
+    return Path(place).resolve().name

@@ -28,8 +28,10 @@ from softprompt.serving.answers import sse
 from softprompt.serving.refusals import Refused
 
 AGAIN_SECONDS = 0.2  # between rounds over the engines while none answers
+LOOK_EVERY_SECONDS = 1.0  # at an engine that takes requests; at the others every AGAIN_SECONDS
 # A request may be what kills engines. So after this many engines have died over it, it is given up.
 MAX_KILLED = 3
+OTHER_BASE = "serves another base than the engines before it"
 FAULTS = ("shutting_down", "engine_failed", "internal_error")  # codes of an engine's faults in a stream
 
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
@@ -90,12 +92,57 @@ class Gateway:
         """Ask every engine what it serves now. Only engines of one base are used: that of the first one that answered."""
         await asyncio.gather(*(peer.look() for peer in self.peers))
         for peer in self.peers:
-            if not peer.is_ready:
-                continue
-            self.base = self.base or peer.base
-            if peer.base != self.base:
-                peer.failed("serves another base than the engines before it")
-                log.error("%s %s; it gets no requests.", peer.url, peer.problem)
+            self._demand_base(peer, is_known=False)
+
+    async def keep_looking(self) -> None:
+        """Look at the engines until this is cancelled. One that answers slowly does not delay the looks at the others."""
+        looking: dict[Peer, asyncio.Task[None]] = {}
+        due: dict[Peer, float] = {}
+        try:
+            while True:
+                for peer in self.peers:
+                    is_due = time.monotonic() >= due.get(peer, 0.0) or not peer.is_ready
+                    if is_due and (peer not in looking or looking[peer].done()):
+                        due[peer] = time.monotonic() + LOOK_EVERY_SECONDS
+                        looking[peer] = asyncio.create_task(self._look_at(peer))
+                await asyncio.sleep(AGAIN_SECONDS)
+        finally:
+            for task in looking.values():
+                task.cancel()
+            await asyncio.gather(*looking.values(), return_exceptions=True)
+
+    async def _look_at(self, peer: Peer) -> None:
+        is_known = peer.problem == OTHER_BASE
+        try:
+            await peer.look()
+        except Exception:
+            log.exception("%s could not be looked at.", peer.url)
+        self._demand_base(peer, is_known=is_known)
+
+    def _demand_base(self, peer: Peer, *, is_known: bool) -> None:
+        """Sends nothing to an engine of another base than that of the first one that answered."""
+        if not peer.is_ready:
+            return
+        self.base = self.base or peer.base
+        if peer.base != self.base:
+            peer.failed(OTHER_BASE)
+            if not is_known:
+                log.error("%s %s; it gets no requests.", peer.url, OTHER_BASE)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether any engine takes requests."""
+        return any(peer.is_ready for peer in self.peers)
+
+    async def wait_ready(self) -> None:
+        """Return when an engine takes requests. Raises Refused (503) where none does until patience ends.
+
+        Names mean nothing without an engine, so this comes before a request is looked at."""
+        deadline = time.monotonic() + self.settings.patience_seconds
+        while not self.is_ready:
+            if time.monotonic() > deadline:
+                raise no_engine()
+            await asyncio.sleep(AGAIN_SECONDS)
 
     def models(self) -> list[Model]:
         """All models of the engines that take requests, the base first; each name as most engines mean it."""
@@ -172,7 +219,7 @@ class Gateway:
                     if head is None:
                         yield first
                         return
-                    problem = first.record.get("error") or unavailable()["error"]
+                    problem = first.record.get("error") or no_engine().body["error"]
                     break
                 if head is None:
                     head = first
@@ -226,7 +273,7 @@ class Gateway:
             yield sse({"error": problem})
 
     def _broke(self, peer: Peer, error: Broken, tries: _Tries) -> None:
-        log.warning("%s: %s. Its requests go to the other engines.", peer.url, error)
+        log.warning("%s: %s. Its requests go to the other engines.", peer.url, str(error).rstrip("."))
         peer.failed(str(error))
         tries.broken = True
         tries.killed += error.was_reached
@@ -259,8 +306,7 @@ class _Tries:
         """The response to a client if no engine gave an answer."""
         if self.refusal is not None and self.refusal.status not in (502, 503, 504):
             return self.refusal
-        refused = Refused(503, str(unavailable()["error"]["message"]), "server_error", "no_engine")
-        response = refused.response
+        response = (killed_engines() if self.killed >= MAX_KILLED else no_engine()).response
         return Whole(503, dict(response.headers), bytes(response.body))
 
 
@@ -305,5 +351,16 @@ def _error(message: str, code: str) -> dict[str, Any]:
     return {"message": message, "type": "server_error", "param": None, "code": code}
 
 
-def unavailable() -> dict[str, Any]:
-    return {"error": _error("No engine answers now. Try again in a moment.", "no_engine")}
+def no_engine() -> Refused:
+    """503: no engine answers."""
+    return Refused(503, "No engine answers now. Try again in a moment.", "server_error", "no_engine")
+
+
+def killed_engines() -> Refused:
+    """503: the engines stopped answering while they had this request."""
+    return Refused(
+        503,
+        f"{MAX_KILLED} engines stopped answering while they had this request, so it is not sent to another one.",
+        "server_error",
+        "engines_killed",
+    )

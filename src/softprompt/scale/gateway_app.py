@@ -7,13 +7,14 @@ import json
 import logging
 import secrets
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
 import prometheus_client
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.requests import ClientDisconnect
 
 from softprompt.scale.followed import Followed, FollowedChoices, FollowedColumns, FollowedResponse
 from softprompt.scale.gateway import (
@@ -25,7 +26,6 @@ from softprompt.scale.gateway import (
     Asked,
     Gateway,
     is_stream,
-    unavailable,
 )
 from softprompt.scale.peer import BASE, Model, Whole
 from softprompt.serving.app import PAGE, POLICY
@@ -35,7 +35,7 @@ from softprompt.serving.limits import BodyLimit, Rows
 from softprompt.serving.refusals import Refused, answer_errors, no_such_model, too_many
 from softprompt.serving.streams import EventStream
 
-LOOK_EVERY_SECONDS = 1.0
+KEYS_EVERY_SECONDS = 1.0
 PASSED = (COMPLETIONS, CHAT, RESPONSES, COMPARE, SCORE, "/v1/softprompt/figures", "/tokenize", "/detokenize")
 
 log = logging.getLogger(__name__)
@@ -50,13 +50,13 @@ def build_gateway(gateway: Gateway, keys: Keys | None = None) -> FastAPI:
     @asynccontextmanager
     async def looking(app: FastAPI) -> AsyncIterator[None]:
         await gateway.look()
-        task = asyncio.create_task(_look_again(gateway, keys))
+        tasks = [asyncio.create_task(gateway.keep_looking()), asyncio.create_task(_refresh(keys))]
         try:
             yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.gather(*(peer.close() for peer in gateway.peers))
 
     app = FastAPI(
@@ -66,7 +66,7 @@ def build_gateway(gateway: Gateway, keys: Keys | None = None) -> FastAPI:
         redoc_url=None,
         lifespan=looking,
     )
-    app.state.ready = state
+    app.state.ready, app.state.rows = state, rows
     app.add_middleware(BodyLimit)
     answer_errors(app, lambda error: gateway.rejected.labels(error.code or str(error.status)).inc(), BASE)
 
@@ -80,7 +80,7 @@ def build_gateway(gateway: Gateway, keys: Keys | None = None) -> FastAPI:
             {"ready": peer.is_ready, "running": peer.running, "problem": peer.problem}
             for peer in gateway.peers
         ]
-        alive = any(peer.is_ready for peer in gateway.peers)
+        alive = gateway.is_ready
         return JSONResponse(
             {"status": "ok" if alive else "failed", "engines": engines}, 200 if alive else 503
         )
@@ -88,7 +88,7 @@ def build_gateway(gateway: Gateway, keys: Keys | None = None) -> FastAPI:
     @app.get("/ready")
     async def ready() -> Response:
         """Whether new requests are taken: not without an engine, and not while the gateway ends."""
-        is_ready = state["ready"] and any(peer.is_ready for peer in gateway.peers)
+        is_ready = state["ready"] and gateway.is_ready
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
     @app.get("/version")
@@ -115,16 +115,22 @@ def build_gateway(gateway: Gateway, keys: Keys | None = None) -> FastAPI:
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         caller = caller_of(request)
+        await demand_engine(request)
         data = [model.record for model in gateway.models() if caller.may_use(model.name)]
         return {"object": "list", "data": data}
 
     @app.get("/v1/models/{name}")
     async def model(name: str, request: Request) -> dict[str, Any]:
-        return dict(named(name, caller_of(request)).record)
+        caller = caller_of(request)
+        await demand_engine(request)
+        return dict(named(name, caller).record)
+
+    async def demand_engine(request: Request) -> None:
+        """Waits for an engine where none is there. Raises Refused where none comes, or the client leaves."""
+        if not gateway.is_ready:
+            await while_connected(request, gateway.wait_ready())
 
     def named(name: str, caller: Caller) -> Model:
-        if not any(peer.is_ready for peer in gateway.peers):
-            raise Refused(503, str(unavailable()["error"]["message"]), "server_error", "no_engine")
         model = gateway.find(name)
         if model is None or not caller.may_use(name):
             raise no_such_model(name)
@@ -138,11 +144,9 @@ def build_gateway(gateway: Gateway, keys: Keys | None = None) -> FastAPI:
         caller = caller_of(request)
         body = await _object(request)
         path = request.url.path
-        digests = {name: named(name, caller).digest for name in _names(body, path)}
         if path in (COMPLETIONS, CHAT, RESPONSES, COMPARE) and body.get("seed") is None:
             # With a seed the answer is the same at every engine, so that another one can go on with it.
             body = {**body, "seed": secrets.randbits(62)}
-        asked = Asked(path, body, digests)
         choices = _choices(body)
         taken = min(choices, caller.rows)
         if rows.of(caller.name) + taken > caller.rows:
@@ -151,6 +155,8 @@ def build_gateway(gateway: Gateway, keys: Keys | None = None) -> FastAPI:
             )
         lease = rows.take(caller.name, taken)
         try:
+            await demand_engine(request)
+            asked = Asked(path, body, {name: named(name, caller).digest for name in _names(body, path)})
             followed = _followed(asked, choices)
             if followed is None:
                 answer = await while_connected(request, gateway.whole(asked))
@@ -179,14 +185,13 @@ def build_gateway(gateway: Gateway, keys: Keys | None = None) -> FastAPI:
     return app
 
 
-async def _look_again(gateway: Gateway, keys: Keys) -> None:
+async def _refresh(keys: Keys) -> None:
     while True:
-        await asyncio.sleep(LOOK_EVERY_SECONDS)
+        await asyncio.sleep(KEYS_EVERY_SECONDS)
         try:
-            await gateway.look()
             await asyncio.to_thread(keys.refresh)
         except Exception:
-            log.exception("The engines could not be looked at.")
+            log.exception("The keys could not be looked at.")
 
 
 async def _bytes(events: AsyncIterator[Whole | bytes]) -> AsyncIterator[bytes]:
@@ -198,6 +203,8 @@ async def _bytes(events: AsyncIterator[Whole | bytes]) -> AsyncIterator[bytes]:
 async def _object(request: Request) -> dict[str, Any]:
     try:
         body = json.loads(await request.body())
+    except ClientDisconnect:
+        raise Refused(499, "The client has gone.", code="client_gone") from None
     except (ValueError, RecursionError):
         raise Refused(400, "body: wanted JSON.") from None
     if not isinstance(body, dict):

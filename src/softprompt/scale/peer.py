@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx2 as httpx
 
+from softprompt.scale.engine_client import engine_client
 from softprompt.scale.event_lines import lines_of
 
 Result = TypeVar("Result")
 
 PROBE_SECONDS = 5.0  # that an engine may take to answer a probe
-CONNECT_SECONDS = 5.0
 BASE = "base"
 
 
@@ -75,14 +75,11 @@ class Peer:
         self.running = 0  # requests that are with it now
         self._lost_after, self._closing = lost_after_seconds, closing
         self._seen = time.monotonic()
-        self._lost = asyncio.Event()
-        self._client = httpx.AsyncClient(
-            base_url=self.url,
-            transport=transport,
-            headers={"authorization": f"Bearer {key}"} if key else {},
-            # Waiting for the next token is unbounded: probes tell whether an engine is gone.
-            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+        self._is_lost = False
+        self._waits: set[asyncio.Timeout] = set()  # of what is with it; they end when it is lost
+        self._listed = b""
+        self._client = engine_client(
+            self.url, transport=transport, headers={"authorization": f"Bearer {key}"} if key else {}
         )
 
     async def close(self) -> None:
@@ -97,21 +94,22 @@ class Peer:
             async with asyncio.timeout(PROBE_SECONDS):
                 ready = await self._client.get("/ready")
                 listed = await self._client.get("/v1/models")
-            if listed.status_code == 200:
+            if listed.status_code == 200 and listed.content != self._listed:
                 records = listed.json()["data"]
                 self.models = {model.name: model for model in map(_model, records)}
                 about = self.models[BASE].record.get("softprompt") or {}
                 self.base = str(about.get("base_sha256") or self.models[BASE].record.get("root"))
+                self._listed = listed.content
             self.is_ready = ready.status_code == 200 and listed.status_code == 200
             self.problem = None if self.is_ready else f"answers {ready.status_code} and {listed.status_code}"
         except (httpx.HTTPError, TimeoutError, ValueError, KeyError, TypeError) as error:
             self.is_ready = False
             self.problem = f"does not answer ({type(error).__name__})"
             if time.monotonic() - self._seen > self._lost_after:
-                self._lost.set()
+                self._lose()
             return
         self._seen = time.monotonic()
-        self._lost.clear()
+        self._is_lost = False
 
     def failed(self, problem: str) -> None:
         """Send it nothing more until a probe finds it well."""
@@ -158,18 +156,27 @@ class Peer:
         finally:
             self.running -= 1
 
-    async def _unless_lost(self, coming: Awaitable[Result]) -> Result:
-        task, lost = asyncio.ensure_future(coming), asyncio.ensure_future(self._lost.wait())
+    def _lose(self) -> None:
+        """Ends all waits for the engine."""
+        self._is_lost = True
+        for wait in [each for each in self._waits if not each.expired()]:
+            wait.reschedule(asyncio.get_running_loop().time())
+
+    async def _unless_lost(self, coming: Coroutine[Any, Any, Result]) -> Result:
+        """What is coming. Raises Broken where the engine is lost before."""
+        if self._is_lost:
+            coming.close()
+            raise Broken("answers no probe any more")
+        # A timeout without a time: a task for each event of a stream would cost more than the rest of the way.
+        wait = asyncio.timeout(None)
         try:
-            await asyncio.wait({task, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise Broken("answers no probe any more")
-            return task.result()
+            async with wait:
+                self._waits.add(wait)
+                return await coming
+        except TimeoutError:
+            raise Broken("answers no probe any more") from None
         finally:
-            lost.cancel()
-            if not task.done():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+            self._waits.discard(wait)
 
 
 def _model(record: Mapping[str, Any]) -> Model:

@@ -25,6 +25,7 @@ from softprompt.inference.detokenize import TextStream
 from softprompt.inference.request import Request, request
 from softprompt.inference.score import RatedToken
 from softprompt.prompt.soft_prompt import Prompt
+from softprompt.scale.engine_client import engine_client
 from softprompt.scale.remote_base import laid_out_only, remote_base
 from softprompt.serving.engine import (
     Answer,
@@ -36,7 +37,6 @@ from softprompt.serving.engine import (
     Work,
 )
 
-CONNECT_SECONDS = 5.0
 PROBE_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
@@ -57,11 +57,7 @@ class RemoteEngine(ABC):
         }
         self._running: dict[int, asyncio.Task[None]] = {}
         self.problem: str | None = "has not been asked yet"
-        self.client = httpx.AsyncClient(
-            base_url=self.url,
-            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-        )
+        self.client = engine_client(self.url)
 
     @abstractmethod
     def marks_of(self, digest: str) -> tuple[int, ...]:

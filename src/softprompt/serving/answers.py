@@ -164,14 +164,17 @@ class Choices:
         return self.body.logprobs
 
     def _table(self, rated: Sequence[RatedToken]) -> dict[str, Any]:
-        """Completions' columns: a token's text, its log-probability, the likeliest in its place, and where it begins."""
+        """Completions' columns: a token's text, its log-probability, the likeliest in its place and itself, and where it
+        begins."""
         tokens = [token_text(self.lm, token.token_id) for token in rated]
         return {
             "tokens": tokens,
             "token_logprobs": [token.log_probability for token in rated],
             "top_logprobs": [
-                None if token.log_probability is None else by_text(self.lm, token.likeliest)
-                for token in rated
+                None
+                if token.log_probability is None
+                else {text: token.log_probability, **by_text(self.lm, token.likeliest)}
+                for text, token in zip(tokens, rated, strict=True)
             ],
             "text_offset": offsets(tokens),
         }

@@ -62,6 +62,11 @@ class Rows:
         """The number of rows that a caller has running."""
         return self._taken[caller]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody has a row."""
+        return not self._taken
+
     def take(self, caller: str, rows: int) -> Lease:
         """Counts rows until the lease is given back."""
         self._taken[caller] += rows

@@ -159,7 +159,9 @@ class LocalEngine:
         request itself as softprompt.errors."""
         with self._wake:
             self._demand_open()
-            if self._queued >= self.max_waiting:
+            # A request that finds a row free waits for the coming turn alone.
+            free = max(0, self.max_rows - len(self._scheduler.running))
+            if self._queued >= self.max_waiting + free:
                 raise Overloaded(f"{self._queued} requests are waiting already. Try again in a moment.")
             ticket = Ticket(work, self._prompts.find(work.digest), asyncio.get_running_loop())
             self._tickets[id(work)] = ticket

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
@@ -14,6 +15,9 @@ from starlette.exceptions import HTTPException
 from softprompt.errors import MissingExtra, OutOfMemory, SoftPromptError
 from softprompt.serving import wire
 from softprompt.serving.engine import EngineFailed, Overloaded, PromptGone, ShuttingDown
+
+# Of an absolute path, all but its last part.
+FOLDERS = re.compile(r"(?<![\w:/.~-])/(?:[^\s/:\"']+/)+(?=[^\s/])")
 
 
 class Refused(Exception):
@@ -65,12 +69,12 @@ def failed() -> Refused:
 
 
 def as_refusal(error: BaseException, base: str) -> Refused:
-    """The response to a client for an error. `base` is the base's name; a folder's path is not shown."""
+    """The response to a client for an error. `base` is the base's name; folders' paths are not shown."""
     if isinstance(error, Refused):
         return error
     if not isinstance(error, SoftPromptError):
         return failed()
-    message = str(error).replace(base, shown_name(base))
+    message = FOLDERS.sub("", str(error).replace(base, shown_name(base)))
     match error:
         case Overloaded():
             return too_many(message.removesuffix(" Try again in a moment."))
