@@ -19,6 +19,7 @@ from softprompt.inference.settings import DecodeSettings
 from softprompt.store.artifact import save_prompt
 from softprompt.store.library import Library
 from test_serving import prompt_of
+from test_serving_api import CHAT_TEMPLATE
 from tiny_models import tiny_model, tiny_tokenizer
 
 
@@ -89,10 +90,11 @@ def test_a_talk_switches_prompts_compares_and_is_saved(
         chat.save(str(tmp_path / "talk.txt"))
 
 
-def test_versions_of_a_name_are_told_apart_in_a_talk(
-    lm: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_versions_of_a_name_are_told_apart_in_a_talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither is given the other's answers as its own former turns."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    lm = FrozenLM.wrap(tiny_model("Llama"), tokenizer, "chatting")
     library = Library(tmp_path / "shelf")
     for seed in (1, 2):
         save_prompt(prompt_of(lm, seed, "talk", "{soft:4}{messages}"), tmp_path / "talk")

@@ -7,9 +7,11 @@ import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 
 from softprompt.scale import engine_client
+from softprompt.scale import peer as peer_module
 from softprompt.scale.followed import (
     Differs,
     Failed,
@@ -270,3 +272,59 @@ def test_a_connection_that_was_idle_is_not_used_again(monkeypatch: pytest.Monkey
 
     asyncio.run(run())
     assert len(connections) == 2
+
+
+def test_what_waits_for_an_engine_that_answers_no_probe_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps its connection and sends nothing more, as a process does that was stopped."""
+    monkeypatch.setattr(peer_module, "PROBE_SECONDS", 0.05)
+
+    class Hangs(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+            yield b'data: {"a": 1}\n\n'
+            await asyncio.Event().wait()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/ready":
+            await asyncio.Event().wait()
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=Hangs())
+
+    async def run() -> None:
+        engine = Peer("http://x", transport=httpx.MockTransport(answer), lost_after_seconds=0.1)
+        events = engine.stream("/", {})
+        assert isinstance(await anext(events), Whole)
+        assert await anext(events) == '{"a": 1}'
+        waiting = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0.15)
+        for _ in range(2):  # the second look finds nothing more to end
+            await engine.look()
+        with pytest.raises(Broken, match="answers no probe"):
+            await waiting
+        with pytest.raises(Broken, match="answers no probe"):
+            await engine.ask("GET", "/")
+        assert engine.running == 0
+        await engine.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_patience_begins_when_the_engine_dies_however_long_it_had_the_request(has_begun: bool) -> None:
+    """The other engine is there a moment after that, and long after the request came."""
+    rest = [Whole(200, STREAM, b""), event("ok", [1]), event("", [2], "stop"), "[DONE]"]
+    other = Scripted({"support": "d1"}, rest)
+    other.is_ready = False
+
+    class Dies(Scripted):
+        async def stream(self, path: str, body: Any) -> AsyncGenerator[Whole | str, None]:
+            if has_begun:
+                yield rest[0]
+                yield rest[1]
+            await asyncio.sleep(1.0)
+            asyncio.get_running_loop().call_later(0.1, setattr, other, "is_ready", True)
+            self.is_ready = False
+            raise Broken("dead")
+
+    front = gateway(Dies({"support": "d1"}, []), other, patience_seconds=0.8)
+    _, *events = streamed(front)
+    assert events[-1] == b"data: [DONE]\n\n"
+    assert b"error" not in b"".join(events)

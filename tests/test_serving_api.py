@@ -423,7 +423,10 @@ def test_not_even_an_administrator_is_told_where_files_lie(lm: FrozenLM, tmp_pat
     (tmp_path / "broken" / "adapter_config.json").write_text("{", encoding="utf-8")
     with LocalEngine(lm) as engine:
         server = Serving(engine, Catalogue(engine), Keys.load(tmp_path / "keys.yaml"))
-        for name in ("nothing", "broken"):
+        for name, said in (
+            ("nothing", "nothing: there is no such folder"),
+            ("broken", "adapter_config.json: "),
+        ):
             answer = httpx.post(
                 server.url + "/admin/prompts",
                 json={"name": "x", "path": str(tmp_path / name)},
@@ -431,7 +434,7 @@ def test_not_even_an_administrator_is_told_where_files_lie(lm: FrozenLM, tmp_pat
                 timeout=30,
             )
             assert answer.status_code == 400
-            assert name in answer.json()["error"]["message"]
+            assert answer.json()["error"]["message"].startswith(said)
             assert str(tmp_path.parent) not in answer.text
         server.close()
     refusal = as_refusal(DataError("'/a/b.json': and/or, see http://x/y/z, not ./d/e"), "base")

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter as Tally
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import prometheus_client
@@ -173,7 +173,6 @@ class Gateway:
 
     async def engines(self, asked: Asked, tries: _Tries) -> AsyncIterator[Peer]:
         """Engines to try, one after the other, until patience ends. An engine that failed is tried again when it is well."""
-        deadline = time.monotonic() + self.settings.patience_seconds
         while True:
             tried: list[Peer] = []
             while (peer := self._next(asked, tried, tries.like)) is not None:
@@ -181,7 +180,8 @@ class Gateway:
                 if tries.killed >= MAX_KILLED:
                     return
                 tried.append(peer)
-            if (tries.refusal is not None and not tries.broken) or time.monotonic() > deadline:
+            has_waited = time.monotonic() - tries.since > self.settings.patience_seconds
+            if (tries.refusal is not None and not tries.broken) or has_waited:
                 return
             tries.broken = False
             await asyncio.sleep(AGAIN_SECONDS)
@@ -236,6 +236,7 @@ class Gateway:
                     assert isinstance(data, str)
                     for event in followed.take(data):
                         has_sent = True
+                        tries.since = time.monotonic()
                         yield event
                 if followed.is_done:
                     return
@@ -276,7 +277,9 @@ class Gateway:
         log.warning("%s: %s. Its requests go to the other engines.", peer.url, str(error).rstrip("."))
         peer.failed(str(error))
         tries.broken = True
-        tries.killed += error.was_reached
+        if error.was_reached:  # at most MAX_KILLED times
+            tries.killed += 1
+            tries.since = time.monotonic()
         self.retried.labels("broken").inc()
 
     def _is_final(self, answer: Whole, peer: Peer, tries: _Tries) -> bool:
@@ -301,6 +304,8 @@ class _Tries:
     broken: bool = False  # whether an engine of this round may come back
     killed: int = 0
     like: str | None = None  # the sort of engine that has to go on
+    # When an engine last had the request or answered: patience is for the time without one, however long an answer takes.
+    since: float = field(default_factory=time.monotonic)
 
     def last(self) -> Whole:
         """The response to a client if no engine gave an answer."""
