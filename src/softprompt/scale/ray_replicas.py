@@ -73,9 +73,10 @@ class EngineReplica:
     async def answer(
         self, method: str, path: str, headers: list[tuple[str, str]], body: bytes
     ) -> AsyncGenerator[Any, None]:
-        """First digest of the base, status and headers, then the parts of the body.
+        """First the base's digest, which says that the request is here, then status and headers, then the parts of the body.
 
         The gateway may have learned of a new version from another engine, so the library is looked at before a 404."""
+        yield self.base
         request = httpx.Request(method, f"{NOWHERE}{path}", headers=headers, content=body)
         response = await self.transport.handle_async_request(request)
         if response.status_code == 404:
@@ -83,7 +84,7 @@ class EngineReplica:
             await asyncio.to_thread(self.server.catalogue.refresh)
             response = await self.transport.handle_async_request(request)
         try:
-            yield self.base, response.status_code, list(response.headers.items())
+            yield response.status_code, list(response.headers.items())
             async for part in response.aiter_raw():
                 yield part
         finally:
@@ -149,7 +150,7 @@ class EnginesTransport(httpx.AsyncBaseTransport):
         path = request.url.raw_path.decode()
         parts = self.handle.remote(request.method, path, list(request.headers.items()), body)
         try:
-            base, status, headers = await anext(_parts(parts, is_first=True))
+            base = await anext(_parts(parts, is_first=True))
         except BaseException:
             parts.cancel()
             raise
@@ -159,6 +160,11 @@ class EnginesTransport(httpx.AsyncBaseTransport):
             raise httpx.ConnectError(
                 f"an engine holds another base (found {base[:12]}, wanted {self.base[:12]}): the machines have other files"
             )
+        try:
+            status, headers = await anext(_parts(parts))
+        except BaseException:
+            parts.cancel()
+            raise
         return httpx.Response(status, headers=headers, stream=_Rest(parts))
 
 
@@ -179,7 +185,7 @@ class _Rest(httpx.AsyncByteStream):
 
 async def _parts(parts: Any, *, is_first: bool = False) -> AsyncGenerator[Any, None]:
     """What an engine sends. Raises ReadError where it died, and ConnectError where nothing was put to one, in Ray's words."""
-    from ray.exceptions import ActorUnavailableError, RayError
+    from ray.exceptions import RayError
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
     try:
@@ -188,8 +194,8 @@ async def _parts(parts: Any, *, is_first: bool = False) -> AsyncGenerator[Any, N
     except (BackPressureError, DeploymentUnavailableError) as error:
         raise httpx.ConnectError(_words(error)) from error
     except (RayError, RayServeException) as error:
-        never_began = is_first and isinstance(error, ActorUnavailableError)
-        kind = httpx.ConnectError if never_began else httpx.ReadError
+        # Serve may send requests to a dead engine for a moment: those did not end it, and are no reason to give up.
+        kind = httpx.ConnectError if is_first else httpx.ReadError
         raise kind(_words(error)) from error
 
 
