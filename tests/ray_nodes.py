@@ -70,8 +70,14 @@ def nodes(count: int, cpus: int = 1) -> Iterator[Nodes]:
     try:
         yield started
     finally:
-        ray.shutdown()
-        started.close()
+        for tries_left in reversed(range(TRIES)):
+            ray.shutdown()
+            try:
+                started.close()
+                break
+            except ValueError:  # a thread of Ray's own has connected this process again
+                if not tries_left:
+                    raise
         if before is None:
             del os.environ["RAY_ADDRESS"]
         else:
