@@ -44,7 +44,7 @@ def read_source(settings: DistilSettings, lm: FrozenLM, on_event: Callable[[Even
     """Reads the text and the questions that `settings` names. Raises DataError."""
     given = None
     if settings.data.source is not None:
-        given = _given_questions(settings, on_event)
+        given = _given_questions(settings, settings.data.source, on_event)
     if settings.context.shots is None:
         contexts = _parts(settings, lm, _document(settings))
         layout = _layout(settings, lm, given)
@@ -85,10 +85,10 @@ def in_front(text: str, layout: Template) -> str:
     return text if layout.chat or text.endswith("\n") or not text.strip() else f"{text}\n\n"
 
 
-def _given_questions(settings: DistilSettings, on_event: Callable[[Event], None]) -> Splits:
+def _given_questions(settings: DistilSettings, source: str, on_event: Callable[[Event], None]) -> Splits:
     data = settings.data
     splits = load_splits(
-        data.source,
+        source,
         column=data.column,
         messages=data.messages,
         target=data.target,
