@@ -23,6 +23,7 @@ from softprompt.progress.events import Event, Note, Stepped
 from softprompt.report.read import read_runs
 from softprompt.store import artifact
 from softprompt.store.artifact import load_prompt
+from softprompt.tuning.checkpoint import identity
 from softprompt.tuning.loop import tune
 from softprompt.tuning.result import TuneResult
 from test_learn import SPLITS, breaking_at, lm_of, recipe, vectors
@@ -171,6 +172,17 @@ def test_a_checkpoint_of_another_run_is_refused_and_every_difference_named(tmp_p
     assert "tune.learning_rate was 0.2, is 0.1" in str(error.value)
     assert "tune.seed was 0, is 3" in str(error.value)
     assert "leave out --resume" in str(error.value)
+
+
+def test_settings_that_are_newer_than_a_run_count_where_they_change_something(tmp_path: Path) -> None:
+    """A run of before knew neither, and learned in every layer and kept nothing."""
+
+    def parts(*changes: str) -> set[str]:
+        return {*identity(recipe(tmp_path, *changes), lm_of().fingerprint, "rows")}
+
+    assert not {"prompt.upper_layers", "tune.keep"} & parts()
+    assert "prompt.upper_layers" in parts("prompt.kind=deep", "prompt.upper_layers=0.5")
+    assert "tune.keep" in parts("tune.keep=1")
 
 
 def test_a_refused_resume_leaves_every_file_as_it_was(tmp_path: Path) -> None:

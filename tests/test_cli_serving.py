@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import subprocess
@@ -92,7 +93,7 @@ def test_a_talk_switches_prompts_compares_and_is_saved(
 
 def test_versions_of_a_name_are_told_apart_in_a_talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither is given the other's answers as its own former turns."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())  # the cached one is every test's
     tokenizer.chat_template = CHAT_TEMPLATE
     lm = FrozenLM.wrap(tiny_model("Llama"), tokenizer, "chatting")
     library = Library(tmp_path / "shelf")

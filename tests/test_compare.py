@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -163,9 +164,11 @@ def test_the_data_health_names_a_judged_row_that_was_learned(compared: tuple[Com
 
 
 def test_what_is_done_is_not_done_again_and_arms_can_be_added(
-    compared: tuple[Comparison, Path], task: Path, monkeypatch: pytest.MonkeyPatch
+    compared: tuple[Comparison, Path], task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record, out = compared
+    record, former = compared
+    out = tmp_path / "former"
+    shutil.copytree(former, out)
     monkeypatch.setattr(run_arm, "MAKERS", {})  # any arm that ran would fail
     again = compare(recipe(task), settings(seeds=1, arms=["soft", "base"], text=None), out, own_process=False)
     assert again.runs["soft"][0].to_record() == record.runs["soft"][0].to_record()
@@ -173,6 +176,21 @@ def test_what_is_done_is_not_done_again_and_arms_can_be_added(
     other = settings(arms=["soft"], text=None, rates={"soft": 0.2})
     with pytest.raises(KeyError, match="soft"):  # it would run again, since its rate is another
         compare(recipe(task), other, out, own_process=False)
+
+
+def test_an_arm_of_a_version_without_a_newer_setting_is_not_done_again(
+    compared: tuple[Comparison, Path], task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, former = compared
+    out = tmp_path / "former"
+    shutil.copytree(former, out)
+    job = json.loads((out / "arms/soft-0/job.json").read_text(encoding="utf-8"))
+    del job["recipe"]["prompt"]["upper_layers"], job["recipe"]["tune"]["keep"]
+    (out / "arms/soft-0/job.json").write_text(json.dumps(job), encoding="utf-8")
+    monkeypatch.setattr(run_arm, "MAKERS", {})  # any arm that ran would fail
+    wanted = settings(seeds=1, arms=["soft"], text=None)
+    again = compare(recipe(task), wanted, out, own_process=False)
+    assert again.runs["soft"][0].to_record() == record.runs["soft"][0].to_record()
 
 
 def test_a_comparison_that_was_killed_goes_on_at_the_arm_that_was_running(

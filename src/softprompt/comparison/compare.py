@@ -194,7 +194,7 @@ def _done(job: Job, data_revision: str | None, base_digest: str) -> ArmResult | 
     except DataError:
         return None
     same = (
-        result.digest == job.digest
+        _former_digest(job.folder) == job.digest
         and result.data_revision == data_revision
         and result.base_fingerprint == base_digest
         and (job.folder / ROWS).exists()
@@ -202,15 +202,17 @@ def _done(job: Job, data_revision: str | None, base_digest: str) -> ArmResult | 
     return result if same else None
 
 
+def _former_digest(folder: Path) -> str | None:
+    """The digest of the job whose folder this is, with the defaults of settings that are newer than it; None without one."""
+    try:
+        return Job.load(folder).digest if (folder / "job.json").exists() else None
+    except (SoftPromptError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _prepare(job: Job) -> None:
     """A folder that holds this job, and nothing of another one."""
-    try:
-        former: Any = None
-        if (job.folder / "job.json").exists():
-            former = Job.load(job.folder).digest
-    except (SoftPromptError, ValueError, KeyError, TypeError):
-        former = None
-    if job.folder.exists() and former != job.digest:
+    if job.folder.exists() and _former_digest(job.folder) != job.digest:
         remove_ours(job.folder, "arm", "job.json")
     claim(job.folder, "arm", ("job.json", "log.txt", RESULT))
     replace_file(job.folder / "job.json", job.to_json())
