@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -269,11 +268,3 @@ def ray_cluster() -> Iterator[Nodes]:
 
     with nodes(3) as started, connected():
         yield started
-
-
-def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """Fails the test that gave a chat template to a tokenizer which all tests of the process share."""
-    if "tiny_models" in sys.modules:
-        tiny_tokenizer = sys.modules["tiny_models"].tiny_tokenizer
-        if tiny_tokenizer.cache_info().currsize:
-            assert tiny_tokenizer().chat_template is None, item.nodeid
