@@ -85,8 +85,8 @@ class Learner:
 
     @property
     def is_tried(self) -> bool:
-        """Whether the step just taken is one of `tried_steps`, and no return has lowered the rate since."""
-        return bool(self._last_way) and not self.times_lowered
+        """Whether the step just taken is one of `tried_steps`, and no return has lowered the rate before it."""
+        return self.steps_done in self.tried_steps and not self.times_lowered
 
     def moved(self, factor: float) -> Plain:
         """Moves to where the last step had led if it were `factor` times as long; the plain prompt there."""

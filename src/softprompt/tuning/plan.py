@@ -25,8 +25,8 @@ VALIDATIONS = 10  # a run, on the way; a prompt is best somewhere in the middle 
 @dataclass(frozen=True)
 class Plan:
     """Everything settled: nothing is `auto` any more, but that an automatic `learning_rate` is an upper bound, below
-    which the run takes what its first gradient (`measured_rate`) and each step's say, and that its second and fourth step may
-    double (`try_last_step`).
+    which the run takes what its first gradient (`measured_rate`) and each step's say, and which its second and fourth
+    step may move (`try_last_step`).
 
     `held_out` are the rows that choose the best step, each scored on the same tokens with a prompt and, as
     `held_out_base`, without one. They are validation rows, or the training rows if there are none."""

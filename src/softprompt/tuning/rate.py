@@ -1,4 +1,4 @@
-"""The learning rate that suits a base and its rows: measured from one gradient, before the first step."""
+"""The learning rate that suits a base and its rows: measured before the first step, and tried again at the first few."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> MeasuredRate:
     what all steps of the run go by. Costs one gradient and a few forward passes. The same base, rows and settings
     give the same rate. `form` is what will be learned, at its start; it is not changed.
 
-    This is the lowest rate of the run, but for `try_last_step`: later steps take more, up to the bound `plan.learning_rate`, where their own
-    loss allows it (`Learner.step`), since the slope falls as a prompt is learned. They never take less: a batch's slope
+    This is the lowest rate of the run, but for `try_last_step`: later steps take more, up to the bound
+    `plan.learning_rate`, where their own loss allows it (`Learner.step`), since the slope falls as a prompt is learned. They never take less: a batch's slope
     holds its noise too, and by the end of a deep prompt's run on a large base hardly anything else (figures in
     LOG.md)."""
     tune = plan.recipe.tune.model_copy(update={"weight_decay": 0.0})

@@ -164,7 +164,7 @@ class TuneSettings(Section):
 
     learning_rate: Positive | Literal["auto", "find"] = setting(
         "auto",
-        "The highest step size. auto measures it on the base and the rows of each step, bounded by the embeddings' scale; "
+        "The highest step size. auto measures it on the base and the rows of each step; "
         "find tries five rates around that in short runs first.",
         flag="--learning-rate",
         elsewhere="lr",

@@ -51,9 +51,8 @@ class Run:
         tune = plan.recipe.tune
         out = Path(plan.recipe.out)
         self.learner = Learner(form or start(plan), tune, plan.learning_rate, plan.steps)
-        if (
-            tune.learning_rate == "auto" and not shares_a_part
-        ):  # no task may move what others share a second time
+        # No task may move what others share a second time.
+        if tune.learning_rate == "auto" and not shares_a_part:
             self.learner.tried_steps = TRIED_STEPS
         self.processes = processes or Processes()
         self.gradients = Gradients(plan.loss, plan.batch_size, self._halved, self.processes)
