@@ -16,8 +16,9 @@ from kill_nine import needs_fork, runs_killed_and_undisturbed
 from softprompt.cli.app import main
 from softprompt.errors import NotFinite, RecipeError
 from softprompt.loss.fast import FastLoss
+from softprompt.loss.gradient import Loss
 from softprompt.progress.console import Screen
-from softprompt.progress.events import BatchHalved, Event, Note, Saved, Stepped
+from softprompt.progress.events import BatchHalved, Event, Note, Saved, Started, Stepped
 from softprompt.progress.runs import ShowTable
 from softprompt.store.artifact import load_prompt
 from softprompt.tuning.loop import tune
@@ -55,6 +56,23 @@ def test_ten_unlike_runs_give_the_prompts_of_ten_runs_alone(tmp_path: Path) -> N
         for figure in ("steps", "best_step", "tokens"):
             assert getattr(together[name], figure) == getattr(alone, figure)
         assert together[name].nll_after == pytest.approx(alone.nll_after, abs=1e-4)
+
+
+def test_automatic_rates_are_tried_again_side_by_side_as_alone(tmp_path: Path) -> None:
+    lm = lm_of()
+    # A loss that is nearly taken away already: the first step is short, so that twice of it still gains.
+    steep: Loss = lambda batch, prompt=None: lm.token_nll(batch, prompt) - 5.65  # noqa: E731
+    runs = {"first": ("tune.learning_rate=auto",), "second": ("tune.learning_rate=auto", "tune.seed=3")}
+    recipes = [recipe(tmp_path / "together" / name, *overrides) for name, overrides in runs.items()]
+    together = dict(zip(runs, tune_together(recipes, lm=lm, splits=SPLITS, loss=steep), strict=True))
+    for name, overrides in runs.items():
+        events: list[Event] = []
+        one = recipe(tmp_path / name, *overrides)
+        alone = tune(one, lm=lm, splits=SPLITS, loss=steep, on_event=events.append)
+        (started,) = [event for event in events if isinstance(event, Started)]
+        assert alone.learning_rate >= 2 * started.learning_rate  # doubled, or the run would show nothing
+        assert together[name].learning_rate == pytest.approx(alone.learning_rate)
+        torch.testing.assert_close(vectors(together[name]), vectors(alone), atol=2e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("architecture", ["GPT-2", "BLOOM (ALiBi)", "Mixtral (experts)"])
