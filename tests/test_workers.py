@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from softprompt.base.from_settings import kept_base
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.workers import Here
 from softprompt.cli.app import main
@@ -23,6 +24,7 @@ from softprompt.inference.compiled import TextPrompt
 from softprompt.inference.generate import generate
 from softprompt.inference.generate_file import generate_file
 from softprompt.inference.settings import DecodeSettings
+from softprompt.settings.base_settings import BaseSettings
 from softprompt.tuning.learner import Learner
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.sweep import SweepResult, grid, sweep
@@ -217,9 +219,6 @@ def test_a_base_that_differs_on_another_machine_is_refused(tmp_path: Path, task:
         def map(self, do: Any, parts: Any, *rest: Any, **options: Any) -> Iterator[Any]:
             import torch
 
-            from softprompt.base import from_settings
-
-            from_settings._loaded.cache_clear()
             model = tiny_model("Llama")
             with torch.no_grad():
                 model.model.norm.weight += 1  # type: ignore[union-attr, operator]
@@ -234,6 +233,18 @@ def test_a_base_that_differs_on_another_machine_is_refused(tmp_path: Path, task:
             )
     finally:
         tiny_model("Llama").save_pretrained(task / "base")
+
+
+def test_a_process_that_works_for_long_reads_a_base_again_whose_files_were_replaced(base: Path) -> None:
+    settings = BaseSettings(base=str(base), dtype="float32")
+    before = kept_base(settings)
+    assert kept_base(settings) is before
+    model = tiny_model("Llama")
+    model.get_parameter("model.norm.weight").data += 1
+    model.save_pretrained(base)
+    after = kept_base(settings)
+    assert after.fingerprint.digest != before.fingerprint.digest
+    assert kept_base(settings, after.fingerprint) is after
 
 
 def test_a_spread_comparison_has_the_figures_of_one_process(tmp_path: Path, task: Path) -> None:

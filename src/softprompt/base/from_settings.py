@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import socket
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from softprompt.base.disk_cache import Stamp
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.quantised import is_quantised
 from softprompt.errors import BaseError
@@ -27,11 +29,11 @@ def base_of(settings: BaseSettings) -> FrozenLM:
 
 
 def kept_base(settings: BaseSettings, wanted: Fingerprint | None = None) -> FrozenLM:
-    """The same, kept in this process for the next part of a work that is spread over workers.
+    """The same, kept in this process for the next part of a work that is spread over workers, while its files are unchanged.
 
     Raises BaseError unless it is the base `wanted`, where that is given."""
     own = BaseSettings(**{name: getattr(settings, name) for name in BaseSettings.model_fields})
-    lm = _loaded(own.model_dump_json())
+    lm = _loaded(own.model_dump_json(), _files(own.base or ""))
     if wanted is not None and lm.fingerprint.digest != wanted.digest:
         raise BaseError(
             f"{lm.name}: is another base on {socket.gethostname()} (found {lm.fingerprint.digest[:12]}, wanted {wanted.digest[:12]}). "
@@ -40,8 +42,16 @@ def kept_base(settings: BaseSettings, wanted: Fingerprint | None = None) -> Froz
     return lm
 
 
+def _files(base: str) -> str:
+    """The state of a local base's files: a process that works for long must not go on with what they held before."""
+    path = Path(base).expanduser()
+    if not base or not path.exists():
+        return ""  # the bundled one, or one of the hub
+    return Stamp.of([path] if path.is_file() else [each for each in path.iterdir() if each.is_file()]).key
+
+
 @lru_cache(maxsize=1)
-def _loaded(settings_json: str) -> FrozenLM:
+def _loaded(settings_json: str, files: str) -> FrozenLM:
     return base_of(BaseSettings(**json.loads(settings_json)))
 
 
