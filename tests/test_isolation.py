@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from softprompt.base import step_attention
 from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State
@@ -35,6 +36,16 @@ def llama() -> FrozenLM:
 
 
 @cache
+def stepped() -> FrozenLM:
+    """The same base, whose steps attend to the whole buffers, as in bfloat16; here in float32, so that tokens are exact."""
+    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_attention, "STEPPED", frozenset({torch.float32}))
+        assert step_attention.can_step(lm)
+    return lm
+
+
+@cache
 def compiled() -> list[CompiledPrompt]:
     """Prompts under which the empty text may be continued, of different lengths."""
     lm = llama()
@@ -48,9 +59,9 @@ def compiled() -> list[CompiledPrompt]:
     ]
 
 
-def new(asked: tuple[int, str, DecodeSettings]) -> Request:
+def new(asked: tuple[int, str, DecodeSettings], lm: FrozenLM | None = None) -> Request:
     prompt, text, decoding = asked
-    return request(llama(), compiled()[prompt], text, decoding)
+    return request(lm or llama(), compiled()[prompt], text, decoding)
 
 
 @cache
@@ -87,15 +98,17 @@ ASKED = st.tuples(st.integers(0, 2), st.sampled_from(TEXTS), DECODINGS)
 SCHEDULES = st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12)
 
 
+@pytest.mark.parametrize("base", [llama, stepped])
 @settings(max_examples=60, deadline=None)
 @given(st.lists(ASKED, min_size=1, max_size=9), SCHEDULES, st.sampled_from([None, 60_000]))
 def test_a_row_that_joins_leaves_or_takes_a_used_place_answers_as_if_alone(
+    base: Callable[[], FrozenLM],
     asked: Sequence[tuple[int, str, DecodeSettings]],
     schedule: Sequence[tuple[int, bool]],
     memory_bytes: int | None,
 ) -> None:
-    running = Running(llama(), max_rows=4, memory_bytes=memory_bytes)
-    rows = [new(one) for one in asked]
+    running = Running(base(), max_rows=4, memory_bytes=memory_bytes)
+    rows = [new(one, base()) for one in asked]
     waiting, cancelled = list(rows), []
     turn = 0
     while waiting or len(running):
@@ -156,16 +169,20 @@ def nan_prompt() -> CompiledPrompt:
     return replace(compiled()[1], state=EMPTY, vectors_PD=torch.full((17, 32), float("nan")), name="broken")
 
 
-def test_a_row_that_is_not_finite_is_named_and_its_neighbours_go_on() -> None:
-    lm = llama()
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("base", [llama, stepped])
+def test_a_row_that_is_not_finite_is_named_and_its_neighbours_go_on(
+    base: Callable[[], FrozenLM], place: int
+) -> None:
+    lm = base()
     twelve = DecodeSettings(max_new_tokens=12, ignore_end=True)
     running = Running(lm, max_rows=2)
-    keeps = new((0, "hello", twelve))
+    keeps = new((0, "hello", twelve), lm)
     broken = request(lm, nan_prompt(), "Tweet: my order", twelve)
     with pytest.raises(NotFinite, match=r'The row "Tweet: my order" has logits that are not finite'):
-        running.admit([keeps, broken])
+        running.admit([keeps, broken] if place else [broken, keeps])
     assert running.requests == [keeps]
-    follows = new((1, TEXTS[3], twelve))  # takes the place, and the buffers, of the broken row
+    follows = new((1, TEXTS[3], twelve), lm)  # takes the place, and the buffers, of the broken row
     running.admit([follows])
     while len(running):
         running.step()
@@ -232,7 +249,8 @@ def test_a_pass_has_room_for_every_row_in_it(sizes: list[tuple[int, int]], most_
 
 
 def test_grouped_heads_never_step_without_a_mask_on_a_cpu_in_bfloat16() -> None:
-    lm = FrozenLM.wrap(tiny_model("Llama").bfloat16(), tiny_tokenizer())
+    lm = FrozenLM.wrap(tiny_model("Mistral (sliding window)").bfloat16(), tiny_tokenizer())
+    assert not step_attention.can_step(lm)  # its steps go through torch's own kernel
     base = compile_prompt(lm, None)
     twelve = DecodeSettings(max_new_tokens=12, ignore_end=True)
     masks: list[torch.Tensor] = []

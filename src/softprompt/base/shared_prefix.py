@@ -170,20 +170,35 @@ def attend_in_parts(
     result, weight = attend(
         packed, key, value, None if mask is None else mask.repeat(1, 1, group, 1), scaling
     )
+    joined = with_prefixes(packed, result, weight, scaling, groups, layer)
+    return joined.reshape(rows, heads, new, -1)
+
+
+def with_prefixes(
+    query: Tensor,
+    result: Tensor,
+    weight: Tensor,
+    scaling: float,
+    groups: Sequence[PrefixGroup],
+    layer: int,
+) -> Tensor:
+    """Joins the attention of queries [B, Hkv, Q, K] over their rows' own columns, `result` and the log-sum-exp `weight` of its
+    scores, with that over the rows' prefixes."""
+    _, kv_heads, queries_each, width = query.shape
     for members in groups:
         keys, values = members.prefix.keys[layer], members.prefix.values[layer]
         count = len(members.rows_N)
         # All queries of all rows in one product: the prefix's keys and values are read once.
-        queries = packed[members.rows_N].transpose(0, 1).reshape(1, kv_heads, count * group * new, width)
+        queries = query[members.rows_N].transpose(0, 1).reshape(1, kv_heads, count * queries_each, width)
         over, over_weight = attend(queries, keys[None], values[None], None, scaling)
-        over = over.reshape(kv_heads, count, group * new, -1).transpose(0, 1)
-        over_weight = over_weight.reshape(kv_heads, count, group * new).transpose(0, 1)
+        over = over.reshape(kv_heads, count, queries_each, -1).transpose(0, 1)
+        over_weight = over_weight.reshape(kv_heads, count, queries_each).transpose(0, 1)
         own, own_weight = result[members.rows_N], weight[members.rows_N]
         # Each part is a mean under its softmax; its log-sum-exp says how much of the whole softmax it is.
         share = torch.sigmoid(over_weight - own_weight)[..., None]
         joined = own.float() * (1 - share) + over.float() * share
         result = result.index_copy(0, members.rows_N, joined.to(result.dtype))
-    return result.reshape(rows, heads, new, -1)
+    return result
 
 
 def attend(

@@ -94,7 +94,7 @@ class Lanes:
             return True
         plan = self._plan(requests)
         lanes_by_id = dict(zip(map(id, self._lanes), self._lanes, strict=True))
-        untouched = sum(lane.bytes for lane in self._lanes if id(lane) not in plan)
+        untouched = sum(lane.buffer_bytes_for([]) for lane in self._lanes if id(lane) not in plan)
         joined = sum(
             (lanes_by_id.get(lane) or Running(self.lm)).buffer_bytes_for(joining)
             for lane, joining in plan.items()

@@ -17,6 +17,7 @@ from softprompt.base.kv import EMPTY, row_state
 from softprompt.base.packed_weights import logits
 from softprompt.base.placement import Placed
 from softprompt.base.shared_prefix import PrefixGroup, hidden_in_parts, prefix_groups
+from softprompt.base.step_attention import can_step, hidden_of_step
 from softprompt.errors import NotFinite, OutOfMemory
 from softprompt.inference.detokenize import TextStream
 from softprompt.inference.prefill import Prefilled, PrefillRow, like_lengths, prefill, prefill_groups
@@ -47,7 +48,9 @@ class Running:
         self.max_rows = max_rows
         self.memory_bytes = memory_bytes
         self._slots: list[_Slot] = []
-        self._cache = RunningCache(lm.device, blank=blank_columns(lm))
+        self._steps_whole = can_step(lm)
+        blank = 0 if self._steps_whole else blank_columns(lm)
+        self._cache = RunningCache(lm.device, blank=blank, follows=self._steps_whole)
         self._ids_B = torch.zeros(0, dtype=torch.int64, device=lm.device)
         self._positions_B = torch.zeros(0, dtype=torch.int64, device=lm.device)
         # Which tokens occurred in each row; no columns while no row has a repetition penalty.
@@ -147,7 +150,12 @@ class Running:
         mask_BS = self._cache.open_column()
         embeddings_B1D = self.lm.embed(self._ids_B[:rows, None])
         placed = Placed(embeddings_B1D, mask_BS, self._positions_B[:rows, None], self._cache)
-        hidden_B1D = hidden_in_parts(self.lm, placed, self._step_settings.prefixes)
+        prefixes = self._step_settings.prefixes
+        if self._steps_whole:
+            real_BC = self._cache.mask[:rows]
+            hidden_B1D = hidden_of_step(self.lm, placed, self._cache.buffers, real_BC, prefixes)
+        else:
+            hidden_B1D = hidden_in_parts(self.lm, placed, prefixes)
         self._cache.advance()
         self._positions_B[:rows] += 1
         return self._chosen(logits(self.lm, hidden_B1D[:, -1]), 0)

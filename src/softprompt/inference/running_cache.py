@@ -24,6 +24,10 @@ def room(columns: int) -> int:
     return columns + columns // 8 + 2
 
 
+# Columns that buffers which follow their rows have to spare: a step reads them too, and moving rows costs little that often.
+SPARE = 32
+
+
 def blank_columns(lm: FrozenLM) -> int:
     """1 where a step is faster with a column in front that is masked in every row, else 0.
 
@@ -75,10 +79,11 @@ class RunningCache(Cache):
     """The key/value state of a running batch: rows join, step and leave; live rows are always 0..rows-1.
 
     `mask` is [rows, columns], True where a row has a real position. Its live part is `live_mask()`. The first `blank`
-    live columns are masked in every row.
+    live columns are masked in every row. With `follows` the buffers have few more columns than are live, whatever is
+    reserved: they grow and shrink with their rows.
     """
 
-    def __init__(self, device: torch.device | str, *, blank: int = 0) -> None:
+    def __init__(self, device: torch.device | str, *, blank: int = 0, follows: bool = False) -> None:
         super().__init__(
             layer_class_to_replicate=DynamicLayer
         )  # replaced by buffers when the first row joins
@@ -86,6 +91,7 @@ class RunningCache(Cache):
         self.layers: list[Any] = []
         self.window = _Window()
         self.blank = blank
+        self.follows = follows
         self.rows = 0
         self.mask = torch.zeros(0, 0, dtype=torch.bool, device=device)
 
@@ -97,6 +103,10 @@ class RunningCache(Cache):
             for layer in self.layers
             for tensor in (layer.keys, layer.values)
         )
+
+    def buffers(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, all columns of the live rows, contiguous."""
+        return self.layers[layer].keys[: self.rows], self.layers[layer].values[: self.rows]
 
     def live_mask(self) -> Tensor:
         """[rows, live columns]."""
@@ -165,10 +175,12 @@ class RunningCache(Cache):
 
     def reserve(self, rows: int, columns: int, longest: int = 0, *, exactly: bool = False) -> None:
         """Makes the buffers at least this large (or `exactly`), with room to join a row of `longest` positions."""
-        if not exactly:
-            rows, columns = max(rows, self.mask.shape[0]), max(columns, self.mask.shape[1])
         live = self.window.end - self.window.start
         longest += self.blank
+        if self.follows:
+            columns = max(live, longest) + SPARE
+        if not exactly:
+            rows, columns = max(rows, self.mask.shape[0]), max(columns, self.mask.shape[1])
         if (rows, columns) != tuple(self.mask.shape) or self.window.end < longest:
             self._resize(rows, columns, max(live, longest) - live)
 
@@ -181,7 +193,8 @@ class RunningCache(Cache):
         fits = self.window.end - span >= 0 and self.window.end + right <= self.mask.shape[1]
         if rows <= self.mask.shape[0] and fits:
             return
-        columns = max(self.mask.shape[1], room(span + right))  # with some to spare, so that moving stays rare
+        # With some to spare, so that moving stays rare.
+        columns = span + SPARE if self.follows else max(self.mask.shape[1], room(span + right))
         self._resize(max(rows, self.mask.shape[0]), columns, span - live)
 
     def _resize(self, rows: int, columns: int, start: int) -> None:
