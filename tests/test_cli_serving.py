@@ -121,7 +121,8 @@ def test_a_server_on_the_command_line_answers_and_ends_in_order(lm: FrozenLM, tm
     import signal
     import socket
     import time
-    import urllib.request
+
+    import httpx2 as httpx
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -131,10 +132,9 @@ def test_a_server_on_the_command_line_answers_and_ends_in_order(lm: FrozenLM, tm
         answer = None
         for _ in range(600):
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as response:
-                    answer = json.load(response)
+                answer = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=5).json()
                 break
-            except OSError:
+            except httpx.TransportError:
                 assert server.poll() is None, server.stderr and server.stderr.read()
                 time.sleep(0.1)
         assert answer is not None

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 
 import in_step_worker
@@ -59,17 +58,14 @@ def test_an_engine_in_parts_answers_as_one_over_the_whole_base(base: str, spread
 
 def ask(port: int, path: str, body: dict[str, Any] | None = None) -> Any:
     """The answer of a server on this machine; None while there is none."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"}
-    )
+    url = f"http://127.0.0.1:{port}{path}"
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read() or b"{}")
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
+        answer = httpx.get(url, timeout=60) if body is None else httpx.post(url, json=body, timeout=60)
+    except httpx.TransportError:
         return None
+    if not answer.is_success:
+        return answer.status_code
+    return answer.json() if answer.content else {}
 
 
 def wait_for(port: int, path: str, wanted: Any) -> None:
