@@ -23,6 +23,9 @@ from softprompt.serving.waiting import Ticket, Waiting
 
 # Text positions read between two steps: what running rows wait for. On a CPU about as long as two or three of their steps.
 READ_BESIDE_CPU, READ_BESIDE_GPU = 128, 2048
+# Where more requests wait than rows run, as many times that of short texts, up to this: a step of few rows costs nearly
+# as much as one of many.
+MOST_BESIDE = 8
 # Known positions that cost one that is read as much time as its products do (SmolLM2 on a CPU, parts of 128).
 KNOWN_AS_ONE = 1700
 READ_ALONE = 4096  # where no row runs, so that nobody waits
@@ -60,18 +63,22 @@ class Scheduler:
 
     def admit(self) -> None:
         """Reads some of what waits, between two steps, and lets the rows whose texts have been read join."""
-        left = self.read_beside if len(self.lanes) else READ_ALONE
+        running = len(self.lanes)
+        part = self.read_beside if running else READ_ALONE  # of a long text
+        left = part if not running else part * max(1, min(MOST_BESIDE, len(self._waiting) // running))
         joining: list[Request] = []
         for row in self.reading[:1]:
-            joining += self._read(row, left)
+            joining += self._read(row, part)
+            left = min(left, part)
         while left > 0 and (coming := self._next(joining)) is not None:
-            left -= coming.row.rest
-            if left >= 0:
+            before, left = left, left - coming.row.rest
+            if left >= 0 and coming.row.rest <= part:
                 joining.append(coming)
                 continue
             self.reading.append(coming)
             if len(self.reading) == 1:  # one long text at a time, a part in every turn
-                joining += self._read(coming, left + coming.row.rest)
+                joining += self._read(coming, min(before, part))
+            left = min(left, 0)
         if joining:
             self._join(joining)
 
