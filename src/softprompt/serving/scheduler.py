@@ -22,7 +22,7 @@ from softprompt.serving.held_prompts import HeldPrompts
 from softprompt.serving.waiting import Ticket, Waiting
 
 # Text positions read between two steps: what running rows wait for. On a CPU about as long as two or three of their steps.
-READ_BESIDE_CPU, READ_BESIDE_GPU = 128, 2048
+READ_BESIDE_CPU, READ_BESIDE_GPU = 96, 2048
 # Where more requests wait than rows run, as many times that of short texts, up to this: a step of few rows costs nearly
 # as much as one of many.
 MOST_BESIDE = 8
