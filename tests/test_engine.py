@@ -37,7 +37,9 @@ from softprompt.serving.engine import (
     ShuttingDown,
     Work,
 )
+from softprompt.serving.held_prompts import HeldPrompts
 from softprompt.serving.local_engine import LocalEngine
+from softprompt.serving.waiting import Ticket, Waiting
 from tiny_models import tiny_model, tiny_tokenizer
 
 TEXTS = ["The quick brown fox", "Tweet: my order never came", "I want you", "a"]
@@ -587,3 +589,35 @@ def test_scores_of_an_engine_are_those_of_scoring(lm: FrozenLM) -> None:
         assert [token.token_id for token in of_the_input] == lm.tokenizer(TEXTS[0])["input_ids"]
         with pytest.raises(PromptGone):
             asyncio.run(engine.score("gone", "a"))
+
+
+def test_more_short_texts_are_read_at_a_time_where_more_requests_wait_than_rows_run(lm: FrozenLM) -> None:
+    """Budgets by hand: 8 positions between two steps, times the requests that wait for each running row, at most 8 times."""
+    waiting = Waiting(threading.Condition())
+    rows = scheduler.Scheduler(lm, HeldPrompts(lm), waiting, max_rows=64, read_beside=8)
+    loop = asyncio.new_event_loop()
+
+    def put(count: int, length: int = 4) -> None:
+        for _ in range(count):
+            waiting.add(Ticket(Work(None, [5, 6, 7, 8] * (length // 4), greedy(60)), None, loop))
+
+    put(1)
+    rows.admit()
+    assert len(rows.lanes) == 1
+    put(20)
+    rows.admit()  # 20 wait for one: 8 times 8 positions
+    assert len(rows.lanes) == 1 + 16
+    put(60)
+    rows.admit()  # 64 wait for 17: 3 times 8 positions
+    assert len(rows.lanes) == 17 + 6
+    while rows.lanes.requests:
+        rows.lanes.cancel(rows.lanes.requests[0])
+    for ticket in waiting.all():
+        rows.drop(ticket)
+    put(1)
+    rows.admit()
+    put(8, length=32)
+    rows.admit()  # a long text is read in parts of 8 however many wait
+    assert len(rows.lanes) == 1
+    assert [row.row.known for row in rows.reading[:1]] == [8]
+    loop.close()
