@@ -198,3 +198,15 @@ def test_memory_of_a_lane_that_no_row_joins_is_counted_at_its_full_length() -> N
         assert lanes.fits([long]) == fits
         lanes.cancel(short)
         short = request(lm, compiled, "a", greedy(200))
+
+
+@pytest.mark.usefixtures("in_float32")
+def test_short_rows_take_no_more_memory_than_is_counted_for_them() -> None:
+    lm = base("Llama")
+    running, compiled = Running(lm), compile_prompt(lm, None)
+    rows = [request(lm, compiled, "a", greedy(new)) for new in (3, 9, 6, 12)]
+    counted = running.bytes_for(rows)
+    running.admit(rows)
+    while len(running):
+        assert running.bytes <= counted
+        running.step()

@@ -79,8 +79,8 @@ class RunningCache(Cache):
     """The key/value state of a running batch: rows join, step and leave; live rows are always 0..rows-1.
 
     `mask` is [rows, columns], True where a row has a real position. Its live part is `live_mask()`. The first `blank`
-    live columns are masked in every row. With `follows` the buffers have few more columns than are live, whatever is
-    reserved: they grow and shrink with their rows.
+    live columns are masked in every row. With `follows` the buffers have few more columns than are live, and no more than
+    were reserved: they grow and shrink with their rows.
     """
 
     def __init__(self, device: torch.device | str, *, blank: int = 0, follows: bool = False) -> None:
@@ -92,6 +92,7 @@ class RunningCache(Cache):
         self.window = _Window()
         self.blank = blank
         self.follows = follows
+        self.most = 0  # columns that were reserved
         self.rows = 0
         self.mask = torch.zeros(0, 0, dtype=torch.bool, device=device)
 
@@ -178,7 +179,8 @@ class RunningCache(Cache):
         live = self.window.end - self.window.start
         longest += self.blank
         if self.follows:
-            columns = max(live, longest) + SPARE
+            self.most = columns
+            columns = self._following(max(live, longest))
         if not exactly:
             rows, columns = max(rows, self.mask.shape[0]), max(columns, self.mask.shape[1])
         if (rows, columns) != tuple(self.mask.shape) or self.window.end < longest:
@@ -194,8 +196,14 @@ class RunningCache(Cache):
         if rows <= self.mask.shape[0] and fits:
             return
         # With some to spare, so that moving stays rare.
-        columns = span + SPARE if self.follows else max(self.mask.shape[1], room(span + right))
+        columns = max(self.mask.shape[1], room(span + right))
+        if self.follows:
+            columns = max(span + right, self._following(span))
         self._resize(max(rows, self.mask.shape[0]), columns, span - live)
+
+    def _following(self, span: int) -> int:
+        """Columns of buffers that follow rows of `span` live columns."""
+        return max(span, min(span + SPARE, self.most))
 
     def _resize(self, rows: int, columns: int, start: int) -> None:
         """Allocates new buffers where the size changes, and moves the live columns so that they begin at `start`."""
