@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +199,7 @@ def test_no_questions_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "q.csv").write_text("text\nalone\n", encoding="utf-8")
     with pytest.raises(DataError) as too_few:
         distil(given, lm=lm_of())
-    monkeypatch.setattr(questions, "_written", lambda lm, asked, seed, rows: ["..." for _ in asked])
+    monkeypatch.setattr(questions, "_written", lambda lm, wishes, seed: ["..." for _ in wishes])
     own = given.model_copy(update={"data": given.data.model_copy(update={"source": None})})
     with pytest.raises(DataError, match=r"wrote no question about the text \(\d+ were empty\)"):
         distil(own, lm=lm_of())
@@ -333,10 +335,10 @@ def test_questions_are_of_five_kinds_and_empty_and_repeated_ones_are_counted(
             ["Why is it quick today?"],
         ]
     )
-    asked: list[list[tuple[str, str]]] = []
+    asked: list[list[questions.Wish]] = []
 
-    def written(lm: FrozenLM, wanted: list[tuple[str, str]], seed: int, rows: int) -> list[str]:
-        asked.append(wanted)
+    def written(lm: FrozenLM, wishes: list[questions.Wish], seed: int) -> list[str]:
+        asked.append(wishes)
         return next(rounds)
 
     monkeypatch.setattr(questions, "_written", written)
@@ -345,8 +347,33 @@ def test_questions_are_of_five_kinds_and_empty_and_repeated_ones_are_counted(
         "What is a fox?", "Who is the dog?", "Where does it jump?", "How lazy is it?", "Why is it quick today?",
     ]  # fmt: skip
     assert (found.empty, found.repeated) == (2, 2)
-    assert {kind for _, kind in asked[0]} == set(questions.KINDS.values())
+    assert {wish.task for wish in asked[0]} == {kind.task for kind in questions.KINDS.values()}
     assert len(questions.KINDS) == 5
+
+
+def test_every_part_and_opening_is_asked_for_once_before_any_is_asked_for_again() -> None:
+    parts = ["one", "two", "three"]
+    wishes = list(islice(questions._by_turns(parts, random.Random(0)), 5 * 3 * 4))
+    for kind in questions.KINDS.values():
+        own = [(wish.part, wish.opening) for wish in wishes if wish.task == kind.task]
+        assert len(own) == 12
+        assert set(own) <= set(product(parts, kind.openings))
+        assert len(set(own)) == 12
+
+
+def test_questions_are_what_the_base_writes_behind_the_whole_text_of_each_wish() -> None:
+    """Against generation from the whole text, which reads the part again for every row; a wish that comes twice is drawn twice."""
+    lm = lm_of()
+    wishes = [questions.Wish("The quick brown fox", task, opening) for task, opening in (("Ask.", "What"), ("Ask me.", "Who"))]  # fmt: skip
+    wishes += [questions.Wish("I want you to act as a dog", "Ask.", "What"), wishes[0]]
+    settings = DecodeSettings(
+        max_new_tokens=questions.QUESTION_TOKENS, temperature=0.8, min_p=0.05, seed=3, stop=("\n",), n=2
+    )
+    texts = [f"{wish.part}\n\n{wish.task}\n{wish.opening}" for wish in wishes[:3]]
+    drawn = [text.text for text in generate(lm, texts, None, settings)]
+    wanted = [f"{wish.opening}{drawn[n]}" for wish, n in zip(wishes, (0, 2, 4, 1), strict=True)]
+    assert questions._written(lm, wishes, 3) == wanted
+    assert wanted[0] != wanted[3]
 
 
 def own_questions(folder: Path) -> DistilSettings:
@@ -373,7 +400,7 @@ def test_a_base_without_a_chat_template_learns_from_questions_that_it_wrote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        questions, "_written", lambda lm, asked, seed, rows: [f"{text} please?" for text in QUESTIONS]
+        questions, "_written", lambda lm, wishes, seed: [f"{text} please?" for text in QUESTIONS]
     )
     lm = lm_of()
     assert lm.tokenizer.chat_template is None

@@ -317,6 +317,16 @@ def _read(lm: FrozenLM, marks: Sequence[int], vectors_PD: Tensor | None = None) 
     return row_state(done.cache, 0, *done.span(0), marks)
 
 
+@torch.no_grad()
+def with_common_beginning(
+    lm: FrozenLM, prompt: CompiledPrompt, marks: Sequence[Sequence[int]]
+) -> CompiledPrompt:
+    """The same text prompt, with the beginning that rows of these marks have in common read too, once for all of them."""
+    first, last = min(marks), max(marks)  # what these two begin with, all those between begin with
+    common = first[: State((), (), tuple(last)).shared(first)]
+    return prompt if len(common) <= prompt.length else replace(prompt, state=_read(lm, common))
+
+
 def _ids(lm: FrozenLM, text: str, special: SpecialTokens) -> list[int]:
     return [*special.before, *tokens(lm.tokenizer, text, special, continues=False)]
 

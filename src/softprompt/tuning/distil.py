@@ -8,7 +8,7 @@ student then learns from rows that hold the question alone, as any prompt does.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -25,7 +25,7 @@ from softprompt.store.ownership import PROMPT_FILES, check_replaceable
 from softprompt.tuning.distil_settings import DistilSettings
 from softprompt.tuning.distil_source import questions_of, read_source
 from softprompt.tuning.distil_start import FixedFirst, context_start
-from softprompt.tuning.lessons import distil_plan, divergence_of, lessons_of
+from softprompt.tuning.lessons import Lesson, distil_plan, divergence_of, lessons_of
 from softprompt.tuning.loop import tune
 from softprompt.tuning.nearness import milliseconds_saved, nearness
 from softprompt.tuning.records import METRICS, RECIPE
@@ -122,6 +122,7 @@ class Learned:
     steps: int
     seconds_teacher: float
     seconds_start: float
+    judged: Sequence[Lesson] = ()  # the teacher's greedy answers to the validation questions
 
 
 def learn_from(
@@ -178,6 +179,7 @@ def learn_from(
         sum(each.steps for each in rounds),
         taught - began,
         started - taught,
+        judged,
     )
 
 
@@ -233,7 +235,10 @@ def _distil(
     result = learned.result
     test = splits.test or splits.validation
     asked = test[:JUDGED_QUESTIONS] if source.layout.target is None else test
-    near = nearness(teacher, result.prompt, asked, settings.distil.answer_tokens)
+    # With a target answers may be longer than those that were learned, so they are not the same ones.
+    known = learned.judged[: len(asked)] if source.layout.target is None and not splits.test else ()
+    lessons = known if [lesson.question for lesson in known] == list(asked) else ()
+    near = nearness(teacher, result.prompt, asked, settings.distil.answer_tokens, lessons)
     return DistilResult(
         result.prompt,
         path=result.path,

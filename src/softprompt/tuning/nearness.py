@@ -19,7 +19,9 @@ from softprompt.data.example import Example
 from softprompt.inference.compiled import compile_prompt
 from softprompt.inference.prefill import PrefillRow, prefill
 from softprompt.inference.sampling import DecodeSettings
+from softprompt.loss.soft_targets import SoftTargets
 from softprompt.prompt.soft_prompt import Prompt
+from softprompt.tuning.lessons import Lesson
 from softprompt.tuning.teacher import Answer, Teachers, answers_under
 
 SURE_MARGIN = 0.2  # between the teacher's two likeliest tokens, in probability, at every token of its answer
@@ -41,23 +43,32 @@ class Nearness:
     right_base: float
 
 
-def nearness(teacher: Teachers, prompt: Prompt, questions: Sequence[Example], answer_tokens: int) -> Nearness:
+def nearness(
+    teacher: Teachers,
+    prompt: Prompt,
+    questions: Sequence[Example],
+    answer_tokens: int,
+    lessons: Sequence[Lesson] = (),
+) -> Nearness:
     """Answers the questions under the long context, the prompt and no prompt at all, and compares the answers.
 
-    Agreement is on as many tokens as answers were learned."""
+    Agreement is on as many tokens as answers were learned. `lessons` are greedy answers of that length under the long context
+    that are there already, one a question in the same order, or none."""
     lm, target = teacher.lm, teacher.layout.target
     longest = answer_tokens
     if target is not None:  # a right answer that is longer must be able to come
         longest = max(longest, *(len(teacher.of(question).gold(question).ids) + 1 for question in questions))
     decode = DecodeSettings(max_new_tokens=longest)
-    bare = compile_prompt(lm, None, template=teacher.layout)
-    by_context, by_prompt, by_base = (
-        [own[0] for own in answers]
-        for answers in (
-            teacher.answers(questions, decode),
-            answers_under(lm, compile_prompt(lm, prompt), questions, decode),
-            answers_under(lm, bare, questions, decode),
-        )
+    if lessons:
+        by_context = [lesson.answer for lesson in lessons]
+        margins = [_margin(lesson.targets) for lesson in lessons]
+    else:
+        by_context = [own[0] for own in teacher.answers(questions, decode)]
+        pairs = [(row, answer.ids[:answer_tokens]) for row, answer in zip(questions, by_context, strict=True)]
+        margins = [_margin(targets) for targets in teacher.targets(pairs, 2)]
+    by_prompt, by_base = (
+        [own[0] for own in answers_under(lm, compiled, questions, decode)]
+        for compiled in (compile_prompt(lm, prompt), compile_prompt(lm, None, template=teacher.layout))
     )
 
     def same(answers: Sequence[Answer]) -> list[bool]:
@@ -75,7 +86,6 @@ def nearness(teacher: Teachers, prompt: Prompt, questions: Sequence[Example], an
         )
 
     same_by_prompt = same(by_prompt)
-    margins = _margins(teacher, questions, [answer.ids[:answer_tokens] for answer in by_context])
     surely = [agrees for agrees, margin in zip(same_by_prompt, margins, strict=True) if margin >= SURE_MARGIN]
     return Nearness(
         judged=len(questions),
@@ -89,14 +99,9 @@ def nearness(teacher: Teachers, prompt: Prompt, questions: Sequence[Example], an
     )
 
 
-def _margins(
-    teacher: Teachers, questions: Sequence[Example], answers: Sequence[Sequence[int]]
-) -> list[float]:
-    """The smallest distance in probability between the teacher's two likeliest tokens along each of its answers."""
-    targets = teacher.targets(list(zip(questions, answers, strict=True)), 2)
-    return [
-        float((target.probabilities_Nk[:, 0] - target.probabilities_Nk[:, 1]).min()) for target in targets
-    ]
+def _margin(targets: SoftTargets) -> float:
+    """The smallest distance in probability between the two likeliest tokens along an answer."""
+    return float((targets.probabilities_Nk[:, 0] - targets.probabilities_Nk[:, 1]).min())
 
 
 def milliseconds_saved(teacher: Teachers, prompt: Prompt) -> float:

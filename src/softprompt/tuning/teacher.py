@@ -14,21 +14,26 @@ from torch import Tensor
 
 from softprompt.base.context_length import longest_text
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.base.kv import EMPTY, State, row_state
+from softprompt.base.shared_prefix import with_shared_prefix
 from softprompt.data.encoded import Encoded
 from softprompt.data.ending import End
 from softprompt.data.example import Example, Message
 from softprompt.data.layout import Layout, to_answer, to_learn
 from softprompt.data.template import Messages, Soft, Template, Text
 from softprompt.errors import DataError
-from softprompt.inference.compiled import CompiledPrompt, compile_prompt
+from softprompt.inference.compiled import CompiledPrompt, compile_prompt, with_common_beginning
 from softprompt.inference.generate import generate
 from softprompt.inference.prefill import PrefillRow, like_lengths, prefill
+from softprompt.inference.running_batch import position_bytes
 from softprompt.inference.sampling import DecodeSettings
 from softprompt.loss.soft_targets import SoftTargets
 from softprompt.tuning.distil_source import demand_text
 
 READ_AT_ONCE = 8
+# Rows that are answered side by side. A step of 64 rows of SmolLM2 on a CPU takes 2.5 times as long as one of 16.
+LEAST_ROWS, MOST_ROWS = 16, 64
+ROWS_BYTES = 2 * 2**30  # of keys and values
+QUESTION_POSITIONS = 128  # that a question is supposed to take
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,10 @@ class Teacher:
         """A question as the teacher reads it: in a chat, the context is the system's turn."""
         return _with_system(question, self.context) if self.layout.chat else question
 
-    def answers(
-        self, questions: Sequence[Example], settings: DecodeSettings, *, batch_rows: int = 16
-    ) -> list[list[Answer]]:
+    def answers(self, questions: Sequence[Example], settings: DecodeSettings) -> list[list[Answer]]:
         """`settings.n` answers to each question."""
         asked = [self.example(question) for question in questions]
-        return answers_under(self.lm, self.compiled, asked, settings, batch_rows=batch_rows)
+        return answers_under(self.lm, self.compiled, asked, settings)
 
     def gold(self, question: Example) -> Answer:
         """The row's own right answer, as the template's target writes it, with an end token."""
@@ -102,7 +105,9 @@ class Teacher:
                     f"{question.where}: context, question and answer are {len(marks) + len(answer)} positions, and "
                     f"{self.lm.name} has {most}. Shorten the context or the question."
                 )
-            rows.append(self.compiled.row([*marks, *answer[:-1]], need=len(marks) - 1))
+            row = self.compiled.row([*marks, *answer[:-1]], need=len(marks) - 1)
+            shared, own = with_shared_prefix(self.lm, row.state)
+            rows.append(replace(row, shared=shared, state=own))
             starts.append(len(marks) - 1)
         targets_by_number: dict[int, SoftTargets] = {}
         order = sorted(range(len(rows)), key=lambda n: rows[n].rest)
@@ -121,7 +126,7 @@ class Teacher:
             done = prefill(self.lm, group)
             for b, row in enumerate(group):
                 by_row[id(row)] = done.hidden_BTD[b, : row.rest]
-        return [by_row[id(row)][start - row.state.length :] for row, start in zip(rows, starts, strict=True)]
+        return [by_row[id(row)][start - row.known :] for row, start in zip(rows, starts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -149,16 +154,12 @@ class Teachers:
         """The teacher of a question."""
         return self.parts[question.row % len(self.parts)]
 
-    def answers(
-        self, questions: Sequence[Example], settings: DecodeSettings, *, batch_rows: int = 16
-    ) -> list[list[Answer]]:
+    def answers(self, questions: Sequence[Example], settings: DecodeSettings) -> list[list[Answer]]:
         """`settings.n` answers to each question."""
         answers_by_number: dict[int, list[Answer]] = {}
         for part, numbers in self._shared(questions):
             asked = [questions[n] for n in numbers]
-            answers_by_number |= zip(
-                numbers, part.answers(asked, settings, batch_rows=batch_rows), strict=True
-            )
+            answers_by_number |= zip(numbers, part.answers(asked, settings), strict=True)
         return [answers_by_number[n] for n in range(len(questions))]
 
     def targets(self, pairs: Sequence[tuple[Example, Sequence[int]]], k: int | None) -> list[SoftTargets]:
@@ -177,17 +178,20 @@ class Teachers:
 
 
 def answers_under(
-    lm: FrozenLM,
-    prompt: CompiledPrompt,
-    questions: Sequence[Example],
-    settings: DecodeSettings,
-    *,
-    batch_rows: int = 16,
+    lm: FrozenLM, prompt: CompiledPrompt, questions: Sequence[Example], settings: DecodeSettings
 ) -> list[list[Answer]]:
     """`settings.n` answers to each question under a prompt."""
-    texts = generate(lm, questions, prompt, settings, batch_rows=batch_rows, progress=False)
+    rows = _rows_side_by_side(lm, prompt, settings)
+    texts = generate(lm, questions, prompt, settings, batch_rows=rows, progress=False)
     answers = [Answer(text.token_ids, text.text) for text in texts]
     return [answers[start : start + settings.n] for start in range(0, len(answers), settings.n)]
+
+
+def _rows_side_by_side(lm: FrozenLM, prompt: CompiledPrompt, settings: DecodeSettings) -> int:
+    """As many rows as have room in ROWS_BYTES. Not as many as the memory that is free now would hold: rows side by side
+    change the rounding, and the same settings give the same prompt."""
+    own = with_shared_prefix(lm, prompt.state)[1].length + (settings.max_new_tokens or 0) + QUESTION_POSITIONS
+    return min(MOST_ROWS, max(LEAST_ROWS, ROWS_BYTES // (position_bytes(lm) * own)))
 
 
 def teacher_of(lm: FrozenLM, context: str, layout: Template) -> Teacher:
@@ -197,7 +201,7 @@ def teacher_of(lm: FrozenLM, context: str, layout: Template) -> Teacher:
     demand_text(context)
     layout = Template(tuple(piece for piece in layout.pieces if not isinstance(piece, Soft)), layout.target)
     if layout.chat:
-        compiled = _compiled_chat(lm, context, layout)
+        compiled = _compiled_chat(lm, context)
     else:
         compiled = compile_prompt(
             lm, Template((Text(context), *layout.pieces), layout.target), name="context"
@@ -210,18 +214,11 @@ def teacher_of(lm: FrozenLM, context: str, layout: Template) -> Teacher:
     return Teacher(lm, context, layout, compiled)
 
 
-@torch.no_grad()
-def _compiled_chat(lm: FrozenLM, context: str, layout: Template) -> CompiledPrompt:
+def _compiled_chat(lm: FrozenLM, context: str) -> CompiledPrompt:
     """The context as the system's turn of a chat: what two chats that share nothing else begin with is read once."""
     blank = compile_prompt(lm, Template((Messages(),)), name="context")
-    one, other = (
-        blank.marks(lm, _with_system(Example({}, (Message("user", text),)), context)) for text in ("a", "0")
-    )
-    shared = one[: State((), (), tuple(other)).shared(one)]
-    if not shared:
-        return blank
-    done = prefill(lm, [PrefillRow(EMPTY, tuple(shared))])
-    return replace(blank, state=row_state(done.cache, 0, *done.span(0), shared))
+    chats = [_with_system(Example({}, (Message("user", text),)), context) for text in ("a", "0")]
+    return with_common_beginning(lm, blank, [blank.marks(lm, chat) for chat in chats])
 
 
 def _with_system(question: Example, context: str) -> Example:
