@@ -318,9 +318,7 @@ def _read(lm: FrozenLM, marks: Sequence[int], vectors_PD: Tensor | None = None) 
 
 
 @torch.no_grad()
-def with_common_beginning(
-    lm: FrozenLM, prompt: CompiledPrompt, marks: Sequence[list[int]]
-) -> CompiledPrompt:
+def with_common_beginning(lm: FrozenLM, prompt: CompiledPrompt, marks: Sequence[list[int]]) -> CompiledPrompt:
     """The same text prompt, with the beginning that rows of these marks have in common read too, once for all of them."""
     first, last = min(marks), max(marks)  # what these two begin with, all those between begin with
     common = first[: State((), (), tuple(last)).shared(first)]
