@@ -79,7 +79,7 @@ def text_start(lm: FrozenLM, plan: Plan, instruction: str) -> Any:
     table = copy.deepcopy(lm.model)
     ids = lm.tokenizer(instruction, add_special_tokens=False)["input_ids"]
     model = peft.get_peft_model(table, vectors(plan))
-    rows = torch.tensor([ids[n % len(ids)] for n in range(LENGTH)])
+    rows = torch.tensor([ids[n % len(ids)] for n in range(LENGTH)], device=lm.device)
     with torch.no_grad():
         model.prompt_encoder["default"].embedding.weight.copy_(lm.embed(rows))
     return model
@@ -186,7 +186,7 @@ SETS: dict[str, Callable[[], Task]] = {
 def peft_nll(model: Any, batch: Batch) -> tuple[Tensor, int]:
     """Summed loss of the trained tokens through a whole model, and how many. PEFT's prompt tuning adds logits in front."""
     S = batch.ids_BS.shape[1]
-    mask_BS = torch.arange(S)[None] < batch.lengths_B[:, None]
+    mask_BS = torch.arange(S, device=batch.ids_BS.device)[None] < batch.lengths_B[:, None]
     logits_BSV = model(input_ids=batch.ids_BS, attention_mask=mask_BS.long(), use_cache=False).logits[:, -S:]
     trained_BS = batch.trained_BS[:, 1:]
     nll = torch.nn.functional.cross_entropy(
@@ -200,7 +200,7 @@ def held_out_nll(model: Any, plan: Plan) -> float:
     rows = plan.held_out_base
     with torch.inference_mode():
         pieces = [
-            peft_nll(model, collate(rows[first : first + plan.batch_size]))
+            peft_nll(model, collate(rows[first : first + plan.batch_size]).to(plan.lm.device))
             for first in range(0, len(rows), plan.batch_size)
         ]
     return sum(float(nll) for nll, _ in pieces) / sum(tokens for _, tokens in pieces)
@@ -404,13 +404,19 @@ def bars(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, bool | None]:
     }
 
 
+class NotKept(Exception):
+    """A run that --kept asks for was never made."""
+
+
 def kept_run(
     lm: FrozenLM, task: Task, folder: Path, given: Any, arm: str, rate: float | None, seed: int, steps: int
 ) -> dict[str, Any]:
-    """A run's record: read if it was made before."""
+    """A run's record: read if it was made before. Raises NotKept where it was not, and --kept allows no new one."""
     out = folder / f"{arm} {rate or 'auto'} {seed} {steps}".replace(",", "").replace(" ", "_")
     kept = out.with_suffix(out.suffix + ".json")
     if not kept.exists():
+        if given.kept:
+            raise NotKept
         kept.parent.mkdir(parents=True, exist_ok=True)
         is_search = steps != given.steps
         options = argparse.Namespace(**{**vars(given), "steps": steps})
@@ -438,7 +444,10 @@ def planned(
     for seed in given.seeds:
         for arm, own in rates.items():
             if given.search_steps and len(own) > 1:
-                runs = {rate: record_of(arm, rate, given.seeds[0], given.search_steps) for rate in own}
+                try:
+                    runs = {rate: record_of(arm, rate, given.seeds[0], given.search_steps) for rate in own}
+                except NotKept:
+                    continue
                 nlls = {rate: run["validation_nll"] for rate, run in runs.items()}
                 rates[arm] = own = [min(nlls, key=lambda rate: nlls[rate])]
             for rate in own:
@@ -461,13 +470,16 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--validation-rows", type=int, default=64)
     parser.add_argument("--test-rows", type=int, default=200)
+    parser.add_argument("--kept", action="store_true", help="run nothing; sum up the runs that --work holds")
+    parser.add_argument("--tf32", action="store_true", help="float32 products on a GPU in TF32, in every arm")
     parser.add_argument("--peft-checkout", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/peer"))
     parser.add_argument("--note", help="what a reader should know of this run")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = given.tf32
     lm = FrozenLM.load(given.base, dtype=given.dtype)
-    hidden = ("out", "work", "base", "peft_checkout")
+    hidden = ("out", "work", "base", "peft_checkout", "kept")
     settings = {name: value for name, value in vars(given).items() if name not in hidden}
     result: dict[str, Any] = {"base": Path(given.base).name, "settings": settings, **describe(), "sets": {}}
     for name in given.sets:
@@ -479,7 +491,10 @@ def main() -> None:
         kept = partial(kept_run, lm, task, folder, given)
         runs = []
         for arm, rate, seed in planned(given, kept):
-            runs.append(kept(arm, rate, seed, given.steps))
+            try:
+                runs.append(kept(arm, rate, seed, given.steps))
+            except NotKept:
+                continue
             print(name, json.dumps(runs[-1]), flush=True)
             result["sets"][name] = summary(runs, base)
             if given.out:

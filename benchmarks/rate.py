@@ -176,6 +176,7 @@ def run_all(given: argparse.Namespace) -> None:
             **{name: run[name] for name in SAME},
             "rows_a_step": given.batch_size,
             "held_out": len(splits.validation),
+            "device": lm.device.type,
             **record,
         }
         with given.out.open("a", encoding="utf-8") as file:

@@ -50,6 +50,18 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 8192,
         },
     ),
+    "smollm2-shape": (
+        "llama",
+        {
+            "hidden_size": 576,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "intermediate_size": 1536,
+            "vocab_size": 50_304,
+            "tie_word_embeddings": True,
+        },
+    ),
     "tiny": ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 50_304}),
 }
 START = "Write what an assistant should act as. "
@@ -102,7 +114,8 @@ def base_folder(base: str, work: Path) -> str:
         kind, settings = SHAPES[base]
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, **settings, pad_token_id=3, eos_token_id=2, bos_token_id=1)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder())
         tokenizer.eos_token = tokenizer.eos_token or "<|endoftext|>"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -142,7 +155,7 @@ def recipe_for(options: argparse.Namespace, folder: str, out: str) -> Any:
     )
 
 
-def run_softprompt(options: argparse.Namespace, folder: str) -> dict[str, Any]:
+def run_softprompt(options: argparse.Namespace, folder: str, lm: Any = None) -> dict[str, Any]:
     from softprompt.data.example import Example, Splits
     from softprompt.progress.events import Event, Stepped, Validated
     from softprompt.tuning.loop import tune
@@ -163,7 +176,10 @@ def run_softprompt(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         began = time.perf_counter()
         tuned = tune(
-            recipe_for(options, folder, out), splits=Splits(rows, (), (), "memory", None), on_event=told
+            recipe_for(options, folder, out),
+            lm=lm,
+            splits=Splits(rows, (), (), "memory", None),
+            on_event=told,
         )
         seconds = time.perf_counter() - began
     tokens = tuned.tokens
@@ -319,6 +335,8 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
         return {"folder": folder}
     rates = matrix_rates(options.device)
     arm = options.arm
+    if options.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()  # of the products above
     found = (
         run_softprompt(options, folder)
         if arm.startswith("softprompt")

@@ -19,8 +19,10 @@ from softprompt.prompt.soft_prompt import SoftPrompt
 from softprompt.serving.engine import Finished, Work
 from softprompt.serving.local_engine import LocalEngine
 from softprompt.store.artifact import load_prompt
+from softprompt.tuning.optim import orthogonalised
 from softprompt.tuning.settle import make_plan
 from softprompt.tuning.starts import start
+from test_graphed_body import ARCHITECTURES, batch, prompt_for, slopes_of
 from test_learn import SPLITS, learn, recipe
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -84,6 +86,64 @@ def test_generated_scored_and_served_text_is_that_of_the_cpu() -> None:
     assert asyncio.run(served()) == wanted
 
 
+@pytest.mark.parametrize("kind", ["soft", "context", "deep"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_steps_replayed_as_cuda_graphs_give_the_loss_and_gradient_of_the_cpu(
+    architecture: str, kind: str
+) -> None:
+    here, there = (
+        FrozenLM.wrap(tiny_model(architecture).to(device), tiny_tokenizer(), name="tiny")
+        for device in ("cpu", "cuda")
+    )
+    loss = FastLoss(there)
+    for lengths in ([9, 7, 12], [12, 12, 12], [8, 10, 11], [30, 9]):
+        prompt, rows = prompt_for(here, kind), batch(lengths, kind)
+        ours, theirs = loss(rows, prompt), here.token_nll(rows, prompt)
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-4)
+        for mine, other in zip(slopes_of(ours, prompt), slopes_of(theirs, prompt), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+    assert loss.graphed_body is not None
+    assert loss.graphed_body.number == 2  # every shape was recorded, and gave what the plain pass gives
+
+
+def test_two_losses_before_their_gradient_do_not_overwrite_each_other() -> None:
+    here, there = lm_on("cpu"), lm_on("cuda")
+    loss, prompt = FastLoss(there), prompt_for(here, "soft")
+    first, second = batch([9, 7], "soft"), batch([11, 6], "soft")
+    together = loss(first, prompt).sum() + loss(second, prompt).sum()
+    wanted = here.token_nll(first, prompt).sum() + here.token_nll(second, prompt).sum()
+    torch.testing.assert_close(slopes_of(together, prompt), slopes_of(wanted, prompt), rtol=1e-3, atol=1e-4)
+
+
+def test_experts_that_cannot_be_recorded_are_read_plainly() -> None:
+    """Routing asks the GPU for numbers half-way; whatever becomes of the recording, the loss is right."""
+    here, there = (
+        FrozenLM.wrap(tiny_model("Qwen2-MoE (experts)").to(device), tiny_tokenizer(), name="tiny")
+        for device in ("cpu", "cuda")
+    )
+    loss = FastLoss(there)
+    for _ in range(2):
+        prompt, rows = prompt_for(here, "soft"), batch([9, 7], "soft")
+        torch.testing.assert_close(
+            loss(rows, prompt).cpu(), here.token_nll(rows, prompt), rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("kind", ["soft", "deep"])
+def test_bfloat16_learns_there_what_float32_learns_here(tmp_path: Path, kind: str) -> None:
+    ours = learn(tmp_path / "cuda", f"prompt.kind={kind}", lm=lm_on("cuda", torch.bfloat16))
+    theirs = learn(tmp_path / "cpu", f"prompt.kind={kind}", lm=lm_on("cpu"))
+    assert ours.nll_after == pytest.approx(theirs.nll_after, rel=0.05)
+    assert ours.nll_after < 0.9 * ours.nll_before
+
+
+def test_steps_of_a_deep_prompt_are_orthogonal_as_on_the_cpu() -> None:
+    drawn = torch.Generator().manual_seed(4)
+    ahead = torch.randn(6, 32, generator=drawn)
+    ours = orthogonalised(ahead.cuda(), parts=4).cpu()
+    torch.testing.assert_close(ours, orthogonalised(ahead, parts=4), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_cut_cross_entropy_gives_the_plain_roads_loss_and_gradient_without_its_logits(
     softcap: float | None,
@@ -95,10 +155,12 @@ def test_cut_cross_entropy_gives_the_plain_roads_loss_and_gradient_without_its_l
     targets_N = torch.randint(0, vocabulary, (tokens,), device="cuda")
     head = Head(weight_VD, softcap=softcap)
     wanted_N, wanted_ND = dense(hidden_ND, targets_N, head, True)
-    CutHead(head)(hidden_ND, targets_N, head, True)  # its kernels are compiled
+    cut = CutHead(head, most_plain=0)
+    cut(hidden_ND, targets_N, head, True)  # its kernels are compiled
+    assert cut.agrees
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    found_N, found_ND = CutHead(head)(hidden_ND, targets_N, head, True)
+    found_N, found_ND = cut(hidden_ND, targets_N, head, True)
     peak = torch.cuda.max_memory_allocated() - before
     assert peak < tokens * vocabulary * 2 / 4  # a quarter of the logits in bfloat16
     torch.testing.assert_close(found_N, wanted_N, rtol=1e-2, atol=1e-2)

@@ -22,8 +22,8 @@ def test_loss_and_gradient_are_those_over_all_logits(softcap: float | None) -> N
     targets_N = torch.randint(0, 37, (9,), generator=drawn)
     head = Head(weight_VD, scale=0.7, softcap=softcap)
     with torch.inference_mode():  # as a loss without a gradient is read
-        alone_N, none = CutHead(head, "torch_compile")(hidden_ND, targets_N, head, False)
-    found_N, slope_ND = CutHead(head, "torch_compile")(hidden_ND, targets_N, head, True)
+        alone_N, none = CutHead(head, "torch_compile", 0)(hidden_ND, targets_N, head, False)
+    found_N, slope_ND = CutHead(head, "torch_compile", 0)(hidden_ND, targets_N, head, True)
 
     leaf_ND = hidden_ND.clone().requires_grad_()
     logits_NV = 0.7 * (leaf_ND @ weight_VD.T)
@@ -40,7 +40,6 @@ def test_loss_and_gradient_are_those_over_all_logits(softcap: float | None) -> N
 
 def test_a_head_that_it_does_not_know_goes_the_plain_road(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: object())
-    monkeypatch.setattr(module, "_agrees", lambda cut, head: True)
     half = torch.randn(37, 16).bfloat16()
     assert isinstance(cut_head(Head(half), "torch_compile"), CutHead)
     assert cut_head(Head(half)) is None  # its kernel is for GPUs
@@ -48,22 +47,35 @@ def test_a_head_that_it_does_not_know_goes_the_plain_road(monkeypatch: pytest.Mo
     assert cut_head(Head(half, bias_V=torch.zeros(37)), "torch_compile") is None
 
 
-def test_a_kernel_that_gives_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "find_spec", lambda name: object())
-    head = Head(torch.randn(37, 16, generator=torch.Generator().manual_seed(2)).bfloat16())
+def test_few_logits_and_a_kernel_that_gives_something_else_go_the_plain_road(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = torch.Generator().manual_seed(2)
+    head = Head(torch.randn(37, 16, generator=drawn).bfloat16())
+    hidden_ND, targets_N = torch.randn(9, 16, generator=drawn), torch.randint(0, 37, (9,), generator=drawn)
+    asked: list[int] = []
+    factors = [1.0]
 
-    def plain(self: CutHead, *given: object) -> object:
-        return module.dense(*given)  # type: ignore[arg-type]
+    def kernel(self: CutHead, hidden_ND: torch.Tensor, targets_N: torch.Tensor, wants: bool) -> object:
+        asked.append(len(hidden_ND))
+        nll_N, slope_ND = module.dense(hidden_ND, targets_N, head, wants)
+        return nll_N, None if slope_ND is None else factors[0] * slope_ND
 
-    def off(self: CutHead, *given: object) -> object:
-        nll_N, slope_ND = module.dense(*given)  # type: ignore[arg-type]
+    monkeypatch.setattr(CutHead, "cut", kernel)
+    wanted_N, wanted_ND = module.dense(hidden_ND, targets_N, head, True)
+    assert wanted_ND is not None
+    for factor, most_plain, used in (
+        (1.0, 9 * 37, []),  # as few logits as the plain road takes
+        (1.0, 9 * 37 - 1, [module.PROBED, 9]),  # compared, then used
+        (1.2, 9 * 37 - 1, [module.PROBED]),  # compared, and never used
+    ):
+        asked.clear()
+        factors[0] = factor
+        nll_N, slope_ND = CutHead(head, most_plain=most_plain)(hidden_ND, targets_N, head, True)
+        assert asked == used
         assert slope_ND is not None
-        return nll_N, 1.2 * slope_ND
-
-    monkeypatch.setattr(CutHead, "__call__", plain)
-    assert isinstance(cut_head(head, "torch_compile"), CutHead)
-    monkeypatch.setattr(CutHead, "__call__", off)
-    assert cut_head(head, "torch_compile") is None
+        torch.testing.assert_close(nll_N, wanted_N)
+        torch.testing.assert_close(slope_ND, wanted_ND)
 
 
 def test_without_the_package_heads_go_the_plain_road(monkeypatch: pytest.MonkeyPatch) -> None:

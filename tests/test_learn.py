@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.tune import describe_losses
-from softprompt.data.batch import epoch_order
+from softprompt.data.batch import Batch, epoch_order
+from softprompt.data.encoded import Encoded, EncodedRows
 from softprompt.data.example import Example, Splits
 from softprompt.errors import DataError, NotFinite, OutOfMemory
 from softprompt.inference.generate import generate
@@ -843,3 +844,41 @@ def test_a_prompt_that_is_worse_than_the_base_alone_is_said_to_be(tmp_path: Path
     better: list[Event] = []
     tune(recipe(tmp_path / "q"), lm=lm_of(), splits=SPLITS, on_event=better.append)
     assert not any(isinstance(event, Note) and event.text.startswith("Worse") for event in better)
+
+
+def test_many_rows_are_read_at_once_and_as_before_where_memory_runs_out(tmp_path: Path) -> None:
+    lm = lm_of()
+    plan = make_plan(recipe(tmp_path / "p"), lm=lm, splits=SPLITS)
+    prompt, rows = start(plan)(), plan.train.encoded
+    wanted = Gradients(lm.token_nll, 4).losses([prompt], [rows])
+    read: list[int] = []
+
+    def loss(batch: Batch, plain: Plain | None = None) -> torch.Tensor:
+        read.append(len(batch.ids_BS))
+        if len(batch.ids_BS) > 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return lm.token_nll(batch, plain)
+
+    longest = max(map(len, rows))
+    assert Gradients(loss, 4, read_positions=16 * longest).losses([prompt], [rows]) == pytest.approx(wanted)
+    assert read == [12, 8, 4]  # the 12 rows at once, then at most 8
+
+
+def test_a_step_does_not_read_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a million rows that would take longer than the step."""
+    times = [0]
+    whole = EncodedRows.__iter__
+
+    def counted(self: EncodedRows) -> Iterator[Encoded]:
+        times[0] += 1
+        return whole(self)
+
+    monkeypatch.setattr(EncodedRows, "__iter__", counted)
+    read = []
+    for steps in (2, 12):
+        times[0] = 0
+        learn(
+            tmp_path / str(steps), f"tune.max_steps={steps}", "tune.epochs=9", "tune.valid_every_steps=1000"
+        )
+        read.append(times[0])
+    assert read[0] == read[1]

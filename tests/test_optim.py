@@ -10,7 +10,15 @@ import transformers
 
 from softprompt.prompt.reparam import Direct
 from softprompt.tuning.learner import Learner
-from softprompt.tuning.optim import MOMENTUM, Adafactor, Muon, automatic_rate, orthogonalised, rate_factor
+from softprompt.tuning.optim import (
+    MOMENTUM,
+    Adafactor,
+    Muon,
+    _even_by_squares,
+    automatic_rate,
+    orthogonalised,
+    rate_factor,
+)
 from softprompt.tuning.recipe import TuneSettings
 
 
@@ -188,3 +196,15 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for() -> None:
     learner.step()
     state = learner.optimiser.state[learner.parameters[0]]
     torch.testing.assert_close(state["exp_avg"], 0.1 * torch.tensor([[0.6, 0.8]]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 6), (3, 6, 4), (2, 1, 8)])
+def test_by_squares_a_matrix_is_as_even_as_by_its_singular_values(shape: tuple[int, int, int]) -> None:
+    drawn = torch.Generator().manual_seed(4)
+    apart = torch.randn(shape, generator=drawn)
+    apart[0, -1] = 1e-3 * apart[0, -1]  # a faint direction
+    apart[-1] = 0.0
+    left, sizes, right = torch.linalg.svd(apart.double(), full_matrices=False)
+    shares = sizes / torch.hypot(sizes, 1e-2 * sizes[:, :1]).clamp(min=1e-300)
+    wanted = max(shape[1:]) ** 0.5 * left @ torch.diag_embed(shares) @ right
+    torch.testing.assert_close(_even_by_squares(apart), wanted.float(), atol=1e-5, rtol=1e-5)

@@ -66,6 +66,11 @@ def new_cache() -> DynamicCache:
     return DynamicCache()
 
 
+def cache_of(keys_LBHCK: Tensor, values_LBHCK: Tensor) -> DynamicCache:
+    """A cache that holds these keys and values, without a config as `new_cache`."""
+    return DynamicCache(list(zip(keys_LBHCK, values_LBHCK, strict=True)))
+
+
 def batch_cache(states: Sequence[State]) -> tuple[DynamicCache, int]:
     """A cache that holds one state a row, right-aligned, and its number of columns; for one forward pass.
 

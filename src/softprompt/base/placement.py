@@ -7,7 +7,7 @@ of every layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +40,14 @@ class Embeds(Protocol):
 
 def place(lm: Embeds, batch: Batch, prompt: Plain | None) -> Placed:
     """Puts `prompt` into `batch`: vectors [P, D] at its soft positions, keys and values before it, or None."""
+    placed = place_input(lm, batch, prompt)
+    if prompt is None or len(prompt) == 1:
+        return placed
+    return replace(placed, past=prefix_cache(lm, prompt, len(batch.ids_BS)))
+
+
+def place_input(lm: Embeds, batch: Batch, prompt: Plain | None) -> Placed:
+    """Like `place`, but the keys and values of a deep prompt are left out; mask and positions allow for them."""
     embeddings_BSD = lm.embed(batch.ids_BS)
     soft_BS = batch.soft_BS >= 0
     mask_BS = padding_mask(batch)
@@ -59,7 +67,7 @@ def place(lm: Embeds, batch: Batch, prompt: Plain | None) -> Placed:
     if mask_BS is not None:
         mask_BS = torch.cat([mask_BS.new_ones(rows, prefix), mask_BS], 1)
     positions_BS = torch.arange(prefix, prefix + length, device=batch.ids_BS.device).expand(rows, -1)
-    return Placed(embeddings_BSD, mask_BS, positions_BS, prefix_cache(lm, prompt, rows))
+    return Placed(embeddings_BSD, mask_BS, positions_BS)
 
 
 def prefix_cache(lm: Embeds, state: Plain, rows: int) -> DynamicCache:

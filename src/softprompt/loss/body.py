@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu
-from transformers.models.llama.modeling_llama import LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+from transformers.models.llama.modeling_llama import LlamaModel, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralModel, MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RMSNorm
 
 from softprompt.base.hardware import has_int8_products, product_dtype
 from softprompt.base.quantised import is_quantised
@@ -114,9 +114,26 @@ def _window(body: Any, module: Any) -> int | None:
     return getattr(module.self_attn, "sliding_window", None)
 
 
+# Norms that are weight * x / sqrt(mean(x^2) + epsilon); a subclass may differ.
+RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
+
+
+class FusedNorm(nn.Module):
+    """A root-mean-square norm with the weight of `module`: one kernel of torch in place of the eight that transformers starts."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.weight, self.epsilon = module.weight, float(module.variance_epsilon)
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        return functional.rms_norm(hidden_BSD, self.weight.shape, self.weight, self.epsilon)
+
+
 def _exchanged(module: nn.Module, products: Products, on_cpu: bool) -> nn.Module | None:
     if isinstance(module, BloomGelu):
         return SmallGelu() if on_cpu else nn.GELU(approximate="tanh")  # the same function, fused
+    if type(module) in RMS_NORMS and not on_cpu:
+        return FusedNorm(module)
     if type(module) is not nn.Linear or module.weight.numel() < MIN_WEIGHTS:
         return None
     weight_OI = module.weight

@@ -2,8 +2,9 @@
 
 `FrozenLM.token_nll` is the exact, plain reference. A FastLoss reads the same batches through a copy of the body that
 shares its weights (body.py), keeps the states before a row's first virtual token (context_cache.py) and those that
-enter the first layer that learns (cut_states.py), and screens large heads with int8 products (kernels/screened_head.py). The base itself is only read, so that several losses, runs and a
-server can share it.
+enter the first layer that learns (cut_states.py), screens large heads with int8 products (kernels/screened_head.py), and
+replays small batches on a GPU as CUDA graphs (graphed_body.py). The base itself is only read, so that several losses, runs
+and a server can share it.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.nll import HeadLoss, token_nll
-from softprompt.base.placement import Placed, place
+from softprompt.base.placement import Placed, place, place_input, prefix_cache
 from softprompt.base.quantised import demand_gradients
 from softprompt.data.batch import Batch
 from softprompt.loss.body import learning_body
 from softprompt.loss.checkpointing import checkpointed
 from softprompt.loss.context_cache import GIGABYTE, ContextCache
 from softprompt.loss.cut_states import CutStates, below_detached
+from softprompt.loss.graphed_body import GraphedBody, graphed_body
 from softprompt.loss.kernels.cut_head import CutHead, cut_head
 from softprompt.loss.kernels.screened_head import PackedHead, ScreenedHead, packed
 from softprompt.loss.packed_body import PackedBody
@@ -67,14 +69,26 @@ class FastLoss:
         is_cut = self.first_layer > 0 and prompt is not None and len(prompt) == 2
         if prompt is not None and is_cut:
             prompt = below_detached(prompt, self.first_layer)
-        split = self.context_cache.split(batch) if prompt is not None and len(prompt) == 1 else None
+        deep = None
+        if prompt is not None and len(prompt) == 2:
+            prompt = deep = tuple(part.to(self.lm.device) for part in prompt)  # at once, not layer by layer
+        split = self.context_cache.split(batch) if prompt is not None and deep is None else None
         if split is None:
-            placed = place(self.lm, batch, prompt)
+            placed = place_input(self.lm, batch, prompt)
         else:
             batch, rest = split
-            placed = replace(rest, embeddings_BSD=place(self.lm, batch, prompt).embeddings_BSD)
+            placed = replace(rest, embeddings_BSD=place_input(self.lm, batch, prompt).embeddings_BSD)
         # The state at s predicts the token at s + 1.
         before_BS = torch.nn.functional.pad(batch.trained_BS[:, 1:], (0, 1))
+        if self.graphed_body is not None and torch.is_grad_enabled():
+            row_N, position_N = before_BS.nonzero(
+                as_tuple=True
+            )  # before the pass, which nothing then waits for
+            states_BSD = self.graphed_body.states(placed, deep)
+            if states_BSD is not None:
+                return states_BSD[row_N, position_N]
+        if deep is not None:
+            placed = replace(placed, past=prefix_cache(self.lm, deep, len(batch.ids_BS)))
         return self._states_at(placed, batch, before_BS, prompt if is_cut else None)
 
     def __repr__(self) -> str:
@@ -109,6 +123,11 @@ class FastLoss:
     @cached_property
     def body(self) -> Any:
         return self._checkpointed(_shared(self.lm).body)
+
+    @cached_property
+    def graphed_body(self) -> GraphedBody | None:
+        """CUDA graphs of the body on a GPU, where starting its kernels takes longer than they do; None elsewhere."""
+        return None if self.recompute else graphed_body(self.lm, self.body)
 
     @cached_property
     def _int8_body(self) -> Any:

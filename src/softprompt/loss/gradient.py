@@ -7,8 +7,9 @@ form. Several prompts can share a pass: each row of the batch reads its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -30,11 +31,21 @@ class Loss(Protocol):
     def __call__(self, batch: Batch, prompt: Plain | None = None) -> Tensor: ...
 
 
-class Gradients:
-    """Losses and gradients by `loss`, at most `rows` rows a forward pass.
+READ_POSITIONS = (
+    16_384  # a GPU reads so many about as fast as a few hundred, since starting kernels costs most
+)
 
-    Where memory runs out, `rows` is halved and `halved(rows)` is called. Where several `processes` learn together, each
-    reads its share of the rows, and all get the sums."""
+
+def positions_read(device: torch.device) -> int:
+    """How many positions a pass without a gradient takes at least, where a batch has fewer; 0 on a CPU."""
+    return 0 if device.type == "cpu" else READ_POSITIONS
+
+
+class Gradients:
+    """Losses and gradients by `loss`, at most `rows` rows a forward pass; without a gradient more, up to `read_positions`.
+
+    Where memory runs out, `rows` is halved and `halved(rows)` is called; a pass without a gradient goes down to `rows`. Where several
+    `processes` learn together, each reads its share of the rows, and all get the sums."""
 
     def __init__(
         self,
@@ -42,8 +53,9 @@ class Gradients:
         rows: int,
         halved: Callable[[int], None] = lambda rows: None,
         processes: Processes | None = None,
+        read_positions: int = 0,
     ) -> None:
-        self.loss, self.rows, self.halved = loss, rows, halved
+        self.loss, self.rows, self.halved, self.read_positions = loss, rows, halved, read_positions
         self.processes = processes or Processes()
 
     def __call__(self, forms: Sequence[Form], rows: Sequence[Sequence[Encoded]]) -> list[float]:
@@ -54,8 +66,9 @@ class Gradients:
         while True:
             leaves, losses = [_leaf(prompt) for prompt in prompts], MeanLosses(rows)
             try:
-                for nll_N, piece in self._pieces(leaves, rows):
+                for nll_N, piece in self._pieces(leaves, rows, self.rows):
                     losses.weighted_sum(nll_N, piece).backward()  # type: ignore[no-untyped-call]
+                    losses.add(nll_N, piece)  # last, since it waits for a GPU
                 break
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
@@ -68,21 +81,35 @@ class Gradients:
 
     def losses(self, prompts: Sequence[Plain], rows: Sequence[Sequence[Encoded]]) -> list[float]:
         """Each prompt's mean loss on its own rows, in nats per trained token; no gradient."""
-        losses = MeanLosses(rows)
-        with torch.inference_mode():
-            for nll_N, piece in self._pieces(prompts, rows):
-                losses.add(nll_N, piece)
+        while True:
+            losses, at_a_time = MeanLosses(rows), self.rows_read(chain.from_iterable(rows))
+            try:
+                with torch.inference_mode():
+                    for nll_N, piece in self._pieces(prompts, rows, at_a_time):
+                        losses.add(nll_N, piece)
+                break
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if at_a_time == self.rows or not _is_out_of_memory(error):
+                    raise
+                self.read_positions //= 2
+                torch.cuda.empty_cache()
         self.processes.add_up([], losses.sums)
         return losses.means()
 
+    def rows_read(self, rows: Iterable[Encoded]) -> int:
+        """How many of `rows` a pass without a gradient takes."""
+        if not self.read_positions:
+            return self.rows
+        return max(self.rows, self.read_positions // max(map(len, rows), default=1))
+
     def _pieces(
-        self, prompts: Sequence[Plain], rows: Sequence[Sequence[Encoded]]
+        self, prompts: Sequence[Plain], rows: Sequence[Sequence[Encoded]], at_a_time: int
     ) -> Iterator[tuple[Tensor, list[tuple[int, Encoded]]]]:
-        """The losses of every token, at most `self.rows` rows at a time, and those rows with their owners."""
+        """The losses of every token, `at_a_time` rows a pass at most, and those rows with their owners."""
         shares = [self.processes.share(own) for own in rows]
         for prompt, owned in _shared(prompts, shares):
-            for first in range(0, len(owned), self.rows):
-                piece = owned[first : first + self.rows]
+            for first in range(0, len(owned), at_a_time):
+                piece = owned[first : first + at_a_time]
                 yield self.loss(collate([row for _, row in piece]), prompt), piece
 
     def _halve(self, rows: Sequence[Sequence[Encoded]], error: BaseException) -> None:
@@ -107,16 +134,16 @@ class MeanLosses:
         self.sums = [0.0] * len(rows)
 
     def weighted_sum(self, nll_N: Tensor, piece: Sequence[tuple[int, Encoded]]) -> Tensor:
-        """The piece's part of the sum of all owners' mean losses, to be differentiated; the figures are added up."""
+        """The piece's part of the sum of all owners' mean losses, to be differentiated."""
         owners = [r for r, row in piece for _ in range(row.trained_tokens)]
         share_N = torch.tensor([1 / self.tokens[r] for r in owners], device=nll_N.device)
-        self.add(nll_N, piece)
         return (nll_N * share_N).sum()
 
     def add(self, nll_N: Tensor, piece: Sequence[tuple[int, Encoded]]) -> None:
         """Adds the figures of a piece."""
         counts = [row.trained_tokens for _, row in piece]
-        for (r, _), own in zip(piece, torch.split(nll_N.detach().double(), counts), strict=True):
+        nll_N = nll_N.detach().cpu().double()  # fetched from a GPU at once, not row by row
+        for (r, _), own in zip(piece, torch.split(nll_N, counts), strict=True):
             self.sums[r] += float(own.sum())
 
     def means(self) -> list[float]:

@@ -300,7 +300,7 @@ def _checked(tensor: Tensor, dimensions: int, what: str, name: str) -> Tensor:
         raise PromptError(
             f"{name}: found a tensor of shape {tuple(tensor.shape)}, wanted {what}, none of them 0."
         )
-    tensor = tensor.detach().to(torch.float32).contiguous()
+    tensor = tensor.detach().to("cpu", torch.float32).contiguous()
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise PromptError(

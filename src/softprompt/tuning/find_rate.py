@@ -40,7 +40,7 @@ def find_rate(plan: Plan, gradients: Gradients, middle: float) -> Found:
     tune = plan.recipe.tune
     steps = min(plan.steps, max(FEWEST, min(MOST, round(SHARE * plan.steps))))
     rates = [float(f"{factor * middle:.2g}") for factor in FACTORS]
-    learners = [Learner(start(plan), tune, rate, steps) for rate in rates]
+    learners = [Learner(start(plan), tune, rate, steps, plan.lm.device) for rate in rates]
     broken: set[int] = set()
     for step in range(steps):
         epoch, batch = divmod(step, plan.steps_per_epoch)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softprompt.prompt.reparam import Form
 from softprompt.prompt.soft_prompt import Plain
-from softprompt.tuning.optim import OPTIMIZERS, rate_factor
+from softprompt.tuning.optim import OPTIMIZERS, Muon, rate_factor
 from softprompt.tuning.recipe import TuneSettings
 
 RECENT_STEPS = 3  # training losses that are averaged to see a divergence
@@ -25,9 +25,17 @@ class Learner:
 
     `best` is the prompt of the best held-out loss so far (nats per token), which is what gets saved. `rate_taken` is
     the learning rate of the latest step. Where `highest_rate` is above `learning_rate`, each step takes the rate between
-    the two at which it promises to take its loss down to `reachable_nll` (nats per token)."""
+    the two at which it promises to take its loss down to `reachable_nll` (nats per token). `device` is where a step may
+    be computed, whatever the form lies on."""
 
-    def __init__(self, form: Form, settings: TuneSettings, learning_rate: float, steps: int) -> None:
+    def __init__(
+        self,
+        form: Form,
+        settings: TuneSettings,
+        learning_rate: float,
+        steps: int,
+        device: torch.device | None = None,
+    ) -> None:
         self.form, self.settings, self.learning_rate, self.steps = form, settings, learning_rate, steps
         self.highest_rate = learning_rate
         self.reachable_nll = 0.0
@@ -40,6 +48,8 @@ class Learner:
             {"params": [part.parameter], "factor": part.factor, "parts": part.parts} for part in trained
         ]
         self.optimiser = OPTIMIZERS[settings.optimizer](groups, learning_rate, settings.weight_decay)
+        if isinstance(self.optimiser, Muon) and device is not None:
+            self.optimiser.device = device
         self.steps_done, self.best_step, self.without_gain, self.times_lowered = 0, 0, 0, 0
         self.rate_taken = math.nan
         self.recent: list[float] = []

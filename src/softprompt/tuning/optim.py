@@ -57,7 +57,10 @@ class Muon(OneByOne):
     Here the momentum (Nesterov's) gets singular values that are all alike, by an exact decomposition: prompts are small,
     and torch.optim.Muon's five products in bfloat16 only come near it. A step's root mean square is `lr`, about as
     AdamW's is. A group's `parts` are matrices that lie side by side in its parameters, such as a deep prompt's heads:
-    each is a matrix for itself. A vector is a matrix of one row. Decay is AdamW's."""
+    each is a matrix for itself. A vector is a matrix of one row. Decay is AdamW's. A deep prompt's many matrices are decomposed
+    on `device`, wherever the parameters lie: a GPU takes them all at once."""
+
+    device = torch.device("cpu")
 
     def __init__(self, parameters: Parameters, lr: float, weight_decay: float = 0.0) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "parts": 1})
@@ -72,7 +75,9 @@ class Muon(OneByOne):
         ahead = state["momentum"].lerp(gradient, 1.0 - MOMENTUM)
         # AdamW's decay: apart from the gradient, scaled by the rate.
         parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-        parameter.sub_(group["lr"] * orthogonalised(ahead, group["parts"]))
+        device = self.device if group["parts"] > 1 else ahead.device
+        even = orthogonalised(ahead.to(device), group["parts"])
+        parameter.sub_(group["lr"] * even.to(parameter.device))
 
 
 def orthogonalised(matrix: Tensor, parts: int = 1) -> Tensor:
@@ -81,6 +86,8 @@ def orthogonalised(matrix: Tensor, parts: int = 1) -> Tensor:
     With `parts`, that many matrices [N, M / parts] side by side, each for itself. A vector [M] counts as [1, M]."""
     rows = 1 if matrix.ndim == 1 else len(matrix)
     apart = matrix.reshape(rows, parts, -1).transpose(0, 1)  # [parts, N, M / parts]
+    if apart.is_cuda:
+        return _even_by_squares(apart).transpose(0, 1).reshape(matrix.shape)
     # matrix = left @ diag(sizes) @ right: the sizes say how much the gradients of all rows have in common.
     left, sizes, right = torch.linalg.svd(apart, full_matrices=False)
     # 1 for clear directions, falling to 0 for faint ones, which are rounding and would be blown up to full size. The
@@ -89,6 +96,21 @@ def orthogonalised(matrix: Tensor, parts: int = 1) -> Tensor:
     # A matrix [N, M] of min(N, M) singular values of 1 has a root mean square of 1/sqrt(max(N, M)): scaled to 1.
     even: Tensor = max(apart.shape[1:]) ** 0.5 * (left * shares[:, None]) @ right
     return even.transpose(0, 1).reshape(matrix.shape)
+
+
+def _even_by_squares(apart: Tensor) -> Tensor:
+    """The same as by singular values, through the eigenvalues of matrix @ matrix.T in float64: GPUs decompose many
+    small symmetric matrices at once, and any others one by one."""
+    short = apart if apart.shape[1] <= apart.shape[2] else apart.transpose(1, 2)
+    precise = short.double()
+    # matrix = left @ diag(sizes) @ right, so matrix @ matrix.T = left @ diag(sizes^2) @ left.T, in rising order.
+    squares, left = torch.linalg.eigh(precise @ precise.transpose(1, 2))
+    sizes = squares.clamp(min=0).sqrt()
+    # left @ diag(shares) @ right = left @ diag(shares / sizes) @ left.T @ matrix; shares / sizes is 1 / hypot(...).
+    tiny = torch.finfo(sizes.dtype).tiny
+    factors = 1.0 / torch.hypot(sizes, FAINT * sizes[:, -1:]).clamp(min=tiny)
+    even: Tensor = max(apart.shape[1:]) ** 0.5 * (left * factors[:, None]) @ (left.transpose(1, 2) @ precise)
+    return (even if short is apart else even.transpose(1, 2)).to(apart.dtype)
 
 
 def muon(parameters: Parameters, rate: float, weight_decay: float) -> Optimiser:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 from softprompt.base.frozen_lm import FrozenLM
@@ -62,12 +63,12 @@ class Plan:
         """Steps between two measurements of the held-out loss: without a setting, a tenth of all steps."""
         return self.recipe.tune.valid_every_steps or max(1, self.steps // VALIDATIONS)
 
-    @property
+    @cached_property
     def trained_tokens(self) -> int:
         """Tokens that the loss counts in one epoch."""
         return sum(row.trained_tokens for row in self.train.encoded)
 
-    @property
+    @cached_property
     def text_tokens(self) -> int:
         """Tokens of text read in one epoch, virtual ones not counted."""
         return sum(slot < 0 for row in self.train.encoded for slot in row.soft)

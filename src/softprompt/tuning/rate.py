@@ -48,7 +48,7 @@ def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> MeasuredRate:
     holds its noise too, and by the end of a deep prompt's run on a large base hardly anything else (figures in
     LOG.md)."""
     tune = plan.recipe.tune.model_copy(update={"weight_decay": 0.0})
-    learner = Learner(copy.deepcopy(form), tune, 1.0, plan.steps)
+    learner = Learner(copy.deepcopy(form), tune, 1.0, plan.steps, plan.lm.device)
     first, second = _first_batches(plan, tune.seed)
     start = [parameter.detach().clone() for parameter in learner.parameters]
     (nll,) = gradients([learner.form], [first])

@@ -14,7 +14,7 @@ from softprompt.base.processes import Processes
 from softprompt.data.batch import epoch_order
 from softprompt.data.encoded import Encoded
 from softprompt.errors import NotFinite
-from softprompt.loss.gradient import Gradients
+from softprompt.loss.gradient import Gradients, positions_read
 from softprompt.loss.mean import mean_nll
 from softprompt.progress.events import BatchHalved, Event, Saved, Started, Stepped, Stopped, Validated
 from softprompt.prompt.reparam import Form
@@ -50,12 +50,14 @@ class Run:
         self.plan = plan
         tune = plan.recipe.tune
         out = Path(plan.recipe.out)
-        self.learner = Learner(form or start(plan), tune, plan.learning_rate, plan.steps)
+        self.learner = Learner(form or start(plan), tune, plan.learning_rate, plan.steps, plan.lm.device)
         # No task may move what others share a second time.
         if tune.learning_rate == "auto" and not shares_a_part:
             self.learner.tried_steps = TRIED_STEPS
         self.processes = processes or Processes()
-        self.gradients = Gradients(plan.loss, plan.batch_size, self._halved, self.processes)
+        self.gradients = Gradients(
+            plan.loss, plan.batch_size, self._halved, self.processes, positions_read(plan.lm.device)
+        )
         self.keeper = Keeper(plan) if tune.keep else None
         self.log = RunLog(plan.recipe, on_event)
         self.checkpoints = Checkpoints(out, tune, self.log.note)
@@ -94,7 +96,8 @@ class Run:
             self._begin_new()
 
     def _begin_new(self) -> None:
-        self.nll_base = mean_nll(self.plan.loss, self.plan.held_out_base, batch_size=self.gradients.rows)
+        held_out = self.plan.held_out_base
+        self.nll_base = mean_nll(self.plan.loss, held_out, batch_size=self.gradients.rows_read(held_out))
         if isinstance(self.plan.recipe.tune.learning_rate, str):
             measured = measured_rate(self.plan, self.gradients, self.learner.form)
             self.learner.learning_rate, self.learner.reachable_nll = measured

@@ -21,7 +21,7 @@ from softprompt.base.processes import demand_alone
 from softprompt.data.encoded import Encoded
 from softprompt.data.example import Splits
 from softprompt.errors import NotFinite, RecipeError, SoftPromptError
-from softprompt.loss.gradient import Gradients, Loss
+from softprompt.loss.gradient import Gradients, Loss, positions_read
 from softprompt.progress.events import BatchHalved, Event
 from softprompt.progress.shown import shown_runs
 from softprompt.prompt.reparam import Form, SharedTimesLowRank
@@ -77,7 +77,8 @@ class Together:
             for number, (plan, form) in enumerate(zip(plans, made, strict=True))
         ]
         rows = rows or sum(run.plan.batch_size for run in self.runs)
-        self.gradients = Gradients(plans[0].loss, rows, self._halved)
+        reads = positions_read(plans[0].lm.device)
+        self.gradients = Gradients(plans[0].loss, rows, self._halved, read_positions=reads)
         self.active = list(range(len(self.runs)))
         self.stepping: list[int] = []
         self.failed: dict[int, SoftPromptError] = {}
