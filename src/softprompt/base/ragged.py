@@ -7,27 +7,22 @@ groups of rows of like length, each padded to its own longest. Results equal tho
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import DynamicCache
 
-from softprompt.base.attention_copy import body_with_attention
+from softprompt.base.attention_copy import OtherAttention
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State, batch_cache, new_cache, row_state
-from softprompt.base.packed_weights import packed_body
 from softprompt.base.placement import Placed
 from softprompt.base.shared_prefix import (
     PrefixGroup,
     attend_in_parts,
-    demand_plain,
     prefix_groups,
-    sees_everything,
 )
 
 # Rows up to this length hold their scores: 9 rows of 60 take 0.9 ms a layer so, and 2.6 in torch's kernel, in bfloat16 on a
@@ -36,7 +31,6 @@ SHORT = 128
 MAX_ROUNDING = (
     32  # in units of the dtype's last place: two layers of Qwen3 differ by 18, a wrong attention by millions
 )
-_NAME = "softprompt_ragged"
 
 
 @dataclass(frozen=True)
@@ -129,79 +123,49 @@ def hidden_ragged(
     lm: FrozenLM, embeddings_1ND: Tensor, positions_1N: Tensor, groups: Sequence[RaggedGroup]
 ) -> Tensor:
     """Last hidden states [1, N, D] of the rows of all groups, whose rests lie one after the other in the list."""
-    body = _BODIES[lm]
-    assert body is not None, "the base was not asked whether it reads so"
-    _own.groups = groups
-    try:
-        return lm.states(Placed(embeddings_1ND, None, positions_1N), packed_body(lm, body))
-    finally:
-        del _own.groups
+    return _RAGGED.states(lm, Placed(embeddings_1ND, None, positions_1N), groups)
 
 
 def can_read_ragged(lm: FrozenLM) -> bool:
-    """Whether this base's rows can be read so: tried once, on a few tokens, against its own body.
-
-    Not on an accelerator, where padding costs little, and not where a layer looks at some columns only, adds a bias by
-    distance (ALiBi), or has an attention of its own."""
-    if lm not in _BODIES:
-        _BODIES[lm] = None
-        if torch.device(lm.device).type == "cpu" and lm.is_whole and sees_everything(lm.config):
-            AttentionInterface.register(_NAME, _attention)
-            AttentionMaskInterface.register(_NAME, _no_mask)
-            _BODIES[lm] = body_with_attention(lm, _NAME)
-            if not _is_exact(lm):
-                _BODIES[lm] = None
-    return _BODIES[lm] is not None
+    """Whether this base's rows can be read so (`OtherAttention.works_on`). Not on an accelerator, where padding costs little."""
+    return _RAGGED.works_on(lm)
 
 
-_BODIES: WeakKeyDictionary[FrozenLM, Any] = WeakKeyDictionary()
-_own = threading.local()
-
-
-def _no_mask(*sizes: Any, **options: Any) -> None:
-    """The mask of the whole list, which nothing reads: each group has its own."""
-
-
-def _attention(
-    module: Any,
+def _attend(
+    groups: Sequence[RaggedGroup],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """One layer's attention, as transformers calls it, group by group."""
-    demand_plain(options)
-    _own.calls = getattr(_own, "calls", 0) + 1
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    results = [group.attend(query, key, value, scaling, module.layer_idx) for group in _own.groups]
-    return torch.cat(results)[None], None
+    mask: Tensor | None,
+    scaling: float,
+    layer: int,
+) -> Tensor:
+    """One layer's attention, group by group; the mask of the whole list is not read, since each group has its own."""
+    return torch.cat([group.attend(query, key, value, scaling, layer) for group in groups])[None]
 
 
-@torch.inference_mode()
-def _is_exact(lm: FrozenLM) -> bool:
-    """Whether two rows, of which one goes on from a known state, give in one list what each gives alone."""
+def _probe(lm: FrozenLM) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Two rows, of which one goes on from a known state: what each gives alone, and what both give in one list."""
     ids_T = torch.arange(1, 10, device=lm.device) * 5 % lm.vocab_size
     front = 4
     cache = new_cache()
     lm.hidden(lm.embed(ids_T[None, :front]), past=cache)
     state = row_state(cache, 0, 0, front, ids_T[:front].tolist())
     other_T = ids_T.flip(0)[:3]
-    alone_ND = torch.cat([lm.hidden(lm.embed(ids[None]))[0] for ids in (ids_T, other_T)])[front:].float()
+    alone_ND = torch.cat([lm.hidden(lm.embed(ids[None]))[0] for ids in (ids_T, other_T)])[front:]
     rest = len(ids_T) - front
     rows = [Known(EMPTY, state, rest), Known(EMPTY, EMPTY, len(other_T))]
     groups = [RaggedGroup.of(rows[:1], 0, lm), RaggedGroup.of(rows[1:], rest, lm)]
     groups[1].holds_scores = False  # so that both ways to attend are tried
     positions_N = torch.cat([torch.arange(front, len(ids_T)), torch.arange(len(other_T))])
     embeddings_1ND = lm.embed(torch.cat([ids_T[front:], other_T]))[None]
-    _own.calls = 0
-    try:
-        listed_ND = hidden_ragged(lm, embeddings_1ND, positions_N[None], groups)[0].float()
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
-        return False  # an attention that takes or gives something else
-    scale = max(1.0, float(alone_ND.abs().max()))
-    difference = float((listed_ND - alone_ND).abs().max())
-    return bool(
-        _own.calls == lm.num_layers and difference <= MAX_ROUNDING * torch.finfo(lm.dtype).eps * scale
-    )
+    return alone_ND, lambda: hidden_ragged(lm, embeddings_1ND, positions_N[None], groups)[0]
+
+
+_RAGGED = OtherAttention(
+    "softprompt_ragged",
+    _attend,
+    _probe,
+    suits=lambda lm: torch.device(lm.device).type == "cpu",
+    rounding=MAX_ROUNDING,
+)

@@ -8,18 +8,14 @@ prompt of other content is never taken for it.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from softprompt.base.attention_copy import body_with_attention
+from softprompt.base.attention_copy import OtherAttention
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import EMPTY, State, batch_cache, new_cache, row_state
 from softprompt.base.packed_weights import packed_body
@@ -30,7 +26,6 @@ SHARED_FROM = 128
 FUSED_ON = frozenset(
     {"cpu"}
 )  # torch has a kernel there that also gives the log-sum-exp of any masked attention
-_NAME = "softprompt_two_parts"
 
 
 @dataclass(frozen=True)
@@ -59,53 +54,17 @@ def hidden_in_parts(lm: FrozenLM, placed: Placed, groups: Sequence[PrefixGroup])
     Its mask covers the rows' own columns; its positions count the prefix too."""
     if not groups:
         return lm.states(placed, packed_body(lm, lm.body))
-    body = _BODIES[lm]
-    assert body is not None, "the base was not asked whether it can share"
-    _own.groups = groups
-    try:
-        return lm.states(placed, packed_body(lm, body))
-    finally:
-        del _own.groups
+    return _IN_PARTS.states(lm, placed, groups)
 
 
 def can_share(lm: FrozenLM) -> bool:
-    """Whether this base's attention can be taken in two parts: tried once, on a few tokens, against its own.
-
-    Not where a layer looks at some columns only (sliding windows, chunks), adds a bias by distance (ALiBi), or has an
-    attention of its own, nor on a base in parts, whose body is not copied: there prompts are copied into each row."""
-    if lm not in _BODIES:
-        _BODIES[lm] = None
-        if sees_everything(lm.config) and lm.is_whole:
-            body = _body_in_parts(lm)
-            _BODIES[lm] = body
-            if not _is_exact(lm):
-                _BODIES[lm] = None
-    return _BODIES[lm] is not None
+    """Whether this base's attention can be taken in two parts (`OtherAttention.works_on`); elsewhere prompts are copied into each
+    row."""
+    return _IN_PARTS.works_on(lm)
 
 
-_BODIES: WeakKeyDictionary[FrozenLM, Any] = WeakKeyDictionary()
-_own = threading.local()
-
-
-def sees_everything(config: Any) -> bool:
-    """Whether every layer attends to all columns before a position, as far as the config says."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return (
-        set(kinds) == {"full_attention"} and not window and not getattr(config, "attention_chunk_size", None)
-    )
-
-
-def _body_in_parts(lm: FrozenLM) -> Any:
-    """A copy of the base's body that shares its weights and attends in two parts."""
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, eager_mask)
-    return body_with_attention(lm, _NAME)
-
-
-@torch.inference_mode()
-def _is_exact(lm: FrozenLM) -> bool:
-    """Whether two rows behind a prefix give in two parts what they give in one."""
+def _probe(lm: FrozenLM) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Two rows behind a prefix: what they give in one part, and what they give in two."""
     ids_T = torch.arange(1, 8, device=lm.device) * 5 % lm.vocab_size
     front, rest = 4, len(ids_T) - 4
     cache = new_cache()
@@ -115,42 +74,27 @@ def _is_exact(lm: FrozenLM) -> bool:
     positions_BT = torch.arange(front, front + rest, device=lm.device).expand(2, rest)
     whole, _ = batch_cache([prefix, prefix])
     mask_BS = torch.ones(2, front + rest, dtype=torch.int64, device=lm.device)
-    in_one_BTD = lm.hidden(embeddings_BTD, mask_BS, positions_BT, past=whole).float()
+    in_one_BTD = lm.hidden(embeddings_BTD, mask_BS, positions_BT, past=whole)
     placed = Placed(embeddings_BTD, mask_BS[:, front:], positions_BT, new_cache())
     groups = prefix_groups([prefix, prefix], lm.device)
-    _own.calls = 0
-    try:
-        in_two_BTD = hidden_in_parts(lm, placed, groups).float()
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
-        return False  # an attention that takes or gives something else
-    scale = max(1.0, float(in_one_BTD.abs().max()))
-    difference = float((in_two_BTD - in_one_BTD).abs().max())
-    return bool(_own.calls == lm.num_layers and difference <= 16 * torch.finfo(lm.dtype).eps * scale)
+    return in_one_BTD, lambda: hidden_in_parts(lm, placed, groups)
 
 
-def _attention(
-    module: Any,
+def _attend(
+    groups: Sequence[PrefixGroup],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """One layer's attention, as transformers calls it: over the rows' own columns, then over each group's prefix."""
-    demand_plain(options)
-    _own.calls = getattr(_own, "calls", 0) + 1
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
-    result = attend_in_parts(query, key, value, mask, scaling, _own.groups, module.layer_idx)
-    return result.transpose(1, 2).contiguous(), None
+    mask: Tensor | None,
+    scaling: float,
+    layer: int,
+) -> Tensor:
+    """One layer's attention over the rows' own columns, then over each group's prefix."""
+    mask = None if mask is None else mask[..., : key.shape[2]]
+    return attend_in_parts(query, key, value, mask, scaling, groups, layer).transpose(1, 2).contiguous()
 
 
-def demand_plain(options: Mapping[str, Any]) -> None:
-    """Raises NotImplementedError where a layer asks for more than a softmax of scaled scores."""
-    for name in ("softcap", "s_aux", "sliding_window", "position_bias"):
-        if options.get(name) is not None:
-            raise NotImplementedError(f"attention in parts has no {name}")
+_IN_PARTS = OtherAttention("softprompt_two_parts", _attend, _probe, mask=eager_mask)
 
 
 def attend_in_parts(

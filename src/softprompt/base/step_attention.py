@@ -9,24 +9,20 @@ company is read.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 
-from softprompt.base.attention_copy import body_with_attention
+from softprompt.base.attention_copy import OtherAttention
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.kv import new_cache
-from softprompt.base.packed_weights import packed_body
 from softprompt.base.placement import Placed
-from softprompt.base.shared_prefix import PrefixGroup, demand_plain, sees_everything, with_prefixes
+from softprompt.base.shared_prefix import PrefixGroup, with_prefixes
 
 STEPPED = frozenset({torch.bfloat16})  # in float32 torch's kernel is as fast
-_NAME = "softprompt_step"
 
 Buffers = Callable[[int], tuple[Tensor, Tensor]]  # of a layer: keys and values [B, H, C, K], contiguous
 
@@ -37,64 +33,45 @@ def hidden_of_step(
     """Last hidden states [B, 1, D] of a step, whose cache writes into `buffers`; `real_BC` marks each row's own columns.
 
     Columns that are not marked must hold finite numbers. Prefixes of `groups` are attended to where they lie."""
-    body = _BODIES[lm]
-    assert body is not None, "the base was not asked whether it can step so"
     bias_BC = torch.zeros(real_BC.shape, device=real_BC.device).masked_fill_(~real_BC, -torch.inf)
-    _own.buffers, _own.bias_B11C, _own.groups = buffers, bias_BC[:, None, None], groups
-    try:
-        return lm.states(
-            Placed(placed.embeddings_BSD, None, placed.positions_BS, placed.past), packed_body(lm, body)
-        )
-    finally:
-        del _own.buffers, _own.bias_B11C, _own.groups
+    step = _Step(buffers, bias_BC[:, None, None], groups)
+    return _STEP.states(lm, Placed(placed.embeddings_BSD, None, placed.positions_BS, placed.past), step)
 
 
 def can_step(lm: FrozenLM) -> bool:
-    """Whether this base's steps can be taken so: tried once, on a few tokens, against its own attention.
-
-    On a CPU in bfloat16 alone: in float32 torch's kernel is as fast. Not where a layer looks at some columns only, adds a bias
-    by distance (ALiBi), or has an attention of its own."""
-    if lm not in _BODIES:
-        _BODIES[lm] = None
-        is_slow = torch.device(lm.device).type == "cpu" and lm.dtype in STEPPED
-        if is_slow and lm.is_whole and sees_everything(lm.config):
-            AttentionInterface.register(_NAME, _attention)
-            AttentionMaskInterface.register(_NAME, _no_mask)
-            _BODIES[lm] = body_with_attention(lm, _NAME)
-            if not _is_exact(lm):
-                _BODIES[lm] = None
-    return _BODIES[lm] is not None
+    """Whether this base's steps can be taken so (`OtherAttention.works_on`). On a CPU in bfloat16 alone: in float32 torch's kernel
+    is as fast."""
+    return _STEP.works_on(lm)
 
 
-_BODIES: WeakKeyDictionary[FrozenLM, Any] = WeakKeyDictionary()
-_own = threading.local()
+@dataclass(frozen=True)
+class _Step:
+    """What every layer of a step is given."""
+
+    buffers: Buffers
+    bias_B11C: Tensor
+    groups: Sequence[PrefixGroup]
 
 
-def _no_mask(*sizes: Any, **options: Any) -> None:
-    """The mask of the used columns, which nothing reads: the bias covers all columns of the buffers."""
-
-
-def _attention(
-    module: Any,
+def _attend(
+    step: _Step,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """One layer's attention, as transformers calls it; the cache has written the new column by now."""
-    demand_plain(options)
-    _own.calls = getattr(_own, "calls", 0) + 1
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    keys, values = _own.buffers(module.layer_idx)
+    mask: Tensor | None,
+    scaling: float,
+    layer: int,
+) -> Tensor:
+    """One layer's attention over the buffers, into which the cache has written the new column by now. The mask of the used
+    columns is not read: the bias covers all columns of the buffers."""
+    keys, values = step.buffers(layer)
     rows, heads, new, width = query.shape
     # The heads that share keys become queries of one head: no copy of the keys for each of them.
     queries = query.reshape(rows, keys.shape[1], heads // keys.shape[1], width)
-    result, weight = attend_step(queries, keys, values, _own.bias_B11C, scaling, rated=bool(_own.groups))
+    result, weight = attend_step(queries, keys, values, step.bias_B11C, scaling, rated=bool(step.groups))
     if weight is not None:
-        result = with_prefixes(queries, result, weight, scaling, _own.groups, module.layer_idx)
-    return result.reshape(rows, new, heads, -1), None
+        result = with_prefixes(queries, result, weight, scaling, step.groups, layer)
+    return result.reshape(rows, new, heads, -1)
 
 
 def attend_step(
@@ -112,9 +89,8 @@ def attend_step(
     return result.view(rows, kv_heads, group, -1), scores.logsumexp(-1) if rated else None
 
 
-@torch.inference_mode()
-def _is_exact(lm: FrozenLM) -> bool:
-    """Whether a step of two rows, of which one has a masked column, gives what the base's own attention gives."""
+def _probe(lm: FrozenLM) -> tuple[Tensor, Callable[[], Tensor]]:
+    """A step of two rows, of which one has a masked column: by the base's own attention, and by this one."""
     ids_T = torch.arange(1, 10, device=lm.device) * 5 % lm.vocab_size
     ids_BT = torch.stack([ids_T, ids_T.flip(0)])
     known = ids_BT.shape[1] - 1
@@ -125,17 +101,18 @@ def _is_exact(lm: FrozenLM) -> bool:
     for cache in caches:
         lm.hidden(lm.embed(ids_BT[:, :known]), real_BT[:, :known].long(), positions_BT[:, :known], past=cache)
     last = lm.embed(ids_BT[:, known:]), positions_BT[:, known:]
-    own_BTD = lm.hidden(last[0], real_BT.long(), last[1], past=caches[0]).float()
+    own_BTD = lm.hidden(last[0], real_BT.long(), last[1], past=caches[0])
     layers: Any = caches[1].layers
 
     def buffers(layer: int) -> tuple[Tensor, Tensor]:
         return layers[layer].keys, layers[layer].values
 
-    _own.calls = 0
-    try:
-        step_BTD = hidden_of_step(lm, Placed(last[0], None, last[1], caches[1]), buffers, real_BT).float()
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
-        return False  # an attention that takes or gives something else
-    scale = max(1.0, float(own_BTD.abs().max()))
-    difference = float((step_BTD - own_BTD).abs().max())
-    return bool(_own.calls == lm.num_layers and difference <= 16 * torch.finfo(lm.dtype).eps * scale)
+    return own_BTD, lambda: hidden_of_step(lm, Placed(last[0], None, last[1], caches[1]), buffers, real_BT)
+
+
+_STEP = OtherAttention(
+    "softprompt_step",
+    _attend,
+    _probe,
+    suits=lambda lm: torch.device(lm.device).type == "cpu" and lm.dtype in STEPPED,
+)
