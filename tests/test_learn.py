@@ -684,7 +684,9 @@ def test_a_step_whose_momentum_points_uphill_takes_the_lowest_rate(tmp_path: Pat
     assert learner.rate_taken == pytest.approx(0.02)
 
 
-def test_after_a_loss_that_rose_no_step_takes_more_than_the_lowered_rate(tmp_path: Path) -> None:
+def test_after_a_loss_that_rose_no_step_takes_more_than_a_third_of_the_rates_that_led_there(
+    tmp_path: Path,
+) -> None:
     """A faint gradient and a large loss ask for the highest rate; the run that went back has learned not to give it."""
     form = Direct((torch.zeros(4, 8),))
     learner = Learner(form, recipe(tmp_path, "tune.schedule=constant", "tune.warmup=0").tune, 0.03, 100)
@@ -695,7 +697,13 @@ def test_after_a_loss_that_rose_no_step_takes_more_than_the_lowered_rate(tmp_pat
         assert learner.step(10.0)
         rates.append(learner.rate_taken)
         learner.go_back()
-    assert rates == pytest.approx([0.5, 0.01])  # 0.03 / 3
+    assert rates == pytest.approx([0.5, 0.5 / 3])
+    # After steps that took the lowest rate, 0.03 / 3 / 3 by now, that is lowered too.
+    form.value_PW.grad = torch.full((4, 8), 1e3)
+    assert learner.step(1e-3)
+    assert learner.rate_taken == pytest.approx(0.03 / 9)
+    learner.go_back()
+    assert learner.highest_rate == learner.learning_rate == pytest.approx(0.03 / 27)
 
 
 @pytest.mark.parametrize("gradient", [0.0, 1e-3, 1e3])

@@ -52,6 +52,7 @@ class Learner:
             self.optimiser.device = device
         self.steps_done, self.best_step, self.without_gain, self.times_lowered = 0, 0, 0, 0
         self.rate_taken = math.nan
+        self.highest_taken = 0.0  # before the schedule, of all steps since the last return
         self.recent: list[float] = []
         self.nll_start = self.nll_best = self.nll_first = self.score_start = self.score_best = math.nan
         self.best: Plain = self.snapshot()
@@ -84,6 +85,7 @@ class Learner:
             self._set_rate(self.highest_rate * self._scheduled_share() if is_measured else self.rate)
             self.optimiser.step()
             self.rate_taken = self._shortened(before, nll, float(norm)) if is_measured else self.rate
+            self.highest_taken = max(self.highest_taken, self.rate_taken / self._scheduled_share())
             if is_tried:
                 self._last_start = before
                 self._last_way = [now - old for now, old in zip(self._values(), before, strict=True)]
@@ -194,10 +196,11 @@ class Learner:
     def go_back(self) -> None:
         """Returns to the best step's form, with a fresh optimiser and a third of the rate. The schedule continues.
 
-        From then on no step takes more than that: where text is learned, most of the loss cannot be taken away, and steps
-        that promise all of it go too far."""
+        Where steps are measured, none takes more than a third of the highest rate that led here: where text is learned, most of the
+        loss cannot be taken away, and steps that promise all of it go too far."""
         self.learning_rate /= LOWERED_BY
-        self.highest_rate = self.learning_rate
+        self.highest_rate = max(self.learning_rate, self.highest_taken / LOWERED_BY)
+        self.highest_taken = 0.0
         self.times_lowered += 1
         self.recent = []
         self.form.load_state_dict(self.best_form)
@@ -216,6 +219,7 @@ class Learner:
             "best": self.best,
             "best_form": self.best_form,
             "highest_rate": self.highest_rate,
+            "highest_taken": self.highest_taken,
             "reachable_nll": self.reachable_nll,
             **{name: getattr(self, name) for name in _COUNTS},
         }
@@ -228,6 +232,7 @@ class Learner:
         for name in _COUNTS:
             setattr(self, name, state[name])
         self.highest_rate = state.get("highest_rate", self.learning_rate)
+        self.highest_taken = state.get("highest_taken", 0.0)
         self.reachable_nll = state.get("reachable_nll", 0.0)
 
 

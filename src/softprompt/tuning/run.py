@@ -181,7 +181,7 @@ class Run:
         self.learner.go_back()
         self.log.note(
             f"Step {self.steps_done}: {loss} is above the start's {self.learner.nll_start:.4f}. Back to the prompt of "
-            f"step {self.learner.best_step}, learning rate lowered to {self.learner.learning_rate:.2g}."
+            f"step {self.learner.best_step}, learning rate lowered to {self.learner.highest_rate:.2g}."
         )
 
     @property
