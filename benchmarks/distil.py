@@ -5,6 +5,7 @@
 few-shot    28 labelled SNIPS requests; answers are labels
 instruction rules by which a bank's messages go to six teams, with examples; the messages are Banking77's, answers are teams
 document    an article of the CIA World Factbook; the base writes the questions itself
+page        the same with pages of this repository's documentation
 
 Nobody's labels are learned from; they are only compared with. KL is that of the teacher's probabilities from the student's
 at every token of its answers to held-out questions, over the teacher's 1,000 likeliest tokens and the rest as one (nats a
@@ -129,15 +130,27 @@ def document(data: Path, folder: Path) -> dict[str, Any]:
     with lzma.open(data / "pretrain" / "usgov_pd" / "factbook.jsonl.xz", "rt", encoding="utf-8") as file:
         articles = [json.loads(line).get("text", "") for _, line in zip(range(400), file, strict=False)]
     text = max(articles, key=lambda article: min(len(article), 3_000))[:3_000]
-    (folder / "article.txt").write_text(text, encoding="utf-8")
+    return asked_by_the_base(text, folder)
+
+
+def page(data: Path, folder: Path) -> dict[str, Any]:
+    pages = Path(__file__).parent.parent / "docs"
+    text = "".join((pages / name).read_text(encoding="utf-8") for name in ("how-it-works.md", "glossary.md"))
+    return asked_by_the_base(text[:3_600], folder)
+
+
+def asked_by_the_base(text: str, folder: Path) -> dict[str, Any]:
+    (folder / "text.txt").write_text(text, encoding="utf-8")
     return {
-        "context": {"document": str(folder / "article.txt")},
-        "data": {"written": 60},
-        "distil": {"length": 32, "answer_tokens": 32, "answers": 1},
+        "context": {"document": str(folder / "text.txt")},
+        "data": {"written": 160},
+        "distil": {"length": 32, "answer_tokens": 32},
     }
 
 
-KINDS = {"few-shot": few_shot, "instruction": instruction, "document": document}
+KINDS = {"few-shot": few_shot, "instruction": instruction, "document": document, "page": page}
+# Where the base writes the questions, time is better spent on more of them than on more steps (LOG.md).
+STEPS = {"few-shot": 80, "instruction": 80, "document": 40, "page": 40}
 
 
 def write(path: Path, header: tuple[str, ...], rows: list[Any]) -> None:
@@ -156,7 +169,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, help="without it 80, and 40 where the base writes the questions")
     parser.add_argument(
         "--work", type=Path, help="A folder for the runs; one that was killed goes on from there."
     )
@@ -187,8 +200,11 @@ def main() -> None:
 def run(kind: str, seed: int, arguments: argparse.Namespace, lm: FrozenLM, folder: Path) -> dict[str, Any]:
     """One distillation with everything that its record needs to be understood alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    tune = {"epochs": 100, "max_steps": arguments.steps, "valid_every_steps": 40, "seed": seed}
+    steps = arguments.steps or STEPS[kind]
+    tune = {"epochs": 100, "max_steps": steps, "valid_every_steps": 40, "seed": seed}
     tree = KINDS[kind](arguments.data, folder)
+    if "source" not in tree["data"]:
+        tree["data"]["seed"] = seed  # of the questions that are written
     settings = DistilSettings(base=arguments.base, out=str(folder / str(seed)), tune=tune, **tree)
     settings = settings.changed(arguments.set)
     began = time.process_time()

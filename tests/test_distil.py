@@ -33,6 +33,7 @@ from softprompt.tuning.distil_settings import DistilSettings
 from softprompt.tuning.distil_source import few_shot_text
 from softprompt.tuning.lessons import lessons_of
 from softprompt.tuning.questions import first_question, parts_of
+from softprompt.tuning.recipe import TuneSettings
 from softprompt.tuning.teacher import Teachers, teacher_of
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -227,6 +228,12 @@ def test_a_document_longer_than_the_base_reads_is_cut_into_parts(architecture: s
     assert result.prompt.length == 8
     assert result.kl < result.kl_start
     assert result.kl < result.kl_base
+
+
+def test_the_epochs_do_not_depend_on_which_other_setting_is_given() -> None:
+    given = {"context": {"document": "handbook.md"}}
+    epochs = {DistilSettings(**given, **more).tune.epochs for more in ({}, {"tune": {"seed": 1}})}
+    assert epochs == {TuneSettings().epochs}
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class Learning(Section):
         flag="--kind",
     )
     answers: Count = setting(
-        2, "Answers that the teacher gives to each question.", flag="--answers-per-question"
+        1, "Answers that the teacher gives to each question.", flag="--answers-per-question"
     )
     answer_tokens: Count = setting(64, "Longest answer in tokens.", flag="--answer-tokens")
     temperature: NotNegative = setting(
@@ -119,7 +119,7 @@ class DistilSettings(BaseSettings):
     data: Questions = Field(default_factory=Questions, description="The questions.")
     distil: Learning = Field(default_factory=Learning, description="How it is distilled.")
     tune: TuneSettings = Field(
-        default_factory=lambda: TuneSettings(epochs=8), description="The optimiser's settings, as in `tune`."
+        default_factory=TuneSettings, description="The optimiser's settings, as in `tune`."
     )
 
     @model_validator(mode="after")

@@ -15,7 +15,8 @@ from softprompt.tuning.distil_settings import DistilSettings
 from softprompt.tuning.lessons import Lesson
 from softprompt.tuning.teacher import Teacher, Teachers
 
-COMPACTION_ROWS = 48  # questions and answers whose queries say which keys matter
+# Questions and answers whose queries say which keys matter: so many, or as many as have so many positions together.
+COMPACTION_ROWS, COMPACTION_POSITIONS = 48, 1_600
 
 
 class FixedFirst(Form):
@@ -53,8 +54,10 @@ def _part_start(settings: DistilSettings, part: Teacher, lessons: Sequence[Lesso
             for layers in (first.keys, first.values)
         )
     order = random.Random(f"compaction/{settings.tune.seed}").sample(range(len(lessons)), len(lessons))
-    rows = []
+    rows = list[list[int]]()
     for n in order[:COMPACTION_ROWS]:
+        if sum(map(len, rows)) >= COMPACTION_POSITIONS:
+            break
         marks = part.compiled.marks(part.lm, part.example(lessons[n].question))
         rows.append([*marks[part.context_positions :], *lessons[n].answer.ids])
     return compact(part.lm, state, rows, length, ridge=settings.distil.ridge).plain
