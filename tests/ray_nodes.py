@@ -1,11 +1,24 @@
-"""A Ray cluster of several nodes on this machine, to be killed one by one. Everything stays on loopback."""
+"""A Ray cluster of several nodes on this machine, to be killed one by one, and work that waits for it. Everything stays on
+loopback."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+import psutil
+
+from softprompt.scale.ray_workers import RayWorkers
+from softprompt.store.atomic import replace_file
 
 OBJECT_STORE_BYTES = 100_000_000
 TRIES = 4
@@ -49,9 +62,19 @@ class Nodes:
         self.workers.append(self._start(self.cpus))
 
     def kill(self, node: Any) -> None:
-        """SIGKILL for a node and all that runs on it."""
+        """SIGKILL for a node; what runs on it ends with it, about a second later."""
         self.workers.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
+
+    def kill_under(self, part: Held) -> None:
+        """Kills the node that a part is done on, and waits for the end of the part's process."""
+        self.kill(next(node for node in self.workers if node.node_id == part.node))
+        ended([part])
+
+    def refill(self, count: int = 3) -> None:
+        """Adds nodes until there are `count`. Call it in the main thread: a node ends with the thread that started it."""
+        while len(self.workers) < count:
+            self.add()
 
     def close(self) -> None:
         """Ends all of them."""
@@ -82,3 +105,92 @@ def nodes(count: int, cpus: int = 1) -> Iterator[Nodes]:
             del os.environ["RAY_ADDRESS"]
         else:
             os.environ["RAY_ADDRESS"] = before
+
+
+@dataclass(frozen=True)
+class Held:
+    """A part at work that waits: where."""
+
+    node: str
+    pid: int
+
+
+@dataclass
+class Gate:
+    """Holds every part at one moment of its work until some wait there and `kill` has killed what they are done on.
+
+    So something is lost however fast or slow the machine is. The moment is an event for which `moment` (a function of a
+    module) holds, or the part's begin without one. Work in a `with` of it."""
+
+    folder: Path
+    kill: Callable[[list[Held]], None]
+    waiting: int
+    moment: Callable[[Any], bool] | None = None
+    killed: list[Held] = field(default_factory=list)
+
+    def __enter__(self) -> Gate:
+        self.folder.mkdir()
+        threading.Thread(target=self._kill_and_open, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        (self.folder / "open").touch()  # also where the work has failed
+
+    @property
+    def begun(self) -> int:
+        """How often a part was begun."""
+        return len(list(self.folder.glob("begun-*")))
+
+    def _kill_and_open(self) -> None:
+        while not (self.folder / "open").exists():
+            time.sleep(0.05)
+            held = [Held(**json.loads(path.read_text())) for path in self.folder.glob("waits-*")]
+            if len(held) >= self.waiting:
+                self.kill(held)
+                self.killed += held
+                (self.folder / "open").touch()
+
+
+class GatedWorkers(RayWorkers):
+    """Workers whose parts pass a gate."""
+
+    def __init__(self, gate: Gate, **options: Any) -> None:
+        super().__init__(**options)
+        self.gate = gate
+
+    def map(self, do: Any, parts: Iterable[Any], *rest: Any, **options: Any) -> Iterator[Any]:
+        """The same, through the gate."""
+        yield from super().map(
+            partial(_gated, do, self.gate.folder, self.gate.moment), parts, *rest, **options
+        )
+
+
+def _gated(
+    do: Any, folder: Path, moment: Callable[[Any], bool] | None, part: Any, tell: Callable[[Any], None]
+) -> Any:
+    import ray
+
+    name = secrets.token_hex(8)
+    (folder / f"begun-{name}").touch()
+
+    def wait() -> None:
+        me = {"node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
+        replace_file(folder / f"waits-{name}", json.dumps(me))
+        while not (folder / "open").exists():
+            time.sleep(0.02)
+
+    def passing(event: Any) -> None:
+        tell(event)
+        if moment is not None and moment(event):
+            wait()
+
+    if moment is None:
+        wait()
+    return do(part, passing)
+
+
+def ended(parts: Iterable[Held]) -> None:
+    """Waits for the end of the processes of parts."""
+    for part in parts:
+        while psutil.pid_exists(part.pid) and psutil.Process(part.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.02)

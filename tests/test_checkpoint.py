@@ -23,6 +23,7 @@ from softprompt.progress.events import Event, Note, Stepped
 from softprompt.report.read import read_runs
 from softprompt.store import artifact
 from softprompt.store.artifact import load_prompt
+from softprompt.store.lock import FolderLock, patient
 from softprompt.tuning.checkpoint import identity
 from softprompt.tuning.loop import tune
 from softprompt.tuning.result import TuneResult
@@ -102,6 +103,29 @@ def test_the_two_newest_are_kept(tmp_path: Path) -> None:
     learn(tmp_path / "p")
     found = sorted(path.name for path in (tmp_path / "p" / "checkpoints").iterdir())
     assert found == ["000000010.checkpoint", "000000012.checkpoint"]
+
+
+def test_a_resume_that_waits_for_another_process_reads_what_that_one_wrote_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would go on from an older step, beside a newer checkpoint of other records."""
+    whole, _ = learn(tmp_path / "whole")
+    cut_short(tmp_path / "cut")
+    newest = tmp_path / "cut" / "checkpoints" / "000000006.checkpoint"
+    content = newest.read_bytes()
+    newest.unlink()
+    other = FolderLock(tmp_path / "cut", "a run")
+    other.take()
+
+    def write_and_end(seconds: float) -> None:
+        newest.write_bytes(content)
+        other.release()
+
+    with patient(600), monkeypatch.context() as patched:
+        patched.setattr("softprompt.store.lock.time.sleep", write_and_end)
+        resumed, events = learn(tmp_path / "cut", resume=True)
+    assert "Continues after step 6 of 12" in said(events)
+    assert torch.equal(vectors(whole), vectors(resumed))
 
 
 def test_resuming_what_is_finished_gives_it_again(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from softprompt.prompt.soft_prompt import Fingerprint, SoftPrompt
 from softprompt.report.render import write_reports
 from softprompt.store import artifact, ownership
 from softprompt.store.artifact import load_prompt, save_prompt
-from softprompt.store.lock import FolderLock
+from softprompt.store.lock import FolderLock, patient
 from softprompt.store.ownership import claim, folder_named, remove_ours, run_of, written_by_us
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.records import RunFolder
@@ -331,6 +331,27 @@ def test_the_lock_of_a_live_process_holds_and_that_of_a_killed_one_is_taken_over
     lock.take()
     lock.release()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_patient_process_waits_for_the_end_of_the_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = python(OWNER, tmp_path)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == "taken\n"
+
+    def end(seconds: float) -> None:
+        owner.send_signal(signal.SIGKILL)
+        owner.communicate()
+
+    monkeypatch.setattr("softprompt.store.lock.time.sleep", end)
+    with patient(600):
+        lock = FolderLock(tmp_path, "another run")
+        lock.take()
+        lock.take()  # nothing happens to whoever has it
+    with pytest.raises(SaveError, match=f"process {os.getpid()} "):
+        FolderLock(tmp_path, "a third run").take()
+    lock.release()
 
 
 SAVER = """

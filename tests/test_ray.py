@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,9 @@ import pytest
 
 pytest.importorskip("ray", reason="the extra ray is not installed: pip install 'softprompt[ray]'")
 
-from ray_nodes import Nodes
+import ray
+
+from ray_nodes import Gate, GatedWorkers, Held, Nodes
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
 from softprompt.comparison.compare import compare
@@ -28,9 +28,9 @@ from softprompt.evaluation.judge import evaluate
 from softprompt.inference.compiled import TextPrompt
 from softprompt.inference.generate_file import generate_file
 from softprompt.inference.settings import DecodeSettings
-from softprompt.progress.events import Event, Started
+from softprompt.progress.events import Event, Started, Stepped
 from softprompt.scale.ray_data import RayDataWorkers
-from softprompt.scale.ray_workers import RayWorkers
+from softprompt.scale.ray_workers import RayWorkers, near_the_driver
 from softprompt.tuning.sweep import sweep
 from test_compare import recipe as compared_recipe
 from test_compare import task as task
@@ -41,27 +41,37 @@ from test_workers import base as base
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own
 
 
+def after_20_steps(event: tuple[int, Event]) -> bool:
+    return isinstance(event[1], Stepped) and event[1].step == 20
+
+
+@pytest.mark.parametrize(("moment", "nodes"), [(None, 1), (after_20_steps, 2)])
 def test_a_sweep_loses_nothing_with_a_node(
-    tmp_path: Path, base: Path, ray_cluster: Nodes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, base: Path, ray_cluster: Nodes, monkeypatch: pytest.MonkeyPatch, moment: Any, nodes: int
 ) -> None:
-    """The node dies when a group of trials on it has taken some steps; all of it is learned elsewhere, once."""
+    """One node dies when both groups of trials have begun, or both nodes when all trials have taken 20 steps; what was done
+    there is done elsewhere."""
     recipe = sweep_recipe(base).changed(["tune.epochs=40"])
-    begun: dict[str, int] = {}
-    killed: list[Any] = []
+    begun: set[str] = set()
 
-    def kill(trial: str, event: Event) -> None:
-        begun[trial] = begun.get(trial, 0) + isinstance(event, Started)
-        if not killed and len(begun) == 4:  # both groups are at work
-            killed.append(ray_cluster.workers[0])
-            ray_cluster.kill(killed[0])
-            ray_cluster.add()
+    def watch(trial: str, event: Event) -> None:
+        if isinstance(event, Started):
+            begun.add(trial)
 
-    for name, options in (("here", {}), ("there", {"on_event": kill, "workers": RayWorkers()})):
-        (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-        sweep(recipe, RATES[:4], splits=SPLITS, parallel=2, progress=False, **options)  # type: ignore[arg-type]
-    assert killed
-    assert sorted(begun.values()) == [1, 1, 2, 2]  # those on the killed node began twice
+    def kill(held: list[Held]) -> None:
+        for part in held[:nodes]:
+            ray_cluster.kill_under(part)
+
+    with Gate(tmp_path / "gate", kill, waiting=2, moment=moment) as gate:
+        workers = GatedWorkers(gate)
+        for name, options in (("here", {}), ("there", {"on_event": watch, "workers": workers})):
+            (tmp_path / name).mkdir()
+            monkeypatch.chdir(tmp_path / name)
+            sweep(recipe, RATES[:4], splits=SPLITS, parallel=2, progress=False, **options)  # type: ignore[arg-type]
+    ray_cluster.refill()
+    assert gate.killed
+    assert gate.begun == 2 + nodes  # what was on a killed node began twice
+    assert len(begun) == 4
     assert prompts_and_records(tmp_path / "there") == prompts_and_records(tmp_path / "here")
     for number in range(4):
         folder = Path("swept") / "trials" / f"{number:03}-seed0"
@@ -71,56 +81,103 @@ def test_a_sweep_loses_nothing_with_a_node(
 def test_an_evaluation_loses_nothing_with_a_node_and_counts_nothing_twice(
     tmp_path: Path, task: Path, ray_cluster: Nodes
 ) -> None:
+    """A node dies when rows are judged on each of the three."""
     recipe = compared_recipe(task)
     examples = [{"text": f"my order {number} never came", "label": "complaint"} for number in range(320)]
 
     def judged(out: Path, **options: Any) -> bytes:
         template = recipe.data.template
-        given = {"template": template, "target": "label", "out": out}
+        given = {"template": template, "target": "label", "out": out, "progress": False}
         evaluate(TextPrompt("Is it one? "), examples, base=recipe.base, **given, **options)
         return (out / "rows.jsonl").read_bytes()
 
-    killed: list[Any] = []
+    with Gate(tmp_path / "gate", lambda held: ray_cluster.kill_under(held[0]), waiting=3) as gate:
+        there = judged(tmp_path / "there", workers=GatedWorkers(gate))
+    ray_cluster.refill()
+    assert gate.killed
+    assert gate.begun == 5 + 1  # in parts of 64 rows
+    assert there == judged(tmp_path / "here")
 
-    def kill(done: int, rows: int) -> None:
-        if done and not killed:
-            killed.append(ray_cluster.workers[0])
-            ray_cluster.kill(killed[0])
-            ray_cluster.add()
 
-    there = judged(tmp_path / "there", workers=RayWorkers(), progress=kill)
-    assert killed
-    assert there == judged(tmp_path / "here", progress=False)
+def learns(event: tuple[str, int, int]) -> bool:
+    return event[:2] == ("learning", 5)
 
 
 def test_a_comparison_loses_nothing_with_a_worker(tmp_path: Path, task: Path, ray_cluster: Nodes) -> None:
     """A worker dies by SIGKILL, as when memory runs out, while it learns the soft prompt of one seed."""
     settings = CompareSettings(arms=["base", "soft"], seeds=2)
     recipe = compared_recipe(task, "tune.max_steps=60")
-    lock = tmp_path / "there" / "arms" / "soft-1" / "prompt" / ".softprompt.lock"
-    killed: list[int] = []
 
-    def kill() -> None:
-        until = time.monotonic() + 200
-        while not killed and time.monotonic() < until:
-            time.sleep(0.02)
-            try:
-                killed.append(int(json.loads(lock.read_text())["pid"]))
-            except (OSError, ValueError, KeyError):
-                continue
-            os.kill(killed[0], signal.SIGKILL)
+    def kill(held: list[Held]) -> None:
+        os.kill(held[0].pid, signal.SIGKILL)
 
-    watcher = threading.Thread(target=kill, daemon=True)
-    watcher.start()
-    there = compare(recipe, settings, tmp_path / "there", workers=RayWorkers(), progress=False)
-    watcher.join()
+    with Gate(tmp_path / "gate", kill, waiting=1, moment=learns) as gate:
+        there = compare(recipe, settings, tmp_path / "there", workers=GatedWorkers(gate), progress=False)
     here = compare(recipe, settings, tmp_path / "here", own_process=False, progress=False)
-    assert killed
-    assert killed[0] != os.getpid()
+    assert gate.begun == 3 + 1
+    assert gate.killed[0].pid != os.getpid()
     assert there.failed == {}
     for arm, runs in here.runs.items():
         for mine, other in zip(runs, there.runs[arm], strict=True):
             assert (other.metrics, other.curve) == (mine.metrics, mine.curve)
+
+
+def test_work_that_has_lost_every_node_goes_on_where_others_come(tmp_path: Path, ray_cluster: Nodes) -> None:
+    class Replaced(GatedWorkers):
+        """Starts nodes when the cluster has none."""
+
+        def _count_or_wait(self) -> int:
+            known = super()._count_or_wait()
+            if self.gate.killed and not any(
+                node["Resources"].get("CPU") for node in ray.nodes() if node["Alive"]
+            ):
+                empty.append(known)
+                ray_cluster.refill()
+            return known
+
+    def kill(held: list[Held]) -> None:
+        for part in held:
+            ray_cluster.kill_under(part)
+
+    empty: list[int] = []
+    with Gate(tmp_path / "gate", kill, waiting=3) as gate:
+        assert list(Replaced(gate).map(doubled, range(4))) == [0, 2, 4, 6]
+    assert empty == [1]
+    assert gate.begun == 4 + 3
+
+
+def doubled(part: int, tell: Any) -> int:
+    return 2 * part
+
+
+def test_work_for_which_no_machine_is_left_ends_with_a_sentence(
+    ray_cluster: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = RayWorkers()
+    assert workers.count == 3
+    monkeypatch.setattr("ray.nodes", list)
+    assert workers._count_or_wait() == 1
+    monkeypatch.setattr("softprompt.scale.ray_workers.ROOMLESS_SECONDS", 0)
+    with pytest.raises(ClusterError, match="all machines with room for a worker were lost"):
+        workers._count_or_wait()
+    with pytest.raises(ClusterError, match="no machine has 1 CPUs"):
+        RayWorkers()._count_or_wait()
+
+
+def test_events_go_to_the_node_of_whoever_watches(ray_cluster: Nodes) -> None:
+    """Which may not be lost before it; four times, since Ray's own choice is another one in three of four."""
+
+    class Where:
+        def node(self) -> str:
+            return str(ray.get_runtime_context().get_node_id())
+
+    actors = [
+        ray.remote(num_cpus=0)(Where).options(scheduling_strategy=near_the_driver()).remote()
+        for _ in range(4)
+    ]
+    assert set(ray.get([actor.node.remote() for actor in actors])) == {
+        ray.get_runtime_context().get_node_id()
+    }
 
 
 def test_the_commands_take_a_cluster_and_leave_what_they_leave_here(

@@ -24,7 +24,10 @@ from softprompt.inference.compiled import TextPrompt
 from softprompt.inference.generate import generate
 from softprompt.inference.generate_file import generate_file
 from softprompt.inference.settings import DecodeSettings
+from softprompt.scale.ray_site import Site
+from softprompt.scale.ray_workers import _done
 from softprompt.settings.base_settings import BaseSettings
+from softprompt.store.lock import FolderLock
 from softprompt.tuning.learner import Learner
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.sweep import SweepResult, grid, sweep
@@ -212,6 +215,20 @@ def test_spread_rows_are_kept_in_the_bytes_of_one_process(tmp_path: Path, task: 
         summary = json.loads((tmp_path / name / "evaluation.json").read_text())
         (tmp_path / name / "evaluation.json").write_text(json.dumps({**summary, "complete": False}))
         assert judged(tmp_path / name, workers) == rows
+
+
+def test_a_part_on_a_cluster_waits_for_a_worker_that_was_lost_and_still_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = FolderLock(tmp_path, "a run")
+    lost.take()
+    monkeypatch.setattr("softprompt.store.lock.time.sleep", lambda seconds: lost.release())
+
+    def part(number: int, tell: Any) -> int:
+        with FolderLock(tmp_path, "the same run"):
+            return number
+
+    assert _done(part, 3, 0, None, Site.here(tmp_path)) == (3, None, [])
 
 
 def test_a_base_that_differs_on_another_machine_is_refused(tmp_path: Path, task: Path) -> None:

@@ -7,6 +7,7 @@ at all, so doing it again counts nothing twice.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections import deque
@@ -19,10 +20,16 @@ from softprompt.base.workers import Outcome, Part, Tell
 from softprompt.errors import ClusterError, SoftPromptError, first_line
 from softprompt.scale.ray_cluster import connected, demand_ray
 from softprompt.scale.ray_site import Site
+from softprompt.store.lock import patient
 
 RETRIES = 4  # of a part whose worker was lost
 POLL_SECONDS = 0.2
 TELL_EVERY_SECONDS = 0.5
+LOOK_EVERY_SECONDS = 5.0
+ROOMLESS_SECONDS = 300.0  # that a work waits for machines after all of them were lost
+LOST_WORKER_SECONDS = 120.0
+"""How long a part waits for a folder that is still locked. A worker whose machine the cluster has given up may write there for
+a while: Ray ends it about a second after the machine's raylet, and a raylet that is cut off after a minute."""
 AHEAD = 2  # parts for each worker that are handed out before the first of them is back
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM")
 """Variables of the environment that workers get from here."""
@@ -42,6 +49,7 @@ class RayWorkers:
         demand_ray()
         self.address, self.cpus, self.gpus, self.retries = address, cpus, gpus, retries
         self._connection = ExitStack()
+        self._room_seen: float | None = None  # when a machine had room for a worker, as far as is known
 
     def __enter__(self) -> Self:
         self._connection.enter_context(connected(self.address))
@@ -66,7 +74,24 @@ class RayWorkers:
                 f"--on {self.address}: no machine has {self.cpus} CPUs and {self.gpus:g} GPUs for a worker; the largest has "
                 f"{largest:g} CPUs. Lower --worker-cpus or --worker-gpus."
             )
+        self._room_seen = time.monotonic()
         return count
+
+    def _count_or_wait(self) -> int:
+        """`count`, or 1 where the machines that were there are lost, and others may come.
+
+        Raises ClusterError where there were none at the start, or where none came for ROOMLESS_SECONDS."""
+        try:
+            return self.count
+        except ClusterError:
+            if self._room_seen is None:
+                raise
+            if time.monotonic() - self._room_seen < ROOMLESS_SECONDS:
+                return 1
+            raise ClusterError(
+                f"--on {self.address}: all machines with room for a worker were lost, and none has come for "
+                f"{ROOMLESS_SECONDS:g} seconds. Start machines, and the command again: it continues (a sweep with --resume)."
+            ) from None
 
     def _room(self, node: dict[str, float]) -> int:
         by_cpus = int(node.get("CPU", 0) // self.cpus)
@@ -98,7 +123,7 @@ class RayWorkers:
         mailbox = None if tell is None else _Mailbox()
         numbered = enumerate(parts)
         under_way: deque[tuple[int, Any]] = deque()
-        most = AHEAD * self.count
+        most, looked = AHEAD * self._count_or_wait(), time.monotonic()
         try:
             while True:
                 while len(under_way) < most and (following := next(numbered, None)) is not None:
@@ -111,6 +136,10 @@ class RayWorkers:
                 while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
                     if mailbox is not None and tell is not None:
                         mailbox.empty(tell)
+                    if (
+                        time.monotonic() - looked > LOOK_EVERY_SECONDS
+                    ):  # Ray waits for machines without an end
+                        most, looked = AHEAD * self._count_or_wait(), time.monotonic()
                 outcome, error, events = self._get(reference, number)
                 under_way.popleft()
                 if mailbox is not None and tell is not None:
@@ -145,11 +174,13 @@ def environment() -> dict[str, Any]:
 
 
 def near_the_driver() -> Any:
-    """Places an actor on the node of this process, which the work does not outlive anyway."""
+    """Places an actor on the node of this process, which the work does not outlive anyway.
+
+    On no other one (soft): Ray takes a soft wish of an actor without CPUs for none at all, and its node may be lost."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def lost_too_often(number: int, retries: int, why: str) -> ClusterError:
@@ -165,7 +196,7 @@ def _done(
 ) -> tuple[Outcome | None, SoftPromptError | None, list[Any]]:
     """Does a part in a worker. Its outcome, or the error that a user can help; and the events that were not sent yet."""
     told: list[Any] = []
-    last = time.monotonic()
+    last = -math.inf  # the first event is sent at once: whoever watches sees that the part has begun
 
     def tell(event: Any) -> None:
         nonlocal last
@@ -179,7 +210,8 @@ def _done(
 
     try:
         site.enter()
-        return do(part, tell), None, told
+        with patient(LOST_WORKER_SECONDS):
+            return do(part, tell), None, told
     except SoftPromptError as error:
         return None, error, told
 

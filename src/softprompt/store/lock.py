@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,19 @@ from softprompt.errors import SaveError
 
 RUN, SAVE = ".softprompt.lock", ".softprompt.save.lock"
 POLL_SECONDS = 0.02
+
+_patience: ContextVar[float] = ContextVar("_patience", default=0.0)
+
+
+@contextlib.contextmanager
+def patient(seconds: float) -> Iterator[None]:
+    """Every lock waits at least `seconds` for its present owner: one that is expected to end, since its work was given to
+    another process."""
+    before = _patience.set(seconds)
+    try:
+        yield
+    finally:
+        _patience.reset(before)
 
 
 class FolderLock:
@@ -32,8 +46,11 @@ class FolderLock:
         self._descriptor: int | None = None
 
     def take(self, wait_seconds: float = 0.0) -> None:
-        """Becomes the owner, after at most `wait_seconds`. Raises SaveError that names the present one."""
-        until = time.monotonic() + wait_seconds
+        """Becomes the owner, unless it is, after at most `wait_seconds` or those of `patient`. Raises SaveError that names the
+        present owner."""
+        if self._descriptor is not None:
+            return
+        until = time.monotonic() + max(wait_seconds, _patience.get())
         while not self._try():
             if time.monotonic() >= until:
                 raise SaveError(

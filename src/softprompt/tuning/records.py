@@ -43,6 +43,12 @@ class RunFolder:
         self._file: IO[bytes] = self._waiting
         self._lock = FolderLock(folder, "a run")
 
+    def own(self) -> None:
+        """Makes a folder that exists this run's alone, before its checkpoints are read: another process may still be writing
+        newer ones. Raises SaveError where that goes on."""
+        if self.path.parent.is_dir():
+            self._lock.take()
+
     def begin(self, kept_bytes: int = 0) -> None:
         """Writes the recipe, and cuts the records to the first `kept_bytes`, those that the checkpoint knows of, so that
         no step is recorded twice. From here to `close` the folder is this run's alone. Raises SaveError where another

@@ -78,6 +78,7 @@ class Run:
         """The newest checkpoint in this run's folder, or None, with a note, if there is none.
 
         One of another run (with another `identity`, by default this run's) is refused before any file is changed."""
+        self.log.folder.own()
         state = self.checkpoints.newest()
         if state is None:
             self.log.note(
