@@ -3,6 +3,7 @@ loopback."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -146,9 +147,11 @@ class Gate:
             time.sleep(0.05)
             held = [Held(**json.loads(path.read_text())) for path in self.folder.glob("waits-*")]
             if len(held) >= self.waiting:
-                self.kill(held)
-                self.killed += held
-                (self.folder / "open").touch()
+                try:
+                    self.kill(held)
+                    self.killed += held
+                finally:
+                    (self.folder / "open").touch()
 
 
 class GatedWorkers(RayWorkers):
@@ -192,5 +195,6 @@ def _gated(
 def ended(parts: Iterable[Held]) -> None:
     """Waits for the end of the processes of parts."""
     for part in parts:
-        while psutil.pid_exists(part.pid) and psutil.Process(part.pid).status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.02)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while psutil.Process(part.pid).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.02)
