@@ -2,8 +2,8 @@
 them one by one from Python takes longer than running them.
 
 Passes over inputs of one shape are recorded once and replayed from then on. Rows are padded to a few lengths, so that
-few shapes are met. A graph is only kept where it gives the states and the gradients of the plain pass (CUDA graphs:
-torch.cuda.make_graphed_callables).
+few shapes are met. The first graph over a base is compared with the plain pass, states and gradients; where they differ it is
+not used (CUDA graphs: torch.cuda.make_graphed_callables).
 """
 
 from __future__ import annotations
@@ -30,16 +30,14 @@ Pass = Callable[..., Tensor]
 Capture = Callable[[Pass, tuple[Tensor, ...], int], Pass]
 """A pass, inputs like those to come and a number of warm-ups to the same pass, recorded."""
 
-SHORTEST_STEP = (
-    16  # lengths are rounded up to a multiple of this, longer ones to a quarter of the next power of two
-)
+# Lengths are rounded up to a multiple of this, those above 64 to a quarter of the next power of two.
+SHORTEST_STEP = 16
 # Multiply-adds of one layer's weights and all positions (weights of the base x positions / layers) up to which starting
 # the kernels of a layer, about a millisecond, takes longer than an H100 computes.
 MOST_WORK = 1e11
 MOST_GRAPHS = 64
-ACTIVATIONS = (
-    17  # numbers a position, layer and unit of width that a backward pass reads (Korthikanti et al. 2022)
-)
+# Numbers a position, layer and unit of width that a backward pass reads (Korthikanti et al. 2022).
+ACTIVATIONS = 17
 MEMORY_SHARE = 0.25  # of the free memory that one graph's activations may take
 
 
