@@ -158,11 +158,30 @@ def test_a_graph_that_gives_anything_else_is_not_used_and_a_body_that_cannot_be_
 
     for capture in (Replayed(spoil=1.01), refuses):
         loss, graphs = replaying(lm, capture)
-        for _ in range(2):
-            prompt, rows = prompt_for(lm, "soft"), batch([9, 7], "soft")
+        for lengths in ([9, 7], [9, 7], [40, 7]):
+            prompt, rows = prompt_for(lm, "soft"), batch(lengths, "soft")
             torch.testing.assert_close(loss(rows, prompt), lm.token_nll(rows, prompt), rtol=1e-4, atol=1e-5)
         assert graphs.number == 0
-    assert len(asked) == 1  # a shape is tried once
+    assert len(asked) == 2  # each shape is tried once
+
+
+def test_the_first_graph_of_each_kind_is_compared() -> None:
+    """A recorder that is right for soft prompts and wrong for deep ones."""
+    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), name="tiny")
+
+    def wrong_for_deep(run: Pass, samples: tuple[Tensor, ...], warmups: int) -> Pass:
+        return Replayed(spoil=1.0 if len(samples) == 2 else 1.01)(run, samples, warmups)
+
+    loss, graphs = replaying(lm, wrong_for_deep)
+    for kind, lengths, number in (
+        ("soft", [9, 7], 1),
+        ("soft", [40, 7], 2),
+        ("deep", [9, 7], 2),
+        ("deep", [40, 7], 2),
+    ):
+        prompt, rows = prompt_for(lm, kind), batch(lengths, kind)
+        torch.testing.assert_close(loss(rows, prompt), lm.token_nll(rows, prompt), rtol=1e-4, atol=1e-5)
+        assert graphs.number == number
 
 
 def test_losses_without_a_gradient_and_large_batches_are_read_plainly(

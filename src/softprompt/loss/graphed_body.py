@@ -2,8 +2,8 @@
 them one by one from Python takes longer than running them.
 
 Passes over inputs of one shape are recorded once and replayed from then on. Rows are padded to a few lengths, so that
-few shapes are met. The first graph over a base is compared with the plain pass, states and gradients; where they differ it is
-not used (CUDA graphs: torch.cuda.make_graphed_callables).
+few shapes are met. The first graph of a kind (soft, deep, behind a context) is compared with the plain pass, states and gradients;
+where they differ it is not used (CUDA graphs: torch.cuda.make_graphed_callables).
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class GraphedBody:
         self.lm, self.body = lm, body
         self.capture = CudaCapture() if capture is None else capture
         self._graphs: dict[Any, Pass | None] = {}
+        self._compared: set[tuple[bool, int]] = set()
         self._in_use: Callable[[], object] = lambda: None
 
     @property
@@ -79,7 +80,7 @@ class GraphedBody:
         if shape not in self._graphs:
             if len(self._graphs) == MOST_GRAPHS:
                 return None
-            self._graphs[shape] = self._recorded(run, inputs)
+            self._graphs[shape] = self._recorded(run, inputs, kind=(bool(deep), len(inputs)))
         graph = self._graphs[shape]
         return None if graph is None else self._until_backward(graph(*inputs))
 
@@ -92,8 +93,8 @@ class GraphedBody:
     def _pays(self, positions: int) -> bool:
         return self.lm.num_parameters * positions <= MOST_WORK * self.lm.num_layers
 
-    def _recorded(self, run: Pass, inputs: Sequence[Tensor]) -> Pass | None:
-        """The pass as a graph, None where it cannot be recorded or gives anything else than the plain one."""
+    def _recorded(self, run: Pass, inputs: Sequence[Tensor], kind: tuple[bool, int]) -> Pass | None:
+        """The pass as a graph, None where it cannot be recorded. Until one of its kind gave what the plain pass gives, each is compared."""
         rows, length, width = inputs[0].shape
         activations = ACTIVATIONS * self.lm.dtype.itemsize * rows * length * width * self.lm.num_layers
         if activations > MEMORY_SHARE * free_memory_bytes(self.lm.device):
@@ -102,9 +103,12 @@ class GraphedBody:
         with torch.no_grad():
             samples[1][-1, -1] = 0  # so that warming up meets a mask, as recording does
         try:
-            is_first = not self._graphs
-            graph = self.capture(run, samples, 2 if is_first else 1)
-            return graph if not is_first or self._gives_the_same(graph, run, inputs) else None
+            is_known = kind in self._compared
+            graph = self.capture(run, samples, 1 if is_known else 2)
+            if not is_known and not self._gives_the_same(graph, run, inputs):
+                return None
+            self._compared.add(kind)
+            return graph
         except RuntimeError:  # a body that asks the GPU for a number half-way, or too little memory
             return None
 
