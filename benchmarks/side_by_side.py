@@ -3,9 +3,7 @@
     python benchmarks/side_by_side.py --base builtin --prompts 8 --steps 8 --out benchmarks/side_by_side.json
 
 Both roads take the same rows in the same order, with seeds 0 to N-1 for the starts; both are timed in this process,
-in turns. `difference` is the largest between any two values of a prompt learned on the two roads. A third road learns one
-prompt from as many rows a step as all of them together; `share_of_one_wide_prompt` is the rows a second of the prompts
-side by side over those of that one.
+in turns. `difference` is the largest between any two values of a prompt learned on the two roads.
 """
 
 from __future__ import annotations
@@ -49,7 +47,7 @@ def main() -> None:
 def measured(lm: FrozenLM, given: argparse.Namespace, batch_size: int) -> dict[str, Any]:
     """Seconds of both roads, their ratio round by round, and how far their prompts are apart."""
 
-    def recipes(folder: Path, prompts: int = given.prompts, rows: int = batch_size) -> list[Recipe]:
+    def recipes(folder: Path) -> list[Recipe]:
         overrides = [
             "data.source=builtin:messages",
             "data.template={soft}{text} Kind: {label}",
@@ -58,12 +56,11 @@ def measured(lm: FrozenLM, given: argparse.Namespace, batch_size: int) -> dict[s
             f"data.limit={given.steps * batch_size}",
             f"prompt.length={given.length}",
             f"tune.max_steps={given.steps}",
-            "tune.epochs=1000",
-            f"tune.batch_size={rows}",
+            f"tune.batch_size={batch_size}",
         ]
         return [
             Recipe.from_flags({}, [*overrides, f"tune.seed={seed}", f"out={folder / str(seed)}"])
-            for seed in range(prompts)
+            for seed in range(given.prompts)
         ]
 
     rows: list[dict[str, float]] = []
@@ -81,10 +78,6 @@ def measured(lm: FrozenLM, given: argparse.Namespace, batch_size: int) -> dict[s
                     tuned = [tune(recipe, lm=lm) for recipe in made]
                 seconds[road] = time.perf_counter() - began
                 prompts[road] = [next(iter(one.prompt.tensors.values())) for one in tuned]
-            (wide,) = recipes(Path(scratch) / "wide", 1, given.prompts * batch_size)
-            began = time.perf_counter()
-            tune(wide, lm=lm)
-            seconds["one wide prompt"] = time.perf_counter() - began
             pairs = zip(prompts["side by side"], prompts["one by one"], strict=True)
             difference = max(float((one - other).abs().max()) for one, other in pairs)
             if turn:  # the first warms up
@@ -95,10 +88,6 @@ def measured(lm: FrozenLM, given: argparse.Namespace, batch_size: int) -> dict[s
         "batch_size": batch_size,
         "seconds_side_by_side": statistics.median(row["side by side"] for row in rows),
         "seconds_one_by_one": statistics.median(row["one by one"] for row in rows),
-        "seconds_one_wide_prompt": statistics.median(row["one wide prompt"] for row in rows),
-        "share_of_one_wide_prompt": round(
-            statistics.median(row["one wide prompt"] / row["side by side"] for row in rows), 3
-        ),
         "times_faster": statistics.median(ratios),
         "ratios": [round(ratio, 3) for ratio in ratios],
         "difference": difference,

@@ -168,3 +168,24 @@ def test_the_arithmetic_chosen_once_is_kept_for_runs_that_go_on(
     rates.float32_is_faster.cache_clear()
     assert rates.float32_is_faster(torch.bfloat16) is not measured
     rates.float32_is_faster.cache_clear()
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Mistral (sliding window)", "Qwen2", "Qwen3"])
+def test_the_norm_of_gpus_gives_transformers_own_values_and_gradient(architecture: str) -> None:
+    """It is exchanged there alone; it computes anywhere."""
+    norms = [
+        module for module in tiny_model(architecture).modules() if type(module) in learning_body.RMS_NORMS
+    ]
+    assert norms
+    for norm in norms:
+        drawn = torch.Generator().manual_seed(7)
+        hidden = 1e-3 * torch.randn(2, 5, len(norm.weight), generator=drawn)  # so that epsilon counts
+        found = []
+        for each in (norm, learning_body.FusedNorm(norm)):
+            leaf = hidden.clone().requires_grad_()
+            normed = each(leaf)
+            (slope,) = torch.autograd.grad((normed**3).sum(), leaf)
+            found.append((normed.detach(), slope))
+        (theirs, wanted), (ours, slope) = found
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(slope, wanted, rtol=1e-4, atol=1e-4)
