@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from machine import describe, seconds
+from machine import demand_device, describe, seconds
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.nll import Head, dense
 from softprompt.loss.kernels.cut_head import cut_head
@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
+    demand_device(parser, given.device)
     given.work.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {**describe(), "rounds": given.rounds, "cases": {}}
     loaded: dict[str, FrozenLM] = {}
