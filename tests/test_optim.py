@@ -14,7 +14,6 @@ from softprompt.tuning.optim import (
     MOMENTUM,
     Adafactor,
     Muon,
-    _even_by_squares,
     automatic_rate,
     orthogonalised,
     rate_factor,
@@ -198,13 +197,15 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for() -> None:
     torch.testing.assert_close(state["exp_avg"], 0.1 * torch.tensor([[0.6, 0.8]]), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(5, 4, 6), (3, 6, 4), (2, 1, 8)])
-def test_by_squares_a_matrix_is_as_even_as_by_its_singular_values(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("parts", "rows", "columns"), [(5, 4, 6), (3, 6, 4), (2, 1, 8)])
+def test_a_matrix_is_as_even_as_its_singular_values_say(parts: int, rows: int, columns: int) -> None:
     drawn = torch.Generator().manual_seed(4)
-    apart = torch.randn(shape, generator=drawn)
+    apart = torch.randn(parts, rows, columns, generator=drawn)
     apart[0, -1] = 1e-3 * apart[0, -1]  # a faint direction
     apart[-1] = 0.0
     left, sizes, right = torch.linalg.svd(apart.double(), full_matrices=False)
     shares = sizes / torch.hypot(sizes, 1e-2 * sizes[:, :1]).clamp(min=1e-300)
-    wanted = max(shape[1:]) ** 0.5 * left @ torch.diag_embed(shares) @ right
-    torch.testing.assert_close(_even_by_squares(apart), wanted.float(), atol=1e-5, rtol=1e-5)
+    wanted = max(rows, columns) ** 0.5 * left @ torch.diag_embed(shares) @ right
+    side_by_side = apart.transpose(0, 1).reshape(rows, parts * columns)
+    even = orthogonalised(side_by_side, parts).reshape(rows, parts, columns).transpose(0, 1)
+    torch.testing.assert_close(even, wanted.float(), atol=1e-5, rtol=1e-5)

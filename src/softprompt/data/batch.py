@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -126,14 +127,16 @@ def collate(rows: Sequence[Encoded], pad_id: int = 0) -> Batch:
     """Rows to one batch, right-padded to its longest. `pad_id` fills ids only; soft is -1 and trained False there."""
     longest = max(len(row) for row in rows)
     # Padding on the right: with causal attention no real position ever sees it, so that a row's result does not depend on it.
-    ids_BS = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
-    soft_BS = torch.full((len(rows), longest), -1, dtype=torch.int64)
-    trained_BS = torch.zeros((len(rows), longest), dtype=torch.bool)
-    for b, row in enumerate(rows):
-        ids_BS[b, : len(row)] = torch.tensor(row.ids, dtype=torch.int64)
-        soft_BS[b, : len(row)] = torch.tensor(row.soft, dtype=torch.int64)
-        trained_BS[b, : len(row)] = torch.tensor(row.trained, dtype=torch.bool)
     lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    is_real_BS = torch.arange(longest) < lengths_B[:, None]
+
+    def padded(values: Iterable[Iterable[int]], padding: int, dtype: torch.dtype) -> Tensor:
+        real_N = torch.tensor(list(chain.from_iterable(values)), dtype=dtype)
+        return torch.full(is_real_BS.shape, padding, dtype=dtype).masked_scatter_(is_real_BS, real_N)
+
+    ids_BS = padded((row.ids for row in rows), pad_id, torch.int64)
+    soft_BS = padded((row.soft for row in rows), -1, torch.int64)
+    trained_BS = padded((row.trained for row in rows), False, torch.bool)
     return Batch(
         ids_BS,
         soft_BS,

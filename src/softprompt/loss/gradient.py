@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Protocol
 
 import torch
@@ -107,10 +107,14 @@ class Gradients:
     ) -> Iterator[tuple[Tensor, list[tuple[int, Encoded]]]]:
         """The losses of every token, `at_a_time` rows a pass at most, and those rows with their owners."""
         shares = [self.processes.share(own) for own in rows]
-        for prompt, owned in _shared(prompts, shares):
+        for prompt, starts, owned in _shared(prompts, shares):
             for first in range(0, len(owned), at_a_time):
                 piece = owned[first : first + at_a_time]
-                yield self.loss(collate([row for _, row in piece]), prompt), piece
+                batch = collate([row for _, row in piece])
+                if starts:
+                    start_B = torch.tensor([starts[r] for r, _ in piece])
+                    batch = replace(batch, soft_BS=_shifted(batch.soft_BS, start_B))
+                yield self.loss(batch, prompt), piece
 
     def _halve(self, rows: Sequence[Sequence[Encoded]], error: BaseException) -> None:
         largest = min(self.rows, sum(map(len, rows)))
@@ -153,27 +157,28 @@ class MeanLosses:
 
 def _shared(
     prompts: Sequence[Plain], rows: Sequence[Sequence[Encoded]]
-) -> list[tuple[Plain, list[tuple[int, Encoded]]]]:
-    """The rows that can go through the base together, and the prompt that they read: (prompt, [(owner, row)]).
+) -> list[tuple[Plain, list[int], list[tuple[int, Encoded]]]]:
+    """The rows that can go through the base together, and the prompt that they read: (prompt, starts, [(owner, row)]).
 
+    `starts` says where in a prompt that several share each owner's part begins; it is empty for a prompt of one owner.
     Rows of similar length come together, so that batches hold little padding."""
     owned = [sorted(((r, row) for row in own), key=_length) for r, own in enumerate(rows)]
     vectors = [prompt[0] for prompt in prompts if len(prompt) == 1]
     if len(prompts) == 1 or len(vectors) < len(prompts):
         # Keys and values come before a whole batch, so deep prompts take a pass each.
-        return list(zip(prompts, owned, strict=True))
+        return [(prompt, [], own) for prompt, own in zip(prompts, owned, strict=True)]
     # One long prompt, of which every row reads its owner's part.
-    starts = [sum(len(vectors_PD) for vectors_PD in vectors[:r]) for r in range(len(vectors))]
-    together = [(r, _shifted(row, starts[r])) for own in owned for r, row in own]
-    return [((torch.cat(vectors),), sorted(together, key=_length))]
+    starts = list(accumulate(map(len, vectors[:-1]), initial=0))
+    return [((torch.cat(vectors),), starts, sorted(chain.from_iterable(owned), key=_length))]
 
 
 def _length(owned: tuple[int, Encoded]) -> int:
     return len(owned[1])
 
 
-def _shifted(row: Encoded, start: int) -> Encoded:
-    return replace(row, soft=[soft if soft < 0 else soft + start for soft in row.soft])
+def _shifted(soft_BS: Tensor, start_B: Tensor) -> Tensor:
+    """The rows of the prompt that virtual positions read, further on by each row's start; tokens keep their -1."""
+    return torch.where(soft_BS < 0, soft_BS, soft_BS + start_B[:, None])
 
 
 def _leaf(prompt: Plain) -> Plain:

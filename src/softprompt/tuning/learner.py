@@ -76,15 +76,15 @@ class Learner:
         """Takes one optimiser step along the parameters' gradients, clipped, at the scheduled rate.
 
         False, and no step, where the gradient or the loss `nll` that it belongs to is not finite."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
-        finite = math.isfinite(nll) and bool(torch.isfinite(norm))
+        norm = self._clipped()
+        finite = math.isfinite(nll) and math.isfinite(norm)
         if finite:
             is_measured = self.highest_rate > self.learning_rate
             is_tried = self.steps_done + 1 in self.tried_steps
             before = self._values() if is_measured or is_tried else []
             self._set_rate(self.highest_rate * self._scheduled_share() if is_measured else self.rate)
             self.optimiser.step()
-            self.rate_taken = self._shortened(before, nll, float(norm)) if is_measured else self.rate
+            self.rate_taken = self._shortened(before, nll, norm) if is_measured else self.rate
             self.highest_taken = max(self.highest_taken, self.rate_taken / self._scheduled_share())
             if is_tried:
                 self._last_start = before
@@ -92,7 +92,8 @@ class Learner:
             self.steps_done += 1
             self.recent = [*self.recent, nll][-RECENT_STEPS:]
             self.nll_first = nll if math.isnan(self.nll_first) else self.nll_first
-        self.optimiser.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         return finite
 
     @property
@@ -145,6 +146,17 @@ class Learner:
                 for parameter, old in zip(self.parameters, before, strict=True):
                     parameter.lerp_(old, 1.0 - rate / self.highest_rate)
         return rate * share
+
+    def _clipped(self) -> float:
+        """Scales the gradients down to a norm of `clip` where theirs is larger, as torch's clip_grad_norm_ does; their norm
+        before. (That function takes longer than a prompt's own sums, for each of many prompts side by side.)"""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in gradients))
+        clip = self.settings.clip
+        if clip and norm > clip:
+            for gradient in gradients:
+                gradient.mul_(clip / (norm + 1e-6))
+        return norm
 
     def _values(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]

@@ -83,34 +83,25 @@ class Muon(OneByOne):
 def orthogonalised(matrix: Tensor, parts: int = 1) -> Tensor:
     """`matrix` [N, M] with singular values that are all alike but for faint ones; a root mean square of 1 at full rank.
 
-    With `parts`, that many matrices [N, M / parts] side by side, each for itself. A vector [M] counts as [1, M]."""
+    With `parts`, that many matrices [N, M / parts] side by side, each for itself. A vector [M] counts as [1, M].
+    Through the eigenvalues of matrix @ matrix.T in float64: they take less time than singular values, and GPUs decompose
+    many small symmetric matrices at once, any others one by one. Their squares keep `FAINT` apart by far."""
     rows = 1 if matrix.ndim == 1 else len(matrix)
-    apart = matrix.reshape(rows, parts, -1).transpose(0, 1)  # [parts, N, M / parts]
-    if apart.is_cuda:
-        return _even_by_squares(apart).transpose(0, 1).reshape(matrix.shape)
-    # matrix = left @ diag(sizes) @ right: the sizes say how much the gradients of all rows have in common.
-    left, sizes, right = torch.linalg.svd(apart, full_matrices=False)
-    # 1 for clear directions, falling to 0 for faint ones, which are rounding and would be blown up to full size. The
-    # clamp keeps a matrix of zeros at zero.
-    shares = sizes / torch.hypot(sizes, FAINT * sizes[:, :1]).clamp(min=torch.finfo(sizes.dtype).tiny)
-    # A matrix [N, M] of min(N, M) singular values of 1 has a root mean square of 1/sqrt(max(N, M)): scaled to 1.
-    even: Tensor = max(apart.shape[1:]) ** 0.5 * (left * shares[:, None]) @ right
-    return even.transpose(0, 1).reshape(matrix.shape)
-
-
-def _even_by_squares(apart: Tensor) -> Tensor:
-    """The same as by singular values, through the eigenvalues of matrix @ matrix.T in float64: GPUs decompose many
-    small symmetric matrices at once, and any others one by one."""
-    short = apart if apart.shape[1] <= apart.shape[2] else apart.transpose(1, 2)
-    precise = short.double()
-    # matrix = left @ diag(sizes) @ right, so matrix @ matrix.T = left @ diag(sizes^2) @ left.T, in rising order.
-    squares, left = torch.linalg.eigh(precise @ precise.transpose(1, 2))
+    apart = matrix.reshape(rows, parts, -1).transpose(0, 1).double()  # [parts, N, M / parts]
+    is_wide = apart.shape[1] <= apart.shape[2]
+    wide = apart if is_wide else apart.transpose(1, 2)
+    # wide = left @ diag(sizes) @ right, so wide @ wide.T = left @ diag(sizes^2) @ left.T, in rising order. The sizes say
+    # how much the gradients of all rows have in common.
+    squares, left = torch.linalg.eigh(wide @ wide.transpose(1, 2))
     sizes = squares.clamp(min=0).sqrt()
-    # left @ diag(shares) @ right = left @ diag(shares / sizes) @ left.T @ matrix; shares / sizes is 1 / hypot(...).
-    tiny = torch.finfo(sizes.dtype).tiny
-    factors = 1.0 / torch.hypot(sizes, FAINT * sizes[:, -1:]).clamp(min=tiny)
-    even: Tensor = max(apart.shape[1:]) ** 0.5 * (left * factors[:, None]) @ (left.transpose(1, 2) @ precise)
-    return (even if short is apart else even.transpose(1, 2)).to(apart.dtype)
+    # Wanted is left @ diag(shares) @ right, of shares that are 1 for clear directions and fall to 0 for faint ones, which
+    # are rounding and would be blown up to full size: size / hypot(size, FAINT * largest). And right is
+    # diag(1 / sizes) @ left.T @ wide. The clamp keeps a matrix of zeros at zero.
+    factors = 1.0 / torch.hypot(sizes, FAINT * sizes[:, -1:]).clamp(min=torch.finfo(sizes.dtype).tiny)
+    even = (left * factors[:, None]) @ (left.transpose(1, 2) @ wide)
+    # A matrix [N, M] of min(N, M) singular values of 1 has a root mean square of 1/sqrt(max(N, M)): scaled to 1.
+    even = max(apart.shape[1:]) ** 0.5 * (even if is_wide else even.transpose(1, 2))
+    return even.transpose(0, 1).reshape(matrix.shape).to(matrix.dtype)
 
 
 def muon(parameters: Parameters, rate: float, weight_decay: float) -> Optimiser:
