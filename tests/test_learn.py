@@ -767,6 +767,23 @@ def tried_learner(folder: Path) -> Learner:
     return learner
 
 
+def test_the_first_steps_after_a_return_are_tried_again(tmp_path: Path) -> None:
+    learner = tried_learner(tmp_path)
+    for _ in range(2):
+        learner.go_back()
+        for is_tried in (True, False):
+            learner.parameters[0].grad = torch.ones(4, 8)
+            assert learner.step(1.0)
+            assert learner.is_tried is is_tried
+    learner.go_back()
+    again = Learner(Direct((torch.zeros(4, 8),)), learner.settings, 0.25, 100)
+    again.tried_steps = learner.tried_steps
+    again.restore(learner.state())
+    again.parameters[0].grad = torch.ones(4, 8)
+    assert again.step(1.0)
+    assert again.is_tried
+
+
 @pytest.mark.parametrize(("setting", "factors"), [("auto", (1, 2, 2, 4, 4, 4)), ("0.01", (1,) * 6)])
 def test_the_second_and_fourth_step_of_an_automatic_run_are_tried(
     tmp_path: Path, setting: str, factors: tuple[int, ...]

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from softprompt.prompt.reparam import Direct
-from softprompt.tuning.learner import Learner
+from softprompt.tuning.learner import Learner, step_each
 from softprompt.tuning.optim import (
     MOMENTUM,
     Adafactor,
@@ -209,3 +209,31 @@ def test_a_matrix_is_as_even_as_its_singular_values_say(parts: int, rows: int, c
     side_by_side = apart.transpose(0, 1).reshape(rows, parts * columns)
     even = orthogonalised(side_by_side, parts).reshape(rows, parts, columns).transpose(0, 1)
     torch.testing.assert_close(even, wanted.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_steps_side_by_side_are_those_of_each_alone() -> None:
+    """Prompts of two lengths, deep and plain, one gradient that is not finite, and optimisers that have no matrices."""
+
+    def learners() -> list[Learner]:
+        forms = [Direct((torch.ones(rows, 6),)) for rows in (4, 4, 3, 4)]
+        plain = [Learner(form, TuneSettings(), 0.1, 5) for form in forms]
+        deep = Direct((torch.ones(2, 4, 2, 3), torch.ones(2, 4, 2, 3)))
+        rest = [Direct((torch.ones(4, 6),)), deep]
+        adamw = [Learner(form, TuneSettings(optimizer="adamw"), 0.1, 5) for form in rest[:1]]
+        return [*plain, *adamw, *(Learner(form, TuneSettings(), 0.1, 5) for form in rest[1:])]
+
+    together, alone = learners(), learners()
+    for step in range(3):
+        for group in (together, alone):
+            drawn = torch.Generator().manual_seed(step)
+            for number, learner in enumerate(group):
+                for parameter in learner.parameters:
+                    parameter.grad = torch.randn(parameter.shape, generator=drawn)
+                    if number == step:
+                        parameter.grad[0] = math.nan
+        done = step_each(together, [1.0] * len(together))
+        assert done == [learner.step(1.0) for learner in alone] == [n != step for n in range(len(alone))]
+    for learner, other in zip(together, alone, strict=True):
+        assert learner.steps_done == other.steps_done
+        for one, two in zip(learner.snapshot(), other.snapshot(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softprompt.prompt.reparam import Form
 from softprompt.prompt.soft_prompt import Plain
-from softprompt.tuning.optim import OPTIMIZERS, Muon, rate_factor
+from softprompt.tuning.optim import OPTIMIZERS, Muon, prepare_steps, rate_factor
 from softprompt.tuning.recipe import TuneSettings
 
 RECENT_STEPS = 3  # training losses that are averaged to see a divergence
@@ -39,7 +39,8 @@ class Learner:
         self.form, self.settings, self.learning_rate, self.steps = form, settings, learning_rate, steps
         self.highest_rate = learning_rate
         self.reachable_nll = 0.0
-        self.tried_steps: tuple[int, ...] = ()  # see rate.try_last_step
+        self.tried_steps: tuple[int, ...] = ()  # from the start or the last return on; see rate.try_last_step
+        self.returned_at = 0  # steps that had been done then
         self._last_start: list[Tensor] = []
         self._last_way: list[Tensor] = []
         trained = form.trained()
@@ -76,30 +77,28 @@ class Learner:
         """Takes one optimiser step along the parameters' gradients, clipped, at the scheduled rate.
 
         False, and no step, where the gradient or the loss `nll` that it belongs to is not finite."""
-        norm = self._clipped()
-        finite = math.isfinite(nll) and math.isfinite(norm)
-        if finite:
-            is_measured = self.highest_rate > self.learning_rate
-            is_tried = self.steps_done + 1 in self.tried_steps
-            before = self._values() if is_measured or is_tried else []
-            self._set_rate(self.highest_rate * self._scheduled_share() if is_measured else self.rate)
-            self.optimiser.step()
-            self.rate_taken = self._shortened(before, nll, norm) if is_measured else self.rate
-            self.highest_taken = max(self.highest_taken, self.rate_taken / self._scheduled_share())
-            if is_tried:
-                self._last_start = before
-                self._last_way = [now - old for now, old in zip(self._values(), before, strict=True)]
-            self.steps_done += 1
-            self.recent = [*self.recent, nll][-RECENT_STEPS:]
-            self.nll_first = nll if math.isnan(self.nll_first) else self.nll_first
-        for parameter in self.parameters:
-            parameter.grad = None
-        return finite
+        return step_each([self], [nll])[0]
+
+    def _take_step(self, nll: float, norm: float) -> None:
+        """A step along gradients that have been clipped, whose norm was `norm` before."""
+        is_measured = self.highest_rate > self.learning_rate
+        is_tried = self.steps_done + 1 - self.returned_at in self.tried_steps
+        before = self._values() if is_measured or is_tried else []
+        self._set_rate(self.highest_rate * self._scheduled_share() if is_measured else self.rate)
+        self.optimiser.step()
+        self.rate_taken = self._shortened(before, nll, norm) if is_measured else self.rate
+        self.highest_taken = max(self.highest_taken, self.rate_taken / self._scheduled_share())
+        if is_tried:
+            self._last_start = before
+            self._last_way = [now - old for now, old in zip(self._values(), before, strict=True)]
+        self.steps_done += 1
+        self.recent = [*self.recent, nll][-RECENT_STEPS:]
+        self.nll_first = nll if math.isnan(self.nll_first) else self.nll_first
 
     @property
     def is_tried(self) -> bool:
-        """Whether the step just taken is one of `tried_steps`, and no return has lowered the rate before it."""
-        return self.steps_done in self.tried_steps and not self.times_lowered
+        """Whether the step just taken is one of `tried_steps`."""
+        return self.steps_done - self.returned_at in self.tried_steps
 
     def moved(self, factor: float) -> Plain:
         """Moves to where the last step had led if it were `factor` times as long; the plain prompt there."""
@@ -209,10 +208,11 @@ class Learner:
         """Returns to the best step's form, with a fresh optimiser and a third of the rate. The schedule continues.
 
         Where steps are measured, none takes more than a third of the highest rate that led here: where text is learned, most of the
-        loss cannot be taken away, and steps that promise all of it go too far."""
+        loss cannot be taken away, and steps that promise all of it go too far. The first steps from here are tried as those of
+        the run were, so that a rate that fell too far rises again where other rows say so."""
         self.learning_rate /= LOWERED_BY
         self.highest_rate = max(self.learning_rate, self.highest_taken / LOWERED_BY)
-        self.highest_taken = 0.0
+        self.highest_taken, self.returned_at = 0.0, self.steps_done
         self.times_lowered += 1
         self.recent = []
         self.form.load_state_dict(self.best_form)
@@ -232,6 +232,7 @@ class Learner:
             "best_form": self.best_form,
             "highest_rate": self.highest_rate,
             "highest_taken": self.highest_taken,
+            "returned_at": self.returned_at,
             "reachable_nll": self.reachable_nll,
             **{name: getattr(self, name) for name in _COUNTS},
         }
@@ -245,7 +246,21 @@ class Learner:
             setattr(self, name, state[name])
         self.highest_rate = state.get("highest_rate", self.learning_rate)
         self.highest_taken = state.get("highest_taken", 0.0)
+        self.returned_at = state.get("returned_at", 0)
         self.reachable_nll = state.get("reachable_nll", 0.0)
+
+
+def step_each(learners: Sequence[Learner], nlls: Sequence[float]) -> list[bool]:
+    """`Learner.step` of each, with the optimisers' matrices decomposed together."""
+    norms = [learner._clipped() for learner in learners]
+    finite = [math.isfinite(nll) and math.isfinite(norm) for nll, norm in zip(nlls, norms, strict=True)]
+    prepare_steps([learner.optimiser for learner, may in zip(learners, finite, strict=True) if may])
+    for learner, nll, norm, may in zip(learners, nlls, norms, finite, strict=True):
+        if may:
+            learner._take_step(nll, norm)
+        for parameter in learner.parameters:
+            parameter.grad = None
+    return finite
 
 
 _COUNTS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -68,16 +69,47 @@ class Muon(OneByOne):
     def update(
         self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        # Nesterov: the momentum takes in this gradient, and the step looks one such update further ahead.
-        state["momentum"].lerp_(gradient, 1.0 - MOMENTUM)
-        ahead = state["momentum"].lerp(gradient, 1.0 - MOMENTUM)
+        even = state.pop("even", None)
+        if even is None:
+            even = self._even(self._ahead(parameter, gradient, state), group)
         # AdamW's decay: apart from the gradient, scaled by the rate.
         parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+        parameter.sub_(group["lr"] * even)
+
+    def _ahead(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any]) -> Tensor:
+        """Nesterov: the momentum takes in this gradient, and the step looks one such update further ahead."""
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(gradient, 1.0 - MOMENTUM)
+        ahead: Tensor = state["momentum"].lerp(gradient, 1.0 - MOMENTUM)
+        return ahead
+
+    def _even(self, ahead: Tensor, group: dict[str, Any]) -> Tensor:
         device = self.device if group["parts"] > 1 else ahead.device
-        even = orthogonalised(ahead.to(device), group["parts"])
-        parameter.sub_(group["lr"] * even.to(parameter.device))
+        return orthogonalised(ahead.to(device), group["parts"]).to(ahead.device)
+
+
+@torch.no_grad()
+def prepare_steps(optimisers: Sequence[Optimiser]) -> None:
+    """Makes ready what the coming step of each takes most time for, of matrices of one shape at once.
+
+    A few small decompositions cost little more than one. Each optimiser's `step` must follow; it gives what it gives without
+    this, to rounding."""
+    muons = [optimiser for optimiser in optimisers if isinstance(optimiser, Muon)]
+    if len(muons) < 2:
+        return
+    alike: dict[torch.Size, list[tuple[Tensor, dict[str, Any]]]] = defaultdict(list)
+    for muon in muons:
+        for group in muon.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.ndim == 2 and group["parts"] == 1:
+                    state = muon.state[parameter]
+                    ahead = muon._ahead(parameter, parameter.grad, state)
+                    alike[ahead.shape].append((ahead, state))
+    for pairs in alike.values():
+        side_by_side = orthogonalised(torch.cat([ahead for ahead, _ in pairs], 1), len(pairs))
+        for even, (_, state) in zip(side_by_side.chunk(len(pairs), 1), pairs, strict=True):
+            state["even"] = even
 
 
 def orthogonalised(matrix: Tensor, parts: int = 1) -> Tensor:
@@ -98,7 +130,7 @@ def orthogonalised(matrix: Tensor, parts: int = 1) -> Tensor:
     # are rounding and would be blown up to full size: size / hypot(size, FAINT * largest). And right is
     # diag(1 / sizes) @ left.T @ wide. The clamp keeps a matrix of zeros at zero.
     factors = 1.0 / torch.hypot(sizes, FAINT * sizes[:, -1:]).clamp(min=torch.finfo(sizes.dtype).tiny)
-    even = (left * factors[:, None]) @ (left.transpose(1, 2) @ wide)
+    even = ((left * factors[:, None]) @ left.transpose(1, 2)) @ wide
     # A matrix [N, M] of min(N, M) singular values of 1 has a root mean square of 1/sqrt(max(N, M)): scaled to 1.
     even = max(apart.shape[1:]) ** 0.5 * (even if is_wide else even.transpose(1, 2))
     return even.transpose(0, 1).reshape(matrix.shape).to(matrix.dtype)

@@ -19,7 +19,7 @@ from softprompt.tuning.plan import Plan
 
 KEPT_SHARE = 0.5  # of the fall at half the rate: a rate whose step falls by less than that goes too far
 MOST_HALVINGS = 5
-# Steps whose length is tried on the rows of the next one; later the noise of one batch decides.
+# Steps, from the start or a return on, whose length is tried on the rows of the next one; later the noise of one batch decides.
 TRIED_STEPS = (2, 4)
 CLEAR_RISE, CLEAR_RISE_NATS = 1.1, 0.25  # of the next rows' loss: a step that lifts it by more goes too far
 
