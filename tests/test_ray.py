@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +250,32 @@ def test_a_row_that_ends_its_workers_is_given_up(ray_cluster: Nodes) -> None:
         list(RayDataWorkers(retries=0).map(die_of_the_second, [0, 1]))
     with pytest.raises(RecipeError, match="no such thing"):
         list(RayDataWorkers().map(refuse, ["no such thing"]))
+
+
+def stays(folder: Path, part: int, tell: Any) -> int:
+    (folder / str(part)).touch()
+    while True:
+        time.sleep(1.0)
+
+
+def test_rows_for_which_no_machine_is_left_end_with_a_sentence(
+    tmp_path: Path, ray_cluster: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softprompt.scale.ray_workers.ROOMLESS_SECONDS", 1.0)
+    monkeypatch.setattr("softprompt.scale.ray_data.LOOK_EVERY_SECONDS", 0.2)
+
+    def kill() -> None:
+        while not any(tmp_path.iterdir()):
+            time.sleep(0.05)
+        for node in list(ray_cluster.workers):
+            ray_cluster.kill(node)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    with pytest.raises(ClusterError, match="all machines with room for a worker were lost"):
+        list(RayDataWorkers().map(partial(stays, tmp_path), range(4)))
+    killer.join()
+    ray_cluster.refill()
 
 
 def test_rows_of_a_file_lose_nothing_with_a_worker_and_stay_in_order(

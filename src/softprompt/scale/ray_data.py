@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from queue import Empty, Full, Queue
 from typing import Any
 
 from softprompt.base.workers import Outcome, Part, Tell
 from softprompt.errors import SoftPromptError
 from softprompt.scale.ray_site import Site
-from softprompt.scale.ray_workers import RayWorkers, environment, lost_too_often, near_the_driver
+from softprompt.scale.ray_workers import (
+    AHEAD,
+    LOOK_EVERY_SECONDS,
+    POLL_SECONDS,
+    RayWorkers,
+    environment,
+    lost_too_often,
+    near_the_driver,
+)
+
+_END = object()  # after the last row
 
 
 class RayDataWorkers(RayWorkers):
@@ -32,7 +46,7 @@ class RayDataWorkers(RayWorkers):
         """`do` of each part, in their order. Parts send no events here, and all of them are handed to Ray at the start,
         whose object store spills to disk what it has no room for.
 
-        Raises what a part raises, and ClusterError where a part's worker was lost too often."""
+        Raises what a part raises, and ClusterError where a part's worker was lost too often, or all machines were."""
         import ray
         import ray.data
 
@@ -54,11 +68,53 @@ class RayDataWorkers(RayWorkers):
                 num_gpus=self.gpus or None,
                 runtime_env=environment(),
             )
-        for row in outcomes.iter_rows():
+        for row in self._watched(outcomes.iter_rows()):
             outcome, error = pickle.loads(row["outcome"])
             if error is not None:
                 raise error
             yield outcome
+
+    def _watched(self, rows: Iterable[Any]) -> Iterator[Any]:
+        """`rows` as they come. Ray waits for machines without an end; here ClusterError is raised where none is left for
+        long (RayWorkers)."""
+        coming: Queue[Any] = Queue(AHEAD)
+        is_over = threading.Event()
+
+        def put(item: Any) -> None:
+            while not is_over.is_set():
+                with contextlib.suppress(Full):
+                    coming.put(item, timeout=POLL_SECONDS)
+                    return
+
+        def read() -> None:
+            try:
+                for row in rows:
+                    put(row)
+                    if is_over.is_set():
+                        return
+                put(_END)
+            except BaseException as error:  # raised again where the rows are taken
+                put(error)
+
+        reader = threading.Thread(target=read, name="rows of Ray Data", daemon=True)
+        reader.start()
+        looked = time.monotonic()
+        try:
+            while True:
+                try:
+                    row = coming.get(timeout=POLL_SECONDS)
+                except Empty:
+                    if time.monotonic() - looked > LOOK_EVERY_SECONDS:
+                        self._count_or_wait()
+                        looked = time.monotonic()
+                    continue
+                if row is _END:
+                    return
+                if isinstance(row, BaseException):
+                    raise row
+                yield row
+        finally:
+            is_over.set()
 
 
 class _Doing:

@@ -130,7 +130,7 @@ def orthogonalised(matrix: Tensor, parts: int = 1) -> Tensor:
     # are rounding and would be blown up to full size: size / hypot(size, FAINT * largest). And right is
     # diag(1 / sizes) @ left.T @ wide. The clamp keeps a matrix of zeros at zero.
     factors = 1.0 / torch.hypot(sizes, FAINT * sizes[:, -1:]).clamp(min=torch.finfo(sizes.dtype).tiny)
-    even = ((left * factors[:, None]) @ left.transpose(1, 2)) @ wide
+    even: Tensor = ((left * factors[:, None]) @ left.transpose(1, 2)) @ wide
     # A matrix [N, M] of min(N, M) singular values of 1 has a root mean square of 1/sqrt(max(N, M)): scaled to 1.
     even = max(apart.shape[1:]) ** 0.5 * (even if is_wide else even.transpose(1, 2))
     return even.transpose(0, 1).reshape(matrix.shape).to(matrix.dtype)
