@@ -450,9 +450,10 @@ def planned(
                 try:
                     runs = {rate: record_of(arm, rate, given.seeds[0], given.search_steps) for rate in own}
                 except NotKept:
-                    continue
-                nlls = {rate: run["validation_nll"] for rate, run in runs.items()}
-                rates[arm] = own = [min(nlls, key=lambda rate: nlls[rate])]
+                    pass  # without a whole search, the rates that went all the way count
+                else:
+                    nlls = {rate: run["validation_nll"] for rate, run in runs.items()}
+                    rates[arm] = own = [min(nlls, key=lambda rate: nlls[rate])]
             for rate in own:
                 yield arm, rate, seed
 

@@ -126,6 +126,14 @@ def test_short_runs_of_the_first_seed_choose_the_rate_of_all_seeds(peer: Any) ->
     assert searched == [("prefix", rate, 4, 7) for rate in nlls]
 
 
+def test_without_a_whole_search_the_rates_that_went_all_the_way_count(peer: Any) -> None:
+    def record_of(arm: str, rate: float, seed: int, steps: int) -> dict[str, float]:
+        raise peer.NotKept
+
+    given = asked(arms=["prefix"], seeds=[4], search_steps=7)
+    assert list(peer.planned(given, record_of)) == [("prefix", rate, 4) for rate in (0.005, 0.03, 0.3)]
+
+
 def task(peer: Any) -> Any:
     rows = [Example({"text": f"help dog {LABELS[n % 3]}", "label": LABELS[n % 3]}, row=n) for n in range(24)]
     splits = Splits(tuple(rows[:16]), tuple(rows[16:20]), tuple(rows[20:]), "made for the tests")
