@@ -39,6 +39,25 @@ CASES = {"one prompt, 8 rows": (1, 8), "one prompt, 64 rows": (1, 64), "eight pr
 FIRST, LAST = 20, 220  # steps between which it is timed
 
 
+def recipes(prompts: int, rows: int, steps: int, out: str) -> list[Recipe]:
+    """Soft prompts of the bundled messages, each with its own order of rows; nothing is judged on the way."""
+    settings = [
+        "data.source=builtin:messages",
+        "data.template={soft}{text} Kind: {label}",
+        "data.target=label",
+        "data.validation=0",
+        "prompt.length=20",
+        f"tune.max_steps={steps}",
+        "tune.epochs=1000",
+        "tune.valid_every_steps=1000",
+        f"tune.batch_size={rows}",
+    ]
+    return [
+        Recipe.from_flags({}, [*settings, f"tune.seed={seed}", f"out={out}/{seed}"])
+        for seed in range(prompts)
+    ]
+
+
 def free_loss(batch: Batch, prompt: Plain | None = None) -> Tensor:
     """Three nats a trained token, and a gradient at every number of the prompt."""
     nll_N = torch.full((int(batch.trained_BS[:, 1:].sum()),), 3.0)
@@ -54,22 +73,9 @@ def milliseconds(lm: FrozenLM, prompts: int, rows: int) -> float:
             ends[event.step] = time.process_time()
 
     with tempfile.TemporaryDirectory() as out:
-        settings = [
-            "data.source=builtin:messages",
-            "data.template={soft}{text} Kind: {label}",
-            "data.target=label",
-            "data.validation=0",
-            "prompt.length=20",
-            f"tune.max_steps={LAST + 1}",
-            "tune.epochs=1000",
-            "tune.valid_every_steps=1000",
-            f"tune.batch_size={rows}",
-        ]
-        recipes = [
-            Recipe.from_flags({}, [*settings, f"tune.seed={seed}", f"out={out}/{seed}"])
-            for seed in range(prompts)
-        ]
-        tune_together(recipes, lm=lm, loss=free_loss, on_event=note, progress=False)
+        tune_together(
+            recipes(prompts, rows, LAST + 1, out), lm=lm, loss=free_loss, on_event=note, progress=False
+        )
     return 1e3 * (ends[LAST] - ends[FIRST]) / (LAST - FIRST)
 
 

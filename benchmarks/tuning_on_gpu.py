@@ -27,8 +27,8 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.nll import Head, dense
 from softprompt.loss.kernels.cut_head import cut_head
 from softprompt.progress.events import Event, Stepped
-from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.together import tune_together
+from step_overhead import recipes
 from tuning_vs_peft import base_folder, run_peft, run_softprompt
 
 CASES = (  # name, shape, task, words of a row, virtual tokens
@@ -114,26 +114,7 @@ def side_by_side(lm: FrozenLM, prompts: int = 8, rows: int = 8) -> dict[str, Any
                 ends[event.step] = time.perf_counter()
 
         with tempfile.TemporaryDirectory() as out:
-            settings = [
-                "data.source=builtin:messages",
-                "data.template={soft}{text} Kind: {label}",
-                "data.target=label",
-                "data.validation=0",
-                "prompt.length=20",
-                f"tune.max_steps={LAST}",
-                "tune.epochs=1000",
-                "tune.valid_every_steps=1000",
-                f"tune.batch_size={batch}",
-            ]
-            tune_together(
-                [
-                    Recipe.from_flags({}, [*settings, f"tune.seed={seed}", f"out={out}/{seed}"])
-                    for seed in range(count)
-                ],
-                lm=lm,
-                on_event=note,
-                progress=False,
-            )
+            tune_together(recipes(count, batch, LAST, out), lm=lm, on_event=note, progress=False)
         rates[road] = count * batch * (LAST - FIRST) / (ends[LAST] - ends[FIRST])
         print(road, rates[road], flush=True)
     side, wide = rates["prompts side by side"], rates["one prompt, as many rows"]
