@@ -706,6 +706,35 @@ def test_after_a_loss_that_rose_no_step_takes_more_than_a_third_of_the_rates_tha
     assert learner.highest_rate == learner.learning_rate == pytest.approx(0.03 / 27)
 
 
+def test_after_a_return_the_highest_rate_doubles_in_a_tenth_of_the_steps_up_to_what_it_was(
+    tmp_path: Path,
+) -> None:
+    def steps(count: int) -> float:
+        for _ in range(count):
+            form.value_PW.grad = torch.full((4, 8), 1e-3)
+            assert learner.step(10.0)
+        return learner.rate_taken
+
+    form = Direct((torch.zeros(4, 8),))
+    learner = Learner(form, recipe(tmp_path, "tune.schedule=constant", "tune.warmup=0").tune, 0.03, 100)
+    learner.highest_rate = 0.5
+    steps(1)
+    learner.go_back()
+    assert [steps(1), steps(10), steps(40)] == pytest.approx([0.5 / 3, 1.0 / 3, 0.5])
+    learner.go_back()  # slower than after the first
+    assert [steps(1), steps(10), steps(10)] == pytest.approx([0.5 / 3, 0.5 / 3 * 2**0.5, 1.0 / 3])
+
+
+def test_a_rate_that_was_given_stays_a_third_after_a_return(tmp_path: Path) -> None:
+    form = Direct((torch.zeros(4, 8),))
+    learner = Learner(form, recipe(tmp_path, "tune.schedule=constant", "tune.warmup=0").tune, 0.3, 100)
+    learner.go_back()
+    for _ in range(20):
+        form.value_PW.grad = torch.full((4, 8), 1e-3)
+        assert learner.step(10.0)
+    assert learner.rate_taken == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize("gradient", [0.0, 1e-3, 1e3])
 def test_a_gradient_of_any_size_takes_a_measured_step(tmp_path: Path, gradient: float) -> None:
     """Zero among them: no division by its norm."""

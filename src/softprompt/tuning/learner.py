@@ -18,6 +18,7 @@ RECENT_STEPS = 3  # training losses that are averaged to see a divergence
 TRAINING_MARGIN, TRAINING_MARGIN_NATS = 1.25, 0.25  # above the start; batches of one task differ by less
 HELD_OUT_MARGIN = 1.02  # the same rows every time, so that little noise is left
 LOWERED_BY, MOST_LOWERED = 3.0, 4  # down to an 81st
+REGROWTH_SHARE = 0.1  # of a run's steps, in which the highest rate doubles after a return
 
 
 class Learner:
@@ -41,6 +42,9 @@ class Learner:
         self.reachable_nll = 0.0
         self.tried_steps: tuple[int, ...] = ()  # from the start or the last return on; see rate.try_last_step
         self.returned_at = 0  # steps that had been done then
+        self.regrown_rate = (
+            0.0  # up to which `highest_rate` rises again after a return; 0 where steps are not measured
+        )
         self._last_start: list[Tensor] = []
         self._last_way: list[Tensor] = []
         trained = form.trained()
@@ -91,6 +95,9 @@ class Learner:
         if is_tried:
             self._last_start = before
             self._last_way = [now - old for now, old in zip(self._values(), before, strict=True)]
+        if self.times_lowered and self.highest_rate < self.regrown_rate:
+            doublings = 1 / (REGROWTH_SHARE * self.steps * self.times_lowered)
+            self.highest_rate = min(self.regrown_rate, self.highest_rate * 2**doublings)
         self.steps_done += 1
         self.recent = [*self.recent, nll][-RECENT_STEPS:]
         self.nll_first = nll if math.isnan(self.nll_first) else self.nll_first
@@ -208,8 +215,11 @@ class Learner:
         """Returns to the best step's form, with a fresh optimiser and a third of the rate. The schedule continues.
 
         Where steps are measured, none takes more than a third of the highest rate that led here: where text is learned, most of the
-        loss cannot be taken away, and steps that promise all of it go too far. The first steps from here are tried as those of
-        the run were, so that a rate that fell too far rises again where other rows say so."""
+        loss cannot be taken away, and steps that promise all of it go too far. What was too far at the start need not be so later: the highest
+        rate doubles in a tenth of the steps (slower after each further return) until it is what it was, and the first steps from here
+        are tried as those of the run were."""
+        if not self.times_lowered and self.highest_rate > self.learning_rate:
+            self.regrown_rate = self.highest_rate
         self.learning_rate /= LOWERED_BY
         self.highest_rate = max(self.learning_rate, self.highest_taken / LOWERED_BY)
         self.highest_taken, self.returned_at = 0.0, self.steps_done
@@ -233,6 +243,7 @@ class Learner:
             "highest_rate": self.highest_rate,
             "highest_taken": self.highest_taken,
             "returned_at": self.returned_at,
+            "regrown_rate": self.regrown_rate,
             "reachable_nll": self.reachable_nll,
             **{name: getattr(self, name) for name in _COUNTS},
         }
@@ -247,6 +258,7 @@ class Learner:
         self.highest_rate = state.get("highest_rate", self.learning_rate)
         self.highest_taken = state.get("highest_taken", 0.0)
         self.returned_at = state.get("returned_at", 0)
+        self.regrown_rate = state.get("regrown_rate", 0.0)
         self.reachable_nll = state.get("reachable_nll", 0.0)
 
 
