@@ -186,6 +186,37 @@ SETS: dict[str, Callable[[], Task]] = {
 }
 
 
+KINDS = {
+    "ABBR": "abbreviation",
+    "DESC": "description",
+    "ENTY": "entity",
+    "HUM": "human",
+    "LOC": "location",
+    "NUM": "number",
+}
+
+
+def trec(folder: Path) -> Task:
+    """Questions and what is asked for, of six kinds (Li and Roth 2002): train_5500.label and TREC_10.label, as their authors wrote them."""
+
+    def read(name: str) -> list[Example]:
+        lines = (folder / name).read_text(encoding="latin-1").splitlines()
+        pairs = [line.split(" ", 1) for line in lines if line.strip()]
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+        return [
+            Example(
+                {"text": pairs[place][1].strip(), "label": KINDS[pairs[place][0].split(":")[0]]}, row=place
+            )
+            for place in order
+        ]
+
+    train = read("train_5500.label")
+    splits = Splits(tuple(train[:-200]), tuple(train[-200:]), tuple(read("TREC_10.label")), "trec")
+    return Task(
+        splits, "{soft}Question: {text}\nType: {label}", "label", "Questions, each with what is asked for.\n"
+    )
+
+
 def peft_nll(model: Any, batch: Batch) -> tuple[Tensor, int]:
     """Summed loss of the trained tokens through a whole model, and how many. PEFT's prompt tuning adds logits in front."""
     S = batch.ids_BS.shape[1]
@@ -464,7 +495,8 @@ def main() -> None:
     )
     parser.add_argument("--base", default="builtin")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--sets", nargs="+", choices=[*SETS, "trec"], default=list(SETS))
+    parser.add_argument("--trec", type=Path, help="the folder of TREC's questions, for the set trec")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS))
     parser.add_argument("--quick", action="store_true", help="six arms, each at one rate")
     parser.add_argument("--steps", type=int, default=300)
@@ -481,13 +513,16 @@ def main() -> None:
     parser.add_argument("--note", help="what a reader should know of this run")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    if "trec" in given.sets and given.trec is None:
+        parser.error("the set trec needs --trec FOLDER, with train_5500.label and TREC_10.label in it")
+    sets = SETS | {"trec": lambda: trec(given.trec)}
     torch.backends.cuda.matmul.allow_tf32 = given.tf32
     lm = FrozenLM.load(given.base, dtype=given.dtype)
-    hidden = ("out", "work", "base", "peft_checkout", "kept")
+    hidden = ("out", "work", "base", "peft_checkout", "kept", "trec")
     settings = {name: value for name, value in vars(given).items() if name not in hidden}
     result: dict[str, Any] = {"base": Path(given.base).name, "settings": settings, **describe(), "sets": {}}
     for name in given.sets:
-        task, folder = SETS[name](), given.work / Path(given.base).name / name
+        task, folder = sets[name](), given.work / Path(given.base).name / name
         given.metrics = METRICS_OF.get(name, ["nll", "exact_match"])
         plan = make_plan(recipe(task, 0, given, folder), lm=lm, splits=of_size(task.splits, given))
         base = judged(lm, compile_prompt(lm, None, template=plan.template), plan, given.metrics)
