@@ -99,3 +99,19 @@ def test_the_container_runs_as_the_user_that_the_manifests_ask_for() -> None:
     assert extras is not None
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras[1].split(","))
+
+
+def test_what_git_ignores_stays_out_of_the_image_and_what_git_knows_comes_in() -> None:
+    """A tracked file that is missing makes the checkout a changed one, with another version."""
+    patterns = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    left_out = {line.strip("/") for line in patterns if line and not line.startswith("#")}
+    ignored = (ROOT / ".gitignore").read_text("utf-8").split()
+    assert {
+        line.strip("/") if line.startswith("/") else f"**/{line.strip('/')}" for line in ignored
+    } <= left_out
+    assert left_out <= {"site", "**/.hypothesis"} | {f"**/{line.strip('/')}" for line in ignored}
+
+
+def test_the_image_is_built_with_git_which_the_version_comes_from() -> None:
+    text = (ROOT / "deploy" / "Containerfile").read_text("utf-8")
+    assert text.index("install --yes --no-install-recommends git") < text.index("COPY . .")

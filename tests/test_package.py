@@ -93,12 +93,13 @@ def test_every_form_and_workflow_is_yaml_of_its_kind(path: Path) -> None:
         assert all(field["type"] == "textarea" and field["attributes"]["label"] for field in tree["body"])
 
 
-def test_every_direct_requirement_is_pinned_for_ci() -> None:
+def test_every_direct_requirement_of_ci_and_of_the_image_is_pinned() -> None:
     pins = {
         line.split("==")[0].lower().replace("_", "-")
         for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         if "==" in line
     }
-    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+    extras = PROJECT["optional-dependencies"]
+    wanted = [*PROJECT["dependencies"], *extras["dev"], *extras["remote"]]  # the image has `remote`
     names = {re.split(r"[\[>=<]", each)[0].lower().replace("_", "-") for each in wanted} - {"softprompt"}
     assert names <= pins
