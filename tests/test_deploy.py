@@ -51,7 +51,16 @@ def test_a_pod_passes_settings_that_exist_and_hold(pod: str) -> None:
 
 @pytest.mark.parametrize("pod", sorted(PODS))
 def test_a_pod_is_given_longer_to_end_than_its_answers(pod: str) -> None:
-    assert PODS[pod]["spec"]["terminationGracePeriodSeconds"] > float(flags(pod)["--grace-seconds"])
+    sleep = (
+        container(pod).get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
+    )
+    longest = float(sleep[1]) + float(flags(pod)["--grace-seconds"])
+    assert PODS[pod]["spec"]["terminationGracePeriodSeconds"] > longest
+
+
+def test_a_gateway_leaves_the_service_before_it_refuses_requests() -> None:
+    """An endpoint that ends is taken out of a Service a moment after the pod is told to end."""
+    assert container("softprompt-gateway")["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "5"]
 
 
 @pytest.mark.parametrize("pod", sorted(PODS))
@@ -59,7 +68,7 @@ def test_every_probe_asks_for_a_route_that_is_there(pod: str) -> None:
     routes = "scale/gateway_app.py" if pod.endswith("gateway") else "serving/app.py"
     source = (ROOT / "src" / "softprompt" / routes).read_text("utf-8")
     probes = [value for key, value in container(pod).items() if key.endswith("Probe")]
-    assert len(probes) >= 2
+    assert len(probes) == 3
     ports = {port["name"] for port in container(pod)["ports"]}
     for probe in probes:
         assert f'"{probe["httpGet"]["path"]}"' in source
