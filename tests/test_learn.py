@@ -723,6 +723,10 @@ def test_after_a_return_the_highest_rate_doubles_in_a_tenth_of_the_steps_up_to_w
     assert [steps(1), steps(10), steps(40)] == pytest.approx([0.5 / 3, 1.0 / 3, 0.5])
     learner.go_back()  # slower than after the first
     assert [steps(1), steps(10), steps(10)] == pytest.approx([0.5 / 3, 0.5 / 3 * 2**0.5, 1.0 / 3])
+    for _ in range(2):  # the last of four: nothing would catch a rate that rises too far after it
+        learner.go_back()
+    lowest = steps(1)
+    assert steps(20) == lowest
 
 
 def test_a_rate_that_was_given_stays_a_third_after_a_return(tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ class Learner:
         if is_tried:
             self._last_start = before
             self._last_way = [now - old for now, old in zip(self._values(), before, strict=True)]
-        if self.times_lowered and self.highest_rate < self.regrown_rate:
+        # Not after the last return that there may be: nothing would catch a rate that rises too far again.
+        if 0 < self.times_lowered < MOST_LOWERED and self.highest_rate < self.regrown_rate:
             doublings = 1 / (REGROWTH_SHARE * self.steps * self.times_lowered)
             self.highest_rate = min(self.regrown_rate, self.highest_rate * 2**doublings)
         self.steps_done += 1
