@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from softprompt.prompt.reparam import Direct
-from softprompt.tuning.learner import Learner, step_each
+from softprompt.tuning.learner import Learner, prepare_each
 from softprompt.tuning.optim import (
     MOMENTUM,
     Adafactor,
@@ -231,8 +231,9 @@ def test_steps_side_by_side_are_those_of_each_alone() -> None:
                     parameter.grad = torch.randn(parameter.shape, generator=drawn)
                     if number == step:
                         parameter.grad[0] = math.nan
-        done = step_each(together, [1.0] * len(together))
-        assert done == [learner.step(1.0) for learner in alone] == [n != step for n in range(len(alone))]
+        prepare_each(together, [1.0] * len(together))
+        done = [[learner.step(1.0) for learner in group] for group in (together, alone)]
+        assert done == [[n != step for n in range(len(alone))]] * 2
     for learner, other in zip(together, alone, strict=True):
         assert learner.steps_done == other.steps_done
         for one, two in zip(learner.snapshot(), other.snapshot(), strict=True):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from softprompt.data.batch import epoch_order
 from softprompt.loss.gradient import Gradients
-from softprompt.tuning.learner import Learner, step_each
+from softprompt.tuning.learner import Learner, prepare_each
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.starts import start
 
@@ -48,8 +48,10 @@ def find_rate(plan: Plan, gradients: Gradients, middle: float) -> Found:
         rows = [plan.train.encoded[index] for index in order[batch]]
         going = [number for number in range(len(rates)) if number not in broken]
         losses = gradients([learners[number].form for number in going], [rows] * len(going))
-        stepped = step_each([learners[number] for number in going], losses)
-        broken |= {number for number, done in zip(going, stepped, strict=True) if not done}
+        prepare_each([learners[number] for number in going], losses)
+        broken |= {
+            number for number, nll in zip(going, losses, strict=True) if not learners[number].step(nll)
+        }
     judged = list(plan.held_out)[:JUDGED_ROWS]
     nlls = gradients.losses([learner.snapshot() for learner in learners], [judged] * len(rates))
     tried = tuple(

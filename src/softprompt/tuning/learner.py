@@ -56,6 +56,7 @@ class Learner:
         if isinstance(self.optimiser, Muon) and device is not None:
             self.optimiser.device = device
         self.steps_done, self.best_step, self.without_gain, self.times_lowered = 0, 0, 0, 0
+        self._norm: float | None = None  # of gradients that have been clipped, by prepare_each
         self.rate_taken = math.nan
         self.highest_taken = 0.0  # before the schedule, of all steps since the last return
         self.recent: list[float] = []
@@ -81,27 +82,30 @@ class Learner:
         """Takes one optimiser step along the parameters' gradients, clipped, at the scheduled rate.
 
         False, and no step, where the gradient or the loss `nll` that it belongs to is not finite."""
-        return step_each([self], [nll])[0]
-
-    def _take_step(self, nll: float, norm: float) -> None:
-        """A step along gradients that have been clipped, whose norm was `norm` before."""
-        is_measured = self.highest_rate > self.learning_rate
-        is_tried = self.steps_done + 1 - self.returned_at in self.tried_steps
-        before = self._values() if is_measured or is_tried else []
-        self._set_rate(self.highest_rate * self._scheduled_share() if is_measured else self.rate)
-        self.optimiser.step()
-        self.rate_taken = self._shortened(before, nll, norm) if is_measured else self.rate
-        self.highest_taken = max(self.highest_taken, self.rate_taken / self._scheduled_share())
-        if is_tried:
-            self._last_start = before
-            self._last_way = [now - old for now, old in zip(self._values(), before, strict=True)]
-        # Not after the last return that there may be: nothing would catch a rate that rises too far again.
-        if 0 < self.times_lowered < MOST_LOWERED and self.highest_rate < self.regrown_rate:
-            doublings = 1 / (REGROWTH_SHARE * self.steps * self.times_lowered)
-            self.highest_rate = min(self.regrown_rate, self.highest_rate * 2**doublings)
-        self.steps_done += 1
-        self.recent = [*self.recent, nll][-RECENT_STEPS:]
-        self.nll_first = nll if math.isnan(self.nll_first) else self.nll_first
+        norm = self._clipped() if self._norm is None else self._norm
+        self._norm = None
+        finite = math.isfinite(nll) and math.isfinite(norm)
+        if finite:
+            is_measured = self.highest_rate > self.learning_rate
+            is_tried = self.steps_done + 1 - self.returned_at in self.tried_steps
+            before = self._values() if is_measured or is_tried else []
+            self._set_rate(self.highest_rate * self._scheduled_share() if is_measured else self.rate)
+            self.optimiser.step()
+            self.rate_taken = self._shortened(before, nll, norm) if is_measured else self.rate
+            self.highest_taken = max(self.highest_taken, self.rate_taken / self._scheduled_share())
+            if is_tried:
+                self._last_start = before
+                self._last_way = [now - old for now, old in zip(self._values(), before, strict=True)]
+            # Not after the last return that there may be: nothing would catch a rate that rises too far again.
+            if 0 < self.times_lowered < MOST_LOWERED and self.highest_rate < self.regrown_rate:
+                doublings = 1 / (REGROWTH_SHARE * self.steps * self.times_lowered)
+                self.highest_rate = min(self.regrown_rate, self.highest_rate * 2**doublings)
+            self.steps_done += 1
+            self.recent = [*self.recent, nll][-RECENT_STEPS:]
+            self.nll_first = nll if math.isnan(self.nll_first) else self.nll_first
+        for parameter in self.parameters:
+            parameter.grad = None
+        return finite
 
     @property
     def is_tried(self) -> bool:
@@ -263,17 +267,14 @@ class Learner:
         self.reachable_nll = state.get("reachable_nll", 0.0)
 
 
-def step_each(learners: Sequence[Learner], nlls: Sequence[float]) -> list[bool]:
-    """`Learner.step` of each, with the optimisers' matrices decomposed together."""
-    norms = [learner._clipped() for learner in learners]
-    finite = [math.isfinite(nll) and math.isfinite(norm) for nll, norm in zip(nlls, norms, strict=True)]
-    prepare_steps([learner.optimiser for learner, may in zip(learners, finite, strict=True) if may])
-    for learner, nll, norm, may in zip(learners, nlls, norms, finite, strict=True):
-        if may:
-            learner._take_step(nll, norm)
-        for parameter in learner.parameters:
-            parameter.grad = None
-    return finite
+def prepare_each(learners: Sequence[Learner], nlls: Sequence[float]) -> None:
+    """Makes ready what the coming `step` of each takes most time for, all at once."""
+    finite = []
+    for learner, nll in zip(learners, nlls, strict=True):
+        learner._norm = learner._clipped()
+        if math.isfinite(nll) and math.isfinite(learner._norm):
+            finite.append(learner.optimiser)
+    prepare_steps(finite)
 
 
 _COUNTS = (

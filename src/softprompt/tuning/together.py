@@ -26,7 +26,7 @@ from softprompt.progress.events import BatchHalved, Event
 from softprompt.progress.shown import shown_runs
 from softprompt.prompt.reparam import Form, SharedTimesLowRank
 from softprompt.tuning.checkpoint import Checkpoints, demand_same
-from softprompt.tuning.learner import step_each
+from softprompt.tuning.learner import prepare_each
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.result import TuneResult
@@ -163,10 +163,10 @@ class Together:
         for run in runs.values():
             run.add_keep_gradient()
         seconds = (time.perf_counter() - began) / len(runs)
-        stepped = step_each([run.learner for run in runs.values()], losses)
-        for (number, run), nll, done in zip(runs.items(), losses, stepped, strict=True):
+        prepare_each([run.learner for run in runs.values()], losses)
+        for (number, run), nll in zip(runs.items(), losses, strict=True):
             try:
-                if not done:
+                if not run.learner.step(nll):
                     raise run.not_finite(rows[number], nll)
                 run.try_last_step()
                 run.record_step(rows[number], nll, seconds)
