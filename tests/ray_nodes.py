@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from softprompt.scale.ray_workers import RayWorkers
 from softprompt.store.atomic import replace_file
 
 OBJECT_STORE_BYTES = 100_000_000
 TRIES = 4
+HERE = str(Path(__file__).resolve().parent)
 VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # else workers starve on a busy machine
@@ -46,12 +48,15 @@ class Nodes:
         self.address = str(self.cluster.address)
 
     def _start(self, cpus: int) -> Any:
-        """Starts a node. Ray gives one 30 seconds, which a busy machine may exceed."""
+        """Starts a node, whose workers find the functions of the tests. Ray gives one 30 seconds, which a busy machine may
+        exceed."""
         for tries_left in reversed(range(TRIES)):
             try:
-                return self.cluster.add_node(
-                    num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False
-                )
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setenv("PYTHONPATH", HERE, prepend=os.pathsep)
+                    return self.cluster.add_node(
+                        num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False
+                    )
             except Exception:
                 if not tries_left:
                     raise
