@@ -729,6 +729,31 @@ def test_after_a_return_the_highest_rate_doubles_in_a_tenth_of_the_steps_up_to_w
     assert steps(20) == lowest
 
 
+def test_a_run_that_was_killed_after_a_return_takes_the_same_rates(tmp_path: Path) -> None:
+    def made() -> Learner:
+        settings = recipe(tmp_path, "tune.schedule=constant", "tune.warmup=0").tune
+        learner = Learner(Direct((torch.zeros(4, 8),)), settings, 0.03, 100)
+        learner.highest_rate = 0.5
+        return learner
+
+    def rates(learner: Learner, steps: int) -> list[float]:
+        taken = []
+        for _ in range(steps):
+            learner.parameters[0].grad = torch.full((4, 8), 1e-3)
+            assert learner.step(10.0)
+            taken.append(learner.rate_taken)
+        return taken
+
+    whole, again = made(), made()
+    rates(whole, 1)
+    whole.go_back()
+    rates(whole, 3)
+    again.restore(whole.state())
+    expected = rates(whole, 5)
+    assert expected[-1] > expected[0]
+    assert rates(again, 5) == expected
+
+
 def test_a_rate_that_was_given_stays_a_third_after_a_return(tmp_path: Path) -> None:
     form = Direct((torch.zeros(4, 8),))
     learner = Learner(form, recipe(tmp_path, "tune.schedule=constant", "tune.warmup=0").tune, 0.3, 100)
