@@ -152,16 +152,36 @@ def test_a_screened_head_is_as_near_as_bfloat16_and_leaves_most_of_the_vocabular
 
 
 @needs_int8
-def test_where_int8_says_too_little_the_dense_road_is_taken() -> None:
+@pytest.mark.parametrize(
+    ("dimensions", "counts"), [(1, (1, 0)), (60, (0, 1))], ids=["one dimension", "half of them"]
+)
+def test_int8_is_believed_beside_an_outlying_dimension_and_not_where_many_are(
+    dimensions: int, counts: tuple[int, int]
+) -> None:
     large, hidden_ND, targets_N = trained_like(32)
-    outlier_ND = hidden_ND.detach().clone()
-    outlier_ND[:, 1] = 500.0  # leaves no steps for all the others
+    outlying_ND = hidden_ND.detach().clone()
+    drawn = torch.Generator().manual_seed(7)
+    # Each leaves no steps for all that are not as large.
+    outlying_ND[:, 1 : 1 + dimensions] = torch.randn(32, dimensions, generator=drawn).sign() * 60
     road = ScreenedHead(PackedHead(large))
-    ours_N = token_nll(outlier_ND, targets_N, large, road)
-    assert road.refused == 1
-    theirs_N = whole(outlier_ND.float(), targets_N, large)
-    rounding = 2**-8 * float((outlier_ND.float() @ large.weight_VD.float().T).abs().max())
+    ours_N = token_nll(outlying_ND.clone().requires_grad_(), targets_N, large, road).detach()
+    assert (road.taken, road.refused) == counts
+    theirs_N = whole(outlying_ND.float(), targets_N, large)
+    rounding = 2**-8 * float((outlying_ND.float() @ large.weight_VD.float().T).abs().max())
     torch.testing.assert_close(ours_N, theirs_N.float(), rtol=0, atol=rounding)
+
+
+@needs_int8
+def test_a_loss_alone_takes_the_dense_road_where_that_costs_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, hidden_ND, targets_N = trained_like(32)
+    hidden_ND = hidden_ND.detach()
+    road = ScreenedHead(PackedHead(large))
+    ours_N = token_nll(hidden_ND, targets_N, large, road)
+    assert (road.taken, road.refused) == (0, 0)
+    monkeypatch.setattr(fast_head, "MIN_WEIGHTS_LOSS", 1)
+    screened_N = token_nll(hidden_ND, targets_N, large, road)
+    assert (road.taken, road.refused) == (1, 0)
+    torch.testing.assert_close(ours_N, screened_N, rtol=1e-2, atol=2e-2)
 
 
 def test_only_large_plain_heads_are_packed() -> None:
@@ -198,7 +218,7 @@ def test_a_screened_loss_is_never_below_zero(along: float) -> None:
     large, hidden_ND, targets_N = trained_like(64)
     easy_ND = (hidden_ND.detach().float() + along * large.weight_VD[targets_N].float()).bfloat16()
     road = ScreenedHead(PackedHead(large))
-    ours_N = token_nll(easy_ND, targets_N, large, road)
+    ours_N = token_nll(easy_ND.clone().requires_grad_(), targets_N, large, road).detach()
     assert road.taken > 0
     logits_NV = (easy_ND @ large.weight_VD.T).float()
     if rates.float32_is_faster(torch.bfloat16):

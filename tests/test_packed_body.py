@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from softprompt.base.frozen_lm import FrozenLM
+from softprompt.base.hardware import has_int8_products
 from softprompt.data.batch import collate
 from softprompt.data.encoded import Encoded
-from softprompt.loss import packed_body
+from softprompt.loss import body, packed_body
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.gradient import Loss
 from softprompt.loss.kernels import grouped_attention, llama_layer, rms_norm
+from softprompt.loss.kernels.linear import Int8Linear
 from softprompt.loss.packed_body import PackedBody
 from softprompt.prompt.soft_prompt import Plain
 from tiny_models import tiny_model, tiny_tokenizer
@@ -110,6 +112,48 @@ def assert_like_transformers(lm: FrozenLM, loss: FastLoss, rows: list[Encoded], 
 def test_loss_and_gradient_are_those_of_transformers(architecture: str, layout: str, deep: bool) -> None:
     lm = FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer(), architecture)
     assert_like_transformers(lm, FastLoss(lm), LAYOUTS[layout], deep)
+
+
+@pytest.mark.skipif(not has_int8_products(), reason="needs a CPU with int8 dot products")
+@pytest.mark.parametrize("deep", [False, True], ids=["soft", "deep"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen3"])
+def test_in_int8_they_are_near_those_of_transformers(
+    architecture: str, layout: str, deep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(body, "MIN_WEIGHTS", 1)
+    lm = FrozenLM.wrap(tiny_model(architecture), tiny_tokenizer(), architecture)
+    rows = [without_slot(row) for row in LAYOUTS[layout]] if deep else LAYOUTS[layout]
+    loss = FastLoss(lm, int8_products=True)
+    prompt = prompt_for(lm, deep)
+    (ours_N, ours), (theirs_N, theirs) = learned(loss, rows, prompt), learned(lm.token_nll, rows, prompt)
+    assert not torch.equal(ours_N, theirs_N)
+    torch.testing.assert_close(ours_N, theirs_N, rtol=0.02, atol=0.05)
+    for our_gradient, their_gradient in zip(ours, theirs, strict=True):
+        alike = torch.cosine_similarity(our_gradient.flatten(), their_gradient.flatten(), dim=0)
+        assert float(alike) > 0.97
+    with torch.inference_mode():  # a loss without a gradient is the base's own
+        torch.testing.assert_close(loss(collate(rows), prompt), theirs_N, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not has_int8_products(), reason="needs a CPU with int8 dot products")
+def test_long_rows_use_the_same_int8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "MIN_WEIGHTS", 1)
+    coded = body.learning_body(tiny_model("Llama").model, "int8")
+    assert isinstance(coded, PackedBody)
+    assert coded.layers[0].query is coded.body.layers[0].self_attn.q_proj.linear
+    assert isinstance(coded.layers[0].down, Int8Linear)
+
+
+@pytest.mark.skipif(not has_int8_products(), reason="needs a CPU with int8 dot products")
+def test_a_body_whose_packed_rows_were_refused_is_not_packed_in_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "MIN_WEIGHTS", 1)
+    monkeypatch.setattr(llama_layer, "swiglu", lambda gate_MF, up_MF: gate_MF * up_MF)
+    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer())
+    loss = FastLoss(lm, int8_products=True)
+    rows, prompt = LAYOUTS["one row"], prompt_for(lm, deep=False)
+    (ours_N, _), (theirs_N, _) = learned(loss, rows, prompt), learned(lm.token_nll, rows, prompt)
+    torch.testing.assert_close(ours_N, theirs_N, rtol=0.02, atol=0.05)
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["soft", "deep"])

@@ -25,7 +25,7 @@ from softprompt.base.split import is_dispatched, is_split
 from softprompt.loss.kernels.attention import SHORT, fused_attention
 from softprompt.loss.kernels.gelu import SmallGelu
 from softprompt.loss.kernels.grouped_attention import Heads
-from softprompt.loss.kernels.linear import FrozenLinear, Int8Linear
+from softprompt.loss.kernels.linear import FloatLinear, FrozenLinear, Int8Linear, LinearModule
 from softprompt.loss.kernels.llama_layer import Layer
 from softprompt.loss.kernels.rms_norm import Norm
 from softprompt.loss.packed_body import PackedBody
@@ -58,7 +58,7 @@ def learning_body(body: nn.Module, products: Products = "float") -> Any:
                 setattr(module, name, exchanged)
                 changed = True
     fast = twin.eval().requires_grad_(False) if changed else body
-    return _packed(body, fast) or fast if on_cpu and products == "float" else fast
+    return _packed(body, fast) or fast if on_cpu else fast
 
 
 # Bodies whose every layer is norm, rotary attention with grouped heads, norm, SwiGLU; a subclass may differ.
@@ -73,26 +73,22 @@ def _packed(body: Any, fast: Any) -> PackedBody | None:
     plain = (nn.Linear, nn.SiLU, type(body.norm), type(body.layers[0].mlp.act_fn))
     if any(type(child) not in plain for child in linears):
         return None  # layers that hold packed or adapted weights
-    layers = [_layer(module) for module in body.layers]
+    layers = [_layer(module) for module in fast.layers]
     return PackedBody(fast, layers, [_window(body, module) for module in body.layers], _norm(body.norm))
 
 
 def _layer(module: Any) -> Layer:
     attention, mlp = module.self_attn, module.mlp
-
-    def weights(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-        return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-
     return Layer(
         before_attention=_norm(module.input_layernorm),
-        query=weights(attention.q_proj),
-        key=weights(attention.k_proj),
-        value=weights(attention.v_proj),
-        output=weights(attention.o_proj),
+        query=_linear(attention.q_proj),
+        key=_linear(attention.k_proj),
+        value=_linear(attention.v_proj),
+        output=_linear(attention.o_proj),
         before_mlp=_norm(module.post_attention_layernorm),
-        gate=weights(mlp.gate_proj),
-        up=weights(mlp.up_proj),
-        down=weights(mlp.down_proj),
+        gate=_linear(mlp.gate_proj),
+        up=_linear(mlp.up_proj),
+        down=_linear(mlp.down_proj),
         heads=Heads(
             queries=attention.q_proj.out_features // attention.head_dim,
             keys=attention.k_proj.out_features // attention.head_dim,
@@ -101,6 +97,12 @@ def _layer(module: Any) -> Layer:
             key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
         ),
     )
+
+
+def _linear(module: Any) -> FrozenLinear:
+    if isinstance(module, LinearModule):
+        return module.linear
+    return FloatLinear(module.weight.detach(), None if module.bias is None else module.bias.detach())
 
 
 def _norm(module: Any) -> Norm:
@@ -138,9 +140,9 @@ def _exchanged(module: nn.Module, products: Products, on_cpu: bool) -> nn.Module
         return None
     weight_OI = module.weight
     if products == "int8" and on_cpu and has_int8_products():
-        return Int8Linear(weight_OI.detach(), module.bias)
+        return LinearModule(module, Int8Linear)
     if product_dtype(weight_OI.dtype, weight_OI.device) != weight_OI.dtype:
-        return FrozenLinear(weight_OI.detach(), module.bias)
+        return LinearModule(module, FloatLinear)
     return None
 
 

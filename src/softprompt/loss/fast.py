@@ -160,7 +160,11 @@ class _Shared:
 
     @cached_property
     def int8_body(self) -> Any:
-        return learning_body(self.plain_body, "int8")
+        coded = learning_body(self.plain_body, "int8")
+        # Rows are packed only where that was proved, in floats.
+        return (
+            coded.body if isinstance(coded, PackedBody) and not isinstance(self.body, PackedBody) else coded
+        )
 
 
 _SHARED: WeakKeyDictionary[FrozenLM, _Shared] = WeakKeyDictionary()

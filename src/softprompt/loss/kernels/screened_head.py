@@ -16,13 +16,12 @@ but one block of probabilities of bounded size.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from softprompt.base.hardware import has_int8_products, product_dtype
-from softprompt.base.nll import Head, dense_block
+from softprompt.base.nll import Head, dense, dense_block
+from softprompt.loss.kernels.int8 import Int8Weights, coded_rows, outliers
 from softprompt.loss.kernels.workspace import scratch
 
 MIN_PROBABILITY = (
@@ -30,11 +29,12 @@ MIN_PROBABILITY = (
 )  # at one position of a block at least; a less likely token adds less than bfloat16 rounds
 BLOCK_VOCABULARY = 2048
 BLOCK_PROBABILITIES = 2**25  # bfloat16: 64 MB; 128 tokens of a vocabulary of 250,880
+BLOCK_TOKENS = 128  # at most: what matters to any token of a larger block is more of the vocabulary
 MAX_CHOSEN_SHARE = 1 / 4  # of the vocabulary; above, the dense kernel is as fast
 MAX_LOGIT_ERROR = 0.1  # root mean square difference of int8 logits from the real ones, in nats
 ROWS_PER_DIMENSION = 16  # sampled to estimate the covariance
-NUMBERS_PER_CHUNK = 2**17  # half a megabyte of float32, which the cache of a core holds
-MIN_WEIGHTS = 2**25  # of a head; smaller ones cost little either way
+MIN_WEIGHTS = 2**24  # of a head; smaller ones cost little either way
+MIN_WEIGHTS_LOSS = 2**25  # the same without a gradient, which is half of the dense road's cost
 HEADROOM = 30.0  # nats above the target's logit: exp stays finite up to 118 of them
 
 
@@ -43,7 +43,7 @@ class PackedHead:
 
     def __init__(self, head: Head) -> None:
         self.head = head
-        self.blocks: list[_Block] = []
+        self.blocks: list[tuple[int, Int8Weights]] = []  # where in the vocabulary each begins
         self.means_MD = torch.empty(0)
         self.covariance_DD = torch.empty(0)
 
@@ -65,7 +65,7 @@ class PackedHead:
             around_sD = weight_vD[::stride] - means[-1]
             self.covariance_DD.addmm_(around_sD.T, around_sD)
             sampled += len(around_sD)
-            self.blocks.append(_Block(weight_vD, first))
+            self.blocks.append((first, Int8Weights(rows_vD, rows=256)))
         self.means_MD = torch.stack(means)
         self.covariance_DD /= sampled
 
@@ -82,11 +82,14 @@ class ScreenedHead:
         self, hidden_ND: Tensor, targets_N: Tensor, head: Head, wants_gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Loss and gradient as `nll.dense` gives them, to the rounding of bfloat16."""
+        if not wants_gradient and head.weight_VD.numel() < MIN_WEIGHTS_LOSS:
+            return dense(hidden_ND, targets_N, head, wants_gradient)
         self.packed.pack()
         nll_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
         gradient_ND = hidden_ND.new_empty(hidden_ND.shape, dtype=torch.float32) if wants_gradient else None
         # As many tokens at a time as keep the bfloat16 probabilities of the whole vocabulary in a bounded buffer.
-        size = max(16, min(512, BLOCK_PROBABILITIES // len(head.weight_VD)))
+        size = max(16, min(BLOCK_TOKENS, BLOCK_PROBABILITIES // len(head.weight_VD)))
+        outliers_O = outliers(hidden_ND)
         probabilities_nV = scratch(
             "probabilities", min(size, len(hidden_ND)), len(head.weight_VD), dtype=torch.bfloat16
         )
@@ -97,7 +100,11 @@ class ScreenedHead:
             # Screening that fails costs a product: once it fails more often than it helps, the dense loss is used at once.
             if self.refused <= self.taken + 2:
                 screened = self._screened(
-                    hidden_nD.float(), targets_n, wants_gradient, probabilities_nV[: len(hidden_nD)]
+                    hidden_nD.float(),
+                    targets_n,
+                    wants_gradient,
+                    probabilities_nV[: len(hidden_nD)],
+                    outliers_O,
                 )
                 self.taken += screened is not None
                 self.refused += screened is None
@@ -107,7 +114,12 @@ class ScreenedHead:
         return nll_N, gradient_ND
 
     def _screened(
-        self, hidden_nD: Tensor, targets_n: Tensor, wants_gradient: bool, probabilities_nV: Tensor
+        self,
+        hidden_nD: Tensor,
+        targets_n: Tensor,
+        wants_gradient: bool,
+        probabilities_nV: Tensor,
+        outliers_O: Tensor,
     ) -> tuple[Tensor, Tensor | None] | None:
         head = self.head
         dtype = product_dtype(head.weight_VD.dtype, head.weight_VD.device)
@@ -116,12 +128,11 @@ class ScreenedHead:
         shift_n1 = (hidden_nD * target_nD).sum(1, keepdim=True).mul_(head.scale).add_(HEADROOM)
         below_n1 = shift_n1.neg()
         # All logits with int8 products: their sums a block of the vocabulary, and each probability in bfloat16.
-        codes_nD, step_n1 = quantised(hidden_nD * head.scale)
+        rows = coded_rows(hidden_nD * head.scale, outliers_O)
         sums_nM = hidden_nD.new_empty(len(hidden_nD), len(self.packed.blocks))
-        for index, block in enumerate(self.packed.blocks):
-            likely_nv = block.product(codes_nD)
-            torch.addcmul(below_n1, likely_nv, step_n1, out=likely_nv).exp_()
-            stored_nv = probabilities_nV[:, block.first : block.first + likely_nv.shape[1]].copy_(likely_nv)
+        for index, (start, block) in enumerate(self.packed.blocks):
+            likely_nv = block.product(rows, plus=below_n1).exp_()
+            stored_nv = probabilities_nV[:, start : start + likely_nv.shape[1]].copy_(likely_nv)
             # Sums are of what is stored: chosen entries are subtracted again below, and must leave nothing behind.
             torch.sum(stored_nv, 1, dtype=torch.float32, out=sums_nM[:, index])
         sum_n1 = sums_nM.sum(1, keepdim=True)
@@ -130,8 +141,8 @@ class ScreenedHead:
         # An entry matters where any token of the block gives it 2^-13 of its probability.
         share_n1 = sum_n1.reciprocal().bfloat16()
         matters_V = torch.empty(len(head.weight_VD), dtype=torch.bool)
-        for block in self.packed.blocks:
-            here = slice(block.first, block.first + BLOCK_VOCABULARY)
+        for start, _ in self.packed.blocks:
+            here = slice(start, start + BLOCK_VOCABULARY)
             torch.ge((probabilities_nV[:, here] * share_n1).amax(0), MIN_PROBABILITY, out=matters_V[here])
         matters_V[targets_n] = True
         chosen_M = matters_V.nonzero()[:, 0]
@@ -177,59 +188,6 @@ class ScreenedHead:
         pull_nD.addmm_(sums_nM, self.packed.means_MD).addcmul_(sums_nM.sum(1, keepdim=True), tilt_nD)
         pull_nD.div_(total_n1).sub_(target_nD)
         return nll_n, pull_nD.mul_(head.scale)
-
-
-class _Block:
-    """A stretch of the vocabulary in int8."""
-
-    def __init__(self, weight_vD: Tensor, first: int) -> None:
-        self.first = first
-        codes_vD, self.step_v = coded(weight_vD)
-        self.packed: Any = torch.ops.onednn.qlinear_prepack(codes_vD, [256, weight_vD.shape[1]])
-        self.zero_v = torch.zeros(len(weight_vD), dtype=torch.int32)
-
-    def product(self, codes_nD: Tensor) -> Tensor:
-        """Codes of `quantised` times these weights, float32 [n, v], up to the step of each row of the codes."""
-        return int8_product(codes_nD, self.packed, self.step_v, self.zero_v)
-
-
-def coded(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights as int8 (in scratch memory: pack them at once) and the step of each row."""
-    wide_OI = scratch("weights", *weight_OI.shape).copy_(weight_OI)
-    spare_OI = torch.abs(wide_OI, out=scratch("absolute", *weight_OI.shape))
-    step_O = spare_OI.amax(1).clamp_(min=1e-12).div_(127)
-    wide_OI.div_(step_O[:, None]).round_()
-    return scratch("codes", *weight_OI.shape, dtype=torch.int8).copy_(wide_OI), step_O
-
-
-def quantised(rows_nD: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row as unsigned codes around 128, and its step: rows = (codes - 128) * step. uint8 [n, D], float32 [n, 1]."""
-    count, width = rows_nD.shape
-    codes_nD = torch.empty(count, width, dtype=torch.uint8)
-    steps_n1 = torch.empty(count, 1)
-    size = max(1, NUMBERS_PER_CHUNK // width)
-    # Few rows at a time, in the same memory: five times as fast as over all rows, whose pages are all new.
-    wide_mD, spare_mD = scratch("quantised", 2, min(size, count), width)
-    for first in range(0, count, size):
-        part_mD = rows_nD[first : first + size]
-        wide_mD, spare_mD = wide_mD[: len(part_mD)], spare_mD[: len(part_mD)]
-        if part_mD.dtype != torch.float32:
-            part_mD = wide_mD.copy_(part_mD)
-        torch.abs(part_mD, out=spare_mD)
-        step_m1 = spare_mD.amax(1, keepdim=True).clamp_(min=1e-12).div_(127)
-        steps_n1[first : first + size] = step_m1
-        # The conversion cuts off, so that half more is rounding.
-        torch.mul(part_mD, step_m1.reciprocal_(), out=spare_mD).add_(128.5)
-        codes_nD[first : first + size] = spare_mD
-    return codes_nD, steps_n1
-
-
-def int8_product(codes_nD: Tensor, packed: Any, step_v: Tensor, zero_v: Tensor) -> Tensor:
-    """(codes - 128) times packed int8 weights times their steps, float32 [n, v]."""
-    product_nv: Tensor = torch.ops.onednn.qlinear_pointwise(
-        codes_nD, 1.0, 128, packed, step_v, zero_v, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-    return product_nv
 
 
 def packed(head: Head) -> PackedHead | None:
