@@ -27,7 +27,7 @@ def test_codes_are_the_nearest_multiples_of_a_127th_of_the_largest_number() -> N
 def test_a_product_is_as_near_as_seven_bits_allow(
     dtype: torch.dtype, numbers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("softprompt.loss.kernels.int8.NUMBERS_PER_CHUNK", numbers)
+    monkeypatch.setattr("softprompt.loss.kernels.workspace.NUMBERS_AT_ONCE", numbers)
     weight_OI, rows_NI = drawn(48, 96).to(dtype), drawn(40, 96, seed=1).to(dtype)
     true_NO = rows_NI.double() @ weight_OI.double().T
     product_NO = Int8Weights(weight_OI).product(coded_rows(rows_NI))

@@ -158,11 +158,11 @@ def test_a_screened_head_is_as_near_as_bfloat16_and_leaves_most_of_the_vocabular
 def test_int8_is_believed_beside_an_outlying_dimension_and_not_where_many_are(
     dimensions: int, counts: tuple[int, int]
 ) -> None:
-    large, hidden_ND, targets_N = trained_like(32)
+    large, hidden_ND, targets_N = trained_like(64)
     outlying_ND = hidden_ND.detach().clone()
     drawn = torch.Generator().manual_seed(7)
     # Each leaves no steps for all that are not as large.
-    outlying_ND[:, 1 : 1 + dimensions] = torch.randn(32, dimensions, generator=drawn).sign() * 60
+    outlying_ND[:, 1 : 1 + dimensions] = torch.randn(64, dimensions, generator=drawn).sign() * 60
     road = ScreenedHead(PackedHead(large))
     ours_N = token_nll(outlying_ND.clone().requires_grad_(), targets_N, large, road).detach()
     assert (road.taken, road.refused) == counts
@@ -172,13 +172,18 @@ def test_int8_is_believed_beside_an_outlying_dimension_and_not_where_many_are(
 
 
 @needs_int8
-def test_a_loss_alone_takes_the_dense_road_where_that_costs_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    large, hidden_ND, targets_N = trained_like(32)
-    hidden_ND = hidden_ND.detach()
+@pytest.mark.parametrize(
+    ("tokens", "wants_gradient"), [(96, False), (20, True)], ids=["a loss alone", "few tokens"]
+)
+def test_where_the_dense_road_costs_little_it_is_taken(
+    tokens: int, wants_gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, hidden_ND, targets_N = trained_like(tokens)
+    hidden_ND = hidden_ND.detach().requires_grad_(wants_gradient)
     road = ScreenedHead(PackedHead(large))
     ours_N = token_nll(hidden_ND, targets_N, large, road)
-    assert (road.taken, road.refused) == (0, 0)
-    monkeypatch.setattr(fast_head, "MIN_WEIGHTS_LOSS", 1)
+    assert (road.taken, road.refused, road.packed.blocks) == (0, 0, [])
+    monkeypatch.setattr(fast_head, "LARGE", 1)
     screened_N = token_nll(hidden_ND, targets_N, large, road)
     assert (road.taken, road.refused) == (1, 0)
     torch.testing.assert_close(ours_N, screened_N, rtol=1e-2, atol=2e-2)

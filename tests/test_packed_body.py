@@ -15,7 +15,7 @@ from softprompt.data.encoded import Encoded
 from softprompt.loss import body, packed_body
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.gradient import Loss
-from softprompt.loss.kernels import grouped_attention, llama_layer, rms_norm
+from softprompt.loss.kernels import grouped_attention, llama_layer, workspace
 from softprompt.loss.kernels.linear import Int8Linear
 from softprompt.loss.packed_body import PackedBody
 from softprompt.prompt.soft_prompt import Plain
@@ -161,7 +161,7 @@ def test_a_body_whose_packed_rows_were_refused_is_not_packed_in_int8(monkeypatch
 def test_so_are_they_in_small_chunks_and_with_recomputed_layers(
     layout: str, deep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rms_norm, "NUMBERS_AT_ONCE", 100)
+    monkeypatch.setattr(workspace, "NUMBERS_AT_ONCE", 100)
     monkeypatch.setattr(grouped_attention, "SCORES_AT_ONCE", 700)
     monkeypatch.setattr(grouped_attention, "QUERIES_AT_ONCE", 3)  # stretches that see fewer columns each
     monkeypatch.setattr(grouped_attention, "COLUMNS_ALIGNED", 4)

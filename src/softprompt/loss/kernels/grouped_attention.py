@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softprompt.base.hardware import product_dtype
 from softprompt.loss.kernels.rms_norm import Norm, norm_backward, norm_forward
-from softprompt.loss.kernels.workspace import scratch
+from softprompt.loss.kernels.workspace import row_chunks, scratch
 
 SCORES_AT_ONCE = 2**23  # float32 scores of one chunk: 32 MB
 QUERIES_AT_ONCE = 64  # shorter stretches leave out more columns that they cannot see, but cost more calls
@@ -297,11 +297,15 @@ def _rotated(projected_NE: Tensor, cos_NK: Tensor, sin_NK: Tensor) -> Tensor:
     """x * cos + (-second half, first half) * sin, for each head."""
     width = cos_NK.shape[1]
     half = width // 2
-    wide_NHK = _wide("heads", projected_NE).view(len(projected_NE), -1, width)
-    output_NHK = torch.mul(wide_NHK, cos_NK[:, None], out=scratch("rotated", *wide_NHK.shape))
-    output_NHK[..., :half].addcmul_(wide_NHK[..., half:], sin_NK[:, None, :half], value=-1)
-    output_NHK[..., half:].addcmul_(wide_NHK[..., :half], sin_NK[:, None, half:])
-    return output_NHK.view(projected_NE.shape).to(projected_NE.dtype, copy=True)
+    rotated_NE = torch.empty_like(projected_NE)
+    for chunk in row_chunks(projected_NE):
+        cos_n1K, sin_n1K = cos_NK[chunk, None], sin_NK[chunk, None]
+        wide_nHK = _wide("heads", projected_NE[chunk]).view(len(cos_n1K), -1, width)
+        output_nHK = torch.mul(wide_nHK, cos_n1K, out=scratch("rotated", *wide_nHK.shape))
+        output_nHK[..., :half].addcmul_(wide_nHK[..., half:], sin_n1K[..., :half], value=-1)
+        output_nHK[..., half:].addcmul_(wide_nHK[..., :half], sin_n1K[..., half:])
+        rotated_NE[chunk] = output_nHK.view(len(cos_n1K), -1)
+    return rotated_NE
 
 
 # Layout and dtype

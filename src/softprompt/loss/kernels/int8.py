@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.loss.kernels.workspace import scratch
+from softprompt.loss.kernels.workspace import row_chunks, scratch
 
-NUMBERS_PER_CHUNK = 2**17  # half a megabyte of float32, which the cache of a core holds
 # Added to a float32 number of at most 2^22, this leaves it rounded, as an integer in the last bits, 128 further on.
 ROUNDING = 1.5 * 2.0**23 + 128
 OUTLIER = 2.5  # times what the median dimension reaches
@@ -105,22 +104,19 @@ def coded(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantised(rows_ND: Tensor, without_O: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and step of each row, uint8 [N, D] and float32 [N, 1]: rows = (codes - 128) * step, zero at `without_O`."""
-    count, width = rows_ND.shape
-    codes_ND = torch.empty(count, width, dtype=torch.uint8)
-    steps_N1 = torch.empty(count, 1)
-    size = max(1, NUMBERS_PER_CHUNK // width)
+    codes_ND = torch.empty(rows_ND.shape, dtype=torch.uint8)
+    steps_N1 = torch.empty(len(rows_ND), 1)
     # Few rows at a time, in the same memory: five times as fast as over all rows, whose pages are all new.
-    wide_nD, spare_nD = scratch("quantised", 2, min(size, count), width)
-    for first in range(0, count, size):
-        part_nD = rows_ND[first : first + size]
-        wide_nD, spare_nD = wide_nD[: len(part_nD)], spare_nD[: len(part_nD)]
+    for chunk in row_chunks(rows_ND):
+        part_nD = rows_ND[chunk]
+        wide_nD, spare_nD = scratch("quantised", 2, *part_nD.shape)
         wide_nD.copy_(part_nD)
         if len(without_O):
             wide_nD.index_fill_(1, without_O, 0.0)
         torch.abs(wide_nD, out=spare_nD)
         step_n1 = spare_nD.amax(1, keepdim=True).clamp_(min=1e-12).div_(127)
-        steps_N1[first : first + size] = step_n1
+        steps_N1[chunk] = step_n1
         torch.mul(wide_nD, step_n1.reciprocal_(), out=spare_nD).add_(ROUNDING)
         # The last byte of these integers; torch converts float32 to uint8 one by one, eight times as slowly.
-        codes_ND[first : first + size] = spare_nD.view(torch.int32)
+        codes_ND[chunk] = spare_nD.view(torch.int32)
     return codes_ND, steps_N1

@@ -16,7 +16,7 @@ from torch import Tensor
 from softprompt.loss.kernels.grouped_attention import Heads, Positions, attention, attention_backward
 from softprompt.loss.kernels.linear import FrozenLinear, Inputs
 from softprompt.loss.kernels.rms_norm import Norm, norm_backward, norm_forward
-from softprompt.loss.kernels.workspace import scratch
+from softprompt.loss.kernels.workspace import row_chunks, scratch
 
 
 @dataclass(frozen=True)
@@ -140,15 +140,19 @@ def _forward(
 def swiglu(gate_MF: Tensor, up_MF: Tensor) -> Tensor:
     """silu(gate) * up, in memory that the next layer takes again."""
     output_MF = scratch("swiglu", *gate_MF.shape, dtype=gate_MF.dtype)
-    torch.ops.aten.silu.out(gate_MF, out=output_MF)
-    return output_MF.mul_(up_MF)
+    for chunk in row_chunks(gate_MF):
+        torch.ops.aten.silu.out(gate_MF[chunk], out=output_MF[chunk])
+        output_MF[chunk].mul_(up_MF[chunk])
+    return output_MF
 
 
 def _swiglu_backward(above_MF: Tensor, gate_MF: Tensor, up_MF: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients at gate and up; that at gate takes the memory of `above_MF`."""
     on_up_MF = scratch("swiglu", *gate_MF.shape, dtype=gate_MF.dtype)
-    torch.ops.aten.silu.out(gate_MF, out=on_up_MF)
-    on_up_MF.mul_(above_MF)
-    above_MF.mul_(up_MF)
-    torch.ops.aten.silu_backward.grad_input(above_MF, gate_MF, grad_input=above_MF)
+    for chunk in row_chunks(gate_MF):
+        above_mF, gate_mF, on_up_mF = above_MF[chunk], gate_MF[chunk], on_up_MF[chunk]
+        torch.ops.aten.silu.out(gate_mF, out=on_up_mF)
+        on_up_mF.mul_(above_mF)
+        above_mF.mul_(up_MF[chunk])
+        torch.ops.aten.silu_backward.grad_input(above_mF, gate_mF, grad_input=above_mF)
     return above_MF, on_up_MF

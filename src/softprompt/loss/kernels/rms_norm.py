@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt.loss.kernels.workspace import scratch
-
-NUMBERS_AT_ONCE = 2**17  # float32 numbers of one chunk: half a megabyte stays in a core's cache
+from softprompt.loss.kernels.workspace import row_chunks, scratch
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class _Norm(torch.autograd.Function):
 def norm_forward(hidden_ND: Tensor, norm: Norm) -> Tensor:
     """The normed rows, in their dtype."""
     output_ND = torch.empty_like(hidden_ND)
-    for chunk in _chunks(hidden_ND):
+    for chunk in row_chunks(hidden_ND):
         wide_nD, scale_n1 = _wide_and_scale(hidden_ND[chunk], norm.eps)
         # As transformers does: x / rms is rounded to the dtype, then multiplied by the weight.
         torch.mul(wide_nD, scale_n1, out=wide_nD)
@@ -61,7 +59,7 @@ def norm_backward(above_ND: Tensor, hidden_ND: Tensor, norm: Norm, residual_ND: 
     output_ND = torch.empty_like(hidden_ND)
     width = hidden_ND.shape[1]
     weight_D = norm.weight_D.float()
-    for chunk in _chunks(hidden_ND):
+    for chunk in row_chunks(hidden_ND):
         wide_nD, scale_n1 = _wide_and_scale(hidden_ND[chunk], norm.eps)
         weighed_nD = scratch("weighed", *wide_nD.shape)
         weighed_nD.copy_(above_ND[chunk]).mul_(weight_D)
@@ -80,9 +78,3 @@ def _wide_and_scale(hidden_nD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide_nD = scratch("wide", *hidden_nD.shape).copy_(hidden_nD)
     mean_n = torch.linalg.vecdot(wide_nD, wide_nD).div_(hidden_nD.shape[1])
     return wide_nD, mean_n.add_(eps).rsqrt_()[:, None]
-
-
-def _chunks(rows_ND: Tensor) -> list[slice]:
-    """Slices of rows that are small enough for the cache."""
-    size = max(1, NUMBERS_AT_ONCE // rows_ND.shape[1])
-    return [slice(first, first + size) for first in range(0, len(rows_ND), size)]

@@ -34,7 +34,8 @@ MAX_CHOSEN_SHARE = 1 / 4  # of the vocabulary; above, the dense kernel is as fas
 MAX_LOGIT_ERROR = 0.1  # root mean square difference of int8 logits from the real ones, in nats
 ROWS_PER_DIMENSION = 16  # sampled to estimate the covariance
 MIN_WEIGHTS = 2**24  # of a head; smaller ones cost little either way
-MIN_WEIGHTS_LOSS = 2**25  # the same without a gradient, which is half of the dense road's cost
+LARGE = 2**25  # weights of a head that is screened for few tokens too, and without a gradient
+MANY_TOKENS = 64
 HEADROOM = 30.0  # nats above the target's logit: exp stays finite up to 118 of them
 
 
@@ -82,7 +83,8 @@ class ScreenedHead:
         self, hidden_ND: Tensor, targets_N: Tensor, head: Head, wants_gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Loss and gradient as `nll.dense` gives them, to the rounding of bfloat16."""
-        if not wants_gradient and head.weight_VD.numel() < MIN_WEIGHTS_LOSS:
+        is_much = wants_gradient and len(hidden_ND) >= MANY_TOKENS
+        if not is_much and head.weight_VD.numel() < LARGE:
             return dense(hidden_ND, targets_N, head, wants_gradient)
         self.packed.pack()
         nll_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
