@@ -161,10 +161,9 @@ class _Shared:
     @cached_property
     def int8_body(self) -> Any:
         coded = learning_body(self.plain_body, "int8")
-        # Rows are packed only where that was proved, in floats.
-        return (
-            coded.body if isinstance(coded, PackedBody) and not isinstance(self.body, PackedBody) else coded
-        )
+        if isinstance(coded, PackedBody) and not isinstance(self.body, PackedBody):
+            return coded.body  # packing rows was refused with float products
+        return coded
 
 
 _SHARED: WeakKeyDictionary[FrozenLM, _Shared] = WeakKeyDictionary()
