@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -682,6 +682,43 @@ def test_a_step_whose_momentum_points_uphill_takes_the_lowest_rate(tmp_path: Pat
         form.value_PW.grad = scale * way
         assert learner.step(10.0)
     assert learner.rate_taken == pytest.approx(0.02)
+
+
+def learner_of_batches(folder: Path, losses: Sequence[float], reachable: float = 0.0) -> Learner:
+    """One that may take rates from 0.02 to 0.5, after batches of these losses."""
+    settings = recipe(folder, "tune.schedule=constant", "tune.warmup=0").tune
+    learner = Learner(Direct((torch.zeros(4, 8),)), settings, 0.02, 100)
+    learner.highest_rate, learner.reachable_nll = 0.5, reachable
+    for nll in losses:
+        rate_after(learner, nll, 1.0)
+    return learner
+
+
+def rate_after(learner: Learner, nll: float, gradient: float) -> float:
+    learner.parameters[0].grad = torch.full((4, 8), gradient)
+    assert learner.step(nll)
+    return learner.rate_taken
+
+
+@pytest.mark.parametrize(
+    ("nll", "reachable", "rate"),
+    # Batches have had 1 nat left to fall, above what can be reached. A faint slope asks for the highest rate, of any batch.
+    [(0.6, 0.0, 0.5), (0.4, 0.0, 0.02), (3.0, 2.4, 0.5), (2.8, 2.4, 0.02)],
+)
+def test_a_batch_that_is_learned_already_takes_the_lowest_rate(
+    tmp_path: Path, nll: float, reachable: float, rate: float
+) -> None:
+    learner = learner_of_batches(tmp_path, [1.0 + reachable] * 3, reachable)
+    assert rate_after(learner, nll, 1e-6) == pytest.approx(rate)
+
+
+def test_what_batches_have_left_is_known_after_a_kill_and_forgotten_after_a_return(tmp_path: Path) -> None:
+    killed = learner_of_batches(tmp_path, [1.0] * 3)
+    again = learner_of_batches(tmp_path, [])
+    again.restore(killed.state())
+    assert rate_after(again, 0.01, 1e-6) == pytest.approx(0.02)
+    killed.go_back()
+    assert rate_after(killed, 0.01, 1e-6) > 0.02
 
 
 def test_after_a_loss_that_rose_no_step_takes_more_than_a_third_of_the_rates_that_led_there(

@@ -19,6 +19,10 @@ TRAINING_MARGIN, TRAINING_MARGIN_NATS = 1.25, 0.25  # above the start; batches o
 HELD_OUT_MARGIN = 1.02  # the same rows every time, so that little noise is left
 LOWERED_BY, MOST_LOWERED = 3.0, 4  # down to an 81st
 REGROWTH_SHARE = 0.1  # of a run's steps, in which the highest rate doubles after a return
+LEARNED_SHARE = (
+    0.5  # of what batches have left to fall: one that has less takes no longer step than the lowest
+)
+MEMORY = 0.8  # of the mean of what they have left; about five steps
 
 
 class Learner:
@@ -26,7 +30,8 @@ class Learner:
 
     `best` is the prompt of the best held-out loss so far (nats per token), which is what gets saved. `rate_taken` is
     the learning rate of the latest step. Where `highest_rate` is above `learning_rate`, each step takes the rate between
-    the two at which it promises to take its loss down to `reachable_nll` (nats per token). `device` is where a step may
+    the two at which it promises to take its loss down to `reachable_nll` (nats per token), or the lower one where its batch is
+    learned already. `device` is where a step may
     be computed, whatever the form lies on."""
 
     def __init__(
@@ -40,6 +45,7 @@ class Learner:
         self.form, self.settings, self.learning_rate, self.steps = form, settings, learning_rate, steps
         self.highest_rate = learning_rate
         self.reachable_nll = 0.0
+        self.usual_gap = math.nan  # mean of what batches had left to fall, nats per token
         self.tried_steps: tuple[int, ...] = ()  # from the start or the last return on; see rate.try_last_step
         self.returned_at = 0  # steps that had been done then
         self.regrown_rate = (
@@ -149,8 +155,12 @@ class Learner:
         clip = self.settings.clip
         clipped = clip / max(norm, clip) if clip else 1.0
         slope = self._fall_since(before) / clipped / (self.highest_rate * share)
-        # Momentum may point uphill for one batch, which says nothing about how far to go.
-        wanted = (nll - self.reachable_nll) / slope if slope > 0 else self.learning_rate
+        # Momentum may point uphill for one batch, which says nothing about how far to go. Nor does a batch that is learned
+        # already: next to nothing is left to fall along next to no slope, and the quotient of the two is noise.
+        gap = nll - self.reachable_nll
+        is_learned = gap < LEARNED_SHARE * self.usual_gap
+        wanted = gap / slope if slope > 0 and not is_learned else self.learning_rate
+        self.usual_gap = gap if math.isnan(self.usual_gap) else MEMORY * self.usual_gap + (1 - MEMORY) * gap
         rate = min(self.highest_rate, max(self.learning_rate, wanted))
         if rate < self.highest_rate:
             with torch.no_grad():
@@ -229,7 +239,7 @@ class Learner:
         self.highest_rate = max(self.learning_rate, self.highest_taken / LOWERED_BY)
         self.highest_taken, self.returned_at = 0.0, self.steps_done
         self.times_lowered += 1
-        self.recent = []
+        self.recent, self.usual_gap = [], math.nan
         self.form.load_state_dict(self.best_form)
         self.optimiser.state.clear()
 
@@ -250,6 +260,7 @@ class Learner:
             "returned_at": self.returned_at,
             "regrown_rate": self.regrown_rate,
             "reachable_nll": self.reachable_nll,
+            "usual_gap": self.usual_gap,
             **{name: getattr(self, name) for name in _COUNTS},
         }
 
@@ -265,6 +276,7 @@ class Learner:
         self.returned_at = state.get("returned_at", 0)
         self.regrown_rate = state.get("regrown_rate", 0.0)
         self.reachable_nll = state.get("reachable_nll", 0.0)
+        self.usual_gap = state.get("usual_gap", math.nan)
 
 
 def prepare_each(learners: Sequence[Learner], nlls: Sequence[float]) -> None:
