@@ -703,7 +703,7 @@ def rate_after(learner: Learner, nll: float, gradient: float) -> float:
 @pytest.mark.parametrize(
     ("nll", "reachable", "rate"),
     # Batches have had 1 nat left to fall, above what can be reached. A faint slope asks for the highest rate, of any batch.
-    [(0.6, 0.0, 0.5), (0.4, 0.0, 0.02), (3.0, 2.4, 0.5), (2.8, 2.4, 0.02)],
+    [(0.25, 0.0, 0.5), (0.15, 0.0, 0.02), (2.65, 2.4, 0.5), (2.55, 2.4, 0.02)],
 )
 def test_a_batch_that_is_learned_already_takes_the_lowest_rate(
     tmp_path: Path, nll: float, reachable: float, rate: float

@@ -19,9 +19,7 @@ TRAINING_MARGIN, TRAINING_MARGIN_NATS = 1.25, 0.25  # above the start; batches o
 HELD_OUT_MARGIN = 1.02  # the same rows every time, so that little noise is left
 LOWERED_BY, MOST_LOWERED = 3.0, 4  # down to an 81st
 REGROWTH_SHARE = 0.1  # of a run's steps, in which the highest rate doubles after a return
-LEARNED_SHARE = (
-    0.5  # of what batches have left to fall: one that has less takes no longer step than the lowest
-)
+LEARNED_SHARE = 0.2  # of what batches have left to fall: one that has less takes the shortest step
 MEMORY = 0.8  # of the mean of what they have left; about five steps
 
 
