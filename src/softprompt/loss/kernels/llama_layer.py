@@ -112,11 +112,11 @@ def _forward(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """The tensors that the backward pass needs (middle, gate, up, and those of attention), and the output."""
     kept = positions.kept
-    normed_ND = Inputs(norm_forward(hidden_ND, layer.before_attention))
+    normed = Inputs(norm_forward(hidden_ND, layer.before_attention))
     context_ME, attended = attention(
-        layer.query.ahead(normed_ND if kept is None else Inputs(normed_ND.rows_NI[kept])),
-        layer.key.ahead(normed_ND),
-        layer.value.ahead(normed_ND),
+        layer.query.ahead(normed if kept is None else Inputs(normed.rows_NI[kept])),
+        layer.key.ahead(normed),
+        layer.value.ahead(normed),
         past_keys,
         past_values,
         layer.heads,
@@ -124,8 +124,8 @@ def _forward(
     )
     middle_MD = layer.output.ahead(Inputs(context_ME))
     middle_MD += hidden_ND if kept is None else hidden_ND[kept]
-    normed_MD = Inputs(norm_forward(middle_MD, layer.before_mlp))
-    gate_MF, up_MF = layer.gate.ahead(normed_MD), layer.up.ahead(normed_MD)
+    normed = Inputs(norm_forward(middle_MD, layer.before_mlp))
+    gate_MF, up_MF = layer.gate.ahead(normed), layer.up.ahead(normed)
     saved = (middle_MD, gate_MF, up_MF, *attended)
     if not with_output:
         return saved, middle_MD
