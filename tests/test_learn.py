@@ -633,7 +633,7 @@ def test_steps_promise_no_more_than_what_is_above_the_reachable_loss(tmp_path: P
     for reachable, nll, rate in ((0.0, 3.2, 0.1), (2.4, 3.2, 0.025), (2.4, 2.0, 0.01)):
         form = Direct((torch.zeros(4, 8),))
         learner = Learner(form, recipe(tmp_path, *overrides).tune, 0.01, 100)
-        learner.highest_rate, learner.reachable_nll = 0.5, reachable
+        learner.length.highest_rate, learner.length.reachable_nll = 0.5, reachable
         form.value_PW.grad = torch.ones(4, 8)
         assert learner.step(nll)
         assert learner.rate_taken == pytest.approx(rate, rel=1e-4)
@@ -666,7 +666,7 @@ def test_a_measured_step_promises_its_whole_loss_between_two_rates(
     # The promise of the plain step is by hand: the unclipped gradient times the way taken.
     promised = slope_of(expected.detach(), before, gradient)
     measured, values = learner(0.02)
-    measured.highest_rate = 0.5
+    measured.length.highest_rate = 0.5
     assert measured.step(promised if nll is None else nll)
     assert measured.rate_taken == pytest.approx(rate, rel=1e-3)
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
@@ -676,7 +676,7 @@ def test_a_step_whose_momentum_points_uphill_takes_the_lowest_rate(tmp_path: Pat
     settings = recipe(tmp_path, "tune.schedule=constant", "tune.warmup=0").tune
     form = Direct((torch.zeros(4, 8),))
     learner = Learner(form, settings, 0.02, 100)
-    learner.highest_rate = 0.5
+    learner.length.highest_rate = 0.5
     way = torch.ones(4, 8)
     for scale in (1.0, 1.0, 1.0, -1e-3):  # three batches agree, and the fourth faintly disagrees
         form.value_PW.grad = scale * way
@@ -688,7 +688,7 @@ def learner_of_batches(folder: Path, losses: Sequence[float], reachable: float =
     """One that may take rates from 0.02 to 0.5, after batches of these losses."""
     settings = recipe(folder, "tune.schedule=constant", "tune.warmup=0").tune
     learner = Learner(Direct((torch.zeros(4, 8),)), settings, 0.02, 100)
-    learner.highest_rate, learner.reachable_nll = 0.5, reachable
+    learner.length.highest_rate, learner.length.reachable_nll = 0.5, reachable
     for nll in losses:
         rate_after(learner, nll, 1.0)
     return learner
@@ -727,7 +727,7 @@ def test_after_a_loss_that_rose_no_step_takes_more_than_a_third_of_the_rates_tha
     """A faint gradient and a large loss ask for the highest rate; the run that went back has learned not to give it."""
     form = Direct((torch.zeros(4, 8),))
     learner = Learner(form, recipe(tmp_path, "tune.schedule=constant", "tune.warmup=0").tune, 0.03, 100)
-    learner.highest_rate = 0.5
+    learner.length.highest_rate = 0.5
     rates = []
     for _ in range(2):
         form.value_PW.grad = torch.full((4, 8), 1e-3)
@@ -740,7 +740,7 @@ def test_after_a_loss_that_rose_no_step_takes_more_than_a_third_of_the_rates_tha
     assert learner.step(1e-3)
     assert learner.rate_taken == pytest.approx(0.03 / 9)
     learner.go_back()
-    assert learner.highest_rate == learner.learning_rate == pytest.approx(0.03 / 27)
+    assert learner.length.highest_rate == learner.length.learning_rate == pytest.approx(0.03 / 27)
 
 
 def test_after_a_return_the_highest_rate_doubles_in_a_tenth_of_the_steps_up_to_what_it_was(
@@ -754,7 +754,7 @@ def test_after_a_return_the_highest_rate_doubles_in_a_tenth_of_the_steps_up_to_w
 
     form = Direct((torch.zeros(4, 8),))
     learner = Learner(form, recipe(tmp_path, "tune.schedule=constant", "tune.warmup=0").tune, 0.03, 100)
-    learner.highest_rate = 0.5
+    learner.length.highest_rate = 0.5
     steps(1)
     learner.go_back()
     assert [steps(1), steps(10), steps(40)] == pytest.approx([0.5 / 3, 1.0 / 3, 0.5])
@@ -770,7 +770,7 @@ def test_a_run_that_was_killed_after_a_return_takes_the_same_rates(tmp_path: Pat
     def made() -> Learner:
         settings = recipe(tmp_path, "tune.schedule=constant", "tune.warmup=0").tune
         learner = Learner(Direct((torch.zeros(4, 8),)), settings, 0.03, 100)
-        learner.highest_rate = 0.5
+        learner.length.highest_rate = 0.5
         return learner
 
     def rates(learner: Learner, steps: int) -> list[float]:
@@ -806,7 +806,7 @@ def test_a_gradient_of_any_size_takes_a_measured_step(tmp_path: Path, gradient: 
     """Zero among them: no division by its norm."""
     form = Direct((torch.zeros(4, 8),))
     learner = Learner(form, recipe(tmp_path, "tune.clip=1").tune, 0.02, 100)
-    learner.highest_rate = 0.5
+    learner.length.highest_rate = 0.5
     form.value_PW.grad = torch.full((4, 8), gradient)
     assert learner.step(1.0)
     assert 0.02 * 0.9 <= learner.rate_taken <= 0.5
@@ -824,7 +824,7 @@ def test_a_step_is_doubled_or_halved_where_other_rows_say_so(
 ) -> None:
     learner = tried_learner(tmp_path)
     try_last_step(learner, lambda prompt: (1.0 + float(prompt[0][0, 0]) / 0.25 * widths) ** 2, 0.125)
-    assert learner.rate_taken == learner.learning_rate == 0.25 * factor
+    assert learner.rate_taken == learner.length.learning_rate == 0.25 * factor
     # AdamW's first step moves every number by the rate, against the gradient.
     torch.testing.assert_close(learner.snapshot()[0], torch.full((4, 8), -0.25 * factor))
 
@@ -832,7 +832,7 @@ def test_a_step_is_doubled_or_halved_where_other_rows_say_so(
 def test_a_step_that_breaks_the_loss_of_other_rows_is_halved(tmp_path: Path) -> None:
     learner = tried_learner(tmp_path)
     try_last_step(learner, lambda prompt: broken_beyond(0.2, prompt), 0.125)
-    assert learner.learning_rate == 0.125
+    assert learner.length.learning_rate == 0.125
 
 
 @pytest.mark.parametrize(("widths", "factor"), [(1.8, 1.0), (2.15, 1.0), (2.17, 0.5)])
@@ -842,7 +842,7 @@ def test_a_rate_that_was_not_doubled_is_only_halved_for_a_clear_rise(
     """By hand: (1 - x)^2 is above 1.35 from x = 2.162 on."""
     learner = tried_learner(tmp_path)
     try_last_step(learner, lambda prompt: (1.0 + float(prompt[0][0, 0]) / 0.25 * widths) ** 2, 0.25)
-    assert learner.learning_rate == 0.25 * factor
+    assert learner.length.learning_rate == 0.25 * factor
 
 
 def broken_beyond(distance: float, prompt: Plain) -> float:
@@ -855,7 +855,7 @@ def tried_learner(folder: Path) -> Learner:
     overrides = ("tune.optimizer=adamw", "tune.schedule=constant", "tune.warmup=0", "tune.clip=1e9")
     form = Direct((torch.zeros(4, 8),))
     learner = Learner(form, recipe(folder, *overrides).tune, 0.25, 100)
-    learner.tried_steps = (1,)
+    learner.length.tried_steps = (1,)
     form.value_PW.grad = torch.ones(4, 8)
     assert learner.step(1.0)
     assert learner.is_tried
@@ -872,7 +872,7 @@ def test_the_first_steps_after_a_return_are_tried_again(tmp_path: Path) -> None:
             assert learner.is_tried is is_tried
     learner.go_back()
     again = Learner(Direct((torch.zeros(4, 8),)), learner.settings, 0.25, 100)
-    again.tried_steps = learner.tried_steps
+    again.length.tried_steps = learner.length.tried_steps
     again.restore(learner.state())
     again.parameters[0].grad = torch.ones(4, 8)
     assert again.step(1.0)

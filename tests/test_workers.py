@@ -168,7 +168,7 @@ def test_a_trial_that_breaks_on_a_worker_ends_alone(
 
     def breaking(learner: Learner, nll: float) -> bool:
         """Refuses the sixth step of the rate 0.05 as one that is not finite."""
-        return not (learner.learning_rate == 0.05 and learner.steps_done == 5) and step(learner, nll)
+        return not (learner.length.learning_rate == 0.05 and learner.steps_done == 5) and step(learner, nll)
 
     monkeypatch.setattr(Learner, "step", breaking)
     settings = grid({"tune.learning_rate": ["0.3", "0.05"]})

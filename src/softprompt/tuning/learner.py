@@ -11,26 +11,21 @@ from torch import Tensor
 
 from softprompt.prompt.reparam import Form
 from softprompt.prompt.soft_prompt import Plain
-from softprompt.tuning.optim import OPTIMIZERS, Muon, prepare_steps, rate_factor
+from softprompt.tuning.optim import OPTIMIZERS, Muon, prepare_steps
 from softprompt.tuning.recipe import TuneSettings
+from softprompt.tuning.step_length import StepLength
 
 RECENT_STEPS = 3  # training losses that are averaged to see a divergence
 TRAINING_MARGIN, TRAINING_MARGIN_NATS = 1.25, 0.25  # above the start; batches of one task differ by less
 HELD_OUT_MARGIN = 1.02  # the same rows every time, so that little noise is left
-LOWERED_BY, MOST_LOWERED = 3.0, 4  # down to an 81st
-REGROWTH_SHARE = 0.1  # of a run's steps, in which the highest rate doubles after a return
-LEARNED_SHARE = 0.2  # of what batches have left to fall: one that has less takes the shortest step
-MEMORY = 0.8  # of the mean of what they have left; about five steps
 
 
 class Learner:
     """Takes optimiser steps and keeps the best prompt; knows neither data nor base.
 
     `best` is the prompt of the best held-out loss so far (nats per token), which is what gets saved. `rate_taken` is
-    the learning rate of the latest step. Where `highest_rate` is above `learning_rate`, each step takes the rate between
-    the two at which it promises to take its loss down to `reachable_nll` (nats per token), or the lower one where its batch is
-    learned already. `device` is where a step may
-    be computed, whatever the form lies on."""
+    the learning rate of the latest step, schedule included; `length` holds the rules that it follows. `device` is where a step
+    may be computed, whatever the form lies on."""
 
     def __init__(
         self,
@@ -40,15 +35,8 @@ class Learner:
         steps: int,
         device: torch.device | None = None,
     ) -> None:
-        self.form, self.settings, self.learning_rate, self.steps = form, settings, learning_rate, steps
-        self.highest_rate = learning_rate
-        self.reachable_nll = 0.0
-        self.usual_gap = math.nan  # mean of what batches had left to fall, nats per token
-        self.tried_steps: tuple[int, ...] = ()  # from the start or the last return on; see rate.try_last_step
-        self.returned_at = 0  # steps that had been done then
-        self.regrown_rate = (
-            0.0  # up to which `highest_rate` rises again after a return; 0 where steps are not measured
-        )
+        self.form, self.settings = form, settings
+        self.length = StepLength(learning_rate, settings, steps)
         self._last_start: list[Tensor] = []
         self._last_way: list[Tensor] = []
         trained = form.trained()
@@ -59,10 +47,9 @@ class Learner:
         self.optimiser = OPTIMIZERS[settings.optimizer](groups, learning_rate, settings.weight_decay)
         if isinstance(self.optimiser, Muon) and device is not None:
             self.optimiser.device = device
-        self.steps_done, self.best_step, self.without_gain, self.times_lowered = 0, 0, 0, 0
+        self.steps_done, self.best_step, self.without_gain = 0, 0, 0
         self._norm: float | None = None  # of gradients that have been clipped, by prepare_each
         self.rate_taken = math.nan
-        self.highest_taken = 0.0  # before the schedule, of all steps since the last return
         self.recent: list[float] = []
         self.nll_start = self.nll_best = self.nll_first = self.score_start = self.score_best = math.nan
         self.best: Plain = self.snapshot()
@@ -71,11 +58,7 @@ class Learner:
     @property
     def rate(self) -> float:
         """The learning rate of the coming step; the lowest that it may take where it is measured."""
-        return self.learning_rate * self._scheduled_share()
-
-    def _scheduled_share(self) -> float:
-        tune = self.settings
-        return rate_factor(tune.schedule, self.steps_done + 1, self.steps, tune.warmup_share)
+        return self.length.learning_rate * self.length.scheduled_share(self.steps_done + 1)
 
     def snapshot(self) -> Plain:
         """A copy of the plain prompt at this step."""
@@ -90,20 +73,17 @@ class Learner:
         self._norm = None
         finite = math.isfinite(nll) and math.isfinite(norm)
         if finite:
-            is_measured = self.highest_rate > self.learning_rate
-            is_tried = self.steps_done + 1 - self.returned_at in self.tried_steps
-            before = self._values() if is_measured or is_tried else []
-            self._set_rate(self.highest_rate * self._scheduled_share() if is_measured else self.rate)
+            length, step = self.length, self.steps_done + 1
+            share, is_tried = length.scheduled_share(step), length.is_tried(step)
+            before = self._values() if length.is_measured or is_tried else []
+            self._set_rate(length.highest_rate * share)  # the lowest too, where it is not measured
             self.optimiser.step()
-            self.rate_taken = self._shortened(before, nll, norm) if is_measured else self.rate
-            self.highest_taken = max(self.highest_taken, self.rate_taken / self._scheduled_share())
+            rate = self._shortened(before, nll, norm, share) if length.is_measured else length.highest_rate
+            self.rate_taken = rate * share
             if is_tried:
                 self._last_start = before
                 self._last_way = [now - old for now, old in zip(self._values(), before, strict=True)]
-            # Not after the last return that there may be: nothing would catch a rate that rises too far again.
-            if 0 < self.times_lowered < MOST_LOWERED and self.highest_rate < self.regrown_rate:
-                doublings = 1 / (REGROWTH_SHARE * self.steps * self.times_lowered)
-                self.highest_rate = min(self.regrown_rate, self.highest_rate * 2**doublings)
+            length.note_taken(rate)
             self.steps_done += 1
             self.recent = [*self.recent, nll][-RECENT_STEPS:]
             self.nll_first = nll if math.isnan(self.nll_first) else self.nll_first
@@ -113,8 +93,8 @@ class Learner:
 
     @property
     def is_tried(self) -> bool:
-        """Whether the step just taken is one of `tried_steps`."""
-        return self.steps_done - self.returned_at in self.tried_steps
+        """Whether the length of the step just taken is to be tried on other rows."""
+        return self.length.is_tried(self.steps_done)
 
     def moved(self, factor: float) -> Plain:
         """Moves to where the last step had led if it were `factor` times as long; the plain prompt there."""
@@ -126,7 +106,7 @@ class Learner:
     def lengthen(self, factor: float) -> None:
         """Makes the last step `factor` times as long, and all later ones."""
         self.moved(factor)
-        self.learning_rate, self.highest_rate = self.learning_rate * factor, self.highest_rate * factor
+        self.length.lengthen(factor)
         self.rate_taken *= factor
         self._last_start = self._last_way = []
 
@@ -143,28 +123,21 @@ class Learner:
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["factor"]
 
-    def _shortened(self, before: Sequence[Tensor], nll: float, norm: float) -> float:
-        """Shortens the step from `before`, just taken at `highest_rate`, to the rate at which it promises to take the
-        loss `nll` down to `reachable_nll`, and at least `learning_rate`, both times the schedule. `norm` is that of the gradient before
-        clipping. Returns the rate."""
-        share = self._scheduled_share()
+    def _shortened(self, before: Sequence[Tensor], nll: float, norm: float, share: float) -> float:
+        """Shortens the step from `before`, just taken at the highest rate, to what its loss `nll` asks for; the rate.
+
+        `norm` is that of the gradient before clipping, `share` the schedule's factor."""
         # A step is linear in its rate, so the one wanted lies on the way to here. The gradients have been clipped to a
         # norm, so the fall that they promise is smaller by as much.
         clip = self.settings.clip
         clipped = clip / max(norm, clip) if clip else 1.0
-        slope = self._fall_since(before) / clipped / (self.highest_rate * share)
-        # Momentum may point uphill for one batch, which says nothing about how far to go. Nor does a batch that is learned
-        # already: next to nothing is left to fall along next to no slope, and the quotient of the two is noise.
-        gap = nll - self.reachable_nll
-        is_learned = gap < LEARNED_SHARE * self.usual_gap
-        wanted = gap / slope if slope > 0 and not is_learned else self.learning_rate
-        self.usual_gap = gap if math.isnan(self.usual_gap) else MEMORY * self.usual_gap + (1 - MEMORY) * gap
-        rate = min(self.highest_rate, max(self.learning_rate, wanted))
-        if rate < self.highest_rate:
+        highest = self.length.highest_rate
+        rate = self.length.measured(nll, self._fall_since(before) / clipped / (highest * share))
+        if rate < highest:
             with torch.no_grad():
                 for parameter, old in zip(self.parameters, before, strict=True):
-                    parameter.lerp_(old, 1.0 - rate / self.highest_rate)
-        return rate * share
+                    parameter.lerp_(old, 1.0 - rate / highest)
+        return rate
 
     def _clipped(self) -> float:
         """Scales the gradients down to a norm of `clip` where theirs is larger, as torch's clip_grad_norm_ does; their norm
@@ -214,7 +187,7 @@ class Learner:
 
         The margins keep a rate that only looks bad: batches differ from each other, so training losses get a wider one
         and count only when several have been seen."""
-        if self.times_lowered == MOST_LOWERED or not self.steps_done:
+        if not self.length.can_lower or not self.steps_done:
             return False
         if nll is not None:
             return not nll <= HELD_OUT_MARGIN * self.nll_start  # `not <=`, so that nan counts as risen
@@ -225,19 +198,9 @@ class Learner:
         return sum(self.recent) / len(self.recent) > TRAINING_MARGIN * start + TRAINING_MARGIN_NATS
 
     def go_back(self) -> None:
-        """Returns to the best step's form, with a fresh optimiser and a third of the rate. The schedule continues.
-
-        Where steps are measured, none takes more than a third of the highest rate that led here: where text is learned, most of the
-        loss cannot be taken away, and steps that promise all of it go too far. What was too far at the start need not be so later: the highest
-        rate doubles in a tenth of the steps (slower after each further return) until it is what it was, and the first steps from here
-        are tried as those of the run were."""
-        if not self.times_lowered and self.highest_rate > self.learning_rate:
-            self.regrown_rate = self.highest_rate
-        self.learning_rate /= LOWERED_BY
-        self.highest_rate = max(self.learning_rate, self.highest_taken / LOWERED_BY)
-        self.highest_taken, self.returned_at = 0.0, self.steps_done
-        self.times_lowered += 1
-        self.recent, self.usual_gap = [], math.nan
+        """Returns to the best step's form, with a fresh optimiser and a third of the rate. The schedule continues."""
+        self.length.lower(self.steps_done)
+        self.recent = []
         self.form.load_state_dict(self.best_form)
         self.optimiser.state.clear()
 
@@ -253,12 +216,7 @@ class Learner:
             "optimiser": self.optimiser.state_dict(),
             "best": self.best,
             "best_form": self.best_form,
-            "highest_rate": self.highest_rate,
-            "highest_taken": self.highest_taken,
-            "returned_at": self.returned_at,
-            "regrown_rate": self.regrown_rate,
-            "reachable_nll": self.reachable_nll,
-            "usual_gap": self.usual_gap,
+            **self.length.state(),
             **{name: getattr(self, name) for name in _COUNTS},
         }
 
@@ -269,12 +227,7 @@ class Learner:
         self.best, self.best_form = state["best"], state["best_form"]
         for name in _COUNTS:
             setattr(self, name, state[name])
-        self.highest_rate = state.get("highest_rate", self.learning_rate)
-        self.highest_taken = state.get("highest_taken", 0.0)
-        self.returned_at = state.get("returned_at", 0)
-        self.regrown_rate = state.get("regrown_rate", 0.0)
-        self.reachable_nll = state.get("reachable_nll", 0.0)
-        self.usual_gap = state.get("usual_gap", math.nan)
+        self.length.restore(state)
 
 
 def prepare_each(learners: Sequence[Learner], nlls: Sequence[float]) -> None:
@@ -289,7 +242,6 @@ def prepare_each(learners: Sequence[Learner], nlls: Sequence[float]) -> None:
 
 _COUNTS = (
     "steps_done",
-    "learning_rate",
     "best_step",
     "without_gain",
     "nll_start",
@@ -298,7 +250,6 @@ _COUNTS = (
     "score_best",
     "nll_first",
     "recent",
-    "times_lowered",
 )
 
 

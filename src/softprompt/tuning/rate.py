@@ -71,7 +71,7 @@ def try_last_step(learner: Learner, nll_of: Callable[[Plain], float], measured_b
     may overshoot at the fourth step what the second batch confirmed for the first (figures in LOG.md). A few forward passes see
     which. Below the rate that was measured only a clear rise counts: what lowers the loss of one batch most is shorter
     than what suits a whole run."""
-    may_halve = learner.highest_rate > measured_bound
+    may_halve = learner.length.highest_rate > measured_bound
     learner.lengthen(_tried_factor(lambda factor: nll_of(learner.moved(factor)), may_halve))
 
 

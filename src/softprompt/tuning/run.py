@@ -53,7 +53,7 @@ class Run:
         self.learner = Learner(form or start(plan), tune, plan.learning_rate, plan.steps, plan.lm.device)
         # No task may move what others share a second time.
         if tune.learning_rate == "auto" and not shares_a_part:
-            self.learner.tried_steps = TRIED_STEPS
+            self.learner.length.tried_steps = TRIED_STEPS
         self.processes = processes or Processes()
         self.gradients = Gradients(
             plan.loss, plan.batch_size, self._halved, self.processes, positions_read(plan.lm.device)
@@ -101,11 +101,12 @@ class Run:
         self.nll_base = mean_nll(self.plan.loss, held_out, batch_size=self.gradients.rows_read(held_out))
         if isinstance(self.plan.recipe.tune.learning_rate, str):
             measured = measured_rate(self.plan, self.gradients, self.learner.form)
-            self.learner.learning_rate, self.learner.reachable_nll = measured
-            self.learner.highest_rate = self.plan.learning_rate
+            length = self.learner.length
+            length.learning_rate, length.reachable_nll = measured
+            length.highest_rate = self.plan.learning_rate
         if self.plan.recipe.tune.learning_rate == "find":
-            search = find_rate(self.plan, self.gradients, self.learner.learning_rate)
-            self.learner.learning_rate = self.learner.highest_rate = search.rate
+            search = find_rate(self.plan, self.gradients, self.learner.length.learning_rate)
+            self.learner.length.learning_rate = self.learner.length.highest_rate = search.rate
             self.log.note(str(search))
         self._announce()
         self.validate()
@@ -182,7 +183,7 @@ class Run:
         self.learner.go_back()
         self.log.note(
             f"Step {self.steps_done}: {loss} is above the start's {self.learner.nll_start:.4f}. Back to the prompt of "
-            f"step {self.learner.best_step}, learning rate lowered to {self.learner.highest_rate:.2g}."
+            f"step {self.learner.best_step}, learning rate lowered to {self.learner.length.highest_rate:.2g}."
         )
 
     @property
@@ -264,7 +265,7 @@ class Run:
             "selected_by": plan.recipe.tune.select,
             "score_before": learner.score_start,
             "score_after": learner.score_best,
-            "learning_rate": learner.learning_rate,
+            "learning_rate": learner.length.learning_rate,
             "batch_size": plan.batch_size,
             "accumulation": math.ceil(plan.batch_size / self.gradients.rows),
             "truncated_rows": plan.train.truncated,
@@ -294,7 +295,7 @@ class Run:
                 epochs=plan.steps / plan.steps_per_epoch,
                 batch_size=plan.batch_size,
                 accumulation=math.ceil(plan.batch_size / self.gradients.rows),
-                learning_rate=self.learner.learning_rate,
+                learning_rate=self.learner.length.learning_rate,
                 examples=len(plan.train.encoded),
                 validation_examples=len(plan.splits.validation),
                 trained_tokens=plan.trained_tokens,

@@ -1,0 +1,115 @@
+"""How far each optimiser step goes: the learning rate between a lowest and a highest one, times the schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from softprompt.tuning.optim import rate_factor
+from softprompt.tuning.recipe import TuneSettings
+
+LOWERED_BY, MOST_LOWERED = 3.0, 4  # down to an 81st
+REGROWTH_SHARE = 0.1  # of a run's steps, in which the highest rate doubles after a return
+LEARNED_SHARE = 0.2  # of what batches have left to fall: one that has less takes the shortest step
+MEMORY = 0.8  # of the mean of what they have left; about five steps
+
+
+class StepLength:
+    """The rates that a run's steps may take, and what changes them; knows no prompt and no gradient.
+
+    All rates are before the schedule. Where `highest_rate` is above `learning_rate`, a step takes the rate between the two at
+    which it promises to take its loss down to `reachable_nll` (nats per token), or the lower one where its batch is learned
+    already. Each return to a former prompt lowers both (`lower`). `tried_steps` are those whose length other rows judge,
+    counted from the start or the last return on (`rate.try_last_step`)."""
+
+    def __init__(self, learning_rate: float, settings: TuneSettings, steps: int) -> None:
+        self.settings, self.steps = settings, steps
+        self.learning_rate = self.highest_rate = learning_rate
+        self.reachable_nll = 0.0
+        self.tried_steps: tuple[int, ...] = ()
+        self.times_lowered = 0
+        self.returned_at = 0  # steps that had been done at the last return
+        self.usual_gap = math.nan  # mean of what batches had left to fall, nats per token
+        self.highest_taken = 0.0  # of all steps since the last return
+        # Up to which `highest_rate` rises again after a return; 0 where steps are not measured.
+        self.regrown_rate = 0.0
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether each step's own loss says how far it goes."""
+        return self.highest_rate > self.learning_rate
+
+    def scheduled_share(self, step: int) -> float:
+        """The schedule's factor of step number `step`; the first is 1."""
+        return rate_factor(self.settings.schedule, step, self.steps, self.settings.warmup_share)
+
+    def is_tried(self, step: int) -> bool:
+        """Whether the length of step number `step` is tried on other rows."""
+        return step - self.returned_at in self.tried_steps
+
+    def measured(self, nll: float, slope: float) -> float:
+        """The rate of a step: where it promises to take the loss `nll` down to `reachable_nll`, within the two bounds.
+
+        `slope` is by how much that loss falls, to first order, for a unit of rate."""
+        # Momentum may point uphill for one batch, which says nothing about how far to go. Nor does a batch that is learned
+        # already: next to nothing is left to fall along next to no slope, and the quotient of the two is noise.
+        gap = nll - self.reachable_nll
+        is_learned = gap < LEARNED_SHARE * self.usual_gap
+        wanted = gap / slope if slope > 0 and not is_learned else self.learning_rate
+        self.usual_gap = gap if math.isnan(self.usual_gap) else MEMORY * self.usual_gap + (1 - MEMORY) * gap
+        return min(self.highest_rate, max(self.learning_rate, wanted))
+
+    def note_taken(self, rate: float) -> None:
+        """Notes the rate that a step took. After a return the highest rate rises again, a little with each."""
+        self.highest_taken = max(self.highest_taken, rate)
+        # Not after the last return that there may be: nothing would catch a rate that rises too far again.
+        if 0 < self.times_lowered < MOST_LOWERED and self.highest_rate < self.regrown_rate:
+            doublings = 1 / (REGROWTH_SHARE * self.steps * self.times_lowered)
+            self.highest_rate = min(self.regrown_rate, self.highest_rate * 2**doublings)
+
+    def lengthen(self, factor: float) -> None:
+        """Makes all later steps `factor` times as long."""
+        self.learning_rate, self.highest_rate = self.learning_rate * factor, self.highest_rate * factor
+
+    @property
+    def can_lower(self) -> bool:
+        """Whether one more return may follow."""
+        return self.times_lowered < MOST_LOWERED
+
+    def lower(self, steps_done: int) -> None:
+        """What follows a return after `steps_done` steps: a third of the rate.
+
+        Where steps are measured, none takes more than a third of the highest rate that led here: where text is learned, most of the
+        loss cannot be taken away, and steps that promise all of it go too far. What was too far at the start need not be so later: the highest
+        rate doubles in a tenth of the steps (slower after each further return) until it is what it was, and the first steps from here
+        are tried as those of the run were."""
+        if not self.times_lowered and self.is_measured:
+            self.regrown_rate = self.highest_rate
+        self.learning_rate /= LOWERED_BY
+        self.highest_rate = max(self.learning_rate, self.highest_taken / LOWERED_BY)
+        self.highest_taken, self.usual_gap = 0.0, math.nan
+        self.returned_at = steps_done
+        self.times_lowered += 1
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers, all that another process needs to continue."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues from a former `state()`, also of versions that did not measure steps."""
+        self.learning_rate = self.highest_rate = state["learning_rate"]
+        self.times_lowered = state["times_lowered"]
+        for name in _STATE:
+            setattr(self, name, state.get(name, getattr(self, name)))
+
+
+_STATE = (
+    "learning_rate",
+    "times_lowered",
+    "highest_rate",
+    "highest_taken",
+    "returned_at",
+    "regrown_rate",
+    "reachable_nll",
+    "usual_gap",
+)
