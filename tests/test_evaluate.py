@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -186,6 +187,31 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     assert record["complete"]
     assert record["metrics"]["accuracy"]["value"] == 1.0
     assert record["metrics"]["nll"]["value"] == 0.5
+
+
+def test_an_interrupted_evaluation_reads_its_rows_in_the_company_they_would_have_had(tmp_path: Path) -> None:
+    """Rows that are read together may round otherwise than rows read alone: here the loss is their number."""
+
+    class Together(Fake):
+        def __call__(self, examples: Sequence[Example]) -> list[Answer]:
+            nll = float(len(examples))
+            return [replace(answer, nll=nll) for answer in super().__call__(examples)]
+
+    rows = [Example({"text": "t", "label": "l"}, row=number) for number in range(7)]
+    whole, kept = tmp_path / "whole", tmp_path / "kept"
+    judge_rows(Together(), rows, metrics_named(["nll"]), LABELLED, out=whole, chunk=3)
+    lines = (whole / "rows.jsonl").read_bytes().splitlines(keepends=True)
+    for there in ([], [0, 1, 2, 3], [0, 2, 6], range(7)):
+        judge_rows(Fake(), rows, metrics_named(["nll"]), LABELLED, out=kept, chunk=3)
+        (kept / "rows.jsonl").write_bytes(b"".join(lines[index] for index in there))
+        fake = Together()
+        found = judge_rows(fake, rows, metrics_named(["nll"]), LABELLED, out=kept, chunk=3)
+        assert found.reused == len(there)
+        assert [row.to_line() for row in found.rows] == lines
+        assert sorted((kept / "rows.jsonl").read_bytes().splitlines(keepends=True)) == lines
+        # By hand: chunks of which every row is there are not asked again.
+        assert fake.asked == {0: [*range(7)], 4: [3, 4, 5, 6], 3: [0, 1, 2, 3, 4, 5], 7: []}[len(there)]
+        shutil.rmtree(kept)
 
 
 @pytest.mark.parametrize("change", ["about", "rows"])

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -129,23 +128,32 @@ def judge_rows(
                     keep.add([row])
                 count(row)
         reused = done = sum(is_known)
-        todo = (index for index in range(len(examples)) if not is_known[index])
         on_progress(done, len(examples))
-        under_way: deque[tuple[list[int], list[Example]]] = deque()
+        under_way: deque[int] = deque()
 
-        def chunks() -> Iterator[list[Example]]:
-            while indices := list(islice(todo, chunk)):
-                under_way.append((indices, [examples[index] for index in indices]))
-                yield under_way[-1][1]
+        def chunks() -> Iterator[Sequence[Example]]:
+            # An answer's last digits may depend on the rows that it was read with. So a chunk that was judged in part is
+            # answered whole, and an evaluation that was interrupted ends as one that was not.
+            for start in range(0, len(examples), chunk):
+                if not all(is_known[start : start + chunk]):
+                    under_way.append(start)
+                    yield list(examples[start : start + chunk])
 
         for answers in workers.map(partial(_answered, predict), chunks()):
-            indices, asked = under_way.popleft()
+            start = under_way.popleft()
             rows = [
                 _with_references(
-                    judged(index, example, layout, answer, as_learned(wanted_text(layout, example))),
+                    judged(
+                        index,
+                        examples[index],
+                        layout,
+                        answer,
+                        as_learned(wanted_text(layout, examples[index])),
+                    ),
                     references,
                 )
-                for index, example, answer in zip(indices, asked, answers, strict=True)
+                for index, answer in enumerate(answers, start)
+                if not is_known[index]
             ]
             keep.add(rows)
             for row in rows:

@@ -1,14 +1,12 @@
-"""Every row of a file continued, in the file's order: rows that are done are kept, and never done again."""
+"""Every row of a file continued, in the file's order: rows that are done are kept, and never written again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -84,20 +82,15 @@ def generate_file(
         reused = done = kept.rows_done()
         with progress_bar(progress, "generating") as advance:
             advance(done, len(examples))
-            under_way: deque[int] = deque()
-
-            def chunks() -> Iterator[list[Example]]:
-                todo = iter(range(done, len(examples)))
-                while indices := list(islice(todo, CHUNK)):
-                    under_way.append(len(indices))
-                    yield [examples[index] for index in indices]
-
-            for lines in workers.map(partial(_answered, answering), chunks()):
-                kept.add(
-                    {"row": done + number // answering.lines_each, **line}
-                    for number, line in enumerate(lines)
-                )
-                done += under_way.popleft()
+            # An answer may depend on the rows that it is read with, where two tokens are as likely to the last digits. So
+            # rows are read in the same chunks after an interruption, and what is there already is not written again.
+            first = done - done % CHUNK if done < len(examples) else done
+            starts = range(first, len(examples), CHUNK)
+            chunks = (list(examples[start : start + CHUNK]) for start in starts)
+            for start, lines in zip(starts, workers.map(partial(_answered, answering), chunks), strict=True):
+                rows = (start + number // answering.lines_each for number in range(len(lines)))
+                kept.add({"row": row, **line} for row, line in zip(rows, lines, strict=True) if row >= reused)
+                done = min(start + CHUNK, len(examples))
                 advance(done, len(examples))
         kept.end(len(examples))
     finally:
