@@ -47,7 +47,8 @@ class DecodeSettings(Table):
 
     `max_new_tokens` bounds what is generated, `max_text_tokens` the input's tokens and the new ones together, virtual
     tokens not counted (transformers' `max_length`, under which name it is taken too). With both, the smaller one ends
-    a row. The same row gives the same text for a seed, alone or in any batch.
+    a row. The same row gives the same text for a seed, alone or in any batch, but where two tokens are as likely to the last
+    digits: sums of another batch may round otherwise.
     """
 
     max_new_tokens: Count | None = setting(
