@@ -19,6 +19,8 @@ LEARNED, JUDGED = 100, 30
 
 def main() -> None:
     folder = Path(sys.argv[1])
+    if not any(folder.glob("train_*_full.json")):
+        sys.exit(f"{folder}: found no train_*_full.json, wanted the folder of SNIPS' requests.")
     draw = random.Random(0)
     learned = drawn(sorted(folder.glob("train_*_full.json")), LEARNED, draw)
     judged = drawn(sorted(folder.glob("validate_*.json")), JUDGED, draw)
