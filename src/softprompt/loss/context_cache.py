@@ -2,6 +2,10 @@
 
 The states are kept for as many contexts as the budget holds and reused in every epoch. What does not fit is read again each
 time, still without the backward pass. Results equal those of reading everything, up to rounding.
+
+A short context read by itself takes up to three times as long as in company, since all weights pass by for a few
+rows. But its last bits depend on the company, and a run that is killed and resumed, with nothing kept, must meet the same
+bits again. So a run says once which contexts are read together (`read_together`); else each is read by itself.
 """
 
 from __future__ import annotations
@@ -19,7 +23,10 @@ from softprompt.data.batch import Batch, collate
 from softprompt.data.encoded import Encoded
 
 Context = tuple[int, ...]
+Company = tuple[Context, ...]
+"""Contexts that are read in one pass, always all of them."""
 GIGABYTE = 10**9
+COMPANY_POSITIONS = 512  # of a pass, padding too: more gain no speed, and only take memory
 SHORTEST = 8  # tokens; reading fewer again costs less than placing their state beside the row
 
 
@@ -31,14 +38,42 @@ class ContextCache:
         self.budget_bytes = budget_bytes
         self.bytes = 0
         self.read = 0
-        self._states: dict[Context, State] = {}
+        self._states: dict[Company, list[State]] = {}
+        self._company_of: dict[Context, Company] | None = (
+            None  # of those that are to be kept; None: each is alone
+        )
 
     def __len__(self) -> int:
-        return len(self._states)
+        return sum(map(len, self._states))
 
     def clear(self) -> None:
         """Frees everything that is kept."""
         self._states, self.bytes = {}, 0
+
+    def read_alone(self) -> None:
+        """From now on reads each context by itself."""
+        self._company_of = None
+        self._forget([company for company in self._states if len(company) > 1])
+
+    def read_together(self, groups: Iterable[Iterable[Context]]) -> None:
+        """From now on reads contexts of a group together, and keeps those of the first groups, as many as the budget holds.
+
+        All others are read together with those of their batch, and not kept. So the bits of a context depend on `groups` and
+        its batch alone, not on what was read before."""
+        self._company_of = {}
+        needed = 0
+        for company in (
+            company for group in groups for company in companies(set(group) - self._company_of.keys())
+        ):
+            size = context_bytes(self.lm, company)
+            if needed + size > self.budget_bytes:
+                break
+            needed += size
+            self._company_of |= dict.fromkeys(company, company)
+        wanted = set(self._company_of.values())
+        former = [company for company in self._states if company not in wanted]
+        if sum(self._bytes(company) for company in former) + needed > self.budget_bytes:
+            self._forget(former)
 
     def split(self, batch: Batch) -> tuple[Batch, Placed] | None:
         """Returns the batch from each row's first soft position on, with its mask, positions and the contexts as a cache.
@@ -71,28 +106,60 @@ class ContextCache:
         return rest, Placed(torch.empty(0), mask_BR, positions_BR, cache)
 
     def _read(self, contexts: Sequence[Context]) -> list[State]:
-        """Returns the state of each context: a kept one, or read by the base and then kept if the budget allows."""
-        states = {context: self._states[context] for context in contexts if context in self._states}
-        missing = sorted(set(contexts) - set(states), key=lambda context: (len(context), context))
-        if missing:
-            self.read += len(missing)
-            # Not as inference tensors, even when a loss without gradient asks first: learning uses them later.
-            with torch.inference_mode(False), torch.no_grad():
-                states |= {context: self._compute(context) for context in missing}
-        for context in missing:
-            if self.bytes + states[context].bytes <= self.budget_bytes:
-                self._states[context] = states[context]
-                self.bytes += states[context].bytes
-        return [states[context] for context in contexts]
+        """Returns the state of each context: a kept one, or read by the base and then kept if it is to be."""
+        found: dict[Context, State] = {}
+        for company, is_kept in self._companies(set(contexts)):
+            states = self._states.get(company)
+            if states is None:
+                self.read += len(company)
+                states = self._compute(company)
+                size = sum(state.bytes for state in states)
+                if is_kept and self.bytes + size <= self.budget_bytes:
+                    self._states[company] = states
+                    self.bytes += size
+            found |= dict(zip(company, states, strict=True))
+        return [found[context] for context in contexts]
 
-    def _compute(self, context: Context) -> State:
-        """Reads a context, by itself: in company its last bits would depend on which others happened to be missing.
+    def _companies(self, contexts: set[Context]) -> list[tuple[Company, bool]]:
+        """The passes that give these contexts, and whether what they give is kept."""
+        if self._company_of is None:
+            return [((context,), True) for context in _in_order(contexts)]
+        kept = {self._company_of[context] for context in contexts if context in self._company_of}
+        passing = companies(contexts - self._company_of.keys())
+        return [*((company, True) for company in sorted(kept)), *((company, False) for company in passing)]
 
-        A resumed run starts with an empty cache, and must read the same states as the run that it continues."""
-        row = Encoded(list(context), [-1] * len(context), [False] * len(context), -1, 0)
-        cache = new_cache()
-        self.read_placed(Placed(self.lm.embed(collate([row]).to(self.lm.device).ids_BS), None, None, cache))
-        return row_state(cache, 0, 0, len(context), context)
+    def _compute(self, company: Company) -> list[State]:
+        """Reads contexts in one pass."""
+        rows = [Encoded(list(ids), [-1] * len(ids), [False] * len(ids), -1, 0) for ids in company]
+        # Not as inference tensors, even when a loss without gradient asks first: learning uses them later.
+        with torch.inference_mode(False), torch.no_grad():
+            batch = collate(rows).to(self.lm.device)
+            cache = new_cache()
+            self.read_placed(Placed(self.lm.embed(batch.ids_BS), padding_mask(batch), None, cache))
+            return [row_state(cache, row, 0, len(ids), ids) for row, ids in enumerate(company)]
+
+    def _forget(self, former: Iterable[Company]) -> None:
+        for company in former:
+            self.bytes -= self._bytes(company)
+            del self._states[company]
+
+    def _bytes(self, company: Company) -> int:
+        return sum(state.bytes for state in self._states[company])
+
+
+def companies(contexts: Iterable[Context]) -> list[Company]:
+    """Parts these contexts into passes of at most `COMPANY_POSITIONS` positions, those of like length together."""
+    found: list[Company] = []
+    for context in _in_order(contexts):
+        if found and len(context) * (len(found[-1]) + 1) <= COMPANY_POSITIONS:
+            found[-1] = (*found[-1], context)
+        else:
+            found.append((context,))
+    return found
+
+
+def _in_order(contexts: Iterable[Context]) -> list[Context]:
+    return sorted(contexts, key=lambda context: (len(context), context))
 
 
 def contexts_of(rows: Iterable[Encoded]) -> set[Context]:
@@ -105,7 +172,7 @@ def contexts_of(rows: Iterable[Encoded]) -> set[Context]:
     return contexts
 
 
-def context_bytes(lm: FrozenLM, contexts: set[Context]) -> int:
+def context_bytes(lm: FrozenLM, contexts: Iterable[Context]) -> int:
     """Counts the bytes of the keys and values of all these contexts."""
     shape = lm.fingerprint
     values = 2 * shape.layers * shape.kv_heads * shape.head_width

@@ -41,6 +41,7 @@ def tune(
     """
     plan = plan or make_plan(recipe, lm=lm, splits=splits, loss=loss)
     with shown(on_event, progress) as tell, joining(plan) as (plan, processes):
+        plan.settle_contexts(together=processes.count == 1)
         run = Run(plan, tell, form, processes=processes)
         learner, loss_and_gradient = run.learner, run.gradients
         try:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.batch import EncodedSet
+from softprompt.data.batch import EncodedSet, epoch_order
 from softprompt.data.encoded import Encoded
 from softprompt.data.example import Splits
 from softprompt.data.template import Template
-from softprompt.loss.context_cache import GIGABYTE, context_bytes, contexts_of
+from softprompt.loss.context_cache import GIGABYTE, Context, context_bytes, contexts_of
+from softprompt.loss.fast import FastLoss
 from softprompt.loss.gradient import Loss
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.task import Task
@@ -72,6 +73,23 @@ class Plan:
     def text_tokens(self) -> int:
         """Tokens of text read in one epoch, virtual ones not counted."""
         return sum(slot < 0 for row in self.train.encoded for slot in row.soft)
+
+    def settle_contexts(self, *, together: bool) -> None:
+        """Says how the loss reads text before the first virtual token from now on: that of the rows of a batch together, or
+        each row's by itself, as where other runs or processes have other batches."""
+        if isinstance(self.loss, FastLoss):
+            cache = self.loss.context_cache
+            if together:
+                cache.read_together(self._context_groups())
+            else:
+                cache.read_alone()
+
+    def _context_groups(self) -> Iterator[set[Context]]:
+        """Of the held-out rows, which every validation reads, and of each batch of the first epoch."""
+        yield contexts_of(self.held_out)
+        encoded, lengths = self.train.encoded, self.train.lengths
+        for batch in epoch_order(lengths, self.batch_size, seed=self.recipe.tune.seed, epoch=0):
+            yield contexts_of(encoded[index] for index in batch)
 
     def rows_sha256(self) -> str:
         """Digest of every row that is learned from or judged by, as encoded."""

@@ -66,6 +66,7 @@ class Together:
             lm, loss = plan.lm, plan.loss
             plans.append(plan)
         assert lm is not None
+        plans[0].settle_contexts(together=False)
         made: Sequence[Form | None] = forms(plans) if forms else [None] * len(plans)
         self.sharing = forms is not None
         self.runs = [
