@@ -39,9 +39,8 @@ class ContextCache:
         self.bytes = 0
         self.read = 0
         self._states: dict[Company, list[State]] = {}
-        self._company_of: dict[Context, Company] | None = (
-            None  # of those that are to be kept; None: each is alone
-        )
+        # The pass of each context that is to be kept; None where each is read by itself.
+        self._company_of: dict[Context, Company] | None = None
 
     def __len__(self) -> int:
         return sum(map(len, self._states))
@@ -60,17 +59,17 @@ class ContextCache:
 
         All others are read together with those of their batch, and not kept. So the bits of a context depend on `groups` and
         its batch alone, not on what was read before."""
-        self._company_of = {}
+        company_of: dict[Context, Company] = {}
         needed = 0
-        for company in (
-            company for group in groups for company in companies(set(group) - self._company_of.keys())
-        ):
+        passes = (company for group in groups for company in companies(set(group) - company_of.keys()))
+        for company in passes:
             size = context_bytes(self.lm, company)
             if needed + size > self.budget_bytes:
                 break
             needed += size
-            self._company_of |= dict.fromkeys(company, company)
-        wanted = set(self._company_of.values())
+            company_of |= dict.fromkeys(company, company)
+        self._company_of = company_of
+        wanted = set(company_of.values())
         former = [company for company in self._states if company not in wanted]
         if sum(self._bytes(company) for company in former) + needed > self.budget_bytes:
             self._forget(former)
