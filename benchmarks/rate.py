@@ -170,6 +170,8 @@ def run_all(given: argparse.Namespace) -> None:
                 record = learned(lm, splits, settings, None, form)
             except Exception as error:
                 record = {"validation_nll": None, "error": f"{type(error).__name__}: {error}"[:200]}
+            if run["arm"] == "auto" and "error" in record:
+                raise SystemExit(f"{base}, {run['set']}, {run['kind']}: {record['error']}")
             if run["arm"] == "auto":
                 auto[key({**run, "setting": 0})] = record["measured"]
         record = {
