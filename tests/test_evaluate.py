@@ -214,6 +214,11 @@ def test_an_interrupted_evaluation_reads_its_rows_in_the_company_they_would_have
         shutil.rmtree(kept)
 
 
+def test_rows_without_an_answer_are_no_evaluation() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        judge_rows(lambda examples: Fake()(examples)[:-1], ROWS, metrics_named(["nll"]), LABELLED)
+
+
 @pytest.mark.parametrize("change", ["about", "rows"])
 def test_rows_of_another_evaluation_are_refused_and_not_mixed_in(tmp_path: Path, change: str) -> None:
     metrics = metrics_named(["accuracy"])

@@ -129,30 +129,24 @@ def judge_rows(
                 count(row)
         reused = done = sum(is_known)
         on_progress(done, len(examples))
-        under_way: deque[int] = deque()
+        under_way: deque[tuple[int, list[Example]]] = deque()
 
-        def chunks() -> Iterator[Sequence[Example]]:
+        def chunks() -> Iterator[list[Example]]:
             # An answer's last digits may depend on the rows that it was read with. So a chunk that was judged in part is
             # answered whole, and an evaluation that was interrupted ends as one that was not.
             for start in range(0, len(examples), chunk):
                 if not all(is_known[start : start + chunk]):
-                    under_way.append(start)
-                    yield list(examples[start : start + chunk])
+                    under_way.append((start, list(examples[start : start + chunk])))
+                    yield under_way[-1][1]
 
         for answers in workers.map(partial(_answered, predict), chunks()):
-            start = under_way.popleft()
+            start, asked = under_way.popleft()
             rows = [
                 _with_references(
-                    judged(
-                        index,
-                        examples[index],
-                        layout,
-                        answer,
-                        as_learned(wanted_text(layout, examples[index])),
-                    ),
+                    judged(index, example, layout, answer, as_learned(wanted_text(layout, example))),
                     references,
                 )
-                for index, answer in enumerate(answers, start)
+                for index, (example, answer) in enumerate(zip(asked, answers, strict=True), start)
                 if not is_known[index]
             ]
             keep.add(rows)

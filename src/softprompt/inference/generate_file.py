@@ -88,9 +88,9 @@ def generate_file(
             starts = range(first, len(examples), CHUNK)
             chunks = (list(examples[start : start + CHUNK]) for start in starts)
             for start, lines in zip(starts, workers.map(partial(_answered, answering), chunks), strict=True):
-                rows = (start + number // answering.lines_each for number in range(len(lines)))
-                kept.add({"row": row, **line} for row, line in zip(rows, lines, strict=True) if row >= reused)
                 done = min(start + CHUNK, len(examples))
+                rows = [row for row in range(start, done) for _ in range(answering.lines_each)]
+                kept.add({"row": row, **line} for row, line in zip(rows, lines, strict=True) if row >= reused)
                 advance(done, len(examples))
         kept.end(len(examples))
     finally:

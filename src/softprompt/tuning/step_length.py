@@ -98,7 +98,6 @@ class StepLength:
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from a former `state()`, also of versions that did not measure steps."""
         self.learning_rate = self.highest_rate = state["learning_rate"]
-        self.times_lowered = state["times_lowered"]
         for name in _STATE:
             setattr(self, name, state.get(name, getattr(self, name)))
 
