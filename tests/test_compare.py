@@ -29,7 +29,6 @@ from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import DataError, NotFinite, RecipeError, SoftPromptError
 from softprompt.evaluation.judge import evaluate
-from softprompt.evaluation.predictor import without_slots
 from softprompt.evaluation.rows import Row
 from softprompt.evaluation.settings import JudgedData, JudgeSettings
 from softprompt.loss import gradient
@@ -495,7 +494,7 @@ def test_the_base_is_also_shown_under_the_wording_that_suits_it_best(
     """The losses by which it is chosen are those that `evaluate` gives on the training rows."""
     about = compared[0].runs["wording"][0].about
     assert about["template"] == min(about["losses"], key=about["losses"].__getitem__)
-    own = without_slots(Template.parse(TEMPLATE, target="label"))
+    own = Template.parse(TEMPLATE, target="label").without_slots()
     assert {str(own), "{text} -> {label}", "{text} Label: {label}"} < set(about["losses"])
     for template in (str(own), about["template"]):
         judged = evaluate(

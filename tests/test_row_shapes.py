@@ -87,7 +87,7 @@ def test_chats_of_every_form_are_chats(row: dict[str, Any], messages: tuple[Mess
     splits = load_splits([row])
     assert splits.train[0].messages == messages
     assert splits.shape is not None
-    assert splits.shape.template == "{soft}{messages}"
+    assert splits.shape.template == "{messages}"
 
 
 def test_what_the_user_names_is_taken_and_no_form_is_guessed() -> None:

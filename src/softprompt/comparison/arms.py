@@ -24,7 +24,7 @@ from softprompt.data.template import Template, Text
 from softprompt.errors import DataError
 from softprompt.evaluation.evaluate import judge_rows, wanted_text, written_out
 from softprompt.evaluation.metric import METRICS
-from softprompt.evaluation.predictor import predictor, without_slots
+from softprompt.evaluation.predictor import predictor
 from softprompt.evaluation.settings import JudgeSettings
 from softprompt.inference.compiled import CompiledPrompt, compile_prompt
 from softprompt.progress.events import Event
@@ -121,7 +121,7 @@ def distil(assignment: Assignment) -> PreparedArm:
     """A deep prompt of the task's length that learns to answer as the base does under the long text, without labels."""
     lm, task = assignment.lm, assignment.task
     text, layout = _long_text(assignment)
-    plain = without_slots(task.template)
+    plain = task.template.without_slots()
     if plain.chat or plain.target is None:
         raise DataError(
             "The arm distil learns from answers to inputs, so it needs a template with a target. Leave it out, or use "
@@ -255,7 +255,7 @@ def _shots(assignment: Assignment, seed: int) -> tuple[list[Example], str, Templ
     if task.chat is not None:  # examples are exchanges before the question, as a chat shows them
         layout = task.behind("", chosen)
         return chosen, "".join(piece.text for piece in layout.pieces[:1] if isinstance(piece, Text)), layout
-    plain = without_slots(task.template)
+    plain = task.template.without_slots()
     text = "".join(written_out(plain, example) + _answer(plain, example) + "\n" for example in chosen)
     return chosen, text, task.behind(text)
 
@@ -287,7 +287,7 @@ def candidate_wordings(template: Template, own: Sequence[str] = ()) -> list[Temp
     """The task's own wording without slots, a few made from its fields, and the user's own.
 
     Without a target there is nothing to word: all of the text is wanted."""
-    plain = without_slots(template)
+    plain = template.without_slots()
     if template.target is None or template.chat:
         return [plain]
     target = template.target
@@ -296,7 +296,7 @@ def candidate_wordings(template: Template, own: Sequence[str] = ()) -> list[Temp
     made = [f"{inputs} {target.capitalize()}: {{{target}}}", f"{inputs} -> {{{target}}}"]
     made.append(f"{named} {target.capitalize()}: {{{target}}}")
     parsed = [Template.parse(source, target=target) for source in (*made, *own)]
-    return list(dict.fromkeys([plain, *(without_slots(template) for template in parsed)]))
+    return list(dict.fromkeys([plain, *(template.without_slots() for template in parsed)]))
 
 
 def draw_examples(train: Sequence[Example], layout: Template, count: int, seed: int) -> list[Example]:

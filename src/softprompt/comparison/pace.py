@@ -9,7 +9,6 @@ from typing import Any
 
 from softprompt.comparison import weights
 from softprompt.comparison.assignment import Assignment
-from softprompt.evaluation.predictor import without_slots
 from softprompt.progress.events import Event, Started, Stepped, Validated
 from softprompt.tuning.loop import tune
 from softprompt.tuning.plan import Plan
@@ -70,8 +69,8 @@ def deep_recipe(assignment: Assignment, recipe: Recipe) -> Recipe:
     """The recipe for a deep prompt of the same length, in front of everything."""
     tree = recipe.model_dump()
     length = assignment.task.template.soft_length
-    tree["data"]["template"] = f"{{soft:{length}}}{without_slots(assignment.task.template)}"
-    tree["prompt"] |= {"kind": "deep", "length": length}
+    tree["data"]["template"] = f"{{soft:{length}}}{assignment.task.template.without_slots()}"
+    tree["prompt"] |= {"kind": "deep", "length": length, "place": "front"}
     return Recipe(**tree)
 
 

@@ -56,8 +56,8 @@ def named_lines(inputs: Sequence[str]) -> str:
 
 
 def lines_template(inputs: Sequence[str], target: str) -> str:
-    """The slot, the inputs, and the target on its own line."""
-    return f"{{soft}}{named_lines(inputs)}\n{_titled(target)}: {{{target}}}"
+    """The inputs, and the target on its own line; without a slot."""
+    return f"{named_lines(inputs)}\n{_titled(target)}: {{{target}}}"
 
 
 def _titled(name: str) -> str:

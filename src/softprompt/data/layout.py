@@ -12,7 +12,7 @@ from softprompt.data.chat import Unlabelled
 from softprompt.data.encoded import Encoded
 from softprompt.data.ending import End, appends_end
 from softprompt.data.example import Example
-from softprompt.data.template import Field, Messages, Soft, Template, Text
+from softprompt.data.template import BLANKS, Field, Messages, Soft, Template, Text
 from softprompt.data.tokenizer import (
     Spans,
     SpecialTokens,
@@ -295,13 +295,11 @@ def _join(segments: list[_Segment], text: str, trained: bool, *, data: bool = Fa
 
 
 def _take_space(segments: list[_Segment]) -> str:
-    """Moves the blanks at the end of the last segment to the target: tokenizers merge them with the word that follows.
-
-    A line break stays: no tokenizer merges it with a word, and generation that stops at line ends would stop at once."""
+    """Moves the blanks at the end of the last segment to the target."""
     if not segments or segments[-1].soft:
         return ""
     text = segments[-1].text
-    kept = re.sub(r"[^\S\r\n]+\Z", "", text)
+    kept = re.sub(BLANKS, "", text)
     data = tuple((first, min(last, len(kept))) for first, last in segments[-1].data if first < len(kept))
     segments[-1] = replace(segments[-1], text=kept, data=data)
     return text[len(kept) :]

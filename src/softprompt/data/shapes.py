@@ -15,25 +15,25 @@ CHAT_COLUMNS = ("messages", "conversations")
 
 _CHAT = Shape(
     "chat",
-    "{soft}{messages}",
+    "{messages}",
     None,
     "Rows are chats (column {column!r}): the base's chat template writes them, and the assistant's turns are learned.",
 )
 _ANSWER = Shape(
     "prompt and completion",
-    "{soft}{prompt}{completion}",
+    "{prompt}{completion}",
     "completion",
     "Rows are prompts and completions: the completion is learned, as the answer to the prompt.",
 )
 _CHAT_ANSWER = Shape(
     "chat prompt and completion",
-    "{soft}{messages}",
+    "{messages}",
     None,
     "Rows are chat prompts and completions: the base's chat template writes them, and the completion is learned.",
 )
 _ALPACA = Shape(
     "instruction, input and output",
-    "{soft}{prompt}\n\n{completion}",
+    "{prompt}\n\n{completion}",
     "completion",
     "Rows are instructions, inputs and outputs: {{prompt}} is the instruction and, after a blank line, the input; "
     "{{completion}} is the output, which is learned.",

@@ -41,6 +41,10 @@ class Soft:
 
 Piece = Text | Field | Messages | Soft
 
+BLANKS = r"[^\S\r\n]+\Z"
+"""White space at a text's end that goes with the target behind it: tokenizers merge it with the word that follows.
+
+A line break is not among it: no tokenizer merges it with a word, and generation that stops at line ends would stop at once."""
 MAX_QUOTED = 200  # characters of a template in a message
 _TOKEN = re.compile(r"\{\{|\}\}|\{[^{}]*\}|[{}]|[^{}]+")
 
@@ -107,6 +111,31 @@ class Template:
             )
         return Example(dict.fromkeys(self.inputs, text))
 
+    def without_slots(self) -> Template:
+        """The template as the base alone reads it; text on both sides of a slot becomes one."""
+        pieces: list[Piece] = []
+        for piece in self.pieces:
+            if isinstance(piece, Text) and pieces and isinstance(pieces[-1], Text):
+                pieces[-1] = Text(pieces[-1].text + piece.text)
+            elif not isinstance(piece, Soft):
+                pieces.append(piece)
+        return Template(tuple(pieces), self.target)
+
+    def with_slot(self, *, at_answer: bool) -> str:
+        """The source with one slot of no stated length: in front, or right before the target.
+
+        Blanks before the target stay with it. Raises RecipeError where a slot is to be at the answer and no target is set."""
+        pieces = self.without_slots().pieces
+        if at_answer and self.target is None:
+            raise RecipeError(
+                f'prompt.place is answer, but "{_short(str(self))}" has no target: all of it is learned, or every turn of the '
+                "assistant. Set data.target, or leave prompt.place out."
+            )
+        at = pieces.index(Field(str(self.target))) if at_answer else 0
+        before, rest = str(Template(pieces[:at])), str(Template(pieces[at:]))
+        kept = re.sub(BLANKS, "", before)
+        return f"{kept}{{soft}}{before[len(kept) :]}{rest}"
+
     def __str__(self) -> str:
         """The source, with every slot's length written out: parsing it again gives the same pieces."""
         written = []
@@ -121,6 +150,11 @@ class Template:
                 case Soft(length):
                     written.append(f"{{soft:{length}}}")
         return "".join(written)
+
+
+def has_slot(source: str) -> bool:
+    """Whether a template as it was written has a slot of its own. Raises RecipeError as `Template.parse` does."""
+    return any(piece is None or isinstance(piece, Soft) for piece in _pieces(source))
 
 
 _Open = Text | Field | Messages | Soft | None  # None: a bare {soft}, its length not known yet

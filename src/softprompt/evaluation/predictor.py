@@ -13,7 +13,7 @@ from softprompt.data.encoded import Encoded
 from softprompt.data.ending import End, ending_of
 from softprompt.data.example import Example
 from softprompt.data.layout import to_judge
-from softprompt.data.template import Field, Soft, Template, Text
+from softprompt.data.template import Field, Template, Text
 from softprompt.data.tokenizer import special_tokens_of, surviving
 from softprompt.errors import RecipeError
 from softprompt.evaluation.evaluate import Answer, Predict, wanted_text, written_out
@@ -140,12 +140,7 @@ def text_prompt(
 
 def with_text(layout: Template, text: str) -> Template:
     """`layout` without soft slots, behind `text`. The text stays a piece of its own."""
-    return Template((Text(text), *without_slots(layout).pieces), layout.target)
-
-
-def without_slots(layout: Template) -> Template:
-    """The template as the base alone reads it."""
-    return Template(tuple(piece for piece in layout.pieces if not isinstance(piece, Soft)), layout.target)
+    return Template((Text(text), *layout.without_slots().pieces), layout.target)
 
 
 def _losses(

@@ -28,7 +28,12 @@ FOLDER, ENDING, KEPT = "checkpoints", ".checkpoint", 2
 BASE = "the base's "
 HEAD = b"softprompt checkpoint 1 "
 # Settings that are newer than runs which may still be resumed; at these values they change nothing and are not recorded.
-ADDED_LATER = {"tune.keep": "0.0", "tune.keep_text": "null", "prompt.upper_layers": "1.0"}
+ADDED_LATER = {
+    "tune.keep": "0.0",
+    "tune.keep_text": "null",
+    "prompt.upper_layers": "1.0",
+    "prompt.place": '"front"',
+}
 MAY_DIFFER = {
     "out",
     "device",

@@ -119,6 +119,12 @@ class PromptSettings(Section):
         aliases=["--length"],
         elsewhere="num_virtual_tokens",
     )
+    place: Literal["front", "answer"] = setting(
+        "front",
+        "Where a template that has no `{soft}` of its own gets it: in front, which is what PEFT reads, or right before the "
+        "answer (`data.target`), where a soft prompt reads the row before it says how to answer.",
+        flag="--place",
+    )
     init: Literal[
         "auto", "random", "vocabulary", "text", "labels", "zero", "prompt", "mean", "concatenation"
     ] = setting(
@@ -268,6 +274,11 @@ class Recipe(BaseSettings):
             raise ValueError(
                 "prompt.init is zero, which only keys and values can start from: vectors would all be the same. Set "
                 "prompt.kind to deep, or prompt.init to random or vocabulary."
+            )
+        if self.prompt.place == "answer" and self.prompt.kind == "deep":
+            raise ValueError(
+                "prompt.place is answer, but a deep prompt comes before all text. Set prompt.kind to soft, or leave "
+                "prompt.place out."
             )
         if self.prompt.upper_layers < 1 and self.prompt.kind != "deep":
             raise ValueError(

@@ -21,7 +21,7 @@ from softprompt.data.examples import Examples
 from softprompt.data.layout import Layout, Overflow, TooLong, to_judge, to_learn
 from softprompt.data.preview import Preview, preview
 from softprompt.data.source import load_splits
-from softprompt.data.template import Soft, Template, Text
+from softprompt.data.template import Soft, Template, Text, has_slot
 from softprompt.data.tokenizer import Tokenizer
 from softprompt.errors import DataError, RecipeError
 from softprompt.tuning.init_from import natural_length
@@ -188,17 +188,29 @@ def _layout(recipe: Recipe, base: FrozenLM | Outline, splits: Splits | None) -> 
     """The template that the recipe names, or the one that suits the rows: of their known form, or of their columns."""
     data = recipe.data
     shape = splits.shape if splits is not None else None
+    at_answer = recipe.prompt.place == "answer"
+
+    def slotted(source: str, target: str | None = None) -> str:
+        return Template.parse(source, target=target).with_slot(at_answer=at_answer)
+
     if data.template not in (None, CHAT):
-        return _Layout(str(data.template), data.target)
+        source = str(data.template)
+        if not has_slot(source):
+            return _Layout(slotted(source, data.target), data.target)
+        if at_answer:
+            raise RecipeError(
+                f'prompt.place is answer, but data.template is "{source}", whose slot has a place. Leave one of the two out.'
+            )
+        return _Layout(source, data.target)
     if data.template is None and data.target is None:
         if shape is not None:
-            return _Layout(shape.template, shape.target, notes=(shape.note,))
+            return _Layout(slotted(shape.template, shape.target), shape.target, notes=(shape.note,))
         if data.messages:
-            return _Layout("{soft}{messages}")
-        return _Layout("{soft}{text}", notes=_unread(data, splits))
+            return _Layout(slotted("{messages}"))
+        return _Layout(slotted("{text}"), notes=_unread(data, splits))
     target = data.target or (shape.target if shape is not None else None)
     if target is None:  # the rows are chats themselves
-        return _Layout("{soft}{messages}")
+        return _Layout(slotted("{messages}"))
     if splits is None:
         raise RecipeError("data.template is not set, and there are no rows to choose it by. Write one.")
     inputs, left_out = _inputs(data, shape, splits, target)
@@ -209,7 +221,7 @@ def _layout(recipe: Recipe, base: FrozenLM | Outline, splits: Splits | None) -> 
     if data.template == CHAT or base.tokenizer.chat_template:
         chat = ColumnChat.of(inputs, target)
         try:
-            source = "{soft}" + str(chat.layout(base.tokenizer))
+            source = chat.layout(base.tokenizer).with_slot(at_answer=at_answer)
         except DataError as error:
             if data.template == CHAT:
                 raise
@@ -217,7 +229,7 @@ def _layout(recipe: Recipe, base: FrozenLM | Outline, splits: Splits | None) -> 
         else:
             note = f"Rows are put into the base's chat template: {of_columns}, as its user and its assistant. {other}"
             return _Layout(source, target, chat, () if data.template == CHAT else (note,))
-    source = lines_template(inputs, target)
+    source = slotted(lines_template(inputs, target), target)
     return _Layout(source, target, notes=(f'Template by default "{source}": {of_columns}. {other}',))
 
 
