@@ -364,6 +364,7 @@ def recipe(task: Task, seed: int, given: Any, out: Path) -> Recipe:
         {},
         [
             "data.source=given",
+            "data.validation=own",
             f"data.template={task.template}",
             f"data.target={task.target}",
             "data.on_overflow=truncate",

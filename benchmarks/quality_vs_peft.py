@@ -241,6 +241,7 @@ def the_recipe(task: Task, arm: str, rate: str, seed: int, given: argparse.Names
     # A fixed template; the fields are the task's own.
     overrides = [
         "data.source=given",
+        "data.validation=own",
         f"data.template={task.template}",
         *([f"data.target={task.target}"] if task.target else []),
         "data.on_overflow=truncate",

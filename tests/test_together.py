@@ -177,7 +177,9 @@ def test_two_runs_with_one_folder_are_refused(tmp_path: Path) -> None:
 
 def test_a_run_that_breaks_on_its_way_leaves_its_best_prompt(tmp_path: Path) -> None:
     """As its message says."""
-    together = Together([recipe(tmp_path / name) for name in "ab"], lm=lm_of(), splits=SPLITS)
+    together = Together(
+        [recipe(tmp_path / name, "tune.valid_every_steps=1") for name in "ab"], lm=lm_of(), splits=SPLITS
+    )
     together.advance(1 / 3)
     with torch.no_grad():
         next(iter(together.runs[0].learner.parameters)).fill_(math.inf)

@@ -135,7 +135,7 @@ def planned(plan: Plan) -> dict[str, Any]:
         "template": str(plan.template),
         "virtual_tokens": plan.template.soft_length,
         "examples": len(plan.train.encoded),
-        "validation_examples": len(plan.splits.validation),
+        "validation_examples": plan.validation_examples,
         "test_examples": len(plan.splits.test),
         "trained_tokens": plan.trained_tokens,
         "truncated_rows": plan.train.truncated,

@@ -18,10 +18,9 @@ from softprompt.data.template import Template
 from softprompt.loss.context_cache import GIGABYTE, Context, context_bytes, contexts_of
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.gradient import Loss
+from softprompt.tuning.measuring import measurements
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.task import Task
-
-VALIDATIONS = 10  # a run, on the way; a prompt is best somewhere in the middle when rows are few
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Plan:
     which the run takes what its first gradient (`measured_rate`) and each step's say, and which its second and fourth
     step may move (`try_last_step`).
 
-    `held_out` are the rows that choose the best step, each scored on the same tokens with a prompt and, as
+    `held_out` are the rows that choose the best step, or as many of them as are soon measured, each scored on the same tokens with a prompt and, as
     `held_out_base`, without one. They are validation rows, or the training rows if there are none."""
 
     recipe: Recipe
@@ -44,6 +43,8 @@ class Plan:
     learning_rate: float
     batch_size: int
     steps: int
+    not_measured: int = 0
+    """Rows that could choose the best step too, but are left out to save time."""
 
     @property
     def template(self) -> Template:
@@ -60,9 +61,15 @@ class Plan:
         return math.ceil(len(self.train.encoded) / self.batch_size)
 
     @property
+    def validation_examples(self) -> int:
+        """How many rows choose the best step; 0 where none are held out."""
+        return len(self.held_out) if self.judged_on == "validation" else 0
+
+    @property
     def valid_every_steps(self) -> int:
-        """Steps between two measurements of the held-out loss: without a setting, a tenth of all steps."""
-        return self.recipe.tune.valid_every_steps or max(1, self.steps // VALIDATIONS)
+        """Steps between two measurements of the held-out loss: without a setting, a tenth to a quarter of all steps."""
+        times = measurements(len(self.held_out), self.steps * self.batch_size)
+        return self.recipe.tune.valid_every_steps or max(1, self.steps // times)
 
     @cached_property
     def trained_tokens(self) -> int:
@@ -120,4 +127,11 @@ class Plan:
             )
         if self.judged_on == "training":
             sentences.append("Nothing is held out: losses before and after are those of the training rows.")
+        if self.not_measured:
+            rows = len(self.held_out)
+            ask = " Set data.validation to measure all." if self.judged_on == "validation" else ""
+            sentences.append(
+                f"Loss is measured on {rows:,} of {rows + self.not_measured:,} {self.judged_on} rows: with all of them, "
+                f"measuring would take longer than learning.{ask}"
+            )
         return sentences

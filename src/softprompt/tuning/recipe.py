@@ -64,7 +64,8 @@ class Data(Section):
         None,
         "Held out to choose the best step: a share (0.1), a number of rows (50; 0 for none), a split's name or a "
         "file. Without it, the source's own validation split (`own`: that or none), else a tenth of the rows, 10 to "
-        "1,000, if there are at least 40.",
+        "1,000, if there are at least 40; of them a short run measures 64 or more, so that it takes less time than "
+        "learning. What is named here is measured whole.",
         flag="--validation",
     )
     test: Share | Rows | str | None = setting(
@@ -222,7 +223,8 @@ class TuneSettings(Section):
     seed: Seed = setting(0, "Seed of the start and of the rows' order.", flag="--seed")
     valid_every_steps: Count | None = setting(
         None,
-        "Steps between two measurements of the held-out loss; without it, ten of them a run, and one at its end.",
+        "Steps between two measurements of the held-out loss; without it, four to ten of them a run, as fit into half of the time that "
+        "learning takes, and one at its end.",
     )
     select: Literal["nll", "token_accuracy", "exact_match"] = setting(
         "nll",

@@ -297,7 +297,7 @@ class Run:
                 accumulation=math.ceil(plan.batch_size / self.gradients.rows),
                 learning_rate=self.learner.length.learning_rate,
                 examples=len(plan.train.encoded),
-                validation_examples=len(plan.splits.validation),
+                validation_examples=plan.validation_examples,
                 trained_tokens=plan.trained_tokens,
                 prompt_values=self.learner.form.trained_values,
                 baseline_nll=self.nll_base,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from softprompt.base.from_settings import base_of
 from softprompt.base.frozen_lm import FrozenLM
-from softprompt.data.example import Splits
+from softprompt.data.example import Example, Splits
+from softprompt.data.held_out import Draw
 from softprompt.errors import RecipeError
 from softprompt.inference.compiled import vectors_state
 from softprompt.loss.context_cache import GIGABYTE
@@ -16,6 +18,7 @@ from softprompt.loss.fast import FastLoss
 from softprompt.loss.gradient import Loss
 from softprompt.prompt.reparam import as_rows
 from softprompt.settings.base_settings import BaseSettings
+from softprompt.tuning.measuring import MOST, rows_measured
 from softprompt.tuning.optim import RATE_PER_RMS, automatic_rate
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
@@ -39,13 +42,14 @@ def make_plan(
         )
     task = task_of(recipe, lm, splits)
     train = task.to_learn(splits.train)
-    judged = splits.validation or splits.train
+    steps_per_epoch = math.ceil(len(train.encoded) / settled_batch_size(recipe))
+    steps = recipe.tune.epochs * steps_per_epoch
+    steps = min(steps, recipe.tune.max_steps or steps)
+    judged = _judged(recipe, splits, learned=steps * settled_batch_size(recipe))
     with naming_rows("validation" if splits.validation else "training"):
         held_out = task.to_judge(judged, prompt=True).encoded
         held_out_base = task.to_judge(judged, prompt=False).encoded
     task.check_judged(splits.test, "test")  # else it would be refused after all that learning
-    steps_per_epoch = math.ceil(len(train.encoded) / settled_batch_size(recipe))
-    steps = recipe.tune.epochs * steps_per_epoch
     return Plan(
         recipe=recipe,
         lm=lm,
@@ -57,8 +61,22 @@ def make_plan(
         judged_on="validation" if splits.validation else "training",
         learning_rate=settled_rate(recipe, lm),
         batch_size=settled_batch_size(recipe),
-        steps=min(steps, recipe.tune.max_steps or steps),
+        steps=steps,
+        not_measured=len(splits.validation or splits.train) - len(judged),
     )
+
+
+def _judged(recipe: Recipe, splits: Splits, *, learned: int) -> Sequence[Example]:
+    """The rows that choose the best step of a run that learns from `learned` rows: all validation rows that were asked for.
+
+    Of those that the source brings, or of the training rows where none are held out, as many as are soon measured."""
+    if splits.validation and recipe.data.validation is not None:
+        return splits.validation
+    rows, times = (splits.validation, MOST) if splits.validation else (splits.train, 1)
+    count = rows_measured(len(rows), learned, times=times)
+    if count == len(rows):
+        return rows
+    return Draw(rows, recipe.data.seed).take_by_label(count, recipe.data.target)
 
 
 def load_base(recipe: BaseSettings) -> FrozenLM:
