@@ -53,7 +53,12 @@ def recipe(
     task: Task, kind: str, optimizer: str, rate: float | str, seed: int, out: str, given: Any
 ) -> Recipe:
     """One run's settings."""
-    data: dict[str, Any] = {"source": "x", "validation": "own", "template": task.template, "target": task.target}
+    data: dict[str, Any] = {
+        "source": "x",
+        "validation": "own",
+        "template": task.template,
+        "target": task.target,
+    }
     data |= {"max_length": MOST_POSITIONS, "on_overflow": "truncate"}
     tuning: dict[str, Any] = {"max_steps": given.steps, "epochs": 100, "optimizer": optimizer, "seed": seed}
     tuning |= {

@@ -107,6 +107,8 @@ def show(console: Screen, comparison: Comparison) -> None:
     console.print(table(headers, rows, width=console.width))
     for arm_name, reason in comparison.failed.items():
         line(console, f"{arm_name} failed: {reason}")
+    for note in comparison.health.notes if comparison.health is not None else ():
+        line(console, note)
     console.print()
     line(console, verdict(comparison))
     console.print()

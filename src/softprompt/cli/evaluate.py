@@ -106,6 +106,8 @@ def show(console: Screen, evaluation: Evaluation, title: str) -> None:
         fact(console, name.replace("_", " "), f"{figure} {METRICS[name].unit}".rstrip())
     if evaluation.reused:
         fact(console, "kept", f"{evaluation.reused} rows of an earlier run were not judged again")
+    for note in evaluation.notes:
+        line(console, note)
     left_out = evaluation.about.get("left_out")
     if left_out:
         fact(

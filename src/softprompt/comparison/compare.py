@@ -92,9 +92,7 @@ def _compare(
     lm = load_base(recipe)
     task = task_of(recipe, lm)
     splits, layout = task.splits, task.template
-    judged, split = judged_rows(
-        task, lm, settings
-    )  # what cannot be judged is refused before anything is learned
+    judged, split, notes = judged_rows(task, settings)  # what cannot be is refused before anything is learned
     metrics = settings.metrics or default_metrics(layout, chain(splits.train, judged))
     metrics_named(metrics)
     base, base_digest, device = described(lm), lm.fingerprint.digest, lm.device
@@ -170,7 +168,7 @@ def _compare(
         machine=machine(device),
         own_process=own_process,
         arm_names={arm: ARMS[arm].words for arm in settings.arms},
-        health=health(task, judged),
+        health=health(task, judged, notes),
         failed=failed,
     )
     write_json(out / RECORD, comparison.to_record())

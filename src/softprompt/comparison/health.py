@@ -17,8 +17,8 @@ LABELS = 60  # longer answers, or more of them, are texts and not labels
 SHOWN = 20
 
 
-def health(task: Task, judged: Sequence[Example]) -> Health:
-    """Lengths, truncation, duplicates within and between splits, contradictions, label balance."""
+def health(task: Task, judged: Sequence[Example], notes: Sequence[str] = ()) -> Health:
+    """What is noted of the rows, lengths, truncation, duplicates within and between splits, contradictions, label balance."""
     splits, layout = task.splits, task.template
     parts: dict[str, Sequence[Example]] = {
         "train": splits.train,
@@ -35,7 +35,7 @@ def health(task: Task, judged: Sequence[Example]) -> Health:
     if layout.target and len(labels) <= LABELS:
         unseen = {wanted_text(layout, example).strip() for example in judged} - labels
     return Health(
-        notes=tuple(splits.notes),
+        notes=(*splits.notes, *notes),
         splits={name: _split(task, rows, keys[name]) for name, rows in parts.items() if rows},
         judged_also_trained=sum(key in trained for key in keys["judged"]),
         judged_also_validated=sum(key in validated for key in keys["judged"]),

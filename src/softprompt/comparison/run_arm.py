@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from softprompt.base import hardware
-from softprompt.base.frozen_lm import FrozenLM
 from softprompt.comparison import forgetting, measure
 from softprompt.comparison.anatomy import anatomy
 from softprompt.comparison.arms import MAKERS
@@ -35,7 +34,7 @@ from softprompt.data.example import Example
 from softprompt.data.template import Template
 from softprompt.errors import SoftPromptError
 from softprompt.evaluation.evaluate import default_metrics, judge_rows
-from softprompt.evaluation.judge import judged_examples
+from softprompt.evaluation.judge import first_rows, judged_examples
 from softprompt.evaluation.metric import metrics_named
 from softprompt.evaluation.predictor import as_learned, predictor, settled
 from softprompt.evaluation.record import write_json
@@ -63,7 +62,7 @@ def run_job(job: Job, tell: TellJob = lambda what, done, of: None) -> ArmResult:
     lm = load_base(job.recipe)
     task = task_of(job.recipe, lm)
     layout = task.template
-    judged, split = judged_rows(task, lm, settings)
+    judged, split, _ = judged_rows(task, settings)
     before = lm.weights_sha256()
     path = None if settings.general is None else Path(settings.general)
     general = forgetting.fitted(lm, forgetting.passages(path))
@@ -146,13 +145,14 @@ def discard_rows(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def judged_rows(task: Task, lm: FrozenLM, settings: CompareSettings) -> tuple[list[Example], str]:
-    """The rows that every arm is judged on, never those that were learned from, and which split they are.
+def judged_rows(task: Task, settings: CompareSettings) -> tuple[list[Example], str, list[str]]:
+    """The rows that every arm is judged on, never those that were learned from, which split they are, and notes on them.
 
     A row that does not fit the base together with the virtual tokens raises TooLong here, before anything is learned."""
     rows, split = judged_examples(task.splits, settings.split, learned_from=False)
-    fit, _ = task.check_judged(rows[: settings.judge_rows], split)
-    return list(fit), split
+    first, notes = first_rows(rows, settings.judge_rows, task.template.target)
+    fit, _ = task.check_judged(first, split)
+    return list(fit), split, notes
 
 
 def samples(prepared: PreparedArm, layout: Template, judged: list[Example]) -> tuple[Continued, ...]:

@@ -21,6 +21,7 @@ from softprompt.data.origin import (
     reads_as_path,
     split_name,
 )
+from softprompt.data.sorted_rows import single_note, sorted_note
 from softprompt.errors import DataError
 
 OWN = "own"  # the source's own split of that name if it has one, and nothing else
@@ -85,6 +86,11 @@ def load_splits(
     rows = columns.examples(chain(first, raw_rows), origin.name, limit, notes)
     if limit is not None and len(rows) < limit:
         notes.append(f"{origin.name} has {len(rows)} rows; data.limit asked for {limit}.")
+    is_cut = limit is not None and len(rows) == limit
+    of_order = (
+        sorted_note(rows, columns.learned, "data.limit") if is_cut else single_note(rows, columns.learned)
+    )
+    notes += [] if of_order is None else [of_order]
     drawn = Draw(rows, seed)
     held: dict[str, Sequence[Example]] = {}
     for part, wanted in (("validation", validation), ("test", test)):

@@ -53,7 +53,7 @@ class Evaluation:
 
     `rows` are read from their file when they are asked for, once they are too many to hold (evaluation/rows.py).
     `reused` rows came from an earlier, unfinished run. `about` holds what the answers depend on: base, prompt, template,
-    data and settings."""
+    data and settings; `notes` are sentences on what had to be assumed of the data."""
 
     rows: Sequence[Row]
     estimates: Mapping[str, Estimate]
@@ -61,6 +61,7 @@ class Evaluation:
     seconds: float
     reused: int = 0
     about: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -92,6 +93,7 @@ def judge_rows(
     *,
     out: Path | None = None,
     about: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
     on_progress: Callable[[int, int], None] = lambda done, rows: None,
     chunk: int = CHUNK,
     as_learned: Callable[[str], str] = lambda text: text,
@@ -160,7 +162,7 @@ def judge_rows(
     estimates = {metric.name: metric.estimate_of(counts[metric.name]) for metric in metrics}
     labelled = {"accuracy", "macro_f1"} & set(estimates)
     table = confusion(ordered) if labelled else None
-    result = Evaluation(ordered, estimates, table, time.perf_counter() - started, reused, about)
+    result = Evaluation(ordered, estimates, table, time.perf_counter() - started, reused, about, tuple(notes))
     if isinstance(keep, RowFile):
         write_json(keep.folder / SUMMARY, {"digest": keep.digest, "complete": True, **result.to_record()})
     return result

@@ -17,6 +17,7 @@ from softprompt.base.workers import HERE, Workers
 from softprompt.data.default_template import CHAT
 from softprompt.data.example import Example, Splits
 from softprompt.data.layout import to_learn
+from softprompt.data.sorted_rows import sorted_note
 from softprompt.data.source import OWN
 from softprompt.data.template import Template
 from softprompt.errors import DataError, RecipeError
@@ -82,7 +83,9 @@ def evaluate(
     }
     task, lm = _settled_task(learned, data, base, given, settings.split)
     examples, split = judged_examples(task.splits, settings.split)
-    examples = examples[: settings.judge_rows]
+    notes = list(task.splits.notes) if isinstance(data, str | Path) or "source" in given else []
+    examples, of_order = first_rows(examples, settings.judge_rows, task.template.target)
+    notes += of_order
     layout = task.template
     compiled = compiled_for(lm, learned, text, task)
     examples, left_out = task.check_judged(
@@ -135,6 +138,7 @@ def evaluate(
             layout,
             out=None if out is None or not processes.first else folder_named(out),
             about=about,
+            notes=notes,
             on_progress=advance,
             as_learned=as_learned(lm, special_tokens=task.special_tokens),
             workers=workers,
@@ -250,6 +254,16 @@ def judged_examples(
         "The data has neither test nor validation rows, and training rows would not measure generalisation. "
         "Set data.test, such as data.test=0.2."
     )
+
+
+def first_rows(
+    rows: Sequence[Example], count: int | None, target: str | None
+) -> tuple[Sequence[Example], list[str]]:
+    """The first `count` rows, and a note where these are not all and come sorted by label."""
+    if count is None or count >= len(rows):
+        return rows, []
+    note = sorted_note(rows[:count], target, "judge_rows")
+    return rows[:count], [] if note is None else [note]
 
 
 def _positions(task: Task, lm: FrozenLM, prompt: CompiledPrompt, example: Example) -> int:

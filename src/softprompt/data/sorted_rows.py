@@ -1,0 +1,41 @@
+"""Rows that stand in the order of their labels: the first of them are not like the rest, and may hold a single label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby, islice
+
+from softprompt.data.example import Example
+
+FEWEST = 20
+"""Rows that say something of the others' order."""
+SHOWN = 3
+
+
+def sorted_note(rows: Sequence[Example], target: str | None, setting: str) -> str | None:
+    """A note where the first rows of more, which `setting` takes, have their labels one after another; else None."""
+    if target is None or len(rows) < FEWEST:
+        return None
+    most = len(rows) // 4  # more values, or longer ones, are answers rather than labels
+    runs = [
+        label for label, _ in islice(groupby(example.fields.get(target, "") for example in rows), most + 1)
+    ]
+    if len(runs) > most or len(set(runs)) < len(runs):
+        return None
+    named = ", ".join(repr(label.strip()) for label in runs[:SHOWN]) + (", ..." if len(runs) > SHOWN else "")
+    order = f"all have the {target} {named}" if len(runs) == 1 else f"come sorted by {target} ({named})"
+    return (
+        f"The first {len(rows):,} rows, which {setting} takes, {order}. If the rows behind them have others, these are left "
+        "out: put the rows into a random order, or take all."
+    )
+
+
+def single_note(rows: Sequence[Example], target: str | None) -> str | None:
+    """A note where all rows to learn from have one label; else None."""
+    if target is None or len(rows) < FEWEST:
+        return None
+    labels = islice(groupby(example.fields.get(target, "") for example in rows), 2)
+    (label, *others) = [label for label, _ in labels]
+    if others:
+        return None
+    return f"All {len(rows):,} rows have the {target} {label.strip()!r}, so the prompt learns to say that to every input."
