@@ -170,6 +170,14 @@ def test_what_cannot_be_generated_is_refused_by_kind(
     assert "Traceback" not in shown.err
 
 
+def test_a_prompts_folder_in_the_place_of_a_text_or_a_recipe_is_refused_with_its_flag(
+    prompt_of_words: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in ("generate", "evaluate"):
+        assert main([verb, str(prompt_of_words)]) == 2
+        assert f"--prompt {prompt_of_words}" in capsys.readouterr().err
+
+
 def test_a_prompt_of_another_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = Fingerprint("someone/else", None, "f" * 64, 1024, 24, 250_880, 16, 64)
     save_prompt(SoftPrompt(torch.zeros(2, 1024) + 0.1, other, name="other"), tmp_path / "other")

@@ -23,6 +23,7 @@ from softprompt.progress.console import Screen, visible
 from softprompt.scale.cluster import workers_of
 from softprompt.settings.base_settings import BaseSettings
 from softprompt.settings.cluster_settings import ClusterSettings
+from softprompt.store.ownership import PROMPT_FILES
 
 if TYPE_CHECKING:
     from softprompt.base.frozen_lm import FrozenLM
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from softprompt.prompt.soft_prompt import Prompt
 
 
+LONGEST_PATH = 1_000
 EXAMPLE = 'softprompt generate --prompt runs/mine "Where is my parcel?"'
 
 
@@ -73,6 +75,11 @@ def command(
             texts[0], validation=0, test=0, limit=1
         )  # refuses what is no file, before torch is imported
     asked.demand_folders(folders)
+    for text in texts:
+        if len(text) < LONGEST_PATH and (Path(text) / PROMPT_FILES[0]).is_file():
+            raise RecipeError(
+                f"{text}: found a prompt's folder, wanted a text to continue. Give the folder as --prompt {text}."
+            )
     if side_by_side and not folders:
         raise RecipeError("--side-by-side needs a prompt to compare with the base. Add --prompt FOLDER.")
     from softprompt.base.processes import demand_alone, joined

@@ -11,6 +11,7 @@ from softprompt.data.columns import Columns
 from softprompt.data.delimited import Quoting
 from softprompt.data.example import Example, Splits
 from softprompt.data.held_out import Draw, default_count, how_many
+from softprompt.data.label_notes import single_note, sorted_note, withheld_note
 from softprompt.data.memory import Source
 from softprompt.data.origin import (
     SPLIT_NAMES,
@@ -21,7 +22,6 @@ from softprompt.data.origin import (
     reads_as_path,
     split_name,
 )
-from softprompt.data.sorted_rows import single_note, sorted_note
 from softprompt.errors import DataError
 
 OWN = "own"  # the source's own split of that name if it has one, and nothing else
@@ -102,6 +102,10 @@ def load_splits(
             other = None if wanted is None or wanted == OWN else _as_origin(wanted, origin, asked)
             most = limit if origin.endless else None
             held[part] = _named(part, wanted, origin, other, split, columns, most, notes)
+            if wanted is None or wanted == OWN:
+                withheld = withheld_note(held[part], rows, columns.learned, part)
+                held[part] = () if withheld is not None else held[part]
+                notes += [] if withheld is None else [withheld]
         count = default_count(len(rows)) if part == "validation" and wanted is None else 0
         if count and not held[part]:
             held[part] = drawn.take_by_label(count, columns.learned)

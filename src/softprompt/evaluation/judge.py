@@ -16,8 +16,8 @@ from softprompt.base.processes import Processes, joined
 from softprompt.base.workers import HERE, Workers
 from softprompt.data.default_template import CHAT
 from softprompt.data.example import Example, Splits
+from softprompt.data.label_notes import sorted_note
 from softprompt.data.layout import to_learn
-from softprompt.data.sorted_rows import sorted_note
 from softprompt.data.source import OWN
 from softprompt.data.template import Template
 from softprompt.errors import DataError, RecipeError

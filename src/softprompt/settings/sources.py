@@ -110,7 +110,9 @@ def _read_file(path: str | Path) -> str:
     except FileNotFoundError:
         raise RecipeError(f"{path}: there is no such recipe file. Check the path.") from None
     except IsADirectoryError:
-        raise RecipeError(f"{path}: found a folder, wanted a recipe file.") from None
+        raise RecipeError(
+            f"{path}: found a folder, wanted a recipe file. A prompt's folder is given as --prompt {path}."
+        ) from None
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"{path}: byte {error.start} is not UTF-8, as a recipe must be. Save it as UTF-8."

@@ -1,7 +1,8 @@
-"""Rows that come sorted by label: the first of them teach or judge a part of the labels alone, and that is said."""
+"""Rows that come sorted by label, or with one label for all, and answers that are withheld: what is done and said of them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from softprompt.cli.app import main
 from softprompt.data.example import Example
-from softprompt.data.sorted_rows import single_note, sorted_note
+from softprompt.data.label_notes import single_note, sorted_note, withheld_note
 from softprompt.data.source import load_splits
 from softprompt.evaluation.judge import first_rows
 
@@ -92,3 +93,39 @@ def test_judging_says_it_and_what_was_guessed_of_a_file(
     assert main(arguments) == 0
     told = capsys.readouterr()
     assert "cp1252" in (told.err + told.out).lower() or "windows" in (told.err + told.out).lower()
+
+
+@pytest.mark.parametrize(
+    ("labels", "withheld"),
+    [
+        (["-1"] * 3, True),
+        (["?"] * 24, True),
+        (["?"] * 3, False),  # a few rows of a rare label look like that too
+        (["a"] * 24, False),  # it is learned
+        (["-1", "a"], False),
+        (["-1"], False),
+    ],
+)
+def test_a_split_whose_answers_are_withheld_is_known_by_a_label_that_is_never_learned(
+    labels: list[str], withheld: bool
+) -> None:
+    note = withheld_note(rows(labels), rows(MIXED), "label", "test")
+    assert (note is not None) is withheld
+    answers = rows([f"answer {n}" for n in range(24)])
+    assert withheld_note(rows(labels), answers, "label", "test") is None
+
+
+def test_a_test_split_of_withheld_answers_is_left_out_unless_it_is_named(tmp_path: Path) -> None:
+    """As GLUE's come, and their copies as plain numbers."""
+    for split, labels in (("train", [0, 1] * 30), ("validation", [0, 1] * 5), ("test", [-1] * 10)):
+        lines = [json.dumps({"text": f"{split} {n}", "label": label}) for n, label in enumerate(labels)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    splits = load_splits(tmp_path, target="label")
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (60, 10, 0)
+    assert any("'test' is left out: all of its 10 rows have the label '-1'" in note for note in splits.notes)
+    assert len(load_splits(tmp_path, target="label", test="test").test) == 10
+    (tmp_path / "validation.jsonl").write_text(
+        (tmp_path / "test.jsonl").read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    drawn = load_splits(tmp_path, target="label")
+    assert (len(drawn.validation), len(drawn.train)) == (10, 50)  # held out of the training rows instead

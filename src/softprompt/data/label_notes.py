@@ -1,4 +1,4 @@
-"""Rows that stand in the order of their labels: the first of them are not like the rest, and may hold a single label."""
+"""What the labels of rows give away: rows that are sorted by them, a single one for all, and answers that are withheld."""
 
 from __future__ import annotations
 
@@ -39,3 +39,26 @@ def single_note(rows: Sequence[Example], target: str | None) -> str | None:
     if others:
         return None
     return f"All {len(rows):,} rows have the {target} {label.strip()!r}, so the prompt learns to say that to every input."
+
+
+WITHHELD = "-1"
+"""What GLUE and its copies write in place of the answers of their test splits."""
+
+
+def withheld_note(
+    rows: Sequence[Example], learned: Sequence[Example], target: str | None, split: str
+) -> str | None:
+    """A note where a split has one label for all rows, which none of the rows to learn from has: it can judge nothing."""
+    if target is None or len(rows) < 2:
+        return None
+    (label, *others) = islice(groupby(example.fields.get(target, "") for example in rows), 2)
+    found = label[0].strip()
+    if others or (found != WITHHELD and len(rows) < FEWEST):
+        return None
+    labels = {example.fields.get(target, "").strip() for example in learned}
+    if found in labels or len(labels) > len(learned) // 4:
+        return None
+    return (
+        f"The split {split!r} is left out: all of its {len(rows):,} rows have the {target} {found!r}, which no row to learn "
+        "from has, so its answers seem to be withheld."
+    )
