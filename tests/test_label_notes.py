@@ -10,7 +10,7 @@ import pytest
 
 from softprompt.cli.app import main
 from softprompt.data.example import Example
-from softprompt.data.label_notes import single_note, sorted_note, withheld_note
+from softprompt.data.label_notes import single_note, sorted_note, variants_note, withheld_note
 from softprompt.data.source import load_splits
 from softprompt.evaluation.judge import first_rows
 
@@ -47,6 +47,19 @@ def test_one_label_for_all_rows_is_noted() -> None:
     assert "the label 'a'" in (single_note(rows(ONE), "label") or "")
     assert single_note(rows(SORTED), "label") is None
     assert single_note(rows(ONE[:5]), "label") is None
+
+
+def test_labels_that_differ_in_capitals_or_white_space_alone_are_noted(tmp_path: Path) -> None:
+    labels = ["good"] * 20 + ["Good", "GOOD", "Good", " bad", "bad"] * 2 + ["bad"] * 6
+    note = variants_note(rows(labels), "label") or ""
+    assert note.startswith("The label 'good' (20 rows) is also written 'Good' (4), 'GOOD' (2): ")
+    assert note.endswith("So is one more label.")  # bad
+    assert variants_note(rows(MIXED), "label") is None
+    assert (
+        variants_note(rows([f"A{n}" for n in range(20)] + [f"a{n}" for n in range(20)]), "label") is None
+    )  # answers
+    path = file_of(tmp_path, labels)
+    assert any("is also written 'Good'" in text for text in load_splits(path, target="label").notes)
 
 
 def file_of(folder: Path, labels: Sequence[str]) -> str:

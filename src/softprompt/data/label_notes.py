@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby, islice
 
@@ -39,6 +40,29 @@ def single_note(rows: Sequence[Example], target: str | None) -> str | None:
     if others:
         return None
     return f"All {len(rows):,} rows have the {target} {label.strip()!r}, so the prompt learns to say that to every input."
+
+
+def variants_note(rows: Sequence[Example], target: str | None) -> str | None:
+    """A note where labels differ in capitals or white space alone; None without such, and for answers that are no labels."""
+    if target is None or len(rows) < FEWEST:
+        return None
+    counts = Counter(example.fields.get(target, "") for example in rows)
+    if len(counts) > len(rows) // 4:
+        return None
+    spellings: dict[str, list[str]] = {}
+    for label in sorted(counts, key=lambda label: -counts[label]):
+        spellings.setdefault(" ".join(label.casefold().split()), []).append(label)
+    several = [group for group in spellings.values() if len(group) > 1]
+    if not several:
+        return None
+    first, *others = several[0]
+    named = ", ".join(f"{label!r} ({counts[label]:,})" for label in others[:SHOWN])
+    left = len(several) - 1
+    more = "" if not left else " So is one more label." if left == 1 else f" So are {left:,} more labels."
+    return (
+        f"The {target} {first!r} ({counts[first]:,} rows) is also written {named}: these are learned, and judged, as different "
+        f"answers.{more}"
+    )
 
 
 WITHHELD = "-1"

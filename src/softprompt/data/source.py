@@ -11,7 +11,7 @@ from softprompt.data.columns import Columns
 from softprompt.data.delimited import Quoting
 from softprompt.data.example import Example, Splits
 from softprompt.data.held_out import Draw, default_count, how_many
-from softprompt.data.label_notes import single_note, sorted_note, withheld_note
+from softprompt.data.label_notes import single_note, sorted_note, variants_note, withheld_note
 from softprompt.data.memory import Source
 from softprompt.data.origin import (
     SPLIT_NAMES,
@@ -90,7 +90,7 @@ def load_splits(
     of_order = (
         sorted_note(rows, columns.learned, "data.limit") if is_cut else single_note(rows, columns.learned)
     )
-    notes += [] if of_order is None else [of_order]
+    notes += [note for note in (of_order, variants_note(rows, columns.learned)) if note is not None]
     drawn = Draw(rows, seed)
     held: dict[str, Sequence[Example]] = {}
     for part, wanted in (("validation", validation), ("test", test)):
