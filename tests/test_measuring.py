@@ -121,3 +121,34 @@ def test_the_run_says_what_it_measures(tmp_path: Path) -> None:
     assert started.validation_examples == 64
     assert [event.step for event in seen if isinstance(event, Validated)] == [0, 2, 4, 6, 8]
     assert any("64 of 80 validation rows" in event.text for event in seen if isinstance(event, Note))
+
+
+def test_a_run_of_few_steps_reads_the_rows_that_it_comes_to_and_no_others() -> None:
+    few = plan(400, 100, "tune.max_steps=10")
+    assert len(few.train.encoded) == len(few.splits.train) == 40
+    assert few.steps == few.steps_per_epoch == 10
+    assert any(
+        text.startswith("40 of 400 rows are learned from, drawn by tune.seed: 10 steps")
+        for text in few.remarks()
+    )
+    drawn = [row.row for row in few.train.encoded]
+    assert drawn == [example.row for example in few.splits.train] == sorted(set(drawn))
+    assert drawn == [
+        row.row for row in few.task.to_learn(few.splits.train, slots=False).encoded
+    ]  # as LoRA's arm reads them
+    assert drawn == [row.row for row in plan(400, 100, "tune.max_steps=10").train.encoded]
+    assert drawn != [row.row for row in plan(400, 100, "tune.max_steps=10", "tune.seed=1").train.encoded]
+    assert max(drawn) > 100  # not the first ones: files are sorted
+
+
+@pytest.mark.parametrize("overrides", [("tune.max_steps=100",), ("tune.max_steps=150",), ("tune.epochs=1",)])
+def test_a_run_that_comes_to_all_rows_reads_all(overrides: tuple[str, ...]) -> None:
+    whole = plan(400, 100, *overrides)
+    assert len(whole.train.encoded) == 400
+    assert not any("are learned from" in text for text in whole.remarks())
+
+
+def test_where_rows_may_be_dropped_all_are_read_since_their_lengths_decide() -> None:
+    dropping = plan(400, 100, "tune.max_steps=10", "data.on_overflow=drop")
+    assert len(dropping.train.encoded) == 400
+    assert dropping.steps == 10

@@ -43,6 +43,8 @@ class Plan:
     learning_rate: float
     batch_size: int
     steps: int
+    not_learned: int = 0
+    """Training rows that the steps do not come to."""
     not_measured: int = 0
     """Rows that could choose the best step too, but are left out to save time."""
 
@@ -127,6 +129,12 @@ class Plan:
             )
         if self.judged_on == "training":
             sentences.append("Nothing is held out: losses before and after are those of the training rows.")
+        if self.not_learned:
+            rows = len(train.encoded)
+            sentences.append(
+                f"{rows:,} of {rows + self.not_learned:,} rows are learned from, drawn by tune.seed: {self.steps:,} steps take "
+                "no more."
+            )
         if self.not_measured:
             rows = len(self.held_out)
             ask = " Set data.validation to measure all." if self.judged_on == "validation" else ""

@@ -178,7 +178,10 @@ class TuneSettings(Section):
     )
     epochs: Count = setting(5, "How often every row is seen.", flag="--epochs", elsewhere="num_train_epochs")
     max_steps: Count | None = setting(
-        None, "Stop after this many steps, whatever `epochs` says.", flag="--steps"
+        None,
+        "Stop after this many steps, whatever `epochs` says. Rows that they do not come to are not read; which ones they take "
+        "is drawn by `seed`.",
+        flag="--steps",
     )
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = setting(
         "auto",

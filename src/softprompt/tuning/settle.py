@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -41,7 +42,9 @@ def make_plan(
             "all heads. Set spread to layers."
         )
     task = task_of(recipe, lm, splits)
-    train = task.to_learn(splits.train)
+    learned_from = _learned_from(recipe, splits.train)
+    task = replace(task, splits=replace(task.splits, train=learned_from))
+    train = task.to_learn(learned_from)
     steps_per_epoch = math.ceil(len(train.encoded) / settled_batch_size(recipe))
     steps = recipe.tune.epochs * steps_per_epoch
     steps = min(steps, recipe.tune.max_steps or steps)
@@ -62,8 +65,21 @@ def make_plan(
         learning_rate=settled_rate(recipe, lm),
         batch_size=settled_batch_size(recipe),
         steps=steps,
+        not_learned=len(splits.train) - len(learned_from),
         not_measured=len(splits.validation or splits.train) - len(judged),
     )
+
+
+def _learned_from(recipe: Recipe, rows: Sequence[Example]) -> Sequence[Example]:
+    """The rows that the run's steps take, drawn by its seed where they are a part of the first epoch; the others need not be
+    tokenised."""
+    tune = recipe.tune
+    count = (tune.max_steps or math.inf) * settled_batch_size(recipe)
+    if (
+        count >= len(rows) or recipe.data.on_overflow == "drop"
+    ):  # which rows are dropped is known of tokenised ones alone
+        return rows
+    return Draw(rows, tune.seed).take(int(count), "limit")
 
 
 def _judged(recipe: Recipe, splits: Splits, *, learned: int) -> Sequence[Example]:
