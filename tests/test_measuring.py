@@ -125,16 +125,17 @@ def test_the_run_says_what_it_measures(tmp_path: Path) -> None:
 
 def test_a_run_of_few_steps_reads_the_rows_that_it_comes_to_and_no_others() -> None:
     few = plan(400, 100, "tune.max_steps=10")
-    assert len(few.train.encoded) == len(few.splits.train) == 40
+    assert len(few.train.encoded) == len(few.learned_from) == 40
+    assert len(few.splits.train) == 400  # labels of all rows count for a start from them
     assert few.steps == few.steps_per_epoch == 10
     assert any(
         text.startswith("40 of 400 rows are learned from, drawn by tune.seed: 10 steps")
         for text in few.remarks()
     )
     drawn = [row.row for row in few.train.encoded]
-    assert drawn == [example.row for example in few.splits.train] == sorted(set(drawn))
+    assert drawn == [example.row for example in few.learned_from] == sorted(set(drawn))
     assert drawn == [
-        row.row for row in few.task.to_learn(few.splits.train, slots=False).encoded
+        row.row for row in few.task.to_learn(few.learned_from, slots=False).encoded
     ]  # as LoRA's arm reads them
     assert drawn == [row.row for row in plan(400, 100, "tune.max_steps=10").train.encoded]
     assert drawn != [row.row for row in plan(400, 100, "tune.max_steps=10", "tune.seed=1").train.encoded]

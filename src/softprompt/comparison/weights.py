@@ -35,7 +35,7 @@ def learn_weights(
     tell: Callable[[Event], None],
 ) -> int:
     """Runs the plan's steps and leaves `weights` at the step of lowest held-out loss, and returns that loss."""
-    rows = plan.task.to_learn(plan.splits.train, slots=False).encoded
+    rows = plan.task.to_learn(plan.learned_from, slots=False).encoded
     settings = plan.recipe.tune
     if settings.optimizer == "muon":  # a decomposition of every layer a step, and no rates known for it
         settings = plan.recipe.changed(["tune.optimizer=adamw"]).tune

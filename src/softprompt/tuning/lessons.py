@@ -153,6 +153,7 @@ def distil_plan(
         loss=DivergenceLoss(fast_loss(recipe, lm), targets),
         task=task,
         train=EncodedSet(EncodedRows(train)),
+        learned_from=splits.train,
         held_out=held_out,
         held_out_base=rows[len(lessons) :],
         judged_on="validation",

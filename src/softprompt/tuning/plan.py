@@ -13,7 +13,7 @@ from itertools import chain
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import EncodedSet, epoch_order
 from softprompt.data.encoded import Encoded
-from softprompt.data.example import Splits
+from softprompt.data.example import Example, Splits
 from softprompt.data.template import Template
 from softprompt.loss.context_cache import GIGABYTE, Context, context_bytes, contexts_of
 from softprompt.loss.fast import FastLoss
@@ -29,6 +29,7 @@ class Plan:
     which the run takes what its first gradient (`measured_rate`) and each step's say, and which its second and fourth
     step may move (`try_last_step`).
 
+    `train` are the rows that the steps come to, `learned_from`, as tokens.
     `held_out` are the rows that choose the best step, or as many of them as are soon measured, each scored on the same tokens with a prompt and, as
     `held_out_base`, without one. They are validation rows, or the training rows if there are none."""
 
@@ -37,14 +38,13 @@ class Plan:
     loss: Loss
     task: Task
     train: EncodedSet
+    learned_from: Sequence[Example]
     held_out: Sequence[Encoded]
     held_out_base: Sequence[Encoded]
     judged_on: str
     learning_rate: float
     batch_size: int
     steps: int
-    not_learned: int = 0
-    """Training rows that the steps do not come to."""
     not_measured: int = 0
     """Rows that could choose the best step too, but are left out to save time."""
 
@@ -129,11 +129,10 @@ class Plan:
             )
         if self.judged_on == "training":
             sentences.append("Nothing is held out: losses before and after are those of the training rows.")
-        if self.not_learned:
-            rows = len(train.encoded)
+        if len(self.learned_from) < len(self.splits.train):
             sentences.append(
-                f"{rows:,} of {rows + self.not_learned:,} rows are learned from, drawn by tune.seed: {self.steps:,} steps take "
-                "no more."
+                f"{len(self.learned_from):,} of {len(self.splits.train):,} rows are learned from, drawn by tune.seed: "
+                f"{self.steps:,} steps take no more."
             )
         if self.not_measured:
             rows = len(self.held_out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -43,7 +42,6 @@ def make_plan(
         )
     task = task_of(recipe, lm, splits)
     learned_from = _learned_from(recipe, splits.train)
-    task = replace(task, splits=replace(task.splits, train=learned_from))
     train = task.to_learn(learned_from)
     steps_per_epoch = math.ceil(len(train.encoded) / settled_batch_size(recipe))
     steps = recipe.tune.epochs * steps_per_epoch
@@ -59,13 +57,13 @@ def make_plan(
         loss=loss or fast_loss(recipe, lm),
         task=task,
         train=train,
+        learned_from=learned_from,
         held_out=held_out,
         held_out_base=held_out_base,
         judged_on="validation" if splits.validation else "training",
         learning_rate=settled_rate(recipe, lm),
         batch_size=settled_batch_size(recipe),
         steps=steps,
-        not_learned=len(splits.train) - len(learned_from),
         not_measured=len(splits.validation or splits.train) - len(judged),
     )
 
