@@ -170,6 +170,11 @@ def test_what_cannot_be_generated_is_refused_by_kind(
     assert "Traceback" not in shown.err
 
 
+def test_a_text_that_could_be_no_path_is_a_text(run: Run) -> None:
+    for text in ("word " * 80, "a\0b", "x" * 300):
+        assert run("generate", text, "--max-new-tokens", "1")
+
+
 def test_a_prompts_folder_in_the_place_of_a_text_or_a_recipe_is_refused_with_its_flag(
     prompt_of_words: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from softprompt.prompt.soft_prompt import Prompt
 
 
-LONGEST_PATH = 1_000
 EXAMPLE = 'softprompt generate --prompt runs/mine "Where is my parcel?"'
 
 
@@ -76,7 +76,7 @@ def command(
         )  # refuses what is no file, before torch is imported
     asked.demand_folders(folders)
     for text in texts:
-        if len(text) < LONGEST_PATH and (Path(text) / PROMPT_FILES[0]).is_file():
+        if os.path.isfile(os.path.join(text, PROMPT_FILES[0])):  # which no text makes fail, unlike pathlib
             raise RecipeError(
                 f"{text}: found a prompt's folder, wanted a text to continue. Give the folder as --prompt {text}."
             )

@@ -11,6 +11,7 @@ from softprompt.data.example import Example
 FEWEST = 20
 """Rows that say something of the others' order."""
 SHOWN = 3
+LONGEST_SHOWN = 40
 
 
 def sorted_note(rows: Sequence[Example], target: str | None, setting: str) -> str | None:
@@ -23,7 +24,7 @@ def sorted_note(rows: Sequence[Example], target: str | None, setting: str) -> st
     ]
     if len(runs) > most or len(set(runs)) < len(runs):
         return None
-    named = ", ".join(repr(label.strip()) for label in runs[:SHOWN]) + (", ..." if len(runs) > SHOWN else "")
+    named = ", ".join(_quoted(label) for label in runs[:SHOWN]) + (", ..." if len(runs) > SHOWN else "")
     order = f"all have the {target} {named}" if len(runs) == 1 else f"come sorted by {target} ({named})"
     return (
         f"The first {len(rows):,} rows, which {setting} takes, {order}. If the rows behind them have others, these are left "
@@ -39,7 +40,7 @@ def single_note(rows: Sequence[Example], target: str | None) -> str | None:
     (label, *others) = [label for label, _ in labels]
     if others:
         return None
-    return f"All {len(rows):,} rows have the {target} {label.strip()!r}, so the prompt learns to say that to every input."
+    return f"All {len(rows):,} rows have the {target} {_quoted(label)}, so the prompt learns to say that to every input."
 
 
 def variants_note(rows: Sequence[Example], target: str | None) -> str | None:
@@ -56,11 +57,11 @@ def variants_note(rows: Sequence[Example], target: str | None) -> str | None:
     if not several:
         return None
     first, *others = several[0]
-    named = ", ".join(f"{label!r} ({counts[label]:,})" for label in others[:SHOWN])
+    named = ", ".join(f"{_quoted(label)} ({counts[label]:,})" for label in others[:SHOWN])
     left = len(several) - 1
     more = "" if not left else " So is one more label." if left == 1 else f" So are {left:,} more labels."
     return (
-        f"The {target} {first!r} ({counts[first]:,} rows) is also written {named}: these are learned, and judged, as different "
+        f"The {target} {_quoted(first)} ({counts[first]:,} rows) is also written {named}: these are learned, and judged, as different "
         f"answers.{more}"
     )
 
@@ -83,6 +84,10 @@ def withheld_note(
     if found in labels or len(labels) > len(learned) // 4:
         return None
     return (
-        f"The split {split!r} is left out: all of its {len(rows):,} rows have the {target} {found!r}, which no row to learn "
+        f"The split {split!r} is left out: all of its {len(rows):,} rows have the {target} {_quoted(found)}, which no row to learn "
         "from has, so its answers seem to be withheld."
     )
+
+
+def _quoted(label: str) -> str:
+    return repr(label if len(label) <= LONGEST_SHOWN else f"{label[: LONGEST_SHOWN - 3]}...")

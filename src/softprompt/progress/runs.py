@@ -173,8 +173,9 @@ def _fitting(pieces: Sequence[str], width: int) -> str:
 
 def _plan(event: Started) -> str:
     together = f" x {event.accumulation}" if event.accumulation > 1 else ""
+    epochs = "1 epoch" if event.epochs == 1 else f"{event.epochs:g} epochs"
     return (
-        f"{event.steps} steps ({event.epochs:g} epoch{'' if event.epochs == 1 else 's'} of {event.examples} rows, {event.batch_size}{together} a step), "
+        f"{event.steps} steps ({epochs} of {event.examples} rows, {event.batch_size}{together} a step), "
         f"learning rate {event.learning_rate:.3g}, {event.trained_tokens:,} trained tokens an epoch, "
         f"{event.validation_examples} rows held out"
     )
