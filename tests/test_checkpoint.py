@@ -24,7 +24,7 @@ from softprompt.report.read import read_runs
 from softprompt.store import artifact
 from softprompt.store.artifact import load_prompt
 from softprompt.store.lock import FolderLock, patient
-from softprompt.tuning.checkpoint import identity
+from softprompt.tuning.checkpoint import demand_same, identity
 from softprompt.tuning.loop import tune
 from softprompt.tuning.result import TuneResult
 from test_learn import SPLITS, breaking_at, lm_of, recipe, vectors
@@ -189,13 +189,22 @@ def test_damaged_checkpoints_do_not_push_out_those_of_the_run_that_starts_anew(t
     assert "Continues after step 2" in said(events)
 
 
-def test_a_checkpoint_of_another_run_is_refused_and_every_difference_named(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused_and_what_differs_named(tmp_path: Path) -> None:
     cut_short(tmp_path / "p")
     with pytest.raises(RecipeError) as error:
         learn(tmp_path / "p", "tune.learning_rate=0.1", "tune.seed=3", resume=True)
     assert "tune.learning_rate was 0.2, is 0.1" in str(error.value)
     assert "tune.seed was 0, is 3" in str(error.value)
     assert "leave out --resume" in str(error.value)
+
+
+def test_rows_that_a_setting_chose_are_not_named_beside_it() -> None:
+    then, seed, rows = {"tune.seed": "0", "the data": "a"}, {"tune.seed": "1"}, {"the data": "b"}
+    with pytest.raises(RecipeError, match=r"another run: tune\.seed was 0, is 1\. Set"):
+        demand_same(then, {**then, **seed, **rows}, "out")
+    with pytest.raises(RecipeError, match=r"another run: the data was a, is b\. Set"):
+        demand_same(then, {**then, **rows}, "out")
+    demand_same(then, dict(then), "out")
 
 
 def test_settings_that_are_newer_than_a_run_count_where_they_change_something(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_several_processes_that_hold_parts_of_a_base_learn_the_prompt_of_the_who
     finished = launched(2, tmp_path / "parts", "--base", str(base), "--spread", spread)
     assert [process.returncode for process in finished] == [0, 0], finished[0].stderr + finished[1].stderr
     whole, parts = load_prompt(tmp_path / "alone"), load_prompt(tmp_path / "parts")
-    torch.testing.assert_close(parts.plain[0], whole.plain[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(parts.plain[0], whole.plain[0], rtol=1e-4, atol=1e-5)
     # The digests are those of the whole base, so that the prompt fits it however it is loaded.
     assert parts.base == whole.base
 

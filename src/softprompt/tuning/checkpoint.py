@@ -25,7 +25,7 @@ from softprompt.store.plain_file import read_bytes
 from softprompt.tuning.recipe import Recipe, TuneSettings
 
 FOLDER, ENDING, KEPT = "checkpoints", ".checkpoint", 2
-BASE = "the base's "
+BASE, DATA = "the base's ", "the data"
 HEAD = b"softprompt checkpoint 1 "
 # Settings that are newer than runs which may still be resumed; at these values they change nothing and are not recorded.
 ADDED_LATER = {
@@ -114,7 +114,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def identity(recipe: Recipe, base: Fingerprint, rows_sha256: str) -> dict[str, str]:
     """Everything that must be equal for a run to continue: every setting that counts, the base, the rows."""
-    flat = {f"{BASE}{part}": value for part, value in base.parts.items()} | {"the data": rows_sha256}
+    flat = {f"{BASE}{part}": value for part, value in base.parts.items()} | {DATA: rows_sha256}
     for section, value in recipe.model_dump().items():
         settings = value if isinstance(value, dict) else {"": value}
         for name, setting in settings.items():
@@ -128,16 +128,19 @@ def identity(recipe: Recipe, base: Fingerprint, rows_sha256: str) -> dict[str, s
 
 
 def demand_same(then: Mapping[str, str], now: Mapping[str, str], out: str) -> None:
-    """Raises RecipeError, naming every difference, unless a checkpoint's run is the one that is asked for."""
+    """Raises RecipeError, naming what differs, unless a checkpoint's run is the one that is asked for."""
     differing = [
-        f"{name} was {then.get(name, 'not known')}, is {now.get(name, 'not known')}"
+        name
         for name in sorted({*then, *now})
         if then.get(name) != now.get(name)
         # Version 0.1 recorded a sample of the weights alone, and settings of a config come with new transformers.
         and (not name.startswith(BASE) or (name in then and name in now))
     ]
-    if differing:
+    # Settings choose the rows, by a seed or a number of steps: where one differs, that the rows do too says nothing more.
+    named = [name for name in differing if name != DATA] or differing
+    if named:
+        was = (f"{name} was {then.get(name, 'not known')}, is {now.get(name, 'not known')}" for name in named)
         raise RecipeError(
-            f"{out}: its checkpoint is of another run: {'; '.join(differing)}. Set these back to continue, or leave out "
+            f"{out}: its checkpoint is of another run: {'; '.join(was)}. Set these back to continue, or leave out "
             "--resume to start from the beginning."
         )
