@@ -20,7 +20,7 @@ from softprompt.tuning.checkpoint import identity
 from softprompt.tuning.loop import tune
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.sweep import sweep
-from softprompt.tuning.task import Task, task_of
+from softprompt.tuning.task import Task, read_splits, task_of
 from test_default_template import SPLITS, base, recipe
 
 
@@ -79,13 +79,10 @@ def test_a_template_that_was_written_without_a_slot_gets_it_there_too() -> None:
 
 
 def test_rows_of_a_known_form_get_it_before_their_completion() -> None:
-    lm, out = base(None), "out=unused"
     rows = [{"prompt": f"{n} and", "completion": " more"} for n in range(3)]
-    whole = Recipe.from_flags({}, ["data.source=x", "prompt.length=3", "prompt.place=answer", out])
-    from softprompt.tuning.task import read_splits
-
+    whole = Recipe.from_flags({}, ["data.source=x", "prompt.length=3", "prompt.place=answer"])
     splits = read_splits(whole, rows)
-    assert str(task_of(whole, lm, splits).template) == "{prompt}{soft:3}{completion}"
+    assert str(task_of(whole, base(None), splits).template) == "{prompt}{soft:3}{completion}"
 
 
 def test_it_learns_there_and_generation_reads_the_row_as_it_was_learned(tmp_path: Path) -> None:

@@ -73,9 +73,8 @@ def _learned_from(recipe: Recipe, rows: Sequence[Example]) -> Sequence[Example]:
     tokenised."""
     tune = recipe.tune
     count = (tune.max_steps or math.inf) * settled_batch_size(recipe)
-    if (
-        count >= len(rows) or recipe.data.on_overflow == "drop"
-    ):  # which rows are dropped is known of tokenised ones alone
+    # Which rows are dropped is known of tokenised ones alone.
+    if count >= len(rows) or recipe.data.on_overflow == "drop":
         return rows
     return Draw(rows, tune.seed).take(int(count), "limit")
 
