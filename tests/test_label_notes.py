@@ -135,7 +135,10 @@ def test_a_test_split_of_withheld_answers_is_left_out_unless_it_is_named(tmp_pat
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     splits = load_splits(tmp_path, target="label")
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (60, 10, 0)
-    assert any("'test' is left out: all of its 10 rows have the label '-1'" in note for note in splits.notes)
+    assert any(
+        "'test' is not taken by itself: all of its 10 rows have the label '-1'" in note
+        for note in splits.notes
+    )
     assert len(load_splits(tmp_path, target="label", test="test").test) == 10
     (tmp_path / "validation.jsonl").write_text(
         (tmp_path / "test.jsonl").read_text(encoding="utf-8"), encoding="utf-8"

@@ -84,7 +84,7 @@ def withheld_note(
     if found in labels or len(labels) > len(learned) // 4:
         return None
     return (
-        f"The split {split!r} is left out: all of its {len(rows):,} rows have the {target} {_quoted(found)}, which no row to learn "
+        f"The split {split!r} is not taken by itself: all of its {len(rows):,} rows have the {target} {_quoted(found)}, which no row to learn "
         "from has, so its answers seem to be withheld."
     )
 
