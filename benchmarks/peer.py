@@ -1,17 +1,21 @@
 """The peer suite: PEFT's ways of learning at searched rates, full fine-tuning, and softprompt by default, on the same rows.
 
-    python benchmarks/peer.py --base ../smollm2 --sets snips e2e_nlg --steps 300 --seeds 0 1 2 --work runs/peer --out benchmarks/peer.json
-    python benchmarks/peer.py --quick --base builtin --sets snips --steps 60 --work runs/peer
+    python benchmarks/peer.py --base bases/smollm2 --search-steps 30 --seeds 0 1 2 --workers 8 --runs benchmarks/peer.jsonl
+    python benchmarks/peer.py --quick --base builtin --sets snips --steps 60 --runs runs/peer.jsonl
+    python benchmarks/peer.py --kept --search-steps 30 --seeds 0 1 2 --runs benchmarks/peer.jsonl --page docs/learning.md
 
 Every arm sees the same batches for the same steps and keeps its best validated step. PEFT's arms and full fine-tuning take
 AdamW with linear decay, a warm-up of 6 % and a gradient norm of at most 1, at every rate that is listed for them; validation
 loss chooses the rate. With --search-steps, each rate is tried for so many steps of the first seed, and the best alone goes all the way. softprompt's arms take nothing but their kind. Test rows are judged once for each run, by softprompt's
-evaluate: loss, and what the set is about (exact labels, BLEU against all references). --work keeps a file a run, and a run that is
-there is not repeated. `gain` is the base's test loss less an arm's, its share that of full fine-tuning's gain, and bytes are
-those that are kept for the task, in float32.
+evaluate: loss, and what the set is about (exact labels, BLEU against all references). `gain` is the base's test loss less an arm's, its
+share that of full fine-tuning's gain, and bytes are those that are kept for the task, in float32.
+
+--runs holds a line a run, and a run that is there is not repeated, so that several machines and days can add to it; --kept runs nothing and
+sums up what is there. --workers N makes N runs at a time, each in a process of its own, seed by seed, so that whatever there is time
+for can be compared: on a GPU, one run of a small base leaves most of it idle.
 
 --peft-checkout PATH judges prompt arms on sets of labels a second time by the `evaluate()` of PEFT's method_comparison, which is read
-from a checkout of PEFT: batches padded on the left, generated through PEFT's model (softprompt's prompts through their export).
+from a checkout of PEFT, for the first seed: batches padded on the left, generated through PEFT's model (softprompt's prompts through their export).
 """
 
 from __future__ import annotations
@@ -21,15 +25,19 @@ import ast
 import copy
 import json
 import math
+import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -56,8 +64,10 @@ from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.settle import make_plan
 
 LENGTH = 20
+JUDGED_TOGETHER = 64  # rows
 GSM8K_CHARACTERS = 400  # at most 222 tokens of SmolLM2
 PROMPT_RATES, LORA_RATES = (0.005, 0.03, 0.3), (2e-4, 5e-4, 2e-3)
+BEGIN, END = "<!-- peer table: begin -->", "<!-- peer table: end -->"
 METRICS_OF = {"e2e_nlg": ["nll", "bleu"], "gsm8k": ["nll"]}  # all other sets: loss and exact labels
 
 
@@ -66,7 +76,7 @@ class Arm:
     """One way of learning: where its prompt or weights come from, and the rates that are tried."""
 
     kind: str  # "ours", "prompt" (PEFT's, plain vectors or keys and values) or "weights"
-    make: Callable[[FrozenLM, Plan, str], Any]
+    make: Callable[[FrozenLM, Plan, str], Any]  # for "ours": settings that differ from the default ones
     rates: Sequence[float] = ()
 
 
@@ -125,8 +135,18 @@ def whole(lm: FrozenLM, plan: Plan, instruction: str) -> Any:
 
 
 ARMS: dict[str, Arm] = {
-    "softprompt soft": Arm("ours", lambda lm, plan, instruction: "soft"),
-    "softprompt deep": Arm("ours", lambda lm, plan, instruction: "deep"),
+    "softprompt soft": Arm("ours", lambda lm, plan, instruction: ["prompt.kind=soft"]),
+    "softprompt soft, before the answer": Arm(
+        "ours",
+        lambda lm, plan, instruction: [
+            "prompt.kind=soft",
+            f"data.template={plan.template.with_slot(at_answer=True)}",
+        ],
+    ),
+    "softprompt deep": Arm("ours", lambda lm, plan, instruction: ["prompt.kind=deep"]),
+    "softprompt deep, 64 tokens": Arm(
+        "ours", lambda lm, plan, instruction: ["prompt.kind=deep", "prompt.length=64"]
+    ),
     "prompt tuning, random": Arm("prompt", peft_model(vectors), PROMPT_RATES),
     "prompt tuning, sampled vocabulary": Arm(
         "prompt", peft_model(lambda plan: vectors(plan, prompt_tuning_init="SAMPLE_VOCAB")), PROMPT_RATES
@@ -240,24 +260,15 @@ def held_out_nll(model: Any, plan: Plan) -> float:
     return sum(float(nll) for nll, _ in pieces) / sum(tokens for _, tokens in pieces)
 
 
-def run(
-    lm: FrozenLM,
-    task: Task,
-    name: str,
-    rate: float | None,
-    seed: int,
-    given: Any,
-    out: Path,
-    judge: bool = True,
-) -> dict[str, Any]:
-    """Learns one arm at one rate and, unless it only looks for a rate, judges it on the test rows."""
-    arm = ARMS[name]
+def learned(lm: FrozenLM, task: Task, run: Run, given: Any, out: Path, judge: bool = True) -> dict[str, Any]:
+    """Learns one arm at one rate and, if it is to be judged, judges it on the test rows."""
+    arm, rate, seed = ARMS[run.arm], run.rate, run.seed
     settings = recipe(task, seed, given, out)
     splits = of_size(task.splits, given)
     plan = make_plan(settings, lm=lm, splits=splits)
     began = time.process_time()
     if arm.kind == "ours":
-        settings = settings.changed([f"prompt.kind={arm.make(lm, plan, task.instruction)}"])
+        settings = settings.changed(arm.make(lm, plan, task.instruction))
         result = tune(settings, lm=lm, splits=splits, progress=False)
         validation, rate, best_step = result.nll_after, result.learning_rate, result.best_step
         base, prompt = lm, compile_prompt(lm, result.prompt)
@@ -287,35 +298,40 @@ def run(
             save_prompt(prompt_of(learned, base=lm.fingerprint, template=template, target=target), out)
             base, prompt = lm, compile_prompt(lm, load_prompt(out))
         else:
-            base = served(model.get_base_model() if isinstance(model, peft.PeftModel) else model, lm)
+            base = served(model.merge_and_unload() if isinstance(model, peft.PeftModel) else model, lm)
             prompt = compile_prompt(base, None, template=plan.template)
     seconds = time.process_time() - began
-    record = {"arm": name, "rate": rate, "seed": seed, "best_step": best_step, "validation_nll": validation}
+    record: dict[str, Any] = {"best_step": best_step, "validation_nll": validation, "rate_taken": rate}
     record |= {"trained": trained, "bytes": 4 * trained, "cpu_seconds": round(seconds, 1)}
     if arm.kind != "weights":
         record["file_bytes"] = prompt_bytes(out)
     if not judge:
         return record
-    record["test"] = judged(base, prompt, plan, given.metrics)
-    if given.peft_checkout and arm.kind != "weights" and "exact_match" in given.metrics:
+    record["test"] = judged(base, prompt, plan.splits.test, given.metrics)
+    by_peft = given.peft_checkout and seed == given.seeds[0] and arm.kind != "weights"
+    if by_peft and "exact_match" in given.metrics:
         record["by_pefts_evaluate"] = by_pefts_evaluate(given.peft_checkout, lm, plan, out)
     return record
 
 
-def judged(lm: FrozenLM, prompt: CompiledPrompt, plan: Plan, metrics: Sequence[str]) -> dict[str, float]:
+def judged(
+    lm: FrozenLM, prompt: CompiledPrompt, examples: Sequence[Example], metrics: Sequence[str]
+) -> dict[str, float]:
     """The test figures, by softprompt's evaluate."""
-    chosen, examples = [METRICS[metric] for metric in metrics], plan.splits.test
-    layout = plan.template
-    settings = settled(JudgeSettings(), lm, layout, examples)
+    chosen, layout = [METRICS[metric] for metric in metrics], prompt.template
+    settings = settled(JudgeSettings(batch_rows=JUDGED_TOGETHER), lm, layout, examples)
     evaluation = judge_rows(predictor(lm, prompt, layout, chosen, settings), examples, chosen, layout)
     return {metric: evaluation.estimates[metric].value for metric in metrics}
 
 
 def by_pefts_evaluate(checkout: Path, lm: FrozenLM, plan: Plan, out: Path) -> float | None:
-    """The share of right labels as PEFT's own evaluate() generates them; None where the prompt has no file for PEFT."""
-    if not (out / "adapter_config.json").exists():
+    """The share of right labels as PEFT's own evaluate() generates them; None for a prompt that is not in front of all text."""
+    prompt = load_prompt(out)
+    if not prompt.template.startswith("{soft"):
         return None
-    model = peft.PeftModel.from_pretrained(copy.deepcopy(lm.model), str(out)).eval()
+    in_front = prompt_of(prompt.plain, base=lm.fingerprint)  # the texts are laid out here
+    save_prompt(in_front, out / "peft", overwrite=True)
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(lm.model), str(out / "peft")).eval()
     texts = [row_text(plan, example) for example in plan.splits.test]
     rows = Rows({**lm.tokenizer(text), "response": label} for text, label in texts)
     answers, labels = pefts_function(checkout)(
@@ -385,8 +401,7 @@ def summary(runs: Sequence[Mapping[str, Any]], base: Mapping[str, float]) -> dic
     Unknown is None: no share without full fine-tuning, or where that gained nothing; no error of one seed."""
     by_arm: dict[str, dict[Any, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for each in runs:
-        # The automatic rate differs by seed, and is one setting all the same.
-        by_arm[each["arm"]][each["rate"] if ARMS[each["arm"]].rates else "auto"].append(each)
+        by_arm[each["arm"]][each["rate"] or "auto"].append(each)
     arms: dict[str, Any] = {}
     for arm, rates in by_arm.items():
         mean = {
@@ -439,26 +454,77 @@ def bars(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, bool | None]:
     }
 
 
+class Run(NamedTuple):
+    """What makes two runs the same. `rate` is None where the arm settles its own; the arm "base" learns nothing."""
+
+    base: str
+    set: str
+    arm: str
+    rate: float | None
+    seed: int
+    steps: int
+
+
 class NotKept(Exception):
-    """A run that --kept asks for was never made."""
+    """A run that was never made."""
 
 
-def kept_run(
-    lm: FrozenLM, task: Task, folder: Path, given: Any, arm: str, rate: float | None, seed: int, steps: int
-) -> dict[str, Any]:
-    """A run's record: read if it was made before. Raises NotKept where it was not, and --kept allows no new one."""
-    out = folder / f"{arm} {rate or 'auto'} {seed} {steps}".replace(",", "").replace(" ", "_")
-    kept = out.with_suffix(out.suffix + ".json")
-    if not kept.exists():
-        if given.kept:
+class Records:
+    """The runs that were made, a JSON line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        found = [json.loads(line) for line in lines]
+        self.known = {Run(**{name: each[name] for name in Run._fields}): each for each in found}
+
+    def of(self, run: Run) -> dict[str, Any]:
+        """A run's record. Raises NotKept where it was not made."""
+        if run not in self.known:
             raise NotKept
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        is_search = steps != given.steps
-        options = argparse.Namespace(**{**vars(given), "steps": steps})
-        record = run(lm, task, arm, rate, seed, options, out, judge=not is_search)
-        kept.write_text(json.dumps(record), encoding="utf-8")
-    record = json.loads(kept.read_text(encoding="utf-8"))
-    return dict(record)
+        return self.known[run]
+
+    def add(self, run: Run, record: Mapping[str, Any]) -> None:
+        self.known[run] = {**run._asdict(), **record}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.known[run]) + "\n")
+
+
+@cache
+def loaded(base: str, dtype: str) -> FrozenLM:
+    return FrozenLM.load(base, dtype=dtype)
+
+
+@cache
+def task_of(name: str, trec_folder: Path | None) -> Task:
+    return trec(trec_folder) if name == "trec" and trec_folder else SETS[name]()
+
+
+def made(given: Any, run: Run) -> dict[str, Any]:
+    """Makes a run; one that only looks for a rate is not judged."""
+    torch.backends.cuda.matmul.allow_tf32 = given.tf32
+    lm, task = loaded(given.base, given.dtype), task_of(run.set, given.trec)
+    options = argparse.Namespace(**{**vars(given), "metrics": metrics_of(run.set)})
+    options.steps = run.steps or given.steps
+    with tempfile.TemporaryDirectory() as out:
+        if run.arm == "base":
+            splits = of_size(task.splits, options)
+            plan = make_plan(recipe(task, 0, options, Path(out)), lm=lm, splits=splits)
+            untuned = compile_prompt(lm, None, template=plan.template)
+            record: dict[str, Any] = {"test": judged(lm, untuned, splits.test, options.metrics)}
+        else:
+            is_search = run.steps != given.steps
+            record = learned(lm, task, run, options, Path(out) / "prompt", judge=not is_search)
+    if lm.device.type == "cuda":
+        torch.cuda.empty_cache()  # other workers share the GPU
+    about = describe()
+    machine = about["gpu"] or about["machine"]
+    return {**record, "machine": machine, "dtype": given.dtype, "tf32": given.tf32, "date": about["date"]}
+
+
+def metrics_of(name: str) -> list[str]:
+    return METRICS_OF.get(name, ["nll", "exact_match"])
 
 
 def rates_of(given: argparse.Namespace) -> dict[str, Sequence[float | None]]:
@@ -469,32 +535,112 @@ def rates_of(given: argparse.Namespace) -> dict[str, Sequence[float | None]]:
     return {name: rates[name] for name in given.arms} if given.arms else rates
 
 
-def planned(
-    given: argparse.Namespace, record_of: Callable[[str, float | None, int, int], Mapping[str, Any]]
-) -> Iterator[tuple[str, float | None, int]]:
-    """(arm, rate, seed) of the runs that count, seed by seed.
-
-    With --search-steps, validation loss chooses each arm's rate; `record_of` makes a run of an arm, rate, seed and number of steps."""
-    rates = rates_of(given)
+def planned(given: argparse.Namespace, name: str, records: Records) -> Iterator[Run]:
+    """The runs on a set that count, seed by seed. With --search-steps, validation loss chooses each arm's rate."""
+    base, rates = Path(given.base).name, rates_of(given)
     for seed in given.seeds:
         for arm, own in rates.items():
             if given.search_steps and len(own) > 1:
                 try:
-                    runs = {rate: record_of(arm, rate, given.seeds[0], given.search_steps) for rate in own}
+                    nlls = {run.rate: records.of(run)["validation_nll"] for run in searches(given, name, arm)}
                 except NotKept:
                     pass  # without a whole search, the rates that went all the way count
                 else:
-                    nlls = {rate: run["validation_nll"] for rate, run in runs.items()}
                     rates[arm] = own = [min(nlls, key=lambda rate: nlls[rate])]
             for rate in own:
-                yield arm, rate, seed
+                yield Run(base, name, arm, rate, seed, given.steps)
+
+
+def searches(given: argparse.Namespace, name: str, arm: str) -> list[Run]:
+    """The short runs of the first seed that choose an arm's rate; none where there is nothing to choose."""
+    rates = rates_of(given)[arm]
+    if not given.search_steps or len(rates) == 1:
+        return []
+    base = Path(given.base).name
+    return [Run(base, name, arm, rate, given.seeds[0], given.search_steps) for rate in rates]
+
+
+def untuned(given: argparse.Namespace, name: str) -> Run:
+    return Run(Path(given.base).name, name, "base", None, 0, 0)
+
+
+def make_all(given: argparse.Namespace, records: Records) -> None:
+    """Makes the runs that --runs lacks: bases and searches first, then the others seed by seed and arm by arm."""
+    arms = list(rates_of(given))
+    first = [untuned(given, name) for name in given.sets]
+    first += [run for arm in arms for name in given.sets for run in searches(given, name, arm)]
+    with workers(given.workers) as pool:
+        make(given, first, records, pool)
+        runs = [run for name in given.sets for run in planned(given, name, records)]
+        runs.sort(key=lambda run: (given.seeds.index(run.seed), arms.index(run.arm)))
+        make(given, runs, records, pool)
+
+
+def make(given: argparse.Namespace, runs: Sequence[Run], records: Records, pool: Executor | None) -> None:
+    """Makes those of `runs` that are not there; one that fails is said and passed over."""
+    missing = [run for run in runs if run not in records.known]
+    if pool is None:
+        for run in missing:
+            keep(run, partial(made, given, run), records)
+    else:
+        pending = {pool.submit(made, given, run): run for run in missing}
+        for done in as_completed(pending):
+            keep(pending[done], done.result, records)
+
+
+def keep(run: Run, record_of: Callable[[], Mapping[str, Any]], records: Records) -> None:
+    try:
+        records.add(run, record_of())
+    except Exception as error:
+        print(*run, f"{type(error).__name__}: {error}", flush=True)
+    else:
+        print(json.dumps(records.of(run)), flush=True)
+
+
+def workers(count: int) -> AbstractContextManager[Executor | None]:
+    """Processes that make runs; None where they are made here."""
+    if count == 1:
+        return nullcontext()
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+
+
+def summed_up(given: argparse.Namespace, records: Records) -> dict[str, Any]:
+    """Every set's summary, of the runs that are there."""
+    sets = {}
+    for name in given.sets:
+        runs = [records.known[run] for run in planned(given, name, records) if run in records.known]
+        if runs:
+            sets[name] = summary(runs, records.of(untuned(given, name))["test"])
+    return sets
+
+
+def table(sets: Mapping[str, Mapping[str, Any]]) -> str:
+    """Arms against sets: test loss in nats a token (with its standard error where there are seeds), then the set's own figure."""
+    arms = [arm for arm in ARMS if any(arm in figures["arms"] for figures in sets.values())]
+    lines = [f"| | {' | '.join(sets)} | kB |", "|---" * (len(sets) + 2) + "|"]
+    for arm in arms:
+        cells, size = [], 0.0
+        for figures in sets.values():
+            found = figures["arms"].get(arm)
+            cells.append(cell(found) if found else "")
+            size = found["bytes"] / 1000 if found else size
+        mark = "**" if ARMS[arm].kind == "ours" else ""
+        lines.append(f"| {mark}{arm}{mark} | {' | '.join(cells)} | {size:,.0f} |")
+    return "\n".join(lines)
+
+
+def cell(figures: Mapping[str, Any]) -> str:
+    error = f" ± {figures['nll_error']:.3f}" if figures["nll_error"] is not None else ""
+    own = f", {figures['exact_match']:.2f}" if "exact_match" in figures else ""
+    own = f", {figures['bleu']:.1f}" if "bleu" in figures else own
+    return f"{figures['nll']:.3f}{error}{own}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base", default="builtin")
+    parser.add_argument("--base", default="bases/smollm2")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--sets", nargs="+", choices=[*SETS, "trec"], default=list(SETS))
     parser.add_argument("--trec", type=Path, help="the folder of TREC's questions, for the set trec")
@@ -507,38 +653,27 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--validation-rows", type=int, default=64)
     parser.add_argument("--test-rows", type=int, default=200)
-    parser.add_argument("--kept", action="store_true", help="run nothing; sum up the runs that --work holds")
     parser.add_argument("--tf32", action="store_true", help="float32 products on a GPU in TF32, in every arm")
+    parser.add_argument("--workers", type=int, default=1, help="so many runs at a time")
+    parser.add_argument("--runs", type=Path, required=True, help="a JSON line a run")
+    parser.add_argument("--kept", action="store_true", help="run nothing; sum up what --runs holds")
     parser.add_argument("--peft-checkout", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("runs/peer"))
-    parser.add_argument("--note", help="what a reader should know of this run")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="the summary as JSON")
+    parser.add_argument("--page", type=Path, help="the page whose table is rewritten")
     given = parser.parse_args()
-    if "trec" in given.sets and given.trec is None:
+    if "trec" in given.sets and given.trec is None and not given.kept:
         parser.error("the set trec needs --trec FOLDER, with train_5500.label and TREC_10.label in it")
-    sets = SETS | {"trec": lambda: trec(given.trec)}
-    torch.backends.cuda.matmul.allow_tf32 = given.tf32
-    lm = FrozenLM.load(given.base, dtype=given.dtype)
-    hidden = ("out", "work", "base", "peft_checkout", "kept", "trec")
-    settings = {name: value for name, value in vars(given).items() if name not in hidden}
-    result: dict[str, Any] = {"base": Path(given.base).name, "settings": settings, **describe(), "sets": {}}
-    for name in given.sets:
-        task, folder = sets[name](), given.work / Path(given.base).name / name
-        given.metrics = METRICS_OF.get(name, ["nll", "exact_match"])
-        plan = make_plan(recipe(task, 0, given, folder), lm=lm, splits=of_size(task.splits, given))
-        base = judged(lm, compile_prompt(lm, None, template=plan.template), plan, given.metrics)
-
-        kept = partial(kept_run, lm, task, folder, given)
-        runs = []
-        for arm, rate, seed in planned(given, kept):
-            try:
-                runs.append(kept(arm, rate, seed, given.steps))
-            except NotKept:
-                continue
-            print(name, json.dumps(runs[-1]), flush=True)
-            result["sets"][name] = summary(runs, base)
-            if given.out:
-                given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    records = Records(given.runs)
+    if not given.kept:
+        make_all(given, records)
+    sets = summed_up(given, records)
+    text = table(sets)
+    print(text)
+    if given.out:
+        given.out.write_text(json.dumps(sets, indent=1) + "\n", encoding="utf-8")
+    if given.page:
+        before, rest = given.page.read_text(encoding="utf-8").split(BEGIN)
+        given.page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def of_size(splits: Splits, given: Any) -> Splits:

@@ -48,8 +48,8 @@ def figures(
 def test_gains_are_shares_of_full_fine_tunings_and_rates_are_chosen_by_validation(peer: Any) -> None:
     """Base 5 nats: full gains 4, soft (1.5 and 2.5 on two seeds) 3, of it 0.75; 1,000 numbers are 4 kB, 0.75 nats each."""
     runs = [
-        figures("softprompt soft", 1.5, 1000, rate=0.021, seed=0),
-        figures("softprompt soft", 2.5, 1000, rate=0.034, seed=1),
+        figures("softprompt soft", 1.5, 1000, seed=0),
+        figures("softprompt soft", 2.5, 1000, seed=1),
         figures("prompt tuning, random", 2.2, 1000, rate=0.03, valid=1.1),
         figures(
             "prompt tuning, random", 1.9, 1000, rate=0.3, valid=1.4
@@ -92,46 +92,67 @@ def test_soft_must_have_most_of_loras_gain_at_a_200th_of_its_bytes(
 
 
 def asked(**changed: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"quick": False, "arms": None, "seeds": [0], "search_steps": 0} | changed)
+    settings = {"quick": False, "arms": None, "seeds": [0], "search_steps": 0, "steps": 300}
+    return argparse.Namespace(**settings | {"base": "bases/tiny", "sets": ["snips"]} | changed)
 
 
-def never(*run: Any) -> dict[str, float]:
-    raise AssertionError(f"{run} is made to look for a rate")
-
-
-def test_quick_takes_six_arms_at_one_rate_each(peer: Any) -> None:
-    planned = list(peer.planned(asked(quick=True), never))
-    assert len(planned) == 6
-    assert len({arm for arm, _, _ in planned}) == 6
-    everything = list(peer.planned(asked(seeds=[0, 1]), never))
-    assert {arm for arm, _, _ in everything} == set(peer.ARMS)
+def test_quick_takes_each_arm_at_one_rate(peer: Any, tmp_path: Path) -> None:
+    nothing = peer.Records(tmp_path / "runs.jsonl")
+    quick = list(peer.planned(asked(quick=True), "snips", nothing))
+    assert len({run.arm for run in quick}) == len(quick) < 10
+    everything = list(peer.planned(asked(seeds=[0, 1]), "snips", nothing))
+    assert {run.arm for run in everything} == set(peer.ARMS)
     assert len(everything) > 40
 
 
-def test_short_runs_of_the_first_seed_choose_the_rate_of_all_seeds(peer: Any) -> None:
-    nlls = {0.005: 3.0, 0.03: 1.0, 0.3: 2.0}
-    searched: list[tuple[Any, ...]] = []
-
-    def record_of(arm: str, rate: float, seed: int, steps: int) -> dict[str, float]:
-        searched.append((arm, rate, seed, steps))
-        return {"validation_nll": nlls[rate]}
-
+def test_short_runs_of_the_first_seed_choose_the_rate_of_all_seeds(peer: Any, tmp_path: Path) -> None:
     given = asked(arms=["softprompt soft", "prefix"], seeds=[4, 5], search_steps=7)
-    assert list(peer.planned(given, record_of)) == [
-        ("softprompt soft", None, 4),
-        ("prefix", 0.03, 4),
-        ("softprompt soft", None, 5),
-        ("prefix", 0.03, 5),
+    records = peer.Records(tmp_path / "runs.jsonl")
+    searched = peer.searches(given, "snips", "prefix")
+    assert [(run.rate, run.seed, run.steps) for run in searched] == [(0.005, 4, 7), (0.03, 4, 7), (0.3, 4, 7)]
+    assert peer.searches(given, "snips", "softprompt soft") == []
+    for run, nll in zip(searched, (3.0, 1.0, 2.0), strict=True):
+        records.add(run, {"validation_nll": nll})
+    assert [run[2:] for run in peer.planned(given, "snips", peer.Records(records.path))] == [
+        ("softprompt soft", None, 4, 300),
+        ("prefix", 0.03, 4, 300),
+        ("softprompt soft", None, 5, 300),
+        ("prefix", 0.03, 5, 300),
     ]
-    assert searched == [("prefix", rate, 4, 7) for rate in nlls]
 
 
-def test_without_a_whole_search_the_rates_that_went_all_the_way_count(peer: Any) -> None:
-    def record_of(arm: str, rate: float, seed: int, steps: int) -> dict[str, float]:
-        raise peer.NotKept
-
+def test_without_a_whole_search_the_rates_that_went_all_the_way_count(peer: Any, tmp_path: Path) -> None:
     given = asked(arms=["prefix"], seeds=[4], search_steps=7)
-    assert list(peer.planned(given, record_of)) == [("prefix", rate, 4) for rate in (0.005, 0.03, 0.3)]
+    records = peer.Records(tmp_path / "runs.jsonl")
+    records.add(peer.searches(given, "snips", "prefix")[0], {"validation_nll": 1.0})
+    assert [run.rate for run in peer.planned(given, "snips", records)] == [0.005, 0.03, 0.3]
+
+
+def test_what_was_made_is_not_repeated_and_a_run_that_fails_is_left_out(
+    peer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An arm of a rate that is searched in 7 steps, and one that fails: the second call makes that one alone."""
+    calls: list[Any] = []
+
+    def made(given: Any, run: Any) -> dict[str, Any]:
+        calls.append(run)
+        if run.arm == "full":
+            raise ValueError("no room")
+        return figures(run.arm, 1.0, 100, rate=run.rate, seed=run.seed, valid=run.rate or 1.0)
+
+    monkeypatch.setattr(peer, "made", made)
+    given = asked(arms=["prefix", "full", "softprompt deep"], search_steps=7, workers=1)
+    for wanted in (
+        1 + 3 + 2 + 1 + 2 + 1,
+        2 + 2,
+    ):  # base, searches of both, then the arms; full has no search: both rates
+        calls.clear()
+        peer.make_all(given, peer.Records(tmp_path / "runs.jsonl"))
+        assert len(calls) == wanted
+    sets = peer.summed_up(given, peer.Records(tmp_path / "runs.jsonl"))
+    assert set(sets["snips"]["arms"]) == {"prefix", "softprompt deep"}
+    assert sets["snips"]["arms"]["prefix"]["rate"] == 0.005
+    assert "| **softprompt deep** | 1.000, 0.50 | 0 |" in peer.table(sets)
 
 
 def task(peer: Any) -> Any:
@@ -142,13 +163,14 @@ def task(peer: Any) -> Any:
 
 def given() -> argparse.Namespace:
     sizes = {"steps": 3, "batch_size": 4, "positions": 64, "validation_rows": 4, "test_rows": 4}
-    return argparse.Namespace(**sizes, peft_checkout=None, metrics=["nll", "exact_match"])
+    return argparse.Namespace(**sizes, peft_checkout=None, seeds=[0], metrics=["nll", "exact_match"])
 
 
 @pytest.mark.parametrize(
     "arm",
     [
         "softprompt soft",
+        "softprompt soft, before the answer",
         "softprompt deep",
         "prompt tuning, random",
         "prompt tuning, text",
@@ -167,7 +189,8 @@ def test_every_kind_of_arm_learns_is_judged_and_leaves_the_base_as_it_was(
     lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), name="tiny")
     before = {name: weight.clone() for name, weight in lm.model.state_dict().items()}
     rate = 0.03 if peer.ARMS[arm].rates else None
-    record = peer.run(lm, task(peer), arm, rate, 0, given(), tmp_path / "out")
+    run = peer.Run("tiny", "made", arm, rate, 0, 3)
+    record = peer.learned(lm, task(peer), run, given(), tmp_path / "out")
     assert 0 < record["test"]["nll"] < 20
     assert record["bytes"] == 4 * record["trained"] > 0
     after = lm.model.state_dict()
