@@ -82,15 +82,24 @@ def test_every_parameter_has_a_rate_of_its_own_once(name: str) -> None:
     assert all(one.factor > 0 for one in form.trained())
 
 
-def test_a_deep_prompts_heads_are_matrices_of_their_own() -> None:
-    """One of keys and values a layer and head: a head's gradient, however large, does not change another's step."""
-    (trained,) = made("direct", deep=True).trained()
-    assert trained.parts == 2 * 2  # layers, heads
+@pytest.mark.parametrize("steep", ["keys", "values"])
+def test_keys_and_values_of_each_head_are_matrices_of_their_own(steep: str) -> None:
+    """Of two layers and heads: the gradient of one matrix, however large, does not change the step of any other."""
+    form = made("direct", deep=True)
+    (trained,) = form.trained()
+    assert trained.parts == 2 * 2 * 2
+    assert form.deep_shape is not None
+    shape = (*form.deep_shape[:3], 2 * form.deep_shape[3])
+    places = torch.zeros(shape)  # [L, P, H, keys and values]
+    width = form.deep_shape[3]
+    places[0, :, 0, :width] = steep == "keys"
+    places[0, :, 0, width:] = steep == "values"
+    steep_PW = as_rows((places[..., :width], places[..., width:])).bool()
     steps = []
     for factor in (1.0, 100.0):
         parameter = torch.nn.Parameter(trained.parameter.detach().clone())
         parameter.grad = torch.randn(parameter.shape, generator=generator())
-        parameter.grad[:, :8] *= factor  # the first layer's first head: keys and values of width 4
+        parameter.grad[steep_PW] *= factor
         Muon([{"params": [parameter], "parts": trained.parts}], 0.1).step()
         steps.append(parameter.detach())
     torch.testing.assert_close(steps[0], steps[1])

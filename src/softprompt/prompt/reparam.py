@@ -17,7 +17,8 @@ from softprompt.prompt.soft_prompt import Plain
 
 
 class Trained(NamedTuple):
-    """A parameter, its share of the learning rate, and how many matrices it holds side by side (a deep prompt's heads)."""
+    """A parameter, its share of the learning rate, and how many matrices it holds side by side (a deep prompt's keys and values
+    of each head)."""
 
     parameter: nn.Parameter
     factor: float
@@ -60,9 +61,10 @@ class Form(nn.Module):
     def trained(self) -> list[Trained]:
         """All that the optimiser moves, with shares of the rate by which the prompt moves about as fast as in `Direct`."""
         width = self.start_PW.shape[1]
-        heads = self.deep_shape[0] * self.deep_shape[2] if self.deep_shape else 1
+        # Keys and values are matrices of their own: together, the one of steeper slopes would leave the other little of a step.
+        matrices = 2 * self.deep_shape[0] * self.deep_shape[2] if self.deep_shape else 1
         return [
-            Trained(parameter, factor, heads if parameter.ndim == 2 and parameter.shape[1] == width else 1)
+            Trained(parameter, factor, matrices if parameter.ndim == 2 and parameter.shape[1] == width else 1)
             for parameter, factor in self._rate_factors()
         ]
 

@@ -57,8 +57,8 @@ class Muon(OneByOne):
     The gradients of a prompt's vectors have much in common, and AdamW moves all vectors along that (figures in LOG.md).
     Here the momentum (Nesterov's) gets singular values that are all alike, by an exact decomposition: prompts are small,
     and torch.optim.Muon's five products in bfloat16 only come near it. A step's root mean square is `lr`, about as
-    AdamW's is. A group's `parts` are matrices that lie side by side in its parameters, such as a deep prompt's heads:
-    each is a matrix for itself. A vector is a matrix of one row. Decay is AdamW's. A deep prompt's many matrices are decomposed
+    AdamW's is. A group's `parts` are matrices that lie side by side in its parameters, such as the keys and the values of
+    a deep prompt's heads: each is a matrix for itself. A vector is a matrix of one row. Decay is AdamW's. A deep prompt's many matrices are decomposed
     on `device`, wherever the parameters lie: a GPU takes them all at once."""
 
     device = torch.device("cpu")
