@@ -68,6 +68,12 @@ JUDGED_TOGETHER = 64  # rows
 GSM8K_CHARACTERS = 400  # at most 222 tokens of SmolLM2
 PROMPT_RATES, LORA_RATES = (0.005, 0.03, 0.3), (2e-4, 5e-4, 2e-3)
 BEGIN, END = "<!-- peer table: begin -->", "<!-- peer table: end -->"
+SIZES = (
+    "batch_size",
+    "positions",
+    "validation_rows",
+    "test_rows",
+)  # settings of which all runs that are compared have the same
 METRICS_OF = {"e2e_nlg": ["nll", "bleu"], "gsm8k": ["nll"]}  # all other sets: loss and exact labels
 
 
@@ -291,11 +297,11 @@ def learned(lm: FrozenLM, task: Task, run: Run, given: Any, out: Path, judge: bo
         )
         validation = held_out_nll(model, plan)
         if arm.kind == "prompt":
-            learned = plain(model, isinstance(model.active_peft_config, peft.PrefixTuningConfig))
-            learned = learned if isinstance(learned, tuple) else (learned,)
-            trained = sum(tensor.numel() for tensor in learned)  # an encoder is folded into its vectors
+            tensors = plain(model, isinstance(model.active_peft_config, peft.PrefixTuningConfig))
+            tensors = tensors if isinstance(tensors, tuple) else (tensors,)
+            trained = sum(tensor.numel() for tensor in tensors)  # an encoder is folded into its vectors
             template, target = str(plan.template), plan.template.target
-            save_prompt(prompt_of(learned, base=lm.fingerprint, template=template, target=target), out)
+            save_prompt(prompt_of(tensors, base=lm.fingerprint, template=template, target=target), out)
             base, prompt = lm, compile_prompt(lm, load_prompt(out))
         else:
             base = served(model.merge_and_unload() if isinstance(model, peft.PeftModel) else model, lm)
@@ -470,12 +476,12 @@ class NotKept(Exception):
 
 
 class Records:
-    """The runs that were made, a JSON line each."""
+    """The runs that were made, a JSON line each. Those of other `sizes` (rows a step, rows that are judged) are passed over."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, sizes: Mapping[str, int]) -> None:
+        self.path, self.sizes = path, dict(sizes)
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        found = [json.loads(line) for line in lines]
+        found = [each for each in map(json.loads, lines) if each["sizes"] == self.sizes]
         self.known = {Run(**{name: each[name] for name in Run._fields}): each for each in found}
 
     def of(self, run: Run) -> dict[str, Any]:
@@ -485,7 +491,7 @@ class Records:
         return self.known[run]
 
     def add(self, run: Run, record: Mapping[str, Any]) -> None:
-        self.known[run] = {**run._asdict(), **record}
+        self.known[run] = {**run._asdict(), "sizes": self.sizes, **record}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.known[run]) + "\n")
@@ -663,7 +669,7 @@ def main() -> None:
     given = parser.parse_args()
     if "trec" in given.sets and given.trec is None and not given.kept:
         parser.error("the set trec needs --trec FOLDER, with train_5500.label and TREC_10.label in it")
-    records = Records(given.runs)
+    records = Records(given.runs, {name: getattr(given, name) for name in SIZES})
     if not given.kept:
         make_all(given, records)
     sets = summed_up(given, records)

@@ -19,6 +19,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 pytest.importorskip("peft")
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+SIZES = {"test_rows": 4}
 LABELS = ["order", "never", "thank"]
 
 
@@ -97,7 +98,7 @@ def asked(**changed: Any) -> argparse.Namespace:
 
 
 def test_quick_takes_each_arm_at_one_rate(peer: Any, tmp_path: Path) -> None:
-    nothing = peer.Records(tmp_path / "runs.jsonl")
+    nothing = peer.Records(tmp_path / "runs.jsonl", SIZES)
     quick = list(peer.planned(asked(quick=True), "snips", nothing))
     assert len({run.arm for run in quick}) == len(quick) < 10
     everything = list(peer.planned(asked(seeds=[0, 1]), "snips", nothing))
@@ -107,13 +108,13 @@ def test_quick_takes_each_arm_at_one_rate(peer: Any, tmp_path: Path) -> None:
 
 def test_short_runs_of_the_first_seed_choose_the_rate_of_all_seeds(peer: Any, tmp_path: Path) -> None:
     given = asked(arms=["softprompt soft", "prefix"], seeds=[4, 5], search_steps=7)
-    records = peer.Records(tmp_path / "runs.jsonl")
+    records = peer.Records(tmp_path / "runs.jsonl", SIZES)
     searched = peer.searches(given, "snips", "prefix")
     assert [(run.rate, run.seed, run.steps) for run in searched] == [(0.005, 4, 7), (0.03, 4, 7), (0.3, 4, 7)]
     assert peer.searches(given, "snips", "softprompt soft") == []
     for run, nll in zip(searched, (3.0, 1.0, 2.0), strict=True):
         records.add(run, {"validation_nll": nll})
-    assert [run[2:] for run in peer.planned(given, "snips", peer.Records(records.path))] == [
+    assert [run[2:] for run in peer.planned(given, "snips", peer.Records(records.path, SIZES))] == [
         ("softprompt soft", None, 4, 300),
         ("prefix", 0.03, 4, 300),
         ("softprompt soft", None, 5, 300),
@@ -123,9 +124,17 @@ def test_short_runs_of_the_first_seed_choose_the_rate_of_all_seeds(peer: Any, tm
 
 def test_without_a_whole_search_the_rates_that_went_all_the_way_count(peer: Any, tmp_path: Path) -> None:
     given = asked(arms=["prefix"], seeds=[4], search_steps=7)
-    records = peer.Records(tmp_path / "runs.jsonl")
+    records = peer.Records(tmp_path / "runs.jsonl", SIZES)
     records.add(peer.searches(given, "snips", "prefix")[0], {"validation_nll": 1.0})
     assert [run.rate for run in peer.planned(given, "snips", records)] == [0.005, 0.03, 0.3]
+
+
+def test_runs_that_were_judged_on_other_rows_do_not_count(peer: Any, tmp_path: Path) -> None:
+    run = peer.Run("tiny", "snips", "prefix", 0.03, 0, 300)
+    peer.Records(tmp_path / "runs.jsonl", SIZES).add(run, {"validation_nll": 1.0})
+    assert peer.Records(tmp_path / "runs.jsonl", SIZES).of(run)["validation_nll"] == 1.0
+    with pytest.raises(peer.NotKept):
+        peer.Records(tmp_path / "runs.jsonl", {"test_rows": 5}).of(run)
 
 
 def test_what_was_made_is_not_repeated_and_a_run_that_fails_is_left_out(
@@ -142,14 +151,12 @@ def test_what_was_made_is_not_repeated_and_a_run_that_fails_is_left_out(
 
     monkeypatch.setattr(peer, "made", made)
     given = asked(arms=["prefix", "full", "softprompt deep"], search_steps=7, workers=1)
-    for wanted in (
-        1 + 3 + 2 + 1 + 2 + 1,
-        2 + 2,
-    ):  # base, searches of both, then the arms; full has no search: both rates
+    # Base, searches of both, then the arms: full was not searched, so both of its rates. Then what failed, again.
+    for wanted in (1 + 3 + 2 + 1 + 2 + 1, 2 + 2):
         calls.clear()
-        peer.make_all(given, peer.Records(tmp_path / "runs.jsonl"))
+        peer.make_all(given, peer.Records(tmp_path / "runs.jsonl", SIZES))
         assert len(calls) == wanted
-    sets = peer.summed_up(given, peer.Records(tmp_path / "runs.jsonl"))
+    sets = peer.summed_up(given, peer.Records(tmp_path / "runs.jsonl", SIZES))
     assert set(sets["snips"]["arms"]) == {"prefix", "softprompt deep"}
     assert sets["snips"]["arms"]["prefix"]["rate"] == 0.005
     assert "| **softprompt deep** | 1.000, 0.50 | 0 |" in peer.table(sets)
