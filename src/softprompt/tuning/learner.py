@@ -37,8 +37,9 @@ class Learner:
     ) -> None:
         self.form, self.settings = form, settings
         self.length = StepLength(learning_rate, settings, steps)
+        # What is trained, before and after the last step, where that may be corrected.
         self._last_start: list[Tensor] = []
-        self._last_way: list[Tensor] = []
+        self._last_end: list[Tensor] = []
         trained = form.trained()
         self.parameters = [part.parameter for part in trained]
         groups = [
@@ -74,16 +75,15 @@ class Learner:
         finite = math.isfinite(nll) and math.isfinite(norm)
         if finite:
             length, step = self.length, self.steps_done + 1
-            share, is_tried = length.scheduled_share(step), length.is_tried(step)
-            before = self._values() if length.is_measured or is_tried else []
+            share = length.scheduled_share(step)
+            before = self._values() if length.is_measured or length.tried_steps else []
             self._set_rate(length.highest_rate * share)  # the lowest too, where it is not measured
             self.optimiser.step()
             rate = self._shortened(before, nll, norm, share) if length.is_measured else length.highest_rate
             self.rate_taken = rate * share
-            if is_tried:
-                self._last_start = before
-                self._last_way = [now - old for now, old in zip(self._values(), before, strict=True)]
-            length.note_taken(rate)
+            if length.tried_steps:
+                self._last_start, self._last_end = before, self._values()
+            length.note_taken(rate, nll)
             self.steps_done += 1
             self.recent = [*self.recent, nll][-RECENT_STEPS:]
             self.nll_first = nll if math.isnan(self.nll_first) else self.nll_first
@@ -96,19 +96,32 @@ class Learner:
         """Whether the length of the step just taken is to be tried on other rows."""
         return self.length.is_tried(self.steps_done)
 
+    def is_doubted(self, nll: float) -> bool:
+        """Whether the loss `nll` of the coming step's rows is so high that the last step may have caused it."""
+        return bool(self._last_start) and self.length.is_doubted(self.steps_done, nll)
+
     def moved(self, factor: float) -> Plain:
-        """Moves to where the last step had led if it were `factor` times as long; the plain prompt there."""
+        """Moves to where the last step had led if it were `factor` times as long (1: exactly to where it led); the plain
+        prompt there."""
         with torch.no_grad():
-            for parameter, old, way in zip(self.parameters, self._last_start, self._last_way, strict=True):
-                parameter.copy_(old + factor * way)
+            for parameter, start, end in zip(self.parameters, self._last_start, self._last_end, strict=True):
+                torch.lerp(start, end, factor, out=parameter.detach())
         return self.snapshot()
 
     def lengthen(self, factor: float) -> None:
         """Makes the last step `factor` times as long, and all later ones."""
-        self.moved(factor)
+        self._correct(factor)
         self.length.lengthen(factor)
+
+    def take_back(self, kept: float) -> None:
+        """Leaves no more than the share `kept` of the last step, and makes all later ones half as long."""
+        self._correct(kept)
+        self.length.halve()
+
+    def _correct(self, factor: float) -> None:
+        self.moved(factor)
         self.rate_taken *= factor
-        self._last_start = self._last_way = []
+        self._last_start = self._last_end = []
 
     def promised_fall(self) -> float:
         """By how much the loss falls, to first order, for a unit of learning rate: minus the sum of gradient times
@@ -201,6 +214,7 @@ class Learner:
         """Returns to the best step's form, with a fresh optimiser and a third of the rate. The schedule continues."""
         self.length.lower(self.steps_done)
         self.recent = []
+        self._last_start = self._last_end = []
         self.form.load_state_dict(self.best_form)
         self.optimiser.state.clear()
 
@@ -216,6 +230,7 @@ class Learner:
             "optimiser": self.optimiser.state_dict(),
             "best": self.best,
             "best_form": self.best_form,
+            "last_start": self._last_start,
             **self.length.state(),
             **{name: getattr(self, name) for name in _COUNTS},
         }
@@ -228,6 +243,8 @@ class Learner:
         for name in _COUNTS:
             setattr(self, name, state[name])
         self.length.restore(state)
+        self._last_start = state.get("last_start", [])
+        self._last_end = self._values() if self._last_start else []
 
 
 def prepare_each(learners: Sequence[Learner], nlls: Sequence[float]) -> None:

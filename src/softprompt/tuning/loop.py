@@ -48,6 +48,7 @@ def tune(
             run.begin(processes.same(run.newest_checkpoint() if resume else None))
             for rows in run.batches():
                 (nll,) = loss_and_gradient([learner.form], [rows])  # in pieces that fit into memory
+                nll = run.doubt_last_step(rows, nll)  # a step that threw the loss is taken back
                 run.add_keep_gradient()
                 if not learner.step(nll):  # clipped and scheduled
                     raise run.not_finite(rows, nll)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
@@ -22,6 +23,9 @@ MOST_HALVINGS = 5
 # Steps, from the start or a return on, whose length is tried on the rows of the next one; later the noise of one batch decides.
 TRIED_STEPS = (2, 4)
 CLEAR_RISE, CLEAR_RISE_NATS = 1.1, 0.25  # of the next rows' loss: a step that lifts it by more goes too far
+
+LEFT_SHARE = 0.25  # of a step that is taken back
+RECOVERED_SHARE = 1 / 3  # of the rise above the usual loss: a step that explains less of it was not its cause
 
 
 class MeasuredRate(NamedTuple):
@@ -73,6 +77,25 @@ def try_last_step(learner: Learner, nll_of: Callable[[Plain], float], measured_b
     than what suits a whole run."""
     may_halve = learner.length.highest_rate > measured_bound
     learner.lengthen(_tried_factor(lambda factor: nll_of(learner.moved(factor)), may_halve))
+
+
+def take_back_last_step(learner: Learner, nll: float, nll_of: Callable[[Plain], float]) -> bool:
+    """Takes back most of the step just taken, where it is what lifted the loss of the coming step's rows to `nll`; whether.
+
+    `nll_of` gives the loss of those rows under a prompt (nats per token). A batch may be far above the usual loss since its rows are
+    hard, or since the last step led over an edge, from where a run may take a fifth of its steps to return (figures in LOG.md). One
+    forward pass tells the two apart: how much of the rise is gone where only a quarter of that step is taken. If it was the step, later
+    ones are half as long."""
+    learner.length.times_doubted += 1
+    shorter = nll_of(learner.moved(LEFT_SHARE))
+    rise = nll - learner.length.usual_nll
+    # A loss `nll` that is not finite has risen without bound: any finite one recovers it.
+    caused = math.isfinite(shorter) and not nll - shorter < RECOVERED_SHARE * rise
+    if caused:
+        learner.take_back(LEFT_SHARE)
+    else:
+        learner.moved(1.0)
+    return caused
 
 
 def _tried_factor(nll_at: Callable[[float], float], may_halve: bool) -> float:

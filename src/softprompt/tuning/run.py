@@ -27,7 +27,7 @@ from softprompt.tuning.keep import Keeper
 from softprompt.tuning.learner import Learner, is_finite
 from softprompt.tuning.plain_reading import plain_reading
 from softprompt.tuning.plan import Plan
-from softprompt.tuning.rate import TRIED_STEPS, measured_rate, try_last_step
+from softprompt.tuning.rate import TRIED_STEPS, measured_rate, take_back_last_step, try_last_step
 from softprompt.tuning.records import versions
 from softprompt.tuning.result import TuneResult
 from softprompt.tuning.run_log import RunLog
@@ -137,12 +137,25 @@ class Run:
     def try_last_step(self) -> None:
         """Tries the length of one of the first steps on the rows of the next one, and corrects it and the rate."""
         if self.learner.is_tried and not self.at_its_end:
-            rows = self._rows_of(self.steps_done)
-
-            def nll_of(prompt: Plain) -> float:
-                return self.gradients.losses([prompt], [rows])[0]
-
+            nll_of = self._nll_of(self._rows_of(self.steps_done))
             try_last_step(self.learner, nll_of, self.plan.learning_rate)
+
+    def doubt_last_step(self, rows: Sequence[Encoded], nll: float) -> float:
+        """Takes most of the last step back where it threw the loss `nll` of the coming step's `rows`; the loss that their
+        gradient then belongs to."""
+        learner, usual_nll = self.learner, self.learner.length.usual_nll
+        if not learner.is_doubted(nll) or not take_back_last_step(learner, nll, self._nll_of(rows)):
+            return nll
+        self.log.note(
+            f"Step {self.steps_done}: lifted the loss of the next rows to {nll:.4f}, where batches had {usual_nll:.4f}. Most of "
+            f"it was taken back, learning rate lowered to {learner.length.learning_rate:.2g}."
+        )
+        for parameter in learner.parameters:
+            parameter.grad = None
+        return self.gradients([learner.form], [rows])[0]
+
+    def _nll_of(self, rows: Sequence[Encoded]) -> Callable[[Plain], float]:
+        return lambda prompt: self.gradients.losses([prompt], [rows])[0]
 
     def _rows_of(self, step: int) -> list[Encoded]:
         """The rows of a step, counted from 0."""

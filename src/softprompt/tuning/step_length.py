@@ -11,7 +11,9 @@ from softprompt.tuning.recipe import TuneSettings
 LOWERED_BY, MOST_LOWERED = 3.0, 4  # down to an 81st
 REGROWTH_SHARE = 0.1  # of a run's steps, in which the highest rate doubles after a return
 LEARNED_SHARE = 0.2  # of what batches have left to fall: one that has less takes the shortest step
-MEMORY = 0.8  # of the mean of what they have left; about five steps
+MEMORY = 0.8  # of the mean of batches' losses; about five steps
+DOUBTED_RISE, DOUBTED_RISE_NATS = 2.0, 0.5  # of the usual loss: a batch above that doubts the last step
+MOST_DOUBTS_SHARE = 0.1  # of a run's steps
 
 
 class StepLength:
@@ -20,7 +22,8 @@ class StepLength:
     All rates are before the schedule. Where `highest_rate` is above `learning_rate`, a step takes the rate between the two at
     which it promises to take its loss down to `reachable_nll` (nats per token), or the lower one where its batch is learned
     already. Each return to a former prompt lowers both (`lower`). `tried_steps` are those whose length other rows judge,
-    counted from the start or the last return on (`rate.try_last_step`)."""
+    counted from the start or the last return on (`rate.try_last_step`); later ones are doubted where a batch's loss is far above
+    `usual_nll` (`rate.take_back_last_step`)."""
 
     def __init__(self, learning_rate: float, settings: TuneSettings, steps: int) -> None:
         self.settings, self.steps = settings, steps
@@ -29,7 +32,8 @@ class StepLength:
         self.tried_steps: tuple[int, ...] = ()
         self.times_lowered = 0
         self.returned_at = 0  # steps that had been done at the last return
-        self.usual_gap = math.nan  # mean of what batches had left to fall, nats per token
+        self.usual_nll = math.nan  # mean loss of the last batches, nats per token
+        self.times_doubted = self.times_taken_back = 0
         self.highest_taken = 0.0  # of all steps since the last return
         # Up to which `highest_rate` rises again after a return; 0 where steps are not measured.
         self.regrown_rate = 0.0
@@ -54,14 +58,15 @@ class StepLength:
         # Momentum may point uphill for one batch, which says nothing about how far to go. Nor does a batch that is learned
         # already: next to nothing is left to fall along next to no slope, and the quotient of the two is noise.
         gap = nll - self.reachable_nll
-        is_learned = gap < LEARNED_SHARE * self.usual_gap
+        is_learned = gap < LEARNED_SHARE * (self.usual_nll - self.reachable_nll)
         wanted = gap / slope if slope > 0 and not is_learned else self.learning_rate
-        self.usual_gap = gap if math.isnan(self.usual_gap) else MEMORY * self.usual_gap + (1 - MEMORY) * gap
         return min(self.highest_rate, max(self.learning_rate, wanted))
 
-    def note_taken(self, rate: float) -> None:
-        """Notes the rate that a step took. After a return the highest rate rises again, a little with each."""
+    def note_taken(self, rate: float, nll: float) -> None:
+        """Notes the rate that a step took, and the loss of its batch. After a return the highest rate rises again, a little
+        with each."""
         self.highest_taken = max(self.highest_taken, rate)
+        self.usual_nll = nll if math.isnan(self.usual_nll) else MEMORY * self.usual_nll + (1 - MEMORY) * nll
         # Not after the last return that there may be: nothing would catch a rate that rises too far again.
         if 0 < self.times_lowered < MOST_LOWERED and self.highest_rate < self.regrown_rate:
             doublings = 1 / (REGROWTH_SHARE * self.steps * self.times_lowered)
@@ -70,6 +75,22 @@ class StepLength:
     def lengthen(self, factor: float) -> None:
         """Makes all later steps `factor` times as long."""
         self.learning_rate, self.highest_rate = self.learning_rate * factor, self.highest_rate * factor
+
+    def is_doubted(self, steps_done: int, nll: float) -> bool:
+        """Whether the loss `nll` of the batch after `steps_done` steps is so high that the last step may have caused it.
+
+        Only in runs whose first steps were tried, and after those."""
+        is_due = bool(self.tried_steps) and steps_done - self.returned_at > max(self.tried_steps)
+        may_doubt = (
+            self.times_doubted < MOST_DOUBTS_SHARE * self.steps and self.times_taken_back < MOST_LOWERED
+        )
+        return is_due and may_doubt and not nll <= DOUBTED_RISE * self.usual_nll + DOUBTED_RISE_NATS
+
+    def halve(self) -> None:
+        """What follows a step that was taken back: all later ones are half as long."""
+        self.lengthen(0.5)
+        self.regrown_rate *= 0.5
+        self.times_taken_back += 1
 
     @property
     def can_lower(self) -> bool:
@@ -87,7 +108,7 @@ class StepLength:
             self.regrown_rate = self.highest_rate
         self.learning_rate /= LOWERED_BY
         self.highest_rate = max(self.learning_rate, self.highest_taken / LOWERED_BY)
-        self.highest_taken, self.usual_gap = 0.0, math.nan
+        self.highest_taken, self.usual_nll = 0.0, math.nan
         self.returned_at = steps_done
         self.times_lowered += 1
 
@@ -110,5 +131,7 @@ _STATE = (
     "returned_at",
     "regrown_rate",
     "reachable_nll",
-    "usual_gap",
+    "usual_nll",
+    "times_doubted",
+    "times_taken_back",
 )

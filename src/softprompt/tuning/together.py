@@ -161,6 +161,10 @@ class Together:
         runs = {number: self.runs[number] for number in rows}
         self.stepping = list(rows)
         losses = self.gradients([run.learner.form for run in runs.values()], list(rows.values()))
+        losses = [
+            run.doubt_last_step(rows[number], nll)
+            for (number, run), nll in zip(runs.items(), losses, strict=True)
+        ]
         for run in runs.values():
             run.add_keep_gradient()
         seconds = (time.perf_counter() - began) / len(runs)
