@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -375,3 +376,20 @@ def test_a_backslash_n_in_a_template_is_a_line_break(
     ]
     assert main([*command, *flag]) == 0
     assert json.loads(capsys.readouterr().out)["template"] == "{soft:2}{text}\nKind: {label}"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_a_command_that_ignores_a_signal_is_not_ended_by_one_that_comes_after_it() -> None:
+    """A follower of `serve` ends as the first process says; a launcher's SIGTERM may reach it a moment later."""
+
+    def follow() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    former = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert ending.exit_code(lambda: None) == 0
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as it was before the command
+        assert ending.exit_code(follow) == 0
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, former)

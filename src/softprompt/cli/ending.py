@@ -80,7 +80,9 @@ def _signals_interrupt() -> Iterator[None]:
         yield
     finally:
         for number, handler in former.items():
-            signal.signal(number, handler)
+            # A command that ignores it (a follower of `serve`, whose first process ends it) ignores one that comes late too.
+            if signal.getsignal(number) is interrupt:
+                signal.signal(number, handler)
 
 
 def describe(error: Exception) -> tuple[str, int]:
