@@ -168,6 +168,7 @@ def test_a_step_is_the_cause_where_a_quarter_of_it_leaves_two_thirds_of_the_rise
         return quarter
 
     assert take_back_last_step(learner, 5.0, nll_of) is caused
+    assert learner.length.times_doubted == 1  # also where the rows were to blame
     assert learner.length.learning_rate == (0.125 if caused else 0.25)
     if caused:
         torch.testing.assert_close(learner.snapshot()[0], torch.full((4, 8), -0.0625))
@@ -211,3 +212,26 @@ def test_the_rate_is_halved_four_times_at_most(tmp_path: Path) -> None:
         halved.halve()
     assert halved.learning_rate == pytest.approx(0.1 / 16)
     assert not halved.is_doubted(20, 9.0)
+
+
+def test_doubts_are_counted_on_after_a_kill(tmp_path: Path) -> None:
+    killed, again = length(tmp_path, 1.0), length(tmp_path, math.nan)
+    killed.times_doubted = 3
+    killed.halve()
+    again.restore(killed.state())
+    assert (again.times_doubted, again.times_taken_back, again.usual_nll) == (3, 1, 1.0)
+    assert not again.is_doubted(20, 9.0)
+
+
+def test_after_a_return_rates_rise_again_to_half_of_what_they_were_where_a_step_was_taken_back(
+    tmp_path: Path,
+) -> None:
+    """Or the rate would rise again to where the edge was."""
+    rising = length(tmp_path, 1.0)
+    rising.highest_rate = 0.8
+    rising.note_taken(0.8, 1.0)
+    rising.lower(10)
+    rising.halve()
+    for _ in range(30):
+        rising.note_taken(rising.highest_rate, 1.0)
+    assert rising.highest_rate == pytest.approx(0.4)
