@@ -148,7 +148,7 @@ class Run:
             return nll
         self.log.note(
             f"Step {self.steps_done}: lifted the loss of the next rows to {nll:.4f}, where batches had {usual_nll:.4f}. Most of "
-            f"it was taken back, learning rate lowered to {learner.length.learning_rate:.2g}."
+            f"the step was taken back, learning rate lowered to {learner.length.learning_rate:.2g}."
         )
         for parameter in learner.parameters:
             parameter.grad = None
