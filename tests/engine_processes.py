@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ from pathlib import Path
 import httpx2 as httpx
 import uvicorn
 
+from forked import begun
 from softprompt.scale.gateway import Gateway
 from softprompt.scale.gateway_app import build_gateway
 from softprompt.scale.peer import Peer
@@ -37,12 +36,9 @@ class Process:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "softprompt", *arguments, "--port", str(self.port)],
-                stdout=output,
-                stderr=output,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
+            command = ["-m", "softprompt", *arguments, "--port", str(self.port)]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            self.process = begun(command, stdout=output, stderr=output, env=environment)
 
     def wait_ready(self) -> None:
         """Return when it takes requests."""

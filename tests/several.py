@@ -6,8 +6,9 @@ import contextlib
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
+
+from forked import Process, begun
 
 
 def free_port() -> int:
@@ -18,22 +19,19 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(count: int, command: Sequence[str]) -> Iterator[list[subprocess.Popen[str]]]:
-    """Starts `command` (python's arguments) `count` times; the processes find each other through gloo, and end with the context."""
+def started(count: int, command: Sequence[str], *, anew: bool = False) -> Iterator[list[Process]]:
+    """Starts `command` (python's arguments) `count` times; the processes find each other through gloo, and end with the context.
+
+    With `anew` each imports all that it needs itself, as a user's do."""
     port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env={
-                **os.environ, "WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
+    processes: list[Process] = []
+    for rank in range(count):
+        environment = {
+            **os.environ, "WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        }  # fmt: skip
+        pipe = subprocess.PIPE
+        processes.append(begun(command, anew=anew, env=environment, stdout=pipe, stderr=pipe))
     try:
         yield processes
     finally:
@@ -42,7 +40,7 @@ def started(count: int, command: Sequence[str]) -> Iterator[list[subprocess.Pope
             process.communicate()
 
 
-def finished(processes: Sequence[subprocess.Popen[str]]) -> list[subprocess.CompletedProcess[str]]:
+def finished(processes: Sequence[Process]) -> list[subprocess.CompletedProcess[str]]:
     """Waits for all of them."""
     done = []
     for process in processes:
@@ -51,7 +49,9 @@ def finished(processes: Sequence[subprocess.Popen[str]]) -> list[subprocess.Comp
     return done
 
 
-def launched(count: int, command: Sequence[str]) -> list[subprocess.CompletedProcess[str]]:
+def launched(
+    count: int, command: Sequence[str], *, anew: bool = False
+) -> list[subprocess.CompletedProcess[str]]:
     """Starts `command` several times and waits for all."""
-    with started(count, command) as processes:
+    with started(count, command, anew=anew) as processes:
         return finished(processes)

@@ -20,7 +20,6 @@ import random
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +33,8 @@ import httpx2 as httpx
 import psutil
 import torch
 
+from forked import Process as ProcessOfPython
+from forked import begun
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.inference.compiled import as_deep
 from softprompt.inference.generate import generate
@@ -138,7 +139,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: ProcessOfPython | None = None
 
     @property
     def pid(self) -> int:
@@ -147,10 +148,10 @@ class Server:
 
     async def start(self) -> None:
         """Return when it takes requests."""
-        command = [sys.executable, "-m", "softprompt", "serve", *self.arguments, "--port", str(self.port)]
+        command = ["-m", "softprompt", "serve", *self.arguments, "--port", str(self.port)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            self.process = begun(command, stdout=log, stderr=log, env=environment)
         async with httpx.AsyncClient(timeout=5) as client:
             for _ in range(2400):
                 with contextlib.suppress(httpx.HTTPError):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from forked import begun
 from kill_nine import needs_fork, runs_killed_and_undisturbed
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
@@ -310,9 +311,7 @@ def test_the_command_goes_on_with_resume_after_kill_9(
     given += ["--set", "data.validation=4"]
     killed = [*given, "--out", str(tmp_path / "killed")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "softprompt", *killed], env=environment, stdout=subprocess.DEVNULL
-    )
+    process = begun(["-m", "softprompt", *killed], env=environment, stdout=subprocess.DEVNULL)
     limit = time.monotonic() + 120
     while not list(tmp_path.glob("killed/checkpoints/*.checkpoint")) and time.monotonic() < limit:
         time.sleep(0.02)

@@ -8,7 +8,6 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from forked import begun
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Example
 from softprompt.errors import DataError
@@ -587,9 +587,9 @@ def test_a_server_that_is_asked_to_end_says_so_and_finishes_what_runs() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "softprompt", "serve", "--base", "builtin", "--port", str(port), "-q"]
+    command = ["-m", "softprompt", "serve", "--base", "builtin", "--port", str(port), "-q"]
     command += ["--grace-seconds", "300"]  # however busy the machine is
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+    with begun(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as server:
 
         def answers() -> bool:
             assert server.poll() is None, server.stderr and server.stderr.read()
