@@ -19,8 +19,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 STATE := $(shell { cat pyproject.toml constraints.txt; pwd; } | cksum | cut -d' ' -f1)
 CORE := $(VENV)/.installed-core-$(STATE)
 DEV := $(VENV)/.installed-dev-$(STATE)
+RAY := $(VENV)/.installed-ray-$(STATE)
 # What tests and checks do must depend on this checkout alone: not on the hub, and not on a user's own settings.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH= PYTHONDONTWRITEBYTECODE=1
+
+# All cores compile what was installed, where pip would take one; a file that cannot be compiled is never imported.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib > /dev/null 2>&1 || true
 
 # Tests run in two processes of one thread each; `make test SPREAD=` runs them in one.
 SPREAD := -n 2 --dist worksteal
@@ -45,10 +50,9 @@ check: lint types imports package
 	$(OFFLINE) $(BIN)/python -m pytest $(SPREAD)
 
 # With Ray installed, `make test` runs all of its tests: some twelve minutes more.
-ray: $(DEV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+ray: $(RAY)
 
-cluster: ray
+cluster: $(RAY)
 	$(OFFLINE) $(BIN)/python -m pytest tests/test_ray.py -m cluster
 
 lint: $(DEV)
@@ -101,11 +105,18 @@ setup: $(DEV)
 $(CORE):
 	@test -n "$(PYTHON)" || { echo "softprompt needs Python 3.11 or newer; none was found. Install one, or: make PYTHON=/path/to/python3"; exit 1; }
 	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]'
+	$(INSTALL) -e '.[gguf]'
+	@$(COMPILE)
 	@rm -f $(VENV)/.installed-* && touch $@
 
 $(DEV): $(CORE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
+	@$(COMPILE)
+	@touch $@
+
+$(RAY): $(DEV)
+	$(INSTALL) -e '.[ray]'
+	@$(COMPILE)
 	@touch $@
 
 clean:
