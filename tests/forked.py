@@ -238,11 +238,17 @@ def _become(asked: Mapping[str, Any], streams: Sequence[int], channel: socket.so
     for target, stream in enumerate([nothing, *streams]):
         os.dup2(stream, target)
         os.close(stream)
-    # Anew, since a stream knows what its descriptor was: whether it can seek, say.
-    sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)  # type: ignore[misc]
-    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)  # type: ignore[misc]
-    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", closefd=False, errors="backslashreplace", buffering=1)  # type: ignore[misc]
+    # Anew, since a stream knows what its descriptor was: whether it can seek, say. No output is held back, as with python -u.
+    encoding = asked["environment"].get("PYTHONIOENCODING")
+    sys.stdin = sys.__stdin__ = os.fdopen(0, encoding=encoding, closefd=False)  # type: ignore[misc]
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", 1, encoding, closefd=False)  # type: ignore[misc]
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, encoding, "backslashreplace", closefd=False)  # type: ignore[misc]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # a shell that runs tests in the background has signals ignored
+        signal.signal(number, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(asked["environment"])
     os.chdir(asked["folder"])
@@ -250,8 +256,11 @@ def _become(asked: Mapping[str, Any], streams: Sequence[int], channel: socket.so
 
 
 def _run(arguments: list[str]) -> None:
-    """As python runs its arguments: -m module, or a file."""
-    if arguments[0] == "-m":
+    """As python runs its arguments: -m module, -c code, or a file."""
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), sys.modules["__main__"].__dict__)
+    elif arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:

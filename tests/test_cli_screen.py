@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forked import begun
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
 from softprompt.cli.evaluate import show_confusion
@@ -229,7 +230,9 @@ def test_what_can_be_known_without_torch_is_said_before_torch_is_loaded(
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_whole_run_and_its_plot_can_be_printed_in_any_encoding(encoding: str, tmp_path: Path) -> None:
+def test_a_whole_run_and_its_plot_can_be_printed_in_any_encoding(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "rows.csv").write_text("text\n" + "Grüße 中文 😀 — “x”\n" * 4, encoding="utf-8")
     commands = [
         "tune --data rows.csv --column text --steps 2 --virtual-tokens 2 --out out",
@@ -241,15 +244,12 @@ def test_a_whole_run_and_its_plot_can_be_printed_in_any_encoding(encoding: str, 
     ]
     # One process: each command by itself would load the same libraries again.
     code = "import sys; from softprompt.cli.app import main; sys.exit(any([main(c.split()) for c in sys.argv[1:]]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *commands],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONIOENCODING": encoding},
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not any(byte == 0x1B for byte in done.stdout)
+    monkeypatch.chdir(tmp_path)
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    with (tmp_path / "said").open("wb") as said, (tmp_path / "errors").open("wb") as errors:
+        done = begun(["-c", code, *commands], env=environment, stdout=said, stderr=errors)
+        assert done.wait(200) == 0, (tmp_path / "errors").read_text(encoding)
+    assert "\x1b" not in (tmp_path / "said").read_text(encoding)  # and it is text in that encoding
 
 
 def test_input_that_is_not_utf8_is_refused_in_one_line(
