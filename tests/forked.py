@@ -6,6 +6,7 @@ ends as any other; hash seed and memory are those of the process that it was for
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -20,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-CAN_FORK = sys.platform == "linux"  # and one system's ways are enough
+CAN_FORK = hasattr(os, "pidfd_open")  # on Linux alone
 IMPORTED = (
     "softprompt.cli.tune", "softprompt.cli.generate", "softprompt.cli.evaluate", "softprompt.cli.serve",
     "softprompt.tuning.loop", "softprompt.evaluation.judge", "softprompt.serving.local_engine", "softprompt.serving.server",
@@ -43,10 +44,8 @@ class Forked:
         self.stdout, out = _stream(stdout, 1)
         self.stderr, err = _stream(stderr, 2)
         self._source = _source()
-        self.pid = self._source.fork(
-            {"arguments": list(arguments), "environment": dict(env or os.environ), "folder": os.getcwd()},
-            [out, err],
-        )
+        asked = {"arguments": list(arguments), "environment": dict(env or os.environ), "folder": os.getcwd()}
+        self._number, self.pid = self._source.fork(asked, [out, err])
         for ours, mine in ((self.stdout, out), (self.stderr, err)):
             if ours is not None:
                 os.close(mine)
@@ -54,13 +53,13 @@ class Forked:
     def poll(self) -> int | None:
         """The exit code, or None while it runs."""
         if self.returncode is None:
-            self.returncode = self._source.status_of(self.pid, timeout=0)
+            self.returncode = self._source.status_of(self._number, timeout=0)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit code, once it has ended."""
         if self.returncode is None:
-            self.returncode = self._source.status_of(self.pid, timeout)
+            self.returncode = self._source.status_of(self._number, timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired("a forked process", timeout or 0)
         return self.returncode
@@ -90,7 +89,8 @@ class Forked:
     def send_signal(self, number: int) -> None:
         """A signal, unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended, and nobody has said so yet
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         """SIGTERM."""
@@ -148,9 +148,9 @@ class _Source:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(arguments, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
-        self.told = threading.Condition()
-        self.pids: list[int] = []
-        self.statuses: dict[int, int] = {}
+        self.told, self.one_at_a_time = threading.Condition(), threading.Lock()
+        self.pids: list[int] = []  # of all processes, in the order of their numbers
+        self.statuses: dict[int, int] = {}  # by number: a pid may come again
         self.has_ended = False
         threading.Thread(target=self._listen, name="forked", daemon=True).start()
         atexit.register(self.channel.shutdown, socket.SHUT_RDWR)
@@ -169,24 +169,26 @@ class _Source:
             self.has_ended = True
             self.told.notify_all()
 
-    def fork(self, what: Mapping[str, Any], streams: Sequence[int]) -> int:
-        """The pid of a new process."""
+    def fork(self, what: Mapping[str, Any], streams: Sequence[int]) -> tuple[int, int]:
+        """The number and the pid of a new process."""
         line = json.dumps(what).encode() + b"\n"
-        with self.told:
+        with self.one_at_a_time, self.told:
             socket.send_fds(self.channel, [len(line).to_bytes(8, "little")], list(streams))
             self.channel.sendall(line)
-            self.told.wait_for(lambda: self.pids or self.has_ended)
-            assert self.pids, "the process that others are forked from has ended"
-            return self.pids.pop()
+            number = len(self.pids)
+            self.told.wait_for(lambda: len(self.pids) > number or self.has_ended)
+            assert len(self.pids) > number, "the process that others are forked from has ended"
+            return number, self.pids[number]
 
-    def status_of(self, pid: int, timeout: float | None) -> int | None:
+    def status_of(self, number: int, timeout: float | None) -> int | None:
         """The exit code of a process, once it has ended; None if it has not in time."""
         with self.told:
-            self.told.wait_for(lambda: pid in self.statuses or self.has_ended, timeout)
-            assert not self.has_ended or pid in self.statuses, (
+            self.told.wait_for(lambda: number in self.statuses or self.has_ended, timeout)
+            found = self.statuses.get(number)
+            assert found is not None or not self.has_ended, (
                 "the process that others are forked from has ended"
             )
-            return self.statuses.get(pid)
+            return found
 
 
 @functools.cache
@@ -196,20 +198,22 @@ def _source() -> _Source:
 
 def _fork_when_asked(channel: socket.socket) -> list[str] | None:
     """Forks for each request; in a child, the arguments of what it is to run. None at the parent's end."""
-    running: dict[int, int] = {}  # pids, by what tells their end
+    count = 0
+    running: dict[int, tuple[int, int]] = {}  # numbers and pids, by what tells their end
     with selectors.DefaultSelector() as told:
         told.register(channel, selectors.EVENT_READ)
         while True:
             for key, _ in told.select():
                 if key.fileobj is not channel:
                     told.unregister(key.fileobj)
-                    pid, status = os.waitpid(running.pop(key.fd), 0)
+                    number, pid = running.pop(key.fd)
+                    status = os.waitpid(pid, 0)[1]
                     os.close(key.fd)
-                    _tell(channel, "ended", pid, os.waitstatus_to_exitcode(status))
+                    _tell(channel, "ended", number, os.waitstatus_to_exitcode(status))
                     continue
                 size, streams, _, _ = socket.recv_fds(channel, 8, 2)
                 if not size:
-                    for pid in running.values():
+                    for _, pid in running.values():
                         os.kill(pid, signal.SIGKILL)
                     return None
                 line = b""
@@ -223,7 +227,8 @@ def _fork_when_asked(channel: socket.socket) -> list[str] | None:
                 for stream in streams:
                     os.close(stream)
                 ends = os.pidfd_open(pid)
-                running[ends] = pid
+                running[ends] = count, pid
+                count += 1
                 told.register(ends, selectors.EVENT_READ)
                 _tell(channel, "forked", pid)
 
@@ -244,10 +249,8 @@ def _become(asked: Mapping[str, Any], streams: Sequence[int], channel: socket.so
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", 1, encoding, closefd=False)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, encoding, "backslashreplace", closefd=False)  # type: ignore[misc]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # a shell that runs tests in the background has signals ignored
+    # A shell that runs tests in the background has signals ignored.
+    for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(asked["environment"])
@@ -275,9 +278,8 @@ if __name__ == "__main__":
     for name in IMPORTED:
         __import__(name)
     torch.set_num_threads(1)  # before anything runs: threads do not outlive a fork
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a terminal's Ctrl-C goes to all; this one ends with its parent
+    # A terminal's Ctrl-C goes to all; this one ends with its parent.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     told = _fork_when_asked(socket.socket(fileno=int(sys.argv[1])))
     if told is not None:
         _run(told)

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from forked import begun
+
 Begin = Callable[[Path], Callable[[], object]]
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
@@ -32,11 +34,13 @@ def runs_killed_and_undisturbed(begin: Begin, folder: Path, *, seconds: float) -
 
 
 def _kills(begin: Begin, folder: Path, seconds: float) -> int:
-    arguments = [sys.executable, __file__, begin.__module__, begin.__name__, str(folder), str(seconds)]
+    arguments = [__file__, begin.__module__, begin.__name__, str(folder), str(seconds)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True, timeout=200)
-    kills, status = map(int, done.stdout.split())
-    assert status == 0, done.stderr
+    process = begun(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    said, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    kills, status = map(int, said.split())
+    assert status == 0, errors
     return kills
 
 

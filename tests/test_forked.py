@@ -26,6 +26,7 @@ needs_fork = pytest.mark.skipif(not CAN_FORK, reason="processes are not forked h
 def test_a_forked_process_says_and_ends_as_one_that_was_started_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    begun(["-c", "pass"]).wait(120)  # so that what others are forked from has another folder
     monkeypatch.chdir(tmp_path)
     Path("tells.py").write_text(TELLS)
     environment = {"ASKED": "é", "PATH": os.environ["PATH"], "PYTHONUTF8": "1"}
