@@ -140,6 +140,15 @@ def whole(lm: FrozenLM, plan: Plan, instruction: str) -> Any:
     return copy.deepcopy(lm.model).float().requires_grad_(True)
 
 
+def longer(tokens: int) -> Callable[[FrozenLM, Plan, str], list[str]]:
+    """Settings of a deep prompt of so many virtual tokens, with the same room for text."""
+    return lambda lm, plan, instruction: [
+        "prompt.kind=deep",
+        f"prompt.length={tokens}",
+        f"data.max_length={(plan.recipe.data.max_length or 0) - LENGTH + tokens}",
+    ]
+
+
 ARMS: dict[str, Arm] = {
     "softprompt soft": Arm("ours", lambda lm, plan, instruction: ["prompt.kind=soft"]),
     "softprompt soft, before the answer": Arm(
@@ -150,9 +159,8 @@ ARMS: dict[str, Arm] = {
         ],
     ),
     "softprompt deep": Arm("ours", lambda lm, plan, instruction: ["prompt.kind=deep"]),
-    "softprompt deep, 64 tokens": Arm(
-        "ours", lambda lm, plan, instruction: ["prompt.kind=deep", "prompt.length=64"]
-    ),
+    "softprompt deep, 64 tokens": Arm("ours", longer(64)),
+    "softprompt deep, 256 tokens": Arm("ours", longer(256)),  # 30 % of LoRA 32's bytes on SmolLM2
     "prompt tuning, random": Arm("prompt", peft_model(vectors), PROMPT_RATES),
     "prompt tuning, sampled vocabulary": Arm(
         "prompt", peft_model(lambda plan: vectors(plan, prompt_tuning_init="SAMPLE_VOCAB")), PROMPT_RATES

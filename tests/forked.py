@@ -119,7 +119,15 @@ def begun(arguments: Sequence[str], *, anew: bool = False, **options: Any) -> Pr
     `options` are env, stdout and stderr, as subprocess.Popen takes them."""
     if CAN_FORK and not anew:
         return Forked(arguments, **options)
-    return subprocess.Popen([sys.executable, *arguments], text=True, **options)
+    ready = _default_signals if os.name == "posix" else None
+    return subprocess.Popen([sys.executable, *arguments], text=True, preexec_fn=ready, **options)
+
+
+def _default_signals() -> None:
+    """A shell that runs tests in the background has signals ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _stream(wanted: int | IO[Any] | None, inherited: int) -> tuple[IO[bytes] | None, int]:
@@ -248,10 +256,7 @@ def _become(asked: Mapping[str, Any], streams: Sequence[int], channel: socket.so
     sys.stdin = sys.__stdin__ = os.fdopen(0, encoding=encoding, closefd=False)  # type: ignore[misc]
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", 1, encoding, closefd=False)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, encoding, "backslashreplace", closefd=False)  # type: ignore[misc]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A shell that runs tests in the background has signals ignored.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    _default_signals()
     os.environ.clear()
     os.environ.update(asked["environment"])
     os.chdir(asked["folder"])
@@ -259,7 +264,10 @@ def _become(asked: Mapping[str, Any], streams: Sequence[int], channel: socket.so
 
 
 def _run(arguments: list[str]) -> None:
-    """As python runs its arguments: -m module, -c code, or a file."""
+    """As python runs its arguments: -m module, -c code, or a file; -u before them is how streams are here."""
+    arguments = [*arguments]
+    if arguments[0] == "-u":
+        del arguments[0]
     if arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
         exec(compile(arguments[1], "<string>", "exec"), sys.modules["__main__"].__dict__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -185,48 +186,54 @@ def test_progress_is_shown_where_someone_watches_and_silent_elsewhere_or_when_it
     assert heard.count(event) == 8
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["generate", "--prompt", "nowhere", "x"], "nowhere: there is no such folder"),
-        (["inspect", "nowhere"], "nowhere: there is no such folder"),
-        (["export", "nowhere", "--to", "vectors", "--out", "x"], "nowhere: there is no such folder"),
-        (["tune", "--data", "nowhere.csv"], "nowhere.csv: no such file"),
-        (["sweep", "--data", "nowhere.csv", "--grid", "tune.seed=1,2"], "nowhere.csv: no such file"),
-        (["sweep", "--data", "builtin:roles"], "Nothing is to be varied"),
-        (["preview", "--data", "nowhere.csv"], "nowhere.csv: no such file"),
-        (["generate", "--side-by-side", "x"], "--side-by-side needs a prompt"),
-        (["tune", "--data", "builtin:roles", "--out", "a.file"], "a.file: found a file of 2 bytes"),
-        (["tune", "--data", "builtin:roles", "--out", "a.file/x"], "a.file is a file"),
-        (["compare", "--data", "builtin:roles", "--out", "a.file/x"], "a.file is a file"),
-        (
-            ["sweep", "--data", "builtin:roles", "--out", "a.file/x", "--grid", "tune.seed=1"],
-            "a.file is a file",
-        ),
-        (["tune", "--data", "builtin:roles", "--base", "./nowhere"], "./nowhere: there is no such folder"),
-        (
-            ["preview", "--data", "builtin:roles", "--base", "no/such/base"],
-            "no/such/base: there is no such folder",
-        ),
-        (["sweep", "--data", "builtin:roles", "--grid", "tune.sed=1,2"], "Did you mean tune.seed?"),
-        (["sweep", "--data", "builtin:roles", "--grid", "tune.seed=1,two"], "found 'two'"),
-        (["tune", "--epochs", "many", "--data", "x"], "--epochs: tune.epochs: found 'many'"),
-        (["generate", "--dtype", "float3", "x"], "--dtype"),
-    ],
-)
-def test_what_can_be_known_without_torch_is_said_before_torch_is_loaded(
-    arguments: list[str], said: str, tmp_path: Path
-) -> None:
+KNOWN_WITHOUT_TORCH = [
+    (["generate", "--prompt", "nowhere", "x"], "nowhere: there is no such folder"),
+    (["inspect", "nowhere"], "nowhere: there is no such folder"),
+    (["export", "nowhere", "--to", "vectors", "--out", "x"], "nowhere: there is no such folder"),
+    (["tune", "--data", "nowhere.csv"], "nowhere.csv: no such file"),
+    (["sweep", "--data", "nowhere.csv", "--grid", "tune.seed=1,2"], "nowhere.csv: no such file"),
+    (["sweep", "--data", "builtin:roles"], "Nothing is to be varied"),
+    (["preview", "--data", "nowhere.csv"], "nowhere.csv: no such file"),
+    (["generate", "--side-by-side", "x"], "--side-by-side needs a prompt"),
+    (["tune", "--data", "builtin:roles", "--out", "a.file"], "a.file: found a file of 2 bytes"),
+    (["tune", "--data", "builtin:roles", "--out", "a.file/x"], "a.file is a file"),
+    (["compare", "--data", "builtin:roles", "--out", "a.file/x"], "a.file is a file"),
+    (
+        ["sweep", "--data", "builtin:roles", "--out", "a.file/x", "--grid", "tune.seed=1"],
+        "a.file is a file",
+    ),
+    (["tune", "--data", "builtin:roles", "--base", "./nowhere"], "./nowhere: there is no such folder"),
+    (
+        ["preview", "--data", "builtin:roles", "--base", "no/such/base"],
+        "no/such/base: there is no such folder",
+    ),
+    (["sweep", "--data", "builtin:roles", "--grid", "tune.sed=1,2"], "Did you mean tune.seed?"),
+    (["sweep", "--data", "builtin:roles", "--grid", "tune.seed=1,two"], "found 'two'"),
+    (["tune", "--epochs", "many", "--data", "x"], "--epochs: tune.epochs: found 'many'"),
+    (["generate", "--dtype", "float3", "x"], "--dtype"),
+]
+
+
+def test_what_can_be_known_without_torch_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "a.file").write_text("ab")
-    code = (
-        "import sys; from softprompt.cli.app import main; code = main(sys.argv[1:]);"
-        "sys.exit(f'loaded torch, code {code}' if 'torch' in sys.modules else code)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert said in done.stderr
-    assert "loaded torch" not in done.stderr
+    code = """
+import contextlib, io, json, sys
+from softprompt.cli.app import main
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(arguments)
+    print(json.dumps([code, said.getvalue(), "torch" in sys.modules]))
+"""
+    asked = json.dumps([arguments for arguments, _ in KNOWN_WITHOUT_TORCH])
+    run = [sys.executable, "-c", code, asked]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for (arguments, expected), (status, said, torch_is_loaded) in zip(
+        KNOWN_WITHOUT_TORCH, found, strict=True
+    ):
+        assert expected in said, arguments
+        assert status != 0, arguments
+        assert not torch_is_loaded, arguments
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

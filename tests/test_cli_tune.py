@@ -8,13 +8,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from forked import begun
 from softprompt.cli.app import main
 from softprompt.store.artifact import load_prompt
 
@@ -320,20 +320,26 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(rows: Path, r
 def test_ctrl_c_a_stopped_job_and_a_closed_terminal_keep_the_best_prompt_and_exit_with_130(
     rows: Path, number: signal.Signals
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "softprompt", "tune", "--data", "rows.csv", *QUICK, "--epochs", "100000",
-         "--out", "out", "--set", "data.validation=1", "--set", "tune.valid_every_steps=2"],
+    given = [
+        "--epochs",
+        "100000",
+        "--out",
+        "out",
+        "--set",
+        "data.validation=1",
+        "--set",
+        "tune.valid_every_steps=2",
+    ]
+    process = begun(
+        ["-u", "-m", "softprompt", "tune", "--data", "rows.csv", *QUICK, *given],
+        anew=number == signal.SIGINT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
-        # A shell that runs tests in the background has signals ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     assert process.stdout is not None
-    shown = ""
     for line in process.stdout:
-        shown += line
-        if "best so far" in line and not line.startswith("step 0 "):
+        said = line if isinstance(line, str) else line.decode()
+        if "best so far" in said and not said.startswith("step 0 "):
             break
     process.send_signal(number)
     rest, errors = process.communicate(timeout=60)

@@ -436,7 +436,7 @@ def test_a_few_shot_block_is_distilled_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = "distil --base builtin --shots 6 --data builtin:messages --target label --limit 30 --validation 6 --virtual-tokens 8 --answer-tokens 4 --epochs 1 --out short --json"  # fmt: skip
+    command = "distil --base builtin --shots 6 --data builtin:messages --target label --limit 30 --validation 6 --virtual-tokens 8 --answer-tokens 4 --epochs 1 --set data.test=16 --out short --json"  # fmt: skip
     assert main(command.split()) == 0
     import json
 

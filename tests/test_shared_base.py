@@ -19,7 +19,7 @@ DATA = {
     "source": "builtin:messages",
     "target": "label",
     "template": "Message: {text} Kind:{soft:4} {label}",  # text before the slot, so that contexts are kept
-    "limit": 24,
+    "limit": 12,
     "validation": 6,
 }
 RUNS = {

@@ -75,6 +75,26 @@ def test_automatic_rates_are_tried_again_side_by_side_as_alone(tmp_path: Path) -
         torch.testing.assert_close(vectors(together[name]), vectors(alone), atol=2e-3, rtol=1e-2)
 
 
+def test_the_base_alone_is_measured_once_for_runs_that_are_judged_on_the_same_rows(tmp_path: Path) -> None:
+    lm = lm_of()
+    rows_read = 0
+
+    def counted(batch: Any, prompt: Any = None) -> torch.Tensor:
+        nonlocal rows_read
+        rows_read += len(batch.ids_BS) if prompt is None else 0
+        return lm.token_nll(batch, prompt)
+
+    same = [recipe(tmp_path / f"{rate}", f"tune.learning_rate={rate}") for rate in (0.01, 0.02, 0.03)]
+    others = recipe(tmp_path / "others", "data.max_length=12", "data.on_overflow=truncate")
+    together = tune_together([*same, others], lm=lm, splits=SPLITS, loss=counted)
+    assert rows_read == 2 * len(SPLITS.validation)
+    for name, tuned in zip(("alone", "alone cut"), (together[0], together[3]), strict=True):
+        overrides = ["data.max_length=12", "data.on_overflow=truncate"] if tuned is together[3] else []
+        alone = tune(recipe(tmp_path / name, *overrides), lm=lm, splits=SPLITS)
+        assert tuned.nll_base == pytest.approx(alone.nll_base, rel=1e-6)
+    assert together[0].nll_base == together[1].nll_base == together[2].nll_base != together[3].nll_base
+
+
 @pytest.mark.parametrize("architecture", ["GPT-2", "BLOOM (ALiBi)", "Mixtral (experts)"])
 def test_neighbours_do_not_matter_on_other_architectures_either(tmp_path: Path, architecture: str) -> None:
     lm = lm_of(architecture)

@@ -24,6 +24,22 @@ def mean_nll(
     return total / tokens
 
 
+class BaseLosses:
+    """Losses of the untouched base that were measured so far, for runs that are judged on the same rows."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Sequence[Encoded], int, float]] = []
+
+    def nll(self, loss: Loss, encoded: Sequence[Encoded], *, batch_size: int) -> float:
+        """Loss in nats per trained token over all rows together; `loss` is one of the same base each time."""
+        for rows, size, nll in self._known:
+            if (rows, size) == (encoded, batch_size):
+                return nll
+        nll = mean_nll(loss, encoded, batch_size=batch_size)
+        self._known.append((encoded, batch_size, nll))
+        return nll
+
+
 def token_nlls(
     loss: Loss, encoded: Sequence[Encoded], prompt: Plain | None = None, *, batch_size: int = 8
 ) -> Iterator[tuple[int, Tensor]]:

@@ -5,7 +5,7 @@ So measurements that read as many rows in all as the run learns from take half a
 
 from __future__ import annotations
 
-MOST, LEAST = 10, 4
+MOST, LEAST = 10, 2
 """Measurements on the way, that at the last step among them: a prompt is best somewhere in the middle when rows are few."""
 BESIDES = 2
 """Further ones: the start, and the base alone."""

@@ -69,9 +69,9 @@ class Plan:
 
     @property
     def valid_every_steps(self) -> int:
-        """Steps between two measurements of the held-out loss: without a setting, a tenth to a quarter of all steps."""
+        """Steps between two measurements of the held-out loss: without a setting, a tenth to a half of all steps."""
         times = measurements(len(self.held_out), self.steps * self.batch_size)
-        return self.recipe.tune.valid_every_steps or max(1, self.steps // times)
+        return self.recipe.tune.valid_every_steps or math.ceil(self.steps / times)
 
     @cached_property
     def trained_tokens(self) -> int:

@@ -226,7 +226,7 @@ class TuneSettings(Section):
     seed: Seed = setting(0, "Seed of the start and of the rows' order.", flag="--seed")
     valid_every_steps: Count | None = setting(
         None,
-        "Steps between two measurements of the held-out loss; without it, four to ten of them a run, as fit into half of the time that "
+        "Steps between two measurements of the held-out loss; without it, two to ten of them a run, as fit into half of the time that "
         "learning takes, and one at its end.",
     )
     select: Literal["nll", "token_accuracy", "exact_match"] = setting(

@@ -15,7 +15,7 @@ from softprompt.data.batch import epoch_order
 from softprompt.data.encoded import Encoded
 from softprompt.errors import NotFinite
 from softprompt.loss.gradient import Gradients, positions_read
-from softprompt.loss.mean import mean_nll
+from softprompt.loss.mean import BaseLosses
 from softprompt.progress.events import BatchHalved, Event, Saved, Started, Stepped, Stopped, Validated
 from softprompt.prompt.reparam import Form
 from softprompt.prompt.soft_prompt import Plain, Prompt, prompt_of
@@ -46,8 +46,10 @@ class Run:
         *,
         shares_a_part: bool = False,
         processes: Processes | None = None,
+        base_losses: BaseLosses | None = None,
     ) -> None:
         self.plan = plan
+        self.base_losses = base_losses or BaseLosses()
         tune = plan.recipe.tune
         out = Path(plan.recipe.out)
         self.learner = Learner(form or start(plan), tune, plan.learning_rate, plan.steps, plan.lm.device)
@@ -98,7 +100,8 @@ class Run:
 
     def _begin_new(self) -> None:
         held_out = self.plan.held_out_base
-        self.nll_base = mean_nll(self.plan.loss, held_out, batch_size=self.gradients.rows_read(held_out))
+        at_a_time = self.gradients.rows_read(held_out)
+        self.nll_base = self.base_losses.nll(self.plan.loss, held_out, batch_size=at_a_time)
         if isinstance(self.plan.recipe.tune.learning_rate, str):
             measured = measured_rate(self.plan, self.gradients, self.learner.form)
             length = self.learner.length

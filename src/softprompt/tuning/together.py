@@ -22,6 +22,7 @@ from softprompt.data.encoded import Encoded
 from softprompt.data.example import Splits
 from softprompt.errors import NotFinite, RecipeError, SoftPromptError
 from softprompt.loss.gradient import Gradients, Loss, positions_read
+from softprompt.loss.mean import BaseLosses
 from softprompt.progress.events import BatchHalved, Event
 from softprompt.progress.shown import shown_runs
 from softprompt.prompt.reparam import Form, SharedTimesLowRank
@@ -69,12 +70,14 @@ class Together:
         plans[0].settle_contexts(together=False)
         made: Sequence[Form | None] = forms(plans) if forms else [None] * len(plans)
         self.sharing = forms is not None
+        base_losses = BaseLosses()
         self.runs = [
             Run(
                 plan,
                 lambda event, number=number: on_event(number, event),  # type: ignore[misc]
                 form,
                 shares_a_part=self.sharing,
+                base_losses=base_losses,
             )
             for number, (plan, form) in enumerate(zip(plans, made, strict=True))
         ]
