@@ -386,7 +386,7 @@ def test_a_prompt_that_is_worse_than_no_prompt_is_called_so(
     for template, rate, expected in ((known, "1e-9", True), (unknown, "auto", False)):
         out = str(tmp_path / rate)
         arguments = [
-            "tune", "--data", "builtin:messages", "--limit", "48", "--steps", "4", "--out", out, "--target", "label",
+            "tune", "--data", "builtin:messages", "--limit", "48", "--validation", "24", "--steps", "4", "--out", out, "--target", "label",
             "--template", template, "--set", "prompt.init=random",
             "--set", f"tune.learning_rate={rate}",
         ]  # fmt: skip

@@ -20,7 +20,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 FLAGS = [
     "--data", "builtin:messages", "--target", "label", "--template", "{text}{soft:4} {label}", "--dtype", "float32",
-    "--steps", "4", "--batch-size", "6", "--limit", "60", "--device", "cpu",
+    "--steps", "4", "--batch-size", "6", "--limit", "60", "--validation", "8", "--device", "cpu",
 ]  # fmt: skip
 
 
