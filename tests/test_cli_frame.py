@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from forked import begun
 from softprompt import errors
 from softprompt.cli import ending
 from softprompt.cli.app import MEANT, VERBS, main
@@ -112,11 +113,11 @@ def test_the_shell_completes_flags_and_choices(words: str, offered: list[str]) -
 @pytest.mark.parametrize("verb", ["info", "recipe", "settings generate", "--help", "tune --help"])
 def test_no_terminals_encoding_ends_a_command(verb: str, encoding: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    done = subprocess.run(
-        [sys.executable, "-m", "softprompt", *verb.split()], env=environment, capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert b"should not happen" not in done.stderr
+    pipe = subprocess.PIPE
+    command = begun(["-m", "softprompt", *verb.split()], env=environment, stdout=pipe, stderr=pipe)
+    _, said = command.communicate()
+    assert command.returncode == 0, said
+    assert "should not happen" not in said
 
 
 @pytest.mark.parametrize(
