@@ -17,6 +17,7 @@ from softprompt.prompt.reparam import Direct
 from softprompt.prompt.soft_prompt import Plain
 from softprompt.tuning.learner import Learner
 from softprompt.tuning.loop import tune
+from softprompt.tuning.plan import Plan
 from softprompt.tuning.rate import TRIED_STEPS, take_back_last_step
 from softprompt.tuning.settle import make_plan
 from softprompt.tuning.starts import start
@@ -76,6 +77,12 @@ def ran(
 
 def steps(events: list[Event]) -> list[Stepped]:
     return [event for event in events if isinstance(event, Stepped)]
+
+
+@pytest.fixture(autouse=True)
+def _to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are text, but the losses of these tests are made, and fall all the way."""
+    monkeypatch.setattr(Plan, "loss_falls_to_zero", True)
 
 
 @pytest.mark.parametrize("height", [50.0, math.inf, math.nan])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import EncodedSet, epoch_order
@@ -16,11 +17,14 @@ from softprompt.data.encoded import Encoded
 from softprompt.data.example import Example, Splits
 from softprompt.data.template import Template
 from softprompt.loss.context_cache import GIGABYTE, Context, context_bytes, contexts_of
+from softprompt.loss.divergence import DivergenceLoss
 from softprompt.loss.fast import FastLoss
 from softprompt.loss.gradient import Loss
 from softprompt.tuning.measuring import measurements
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.task import Task
+
+LOOKED_AT = 2_000  # rows that say whether targets are labels
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,18 @@ class Plan:
     def trained_tokens(self) -> int:
         """Tokens that the loss counts in one epoch."""
         return sum(row.trained_tokens for row in self.train.encoded)
+
+    @cached_property
+    def loss_falls_to_zero(self) -> bool:
+        """Whether what is learned can be said with certainty, as labels can, which most rows share with others, or a teacher's own
+        probabilities. Most of the loss of running text stays."""
+        if isinstance(self.loss, DivergenceLoss):
+            return True
+        targets = Counter(
+            tuple(token for token, trained in zip(row.ids, row.trained, strict=True) if trained)
+            for row in islice(self.train.encoded, LOOKED_AT)
+        )
+        return 2 * sum(rows for rows in targets.values() if rows > 1) >= targets.total()
 
     @cached_property
     def text_tokens(self) -> int:

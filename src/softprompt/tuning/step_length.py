@@ -14,6 +14,7 @@ LEARNED_SHARE = 0.2  # of what batches have left to fall: one that has less take
 MEMORY = 0.8  # of the mean of batches' losses; about five steps
 DOUBTED_RISE, DOUBTED_RISE_NATS = 2.0, 0.5  # of the usual loss: a batch above that doubts the last step
 MOST_DOUBTS_SHARE = 0.1  # of a run's steps
+LEAST_SEEN = 8  # batches before which nothing is said of how their loss falls
 
 
 class StepLength:
@@ -21,7 +22,8 @@ class StepLength:
 
     All rates are before the schedule. Where `highest_rate` is above `learning_rate`, a step takes the rate between the two at
     which it promises to take its loss down to `reachable_nll` (nats per token), or the lower one where its batch is learned
-    already. Each return to a former prompt lowers both (`lower`). `tried_steps` are those whose length other rows judge,
+    already. Where the loss cannot fall to zero (`falls_to_zero`), as that of running text, a step promises no more than what
+    another as many steps as so far would take away. Each return to a former prompt lowers both (`lower`). `tried_steps` are those whose length other rows judge,
     counted from the start or the last return on (`rate.try_last_step`); later ones are doubted where a batch's loss is far above
     `usual_nll` (`rate.take_back_last_step`)."""
 
@@ -29,6 +31,8 @@ class StepLength:
         self.settings, self.steps = settings, steps
         self.learning_rate = self.highest_rate = learning_rate
         self.reachable_nll = 0.0
+        self.falls_to_zero = True
+        self.summed_nlls = [0.0]  # of all batches up to each since the last return
         self.tried_steps: tuple[int, ...] = ()
         self.times_lowered = 0
         self.returned_at = 0  # steps that had been done at the last return
@@ -59,13 +63,28 @@ class StepLength:
         # already: next to nothing is left to fall along next to no slope, and the quotient of the two is noise.
         gap = nll - self.reachable_nll
         is_learned = gap < LEARNED_SHARE * (self.usual_nll - self.reachable_nll)
+        if not self.falls_to_zero:
+            gap = min(gap, nll * self.share_to_fall)
         wanted = gap / slope if slope > 0 and not is_learned else self.learning_rate
         return min(self.highest_rate, max(self.learning_rate, wanted))
+
+    @property
+    def share_to_fall(self) -> float:
+        """What another as many steps as so far may take away of the loss, as a share of it: what the second half of them took
+        away from the mean loss of the quarter before. 0 to 1; 1 while too few batches were seen."""
+        seen = len(self.summed_nlls) - 1
+        if seen < LEAST_SEEN:
+            return 1.0
+        quarter, half = seen // 4, seen // 2
+        earlier = (self.summed_nlls[half] - self.summed_nlls[quarter]) / (half - quarter)
+        late = (self.summed_nlls[seen] - self.summed_nlls[half]) / (seen - half)
+        return min(1.0, max(0.0, (earlier - late) / late)) if late > 0 else 0.0
 
     def note_taken(self, rate: float, nll: float) -> None:
         """Notes the rate that a step took, and the loss of its batch. After a return the highest rate rises again, a little
         with each."""
         self.highest_taken = max(self.highest_taken, rate)
+        self.summed_nlls.append(self.summed_nlls[-1] + nll)
         self.usual_nll = nll if math.isnan(self.usual_nll) else MEMORY * self.usual_nll + (1 - MEMORY) * nll
         # Not after the last return that there may be: nothing would catch a rate that rises too far again.
         if 0 < self.times_lowered < MOST_LOWERED and self.highest_rate < self.regrown_rate:
@@ -73,8 +92,13 @@ class StepLength:
             self.highest_rate = min(self.regrown_rate, self.highest_rate * 2**doublings)
 
     def lengthen(self, factor: float) -> None:
-        """Makes all later steps `factor` times as long."""
-        self.learning_rate, self.highest_rate = self.learning_rate * factor, self.highest_rate * factor
+        """Makes all later steps `factor` times as long.
+
+        Where the loss cannot fall to zero, longer ones only as far as it falls: what helps the first few steps of such a run
+        is noise to the last ones."""
+        self.highest_rate *= factor
+        if factor < 1 or self.falls_to_zero:
+            self.learning_rate *= factor
 
     def is_doubted(self, steps_done: int, nll: float) -> bool:
         """Whether the loss `nll` of the batch after `steps_done` steps is so high that the last step may have caused it.
@@ -108,13 +132,13 @@ class StepLength:
             self.regrown_rate = self.highest_rate
         self.learning_rate /= LOWERED_BY
         self.highest_rate = max(self.learning_rate, self.highest_taken / LOWERED_BY)
-        self.highest_taken, self.usual_nll = 0.0, math.nan
+        self.highest_taken, self.usual_nll, self.summed_nlls = 0.0, math.nan, [0.0]
         self.returned_at = steps_done
         self.times_lowered += 1
 
     def state(self) -> dict[str, Any]:
-        """Plain numbers, all that another process needs to continue."""
-        return {name: getattr(self, name) for name in _STATE}
+        """Plain numbers and a list of them, all that another process needs to continue."""
+        return {name: getattr(self, name) for name in _STATE} | {"summed_nlls": list(self.summed_nlls)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from a former `state()`, also of versions that did not measure steps."""
@@ -134,4 +158,5 @@ _STATE = (
     "usual_nll",
     "times_doubted",
     "times_taken_back",
+    "summed_nlls",
 )
