@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -23,9 +24,9 @@ class StepLength:
     All rates are before the schedule. Where `highest_rate` is above `learning_rate`, a step takes the rate between the two at
     which it promises to take its loss down to `reachable_nll` (nats per token), or the lower one where its batch is learned
     already. Where the loss cannot fall to zero (`falls_to_zero`), as that of running text, a step promises no more than what
-    another as many steps as so far would take away. Each return to a former prompt lowers both (`lower`). `tried_steps` are those whose length other rows judge,
-    counted from the start or the last return on (`rate.try_last_step`); later ones are doubted where a batch's loss is far above
-    `usual_nll` (`rate.take_back_last_step`)."""
+    another as many steps as so far would take away. Each return to a former prompt lowers both (`lower`). `tried_steps` are
+    those whose length other rows judge, counted from the start or the last return on (`rate.try_last_step`); later ones are
+    doubted where a batch's loss is far above `usual_nll` (`rate.take_back_last_step`)."""
 
     def __init__(self, learning_rate: float, settings: TuneSettings, steps: int) -> None:
         self.settings, self.steps = settings, steps
@@ -138,7 +139,7 @@ class StepLength:
 
     def state(self) -> dict[str, Any]:
         """Plain numbers and a list of them, all that another process needs to continue."""
-        return {name: getattr(self, name) for name in _STATE} | {"summed_nlls": list(self.summed_nlls)}
+        return {name: copy.copy(getattr(self, name)) for name in _STATE}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from a former `state()`, also of versions that did not measure steps."""
