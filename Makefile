@@ -30,7 +30,7 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/|/transformers/models
 # Tests run in two processes of one thread each; `make test SPREAD=` runs them in one.
 SPREAD := -n 2 --dist worksteal
 
-.PHONY: demo base base-or-not quick test check cluster ray fuzz reliability lint format types imports package docs site notebooks setup clean
+.PHONY: demo base base-or-not quick test check cluster ray ray-or-not fuzz reliability lint format types imports package docs site notebooks setup clean
 
 demo: $(CORE)
 	@if PYTHONPATH=src $(BIN)/python tests/fetch_smollm2.py bases; then BASE=bases/smollm2; \
@@ -40,7 +40,7 @@ demo: $(CORE)
 base: $(CORE)
 	@PYTHONPATH=src $(BIN)/python tests/fetch_smollm2.py bases
 
-base-or-not: $(DEV)
+base-or-not: $(CORE)
 	@$(MAKE) base || echo 'Tests on SmolLM2 are skipped.'
 
 quick: $(DEV)
@@ -49,15 +49,18 @@ quick: $(DEV)
 test: $(DEV)
 	$(OFFLINE) $(BIN)/python -m pytest $(SPREAD)
 
-# FIRST: what else is wanted before the tests run.
+# FIRST: what else is wanted before the tests run. Where Ray is installed, the main tests of it run.
 check: lint types imports package $(FIRST)
-	$(OFFLINE) $(BIN)/python -m pytest $(SPREAD)
+	$(OFFLINE) $(BIN)/python -m pytest $(SPREAD) -m "cluster or not ray"
 
 # With Ray installed, `make test` runs all of its tests: some twelve minutes more.
 ray: $(RAY)
 
+ray-or-not: $(DEV)
+	@$(MAKE) ray || echo 'Ray could not be installed: tests of --on ray are skipped.'
+
 cluster: $(RAY)
-	$(OFFLINE) $(BIN)/python -m pytest tests/test_ray.py -m cluster
+	$(OFFLINE) $(BIN)/python -m pytest -m cluster
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 # Threads that spin while they wait crawl on a machine that does other work too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A folder without certificates: every httpx client reads all that it is given, and these talk to loopback.
+os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)
 os.environ["COLUMNS"] = "120"  # the width that printed output is checked at
 os.environ.pop("SOFTPROMPT_TRACEBACK", None)
 
@@ -231,8 +233,10 @@ SLOW: dict[str, tuple[str, ...]] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that SLOW lists."""
+    """Mark the tests that SLOW lists, and those of Ray."""
     for item in items:
+        if item.path.name in ("test_ray.py", "test_ray_server.py"):
+            item.add_marker(pytest.mark.ray)
         if item.name.startswith(SLOW.get(item.path.name, ("test-without-such-a-name",))):
             item.add_marker(pytest.mark.slow)
 

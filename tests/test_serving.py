@@ -262,6 +262,16 @@ def test_the_page_and_the_probes_answer(serving: Serving) -> None:
     assert "softprompt_generation_tokens_total" in httpx.get(serving.url + "/metrics").text
 
 
+def test_the_description_of_the_api_names_the_errors_that_there_are(serving: Serving) -> None:
+    described = httpx.get(serving.url + "/openapi.json").json()["paths"]
+    answers = described["/v1/completions"]["post"]["responses"]
+    assert {"200", "400", "401"} <= set(answers)
+    assert not [
+        path for path, ways in described.items() for way in ways.values() if "422" in way["responses"]
+    ]
+    assert httpx.get(serving.url + "/openapi.json").json()["paths"] == described
+
+
 def test_scores_of_a_page_are_those_of_scoring(serving: Serving, lm: FrozenLM) -> None:
     from softprompt.inference.score import score
 

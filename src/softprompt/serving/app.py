@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
@@ -74,7 +75,7 @@ def build_app(
         finally:
             task.cancel()
 
-    app = FastAPI(
+    app = _App(
         title="softprompt",
         version=version("softprompt"),
         docs_url=None,
@@ -90,15 +91,18 @@ def build_app(
     _add_probes(app, service)
     app.include_router(openai_routes(service))
     app.include_router(own_routes(service))
-    _leave_out_422(app)
     return app
 
 
-def _leave_out_422(app: FastAPI) -> None:
-    """FastAPI documents 422 for a body that does not fit; here that is 400, as everywhere in OpenAI's API."""
-    for path in app.openapi()["paths"].values():
-        for operation in path.values():
-            operation["responses"].pop("422", None)
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """What /openapi.json says, made when it is first asked for. FastAPI documents 422 for a body that does not fit; here that
+        is 400, as everywhere in OpenAI's API."""
+        if self.openapi_schema is None:
+            for path in super().openapi()["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+        return super().openapi()
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:
