@@ -25,7 +25,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false P
 
 # All cores compile what was installed, where pip would take one, and pass over what is hardly ever imported.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
-COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/' $(VENV)/lib > /dev/null 2>&1 || true
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/' $(VENV)/lib src > /dev/null 2>&1 || true
 
 # Tests run in two processes of one thread each; `make test SPREAD=` runs them in one.
 SPREAD := -n 2 --dist worksteal
