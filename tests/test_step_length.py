@@ -18,10 +18,10 @@ from test_learn import SPLITS, lm_of
 from test_learn import recipe as text_recipe
 
 
-def length(nlls: list[float], *, falls_to_zero: bool = False) -> StepLength:
+def length(nlls: list[float], *, promises_all: bool = False) -> StepLength:
     """After batches of these losses, with rates from 0.01 to 10."""
     made = StepLength(0.01, Recipe.from_flags({}, ["data.source=x"]).tune, 100)
-    made.highest_rate, made.falls_to_zero = 10.0, falls_to_zero
+    made.highest_rate, made.promises_all = 10.0, promises_all
     for nll in nlls:
         made.note_taken(0.1, nll)
     return made
@@ -34,14 +34,14 @@ def test_of_text_a_step_promises_what_as_many_more_would_take_away_by_hand() -> 
     assert length(SIXTEEN).share_to_fall == pytest.approx(1 / 3)  # from 2 to 1.5, of 1.5
     # A slope of 2 nats a unit of rate: a third of 1.2 nats are 0.4, at a rate of 0.2.
     assert length(SIXTEEN).measured(1.2, 2.0) == pytest.approx(0.2)
-    assert length(SIXTEEN, falls_to_zero=True).measured(1.2, 2.0) == pytest.approx(0.6)
+    assert length(SIXTEEN, promises_all=True).measured(1.2, 2.0) == pytest.approx(0.6)
 
 
 def test_text_that_falls_no_further_takes_the_lowest_rate() -> None:
     assert length([2.0] * 20).measured(2.0, 0.001) == 0.01
     assert length([2.0] * 10 + [2.5] * 10).measured(2.0, 0.001) == 0.01
     assert length([0.0] * 20).measured(2.0, 0.001) == 0.01
-    assert length([2.0] * 20, falls_to_zero=True).measured(2.0, 0.001) == 10.0
+    assert length([2.0] * 20, promises_all=True).measured(2.0, 0.001) == 10.0
 
 
 def test_a_few_batches_say_nothing_of_how_a_loss_falls() -> None:
@@ -52,8 +52,8 @@ def test_a_few_batches_say_nothing_of_how_a_loss_falls() -> None:
     assert returned.share_to_fall == 1.0  # the losses on the way that was left are not those of this one
 
 
-def test_a_longer_step_raises_the_lowest_rate_only_where_the_loss_can_fall_to_zero() -> None:
-    labels, text = length([], falls_to_zero=True), length([])
+def test_a_longer_step_raises_the_lowest_rate_only_where_the_whole_loss_may_be_promised() -> None:
+    labels, text = length([], promises_all=True), length([])
     for made in (labels, text):
         made.lengthen(2)
         assert made.highest_rate == 20.0
@@ -100,8 +100,15 @@ def test_labels_are_targets_that_most_rows_share_with_others() -> None:
     assert taught.loss_falls_to_zero
 
 
-@pytest.mark.parametrize("targets", [["thank you", "order"] * 6, [f"order {n}" for n in range(12)]])
-def test_a_run_goes_by_what_its_rows_are(tmp_path: Path, targets: list[str]) -> None:
-    settled = plan(rows(targets), f"out={tmp_path / 'p'}")
-    run = Run(settled, lambda event: None)
-    assert run.learner.length.falls_to_zero == settled.loss_falls_to_zero == (len(set(targets)) == 2)
+LABELS, TEXT = ["thank you", "order"] * 6, [f"order {n}" for n in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("targets", "kind", "all_of_it"),
+    [(LABELS, "deep", True), (TEXT, "deep", False), (LABELS, "soft", True), (TEXT, "soft", True)],
+)
+def test_only_a_deep_prompts_steps_on_text_may_not_promise_the_whole_loss(
+    tmp_path: Path, targets: list[str], kind: str, all_of_it: bool
+) -> None:
+    run = Run(plan(rows(targets), f"out={tmp_path / 'p'}", f"prompt.kind={kind}"), lambda event: None)
+    assert run.learner.length.promises_all == all_of_it

@@ -22,7 +22,6 @@ from softprompt.progress.events import BatchHalved, Event, Note, Saved, Started,
 from softprompt.progress.runs import ShowTable
 from softprompt.store.artifact import load_prompt
 from softprompt.tuning.loop import tune
-from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.result import TuneResult
 from softprompt.tuning.together import Together, tune_tasks, tune_together
@@ -59,10 +58,7 @@ def test_ten_unlike_runs_give_the_prompts_of_ten_runs_alone(tmp_path: Path) -> N
         assert together[name].nll_after == pytest.approx(alone.nll_after, abs=1e-4)
 
 
-def test_automatic_rates_are_tried_again_side_by_side_as_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Plan, "loss_falls_to_zero", True)  # else a doubling leaves the lowest rate as it is
+def test_automatic_rates_are_tried_again_side_by_side_as_alone(tmp_path: Path) -> None:
     lm = lm_of()
     # A loss that is nearly taken away already: the first step is short, so that twice of it still gains.
     steep: Loss = lambda batch, prompt=None: lm.token_nll(batch, prompt) - 5.65  # noqa: E731

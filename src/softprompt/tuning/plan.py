@@ -94,6 +94,12 @@ class Plan:
         )
         return 2 * sum(rows for rows in targets.values() if rows > 1) >= targets.total()
 
+    @property
+    def steps_promise_all(self) -> bool:
+        """Whether a step may promise to take its whole loss away. Of running text that is too much for a deep prompt; a soft one's steps are
+        bounded by the embeddings' scale, and as long as that allows they learn more (figures in LOG.md)."""
+        return self.recipe.prompt.kind == "soft" or self.loss_falls_to_zero
+
     @cached_property
     def text_tokens(self) -> int:
         """Tokens of text read in one epoch, virtual ones not counted."""

@@ -50,7 +50,7 @@ def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> MeasuredRate:
     This is the lowest rate of the run, but for `try_last_step`: later steps take more, up to the bound
     `plan.learning_rate`, where their own loss allows it (`Learner.step`), since the slope falls as a prompt is learned. They never take less: a batch's slope
     holds its noise too, and by the end of a deep prompt's run on a large base hardly anything else (figures in
-    LOG.md). Of running text the slope falls and the loss does not: `StepLength.share_to_fall` then keeps steps at this rate."""
+    LOG.md). Of running text the slope falls and the loss does not: `StepLength.share_to_fall` keeps a deep prompt's steps at this rate."""
     tune = plan.recipe.tune.model_copy(update={"weight_decay": 0.0})
     learner = Learner(copy.deepcopy(form), tune, 1.0, plan.steps, plan.lm.device)
     first, second = _first_batches(plan, tune.seed)

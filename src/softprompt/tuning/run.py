@@ -53,7 +53,7 @@ class Run:
         tune = plan.recipe.tune
         out = Path(plan.recipe.out)
         self.learner = Learner(form or start(plan), tune, plan.learning_rate, plan.steps, plan.lm.device)
-        self.learner.length.falls_to_zero = plan.loss_falls_to_zero
+        self.learner.length.promises_all = plan.steps_promise_all
         # No task may move what others share a second time.
         if tune.learning_rate == "auto" and not shares_a_part:
             self.learner.length.tried_steps = TRIED_STEPS

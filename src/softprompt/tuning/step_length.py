@@ -23,8 +23,8 @@ class StepLength:
 
     All rates are before the schedule. Where `highest_rate` is above `learning_rate`, a step takes the rate between the two at
     which it promises to take its loss down to `reachable_nll` (nats per token), or the lower one where its batch is learned
-    already. Where the loss cannot fall to zero (`falls_to_zero`), as that of running text, a step promises no more than what
-    another as many steps as so far would take away. Each return to a former prompt lowers both (`lower`). `tried_steps` are
+    already. Where it may not promise the whole loss (`promises_all`), as a deep prompt's on running text, it promises no more
+    than what another as many steps as so far would take away. Each return to a former prompt lowers both (`lower`). `tried_steps` are
     those whose length other rows judge, counted from the start or the last return on (`rate.try_last_step`); later ones are
     doubted where a batch's loss is far above `usual_nll` (`rate.take_back_last_step`)."""
 
@@ -32,7 +32,7 @@ class StepLength:
         self.settings, self.steps = settings, steps
         self.learning_rate = self.highest_rate = learning_rate
         self.reachable_nll = 0.0
-        self.falls_to_zero = True
+        self.promises_all = True
         self.summed_nlls = [0.0]  # of all batches up to each since the last return
         self.tried_steps: tuple[int, ...] = ()
         self.times_lowered = 0
@@ -64,7 +64,7 @@ class StepLength:
         # already: next to nothing is left to fall along next to no slope, and the quotient of the two is noise.
         gap = nll - self.reachable_nll
         is_learned = gap < LEARNED_SHARE * (self.usual_nll - self.reachable_nll)
-        if not self.falls_to_zero:
+        if not self.promises_all:
             gap = min(gap, nll * self.share_to_fall)
         wanted = gap / slope if slope > 0 and not is_learned else self.learning_rate
         return min(self.highest_rate, max(self.learning_rate, wanted))
@@ -95,10 +95,10 @@ class StepLength:
     def lengthen(self, factor: float) -> None:
         """Makes all later steps `factor` times as long.
 
-        Where the loss cannot fall to zero, longer ones only as far as it falls: what helps the first few steps of such a run
-        is noise to the last ones."""
+        Where they may not promise the whole loss, longer ones only as far as it falls: what helps the first few steps of such
+        a run is noise to the last ones."""
         self.highest_rate *= factor
-        if factor < 1 or self.falls_to_zero:
+        if factor < 1 or self.promises_all:
             self.learning_rate *= factor
 
     def is_doubted(self, steps_done: int, nll: float) -> bool:
