@@ -292,7 +292,7 @@ def test_a_run_killed_many_times_at_any_moment_ends_with_the_same_bits(tmp_path:
     """kill -9 to a real process, at moments drawn at random: while loading, learning, writing or saving."""
     tiny_model().save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    found = [load_prompt(out) for out in runs_killed_and_undisturbed(begin_run, tmp_path, seconds=8)]
+    found = [load_prompt(out) for out in runs_killed_and_undisturbed(begin_run, tmp_path, seconds=5)]
     assert torch.equal(*(next(iter(prompt.tensors.values())) for prompt in found))
     figures = [prompt.notes["metrics"] for prompt in found]
     assert figures[0]["nll_after"] == figures[1]["nll_after"]

@@ -36,6 +36,7 @@ from test_begun import deep_of
 from test_serving import prompt_of
 from tiny_models import tiny_model, tiny_tokenizer
 
+REQUESTS = 50
 TEXTS = ["a", "The quick brown fox", "Tweet: my order never came", "I want you to act as a logistician."]
 
 
@@ -253,11 +254,11 @@ def test_an_engine_killed_under_load_loses_no_request_and_changes_no_answer(
     async def everything() -> None:
         limits = httpx.Limits(max_connections=200)
         async with httpx.AsyncClient(base_url=front.url, timeout=200, limits=limits) as client:
-            await asyncio.gather(kill(), *(ask(client, number) for number in range(80)))
+            await asyncio.gather(kill(), *(ask(client, number) for number in range(REQUESTS)))
 
     asyncio.run(everything())
     assert killed.is_set()
-    assert len(answered) == 80
+    assert len(answered) == REQUESTS
     assert front.count("retries", reason="broken") >= 5
     assert front.count("resumed_streams") >= 1
     assert front.count("cut_streams") == 0
