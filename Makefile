@@ -60,7 +60,7 @@ ray-or-not: $(DEV)
 	@$(MAKE) ray || echo 'Ray could not be installed: tests of --on ray are skipped.'
 
 cluster: $(RAY)
-	$(OFFLINE) $(BIN)/python -m pytest -m cluster
+	$(OFFLINE) $(BIN)/python -m pytest tests/test_ray.py -m cluster
 
 lint: $(DEV)
 	$(BIN)/ruff check .
