@@ -21,11 +21,11 @@ CORE := $(VENV)/.installed-core-$(STATE)
 DEV := $(VENV)/.installed-dev-$(STATE)
 RAY := $(VENV)/.installed-ray-$(STATE)
 # What tests and checks do must depend on this checkout alone: not on the hub, and not on a user's own settings.
-OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH= PYTHONDONTWRITEBYTECODE=1
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=
 
-# All cores compile what was installed, where pip would take one, and pass over what is hardly ever imported.
+# pip compiles nothing: what is imported for the first time is compiled then, and kept whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
-COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/' $(VENV)/lib src > /dev/null 2>&1 || true
 
 # Tests run in two processes of one thread each; `make test SPREAD=` runs them in one.
 SPREAD := -n 2 --dist worksteal
@@ -113,17 +113,14 @@ $(CORE):
 	@test -n "$(PYTHON)" || { echo "softprompt needs Python 3.11 or newer; none was found. Install one, or: make PYTHON=/path/to/python3"; exit 1; }
 	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(INSTALL) -e '.[gguf]'
-	@$(COMPILE)
 	@rm -f $(VENV)/.installed-* && touch $@
 
 $(DEV): $(CORE)
 	$(INSTALL) -e '.[dev]'
-	@$(COMPILE)
 	@touch $@
 
 $(RAY): $(DEV)
 	$(INSTALL) -e '.[ray]'
-	@$(COMPILE)
 	@touch $@
 
 clean:

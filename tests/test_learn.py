@@ -608,6 +608,17 @@ def test_a_step_that_other_rows_do_not_confirm_is_halved_until_they_do(
     assert measured.reachable_nll == pytest.approx((1 - share) * (floor + 1), rel=1e-3)
 
 
+def test_a_form_says_how_far_below_the_first_steps_rate_later_ones_may_go(tmp_path: Path) -> None:
+    plan = make_plan(recipe(tmp_path, "tune.learning_rate=auto"), lm=lm_of(), splits=SPLITS)
+    form = start(plan)
+    loss = valley(form()[0].detach() - plan.learning_rate / 20, plan.learning_rate / 20, 1.0)
+    whole = measured_rate(plan, Gradients(loss, 4), form)
+    form.lowest_share = 0.5
+    half = measured_rate(plan, Gradients(loss, 4), form)
+    assert half.rate == pytest.approx(whole.rate / 2, rel=0.05)  # two digits are kept
+    assert half.reachable_nll == whole.reachable_nll
+
+
 def test_where_no_step_helps_other_rows_the_promise_of_the_first_ones_counts(tmp_path: Path) -> None:
     """The second batch's loss rises along the step of the first, whatever the rate."""
     settings = recipe(tmp_path, "tune.optimizer=adamw", "tune.learning_rate=auto", "tune.clip=1e9")

@@ -29,10 +29,13 @@ class Form(nn.Module):
     """The tensors that the optimiser updates (`parameters()`), and the plain prompt they produce (a call; differentiable).
 
     All float32 on the CPU: a prompt is small, and only its plain value and its gradient travel to the base. A deep prompt
-    keeps its start in the layers below `first_layer`."""
+    keeps its start in the layers below `first_layer`. `lowest_share` is that of a measured rate below which no step goes: 1, or less
+    where the tokens start nearly alike, so that the first slope is mostly one direction that all of them share, and the rate that
+    suits it is soon too high for what sets them apart."""
 
     start_PW: Tensor
     first_layer: int = 0
+    lowest_share: float = 1.0
 
     def __init__(self, start: Plain) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ RECOVERED_SHARE = 1 / 3  # of the rise above the usual loss: a step that explain
 
 
 class MeasuredRate(NamedTuple):
-    """The rate of the first step, and the loss (nats per token) down to which steps may promise to go."""
+    """The lowest rate of the run's steps, and the loss (nats per token) down to which they may promise to go."""
 
     rate: float
     reachable_nll: float
@@ -47,7 +47,7 @@ def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> MeasuredRate:
     what all steps of the run go by. Costs one gradient and a few forward passes. The same base, rows and settings
     give the same rate. `form` is what will be learned, at its start; it is not changed.
 
-    This is the lowest rate of the run, but for `try_last_step`: later steps take more, up to the bound
+    This, times the form's `lowest_share`, is the lowest rate of the run, but for `try_last_step`: later steps take more, up to the bound
     `plan.learning_rate`, where their own loss allows it (`Learner.step`), since the slope falls as a prompt is learned. They never take less: a batch's slope
     holds its noise too, and by the end of a deep prompt's run on a large base hardly anything else (figures in
     LOG.md). Of running text the slope falls and the loss does not: `StepLength.share_to_fall` keeps a deep prompt's steps at this rate."""
@@ -63,7 +63,7 @@ def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> MeasuredRate:
     tried = min(plan.learning_rate, promised)
     rate = _confirmed(gradients, learner, start, second, tried)
     share = rate / tried
-    return MeasuredRate(float(f"{rate:.1e}"), (1.0 - share) * nll)
+    return MeasuredRate(float(f"{form.lowest_share * rate:.1e}"), (1.0 - share) * nll)
 
 
 def try_last_step(learner: Learner, nll_of: Callable[[Plain], float], measured_bound: float) -> None:

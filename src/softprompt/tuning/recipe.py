@@ -127,13 +127,14 @@ class PromptSettings(Section):
         flag="--place",
     )
     init: Literal[
-        "auto", "random", "vocabulary", "text", "labels", "zero", "prompt", "mean", "concatenation"
+        "auto", "random", "vocabulary", "text", "labels", "zero", "sink", "prompt", "mean", "concatenation"
     ] = setting(
         "auto",
         "Where it starts: random at the embedding table's scale, rows of the most frequent vocabulary, the "
         "embeddings of `init_text`, or those of the class labels; or the first prompt of `init_from`, the mean or "
-        "the concatenation of them all. A deep prompt starts from what the base holds after reading those, or from "
-        "zero. auto means text where `init_text` is given, prompt where `init_from` is, else vocabulary.",
+        "the concatenation of them all. A deep prompt starts from what the base holds after reading those, from "
+        "zero, or from vocabulary near the first position, where most bases have their attention sink. auto means text where "
+        "`init_text` is given, prompt where `init_from` is, else vocabulary, or for a deep prompt sink where the base has one.",
         flag="--init",
     )
     init_text: str | None = setting(
@@ -275,10 +276,10 @@ class Recipe(BaseSettings):
             raise ValueError(
                 "prompt.init is text, but prompt.init_text is empty. Give the text to start from."
             )
-        if self.prompt.init == "zero" and self.prompt.kind != "deep":
+        if self.prompt.init in ("zero", "sink") and self.prompt.kind != "deep":
             raise ValueError(
-                "prompt.init is zero, which only keys and values can start from: vectors would all be the same. Set "
-                "prompt.kind to deep, or prompt.init to random or vocabulary."
+                f"prompt.init is {self.prompt.init}, which only keys and values can start from. Set prompt.kind to deep, or "
+                "prompt.init to random or vocabulary."
             )
         if self.prompt.place == "answer" and self.prompt.kind == "deep":
             raise ValueError(

@@ -13,35 +13,48 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.inference.compiled import read_ids, text_state, vectors_state
 from softprompt.prompt import init
 from softprompt.prompt.reparam import FORMS, Form, as_plain, as_rows
+from softprompt.prompt.sink import has_sink, near_first
 from softprompt.prompt.soft_prompt import Plain, SoftPrompt
 from softprompt.tuning.compaction import compact, moved
 from softprompt.tuning.init_from import read_prompts, start_ids, text_ids
 from softprompt.tuning.plan import Plan
 
 COMPACTION_ROWS = 48  # training rows whose queries say which keys of a long text matter
+NEAR_SINK_SHARE = (
+    0.5  # of the first step's rate, down to which steps may go that start near a sink (Form.lowest_share)
+)
 
 
 def start(plan: Plan) -> Form:
     """The trained form at its starting values."""
     recipe = plan.recipe
     generator = torch.Generator().manual_seed(recipe.tune.seed)
-    plain = plain_start(plan, generator)
+    plain, near_sink = _start(plan, generator)
     table_mW = _table(plan, generator) if recipe.prompt.form == "superposition" else torch.empty(0)
     form = FORMS[recipe.prompt.form](plain, table_mW, recipe.prompt.form_width, generator)
     form.first_layer = recipe.prompt.first_layer(plan.lm.num_layers)
+    form.lowest_share = NEAR_SINK_SHARE if near_sink else 1.0
     return form
 
 
 def plain_start(plan: Plan, generator: torch.Generator) -> Plain:
     """The plain prompt that learning starts from."""
+    return _start(plan, generator)[0]
+
+
+def _start(plan: Plan, generator: torch.Generator) -> tuple[Plain, bool]:
+    """That prompt, and whether it lies near the base's attention sink."""
     prompt = plan.recipe.prompt
-    name = prompt.init
-    if name == "auto":
-        name = "text" if prompt.init_text else "prompt" if prompt.init_from else "vocabulary"
     starts: Mapping[str, Callable[[Plan, torch.Generator], Plain]] = (
         DEEP_STARTS if prompt.kind == "deep" else STARTS
     )
-    return starts[name](plan, generator)
+    if prompt.init != "auto":
+        return starts[prompt.init](plan, generator), prompt.init == "sink"
+    if prompt.init_text or prompt.init_from:
+        return starts["text" if prompt.init_text else "prompt"](plan, generator), False
+    plain = starts["vocabulary"](plan, generator)
+    near_sink = prompt.kind == "deep" and has_sink(plain[1])
+    return (_near_sink(plain) if near_sink else plain), near_sink
 
 
 def _table(plan: Plan, generator: torch.Generator) -> Tensor:
@@ -134,6 +147,14 @@ def _zero(plan: Plan, generator: torch.Generator) -> Plain:
     return torch.zeros_like(keys_LPHK), torch.zeros_like(values_LPHK)
 
 
+def _sink(plan: Plan, generator: torch.Generator) -> Plain:
+    return _near_sink(vectors_state(plan.lm, _vocabulary(plan, generator)))
+
+
+def _near_sink(state: Plain) -> Plain:
+    return tuple(near_first(tensor_LPHK) for tensor_LPHK in state)
+
+
 def _text_read_by_base(plan: Plan, generator: torch.Generator) -> Plain:
     """The key/value state after reading the text; a text longer than the prompt is cut down to the keys that matter to
     the training rows, rather than cut off (tuning/compaction.py)."""
@@ -164,6 +185,7 @@ DEEP_STARTS: dict[str, Callable[[Plan, torch.Generator], Plain]] = {
     **{name: _read_by_base(vectors) for name, vectors in VECTORS.items()},
     "text": _text_read_by_base,
     "zero": _zero,
+    "sink": _sink,
     **FROM_PROMPTS,
 }
 
