@@ -18,8 +18,13 @@ from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.settle import make_plan
 from tiny_models import tiny_model, tiny_tokenizer
 
-ROWS = tuple(Example({"text": "quick help"}, row=n) for n in range(4))
-SPLITS = Splits(ROWS, ROWS, (), "made for the test")
+
+def splits_of(*texts: str) -> Splits:
+    rows = tuple(Example({"text": text}, row=n) for n, text in enumerate(texts))
+    return Splits(rows, rows, (), "made for the test")
+
+
+ALIKE = splits_of(*["quick help"] * 4)  # what is learned is the same for all, as labels are for many
 LENGTH = 6
 
 
@@ -52,13 +57,14 @@ def test_the_start_is_four_fifths_of_the_first_position() -> None:
     assert found.flatten().tolist() == pytest.approx([10.0, 12.0, 2.0])  # 0.8 x 10 + 0.2 x each
 
 
-def plan_of(lm: FrozenLM, *settings: str) -> Plan:
+def plan_of(lm: FrozenLM, *settings: str, splits: Splits = ALIKE) -> Plan:
     given = ["data.source=x", "prompt.kind=deep", f"prompt.length={LENGTH}", *settings]
-    return make_plan(Recipe.from_flags({}, given), lm=lm, splits=SPLITS)
+    return make_plan(Recipe.from_flags({}, given), lm=lm, splits=splits)
 
 
-def started(lm: FrozenLM, *settings: str) -> tuple[torch.Tensor, torch.Tensor]:
-    keys, found = starts.plain_start(plan_of(lm, *settings), torch.Generator().manual_seed(3))
+def started(lm: FrozenLM, *settings: str, splits: Splits = ALIKE) -> tuple[torch.Tensor, torch.Tensor]:
+    plan = plan_of(lm, *settings, splits=splits)
+    keys, found = starts.plain_start(plan, torch.Generator().manual_seed(3))
     return keys, found
 
 
@@ -85,8 +91,18 @@ def test_a_base_without_a_sink_starts_from_vocabulary_unless_asked(monkeypatch: 
     assert starts.start(plan_of(lm)).lowest_share == 0.5
     assert starts.start(plan_of(lm, "prompt.init=vocabulary")).lowest_share == 1.0
     # What a user names stays what it is.
-    for found, wanted in zip(started(lm, "prompt.init_text=quick help"), started(lm, "prompt.init_text=quick help", "prompt.init=text"), strict=True):  # fmt: skip
+    named = started(lm, "prompt.init_text=quick help", "prompt.init=text")
+    for found, wanted in zip(started(lm, "prompt.init_text=quick help"), named, strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_where_running_text_is_learned_the_start_is_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), name="tiny")
+    monkeypatch.setattr(starts, "has_sink", lambda values_LPHK: True)
+    texts = splits_of("quick help", "thank you", "the lazy dog", "act as a fox")
+    for found, wanted in zip(started(lm, splits=texts), vocabulary(lm), strict=True):
+        assert torch.equal(found, wanted)
+    assert_near_the_first(started(lm, "prompt.init=sink", splits=texts), vocabulary(lm))
 
 
 def test_vectors_cannot_start_near_a_sink() -> None:

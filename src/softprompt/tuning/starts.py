@@ -53,7 +53,8 @@ def _start(plan: Plan, generator: torch.Generator) -> tuple[Plain, bool]:
     if prompt.init_text or prompt.init_from:
         return starts["text" if prompt.init_text else "prompt"](plan, generator), False
     plain = starts["vocabulary"](plan, generator)
-    near_sink = prompt.kind == "deep" and has_sink(plain[1])
+    # Running text learned less from there (figures in LOG.md).
+    near_sink = prompt.kind == "deep" and plan.loss_falls_to_zero and has_sink(plain[1])
     return (_near_sink(plain) if near_sink else plain), near_sink
 
 
