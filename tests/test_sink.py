@@ -43,7 +43,10 @@ def values(*lengths_of_layers: list[float]) -> torch.Tensor:
             True,
         ),  # half of the layers: the median, not the longest, counts
         ([[0.4, 1.0, 1.0, 1.0], [2.0, 1.0, 1.0, 1.0], [2.0, 1.0, 1.0, 1.0]], False),
-        ([[0.6, 1.0, 1.0, 1.0]], False),  # more than half as long
+        (
+            [[0.6, 1.0, 9.0, 1.0]],
+            False,
+        ),  # more than half as long as the median; one long position says nothing
         ([[1.0, 0.1, 1.0, 1.0]], False),  # another position
         ([[0.1]], False),  # no others
     ],
