@@ -5,7 +5,7 @@
     python benchmarks/rate.py --table --out benchmarks/rate.jsonl --page docs/learning.md
 
 Each line of --out is one run, and a run that is there already is not repeated. `auto` is softprompt's default; `share` is
-the rate that it measures before the first step times a number, the same for all steps, with all else as by default. `peft` is PEFT's own start (prompt tuning with random vectors,
+the lowest rate that it measures before the first step times a number, the same for all steps, with all else as by default. `peft` is PEFT's own start (prompt tuning with random vectors,
 or prefix tuning), moved by AdamW at a fixed rate with linear decay and without a guard, as its notebooks do; the function and
 so the gradient are those of PEFT's model, and are computed here by softprompt's faster loss. A run's figure is the loss of its
 best validated step on rows held out of the training part. Test rows are not read, since the rule was chosen by these runs.
