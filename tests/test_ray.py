@@ -1,6 +1,6 @@
 """Work on a Ray cluster of several nodes: a killed node or worker costs time, and changes no figure.
 
-Needs Ray (the extra `ray`): pip install -c constraints.txt -e '.[dev,ray]'. `make cluster` installs it and runs those that
+Needs Ray (the extra `ray`): pip install -c constraints.txt -e '.[dev,ray]'. `make cluster` installs it and runs the one that
 CI runs too.
 """
 
@@ -194,7 +194,6 @@ def test_the_commands_take_a_cluster_and_leave_what_they_leave_here(
 ) -> None:
     recipe = compared_recipe(task)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    figures = {}
     for name, on in (("here", []), ("there", ["--on", "ray"])):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -202,23 +201,28 @@ def test_the_commands_take_a_cluster_and_leave_what_they_leave_here(
         assert main(["sweep", "../recipe.yaml", "--out", "swept", *grid, *on]) == 0
         judge = ["evaluate", "--prompt", "swept", "--out", "judged", *on]
         assert main(judge) == 0, capsys.readouterr().err
-        assert (
-            main(
-                ["compare", "../recipe.yaml", "--out", "compared", "--arms", "base,soft", "--seeds", "1", *on]
-            )
-            == 0
-        )
-        record = json.loads(Path("compared/comparison.json").read_text())
-        figures[name] = {arm: [run["metrics"] for run in runs] for arm, runs in record["runs"].items()}
     assert prompts_and_records(tmp_path / "there" / "swept") == prompts_and_records(
         tmp_path / "here" / "swept"
     )
     there, here = (tmp_path / name / "judged" / "rows.jsonl" for name in ("there", "here"))
     assert there.read_bytes() == here.read_bytes()
+
+
+def test_the_command_that_compares_takes_a_cluster(
+    tmp_path: Path, task: Path, ray_cluster: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(compared_recipe(task).to_yaml())
+    figures = {}
+    for name, on in (("here", []), ("there", ["--on", "ray"])):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        asked = ["compare", "../recipe.yaml", "--out", "compared", "--arms", "base,soft", "--seeds", "1"]
+        assert main([*asked, *on]) == 0
+        record = json.loads(Path("compared/comparison.json").read_text())
+        figures[name] = {arm: [run["metrics"] for run in runs] for arm, runs in record["runs"].items()}
     assert figures["there"] == figures["here"]
 
 
-@pytest.mark.cluster
 def test_what_a_part_raises_and_a_place_that_is_not_shared_are_said_in_one_line(
     tmp_path: Path, ray_cluster: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,7 +285,6 @@ def test_rows_for_which_no_machine_is_left_end_with_a_sentence(
     ray_cluster.refill()
 
 
-@pytest.mark.cluster
 def test_rows_of_a_file_lose_nothing_with_a_worker_and_stay_in_order(
     tmp_path: Path, base: Path, ray_cluster: Nodes
 ) -> None:
