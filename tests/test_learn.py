@@ -613,10 +613,11 @@ def test_a_form_says_how_far_below_the_first_steps_rate_later_ones_may_go(tmp_pa
     form = start(plan)
     loss = valley(form()[0].detach() - plan.learning_rate / 20, plan.learning_rate / 20, 1.0)
     whole = measured_rate(plan, Gradients(loss, 4), form)
+    assert whole.lowest == whole.rate
     form.lowest_share = 0.5
     half = measured_rate(plan, Gradients(loss, 4), form)
-    assert half.rate == pytest.approx(whole.rate / 2, rel=0.05)  # two digits are kept
-    assert half.reachable_nll == whole.reachable_nll
+    assert half.lowest == pytest.approx(whole.rate / 2, rel=0.05)  # two digits are kept
+    assert (half.rate, half.reachable_nll) == (whole.rate, whole.reachable_nll)
 
 
 def test_where_no_step_helps_other_rows_the_promise_of_the_first_ones_counts(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_base_without_a_sink_starts_from_vocabulary_unless_asked(monkeypatch: 
     assert_near_the_first(started(lm, "prompt.init=sink"), vocabulary(lm))
     monkeypatch.setattr(starts, "has_sink", lambda values_LPHK: True)
     assert_near_the_first(started(lm), vocabulary(lm))
-    assert starts.start(plan_of(lm)).lowest_share == 0.5
+    assert starts.start(plan_of(lm)).lowest_share == 0.2
     assert starts.start(plan_of(lm, "prompt.init=vocabulary")).lowest_share == 1.0
     # What a user names stays what it is.
     named = started(lm, "prompt.init_text=quick help", "prompt.init=text")
@@ -99,13 +99,11 @@ def test_a_base_without_a_sink_starts_from_vocabulary_unless_asked(monkeypatch: 
         assert torch.equal(found, wanted)
 
 
-def test_where_running_text_is_learned_the_start_is_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_running_text_is_learned_the_start_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), name="tiny")
     monkeypatch.setattr(starts, "has_sink", lambda values_LPHK: True)
     texts = splits_of("quick help", "thank you", "the lazy dog", "act as a fox")
-    for found, wanted in zip(started(lm, splits=texts), vocabulary(lm), strict=True):
-        assert torch.equal(found, wanted)
-    assert_near_the_first(started(lm, "prompt.init=sink", splits=texts), vocabulary(lm))
+    assert_near_the_first(started(lm, splits=texts), vocabulary(lm))
 
 
 def test_vectors_cannot_start_near_a_sink() -> None:

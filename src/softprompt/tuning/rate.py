@@ -29,9 +29,10 @@ RECOVERED_SHARE = 1 / 3  # of the rise above the usual loss: a step that explain
 
 
 class MeasuredRate(NamedTuple):
-    """The lowest rate of the run's steps, and the loss (nats per token) down to which they may promise to go."""
+    """The rate of a run's first step, the lowest of its steps, and the loss (nats per token) down to which they may promise to go."""
 
     rate: float
+    lowest: float
     reachable_nll: float
 
 
@@ -58,12 +59,16 @@ def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> MeasuredRate:
     (nll,) = gradients([learner.form], [first])
     fall = learner.promised_fall()
     if not fall > 0 or not nll > 0:  # a flat start, or one that is not finite, which the first step reports
-        return MeasuredRate(plan.learning_rate, 0.0)
+        return MeasuredRate(plan.learning_rate, plan.learning_rate, 0.0)
     promised = nll / fall
     tried = min(plan.learning_rate, promised)
     rate = _confirmed(gradients, learner, start, second, tried)
     share = rate / tried
-    return MeasuredRate(float(f"{form.lowest_share * rate:.1e}"), (1.0 - share) * nll)
+    return MeasuredRate(_two_digits(rate), _two_digits(form.lowest_share * rate), (1.0 - share) * nll)
+
+
+def _two_digits(rate: float) -> float:
+    return float(f"{rate:.1e}")
 
 
 def try_last_step(learner: Learner, nll_of: Callable[[Plain], float], measured_bound: float) -> None:

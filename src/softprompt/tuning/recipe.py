@@ -134,7 +134,7 @@ class PromptSettings(Section):
         "embeddings of `init_text`, or those of the class labels; or the first prompt of `init_from`, the mean or "
         "the concatenation of them all. A deep prompt starts from what the base holds after reading those, from "
         "zero, or from vocabulary near the first position, where most bases have their attention sink. auto means text where "
-        "`init_text` is given, prompt where `init_from` is, else vocabulary, or sink for a deep prompt that learns labels where "
+        "`init_text` is given, prompt where `init_from` is, else vocabulary, or sink for a deep prompt where "
         "the base has one.",
         flag="--init",
     )

@@ -106,12 +106,12 @@ class Run:
         if isinstance(self.plan.recipe.tune.learning_rate, str):
             measured = measured_rate(self.plan, self.gradients, self.learner.form)
             length = self.learner.length
-            length.learning_rate, length.reachable_nll = measured
+            length.learning_rate, length.reachable_nll = measured.lowest, measured.reachable_nll
             length.highest_rate = self.plan.learning_rate
-        if self.plan.recipe.tune.learning_rate == "find":
-            search = find_rate(self.plan, self.gradients, self.learner.length.learning_rate)
-            self.learner.length.learning_rate = self.learner.length.highest_rate = search.rate
-            self.log.note(str(search))
+            if self.plan.recipe.tune.learning_rate == "find":
+                search = find_rate(self.plan, self.gradients, measured.rate)
+                length.learning_rate = length.highest_rate = search.rate
+                self.log.note(str(search))
         self._announce()
         self.validate()
 

@@ -21,7 +21,7 @@ from softprompt.tuning.plan import Plan
 
 COMPACTION_ROWS = 48  # training rows whose queries say which keys of a long text matter
 NEAR_SINK_SHARE = (
-    0.5  # of the first step's rate, down to which steps may go that start near a sink (Form.lowest_share)
+    0.2  # of the first step's rate, down to which steps may go that start near a sink (Form.lowest_share)
 )
 
 
@@ -53,8 +53,7 @@ def _start(plan: Plan, generator: torch.Generator) -> tuple[Plain, bool]:
     if prompt.init_text or prompt.init_from:
         return starts["text" if prompt.init_text else "prompt"](plan, generator), False
     plain = starts["vocabulary"](plan, generator)
-    # Running text learned less from there (figures in LOG.md).
-    near_sink = prompt.kind == "deep" and plan.loss_falls_to_zero and has_sink(plain[1])
+    near_sink = prompt.kind == "deep" and has_sink(plain[1])
     return (_near_sink(plain) if near_sink else plain), near_sink
 
 
