@@ -91,7 +91,7 @@ def test_a_base_without_a_sink_starts_from_vocabulary_unless_asked(monkeypatch: 
     assert_near_the_first(started(lm, "prompt.init=sink"), vocabulary(lm))
     monkeypatch.setattr(starts, "has_sink", lambda values_LPHK: True)
     assert_near_the_first(started(lm), vocabulary(lm))
-    assert starts.start(plan_of(lm)).lowest_share == 0.2
+    assert starts.start(plan_of(lm)).lowest_share == 0.5
     assert starts.start(plan_of(lm, "prompt.init=vocabulary")).lowest_share == 1.0
     # What a user names stays what it is.
     named = started(lm, "prompt.init_text=quick help", "prompt.init=text")
@@ -99,11 +99,21 @@ def test_a_base_without_a_sink_starts_from_vocabulary_unless_asked(monkeypatch: 
         assert torch.equal(found, wanted)
 
 
-def test_where_running_text_is_learned_the_start_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_running_text_is_learned_the_start_is_the_same_and_steps_may_be_shorter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), name="tiny")
     monkeypatch.setattr(starts, "has_sink", lambda values_LPHK: True)
     texts = splits_of("quick help", "thank you", "the lazy dog", "act as a fox")
     assert_near_the_first(started(lm, splits=texts), vocabulary(lm))
+    assert starts.start(plan_of(lm, splits=texts)).lowest_share == 0.2
+
+
+def test_a_long_prompt_near_a_sink_may_take_shorter_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), name="tiny")
+    monkeypatch.setattr(starts, "has_sink", lambda values_LPHK: True)
+    shares = [starts.start(plan_of(lm, f"prompt.length={tokens}")).lowest_share for tokens in (20, 32)]
+    assert shares == pytest.approx([0.5, 0.5 * 0.790569])  # by hand: the root of 20 / 32
 
 
 def test_vectors_cannot_start_near_a_sink() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -20,9 +21,8 @@ from softprompt.tuning.init_from import read_prompts, start_ids, text_ids
 from softprompt.tuning.plan import Plan
 
 COMPACTION_ROWS = 48  # training rows whose queries say which keys of a long text matter
-NEAR_SINK_SHARE = (
-    0.2  # of the first step's rate, down to which steps may go that start near a sink (Form.lowest_share)
-)
+# Of the first step's rate, down to which steps may go that start near a sink (Form.lowest_share), with up to so many tokens.
+NEAR_SINK_SHARE, NEAR_SINK_TOKENS = {"labels": 0.5, "text": 0.2}, 20
 
 
 def start(plan: Plan) -> Form:
@@ -33,8 +33,18 @@ def start(plan: Plan) -> Form:
     table_mW = _table(plan, generator) if recipe.prompt.form == "superposition" else torch.empty(0)
     form = FORMS[recipe.prompt.form](plain, table_mW, recipe.prompt.form_width, generator)
     form.first_layer = recipe.prompt.first_layer(plan.lm.num_layers)
-    form.lowest_share = NEAR_SINK_SHARE if near_sink else 1.0
+    form.lowest_share = _lowest_share(plan) if near_sink else 1.0
     return form
+
+
+def _lowest_share(plan: Plan) -> float:
+    """`Form.lowest_share` of a start near a sink.
+
+    What the first slope asks for is nearly the same for all P tokens, and a step that gives each direction its due (Muon) goes that
+    way with about 1/sqrt(P) of its length. So the rate that is measured there grows with sqrt(P), and the one that suits what
+    sets the tokens apart does not (figures in LOG.md)."""
+    share = NEAR_SINK_SHARE["labels" if plan.loss_falls_to_zero else "text"]
+    return share * min(1.0, math.sqrt(NEAR_SINK_TOKENS / plan.template.soft_length))
 
 
 def plain_start(plan: Plan, generator: torch.Generator) -> Plain:
