@@ -15,8 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 # Threads that spin while they wait crawl on a machine that does other work too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# A folder without certificates: every httpx client reads all that it is given, and these talk to loopback.
+# A folder without certificates: every httpx client reads all that it is given, and these talk to loopback. A file would go before it.
 os.environ["SSL_CERT_DIR"] = os.path.dirname(__file__)
+os.environ.pop("SSL_CERT_FILE", None)
 os.environ["COLUMNS"] = "120"  # the width that printed output is checked at
 os.environ.pop("SOFTPROMPT_TRACEBACK", None)
 

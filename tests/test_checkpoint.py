@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -343,15 +342,10 @@ def killed_in_its_fifth_step(out: Path) -> None:
 def test_the_report_of_a_killed_second_run_shows_nothing_of_the_firsts_prompt(tmp_path: Path) -> None:
     out = tmp_path / "p"
     first, _ = learn(out)
-    script = (
-        "import sys, pathlib, test_checkpoint as t; t.killed_in_its_fifth_step(pathlib.Path(sys.argv[1]))"
-    )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent),
-    }  # the script imports this very file
-    done = subprocess.run([sys.executable, "-c", script, str(out)], timeout=200, check=False, env=environment)
-    assert done.returncode == -signal.SIGKILL
+    script = "import sys, pathlib; sys.path.insert(0, sys.argv[2])\n"  # it imports this very file
+    script += "import test_checkpoint as t; t.killed_in_its_fifth_step(pathlib.Path(sys.argv[1]))"
+    process = begun(["-c", script, str(out), str(Path(__file__).parent)])
+    assert process.wait(timeout=200) == -signal.SIGKILL
     # The first run's prompt is whole and usable; the recipe and the events are the second's.
     assert torch.equal(next(iter(load_prompt(out).tensors.values())), vectors(first))
     assert "length: 3" in (out / "recipe.yaml").read_text(encoding="utf-8")

@@ -99,7 +99,7 @@ SCHEDULES = st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, ma
 
 
 @pytest.mark.parametrize("base", [llama, stepped])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(ASKED, min_size=1, max_size=9), SCHEDULES, st.sampled_from([None, 60_000]))
 def test_a_row_that_joins_leaves_or_takes_a_used_place_answers_as_if_alone(
     base: Callable[[], FrozenLM],

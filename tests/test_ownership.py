@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forked import begun
 from softprompt.cli.app import main
 from softprompt.errors import SaveError
 from softprompt.evaluation.rows import RowFile
@@ -372,7 +373,10 @@ for number in range(saves):
 def test_two_savers_and_a_reader_never_meet_a_damaged_prompt(tmp_path: Path) -> None:
     folder = tmp_path / "p"
     save_prompt(prompt(1.0), folder)
-    savers = [python(SAVER, folder, fill, 15) for fill in (1.0, 2.0)]
+    savers = [
+        begun(["-c", SAVER, str(folder), str(fill), "15"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for fill in (1.0, 2.0)
+    ]
     reads = 0
     deadline = time.monotonic() + 120
     while any(saver.poll() is None for saver in savers) and time.monotonic() < deadline:

@@ -11,6 +11,7 @@ import torch
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.inference.generate import generate
+from softprompt.inference.settings import DecodeSettings
 from softprompt.progress.events import Event, Stepped
 from softprompt.tuning.loop import tune
 from softprompt.tuning.recipe import Recipe
@@ -60,7 +61,7 @@ def learned(lm: FrozenLM, name: str, out: Path, after_step: Callable[[], None]) 
 def written(lm: FrozenLM, after_text: Callable[[], None]) -> list[str]:
     texts = []
     for text in TEXTS * 2:
-        texts.append(generate(lm, [text], None)[0].text)
+        texts.append(generate(lm, [text], None, DecodeSettings(max_new_tokens=10))[0].text)
         after_text()
     return texts
 

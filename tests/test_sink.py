@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from softprompt.data.example import Example, Splits
 from softprompt.errors import RecipeError
 from softprompt.prompt.sink import has_sink, near_first
 from softprompt.tuning import starts
+from softprompt.tuning.loop import tune
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.settle import make_plan
@@ -114,6 +117,35 @@ def test_a_long_prompt_near_a_sink_may_take_shorter_steps(monkeypatch: pytest.Mo
     monkeypatch.setattr(starts, "has_sink", lambda values_LPHK: True)
     shares = [starts.start(plan_of(lm, f"prompt.length={tokens}")).lowest_share for tokens in (20, 32)]
     assert shares == pytest.approx([0.5, 0.5 * 0.790569])  # by hand: the root of 20 / 32
+
+
+def test_find_centres_on_the_first_steps_rate_whatever_the_lowest_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(), name="tiny")
+    lowest: list[float] = []
+
+    def rates_of(share: float, rate: str) -> list[str]:
+        monkeypatch.setattr(starts, "NEAR_SINK_SHARE", {"labels": share, "text": share})
+        given = ["data.source=x", "prompt.kind=deep", "prompt.init=sink", f"tune.learning_rate={rate}"]
+        out = tmp_path / f"{rate}{share}"
+        tuned = tune(Recipe.from_flags({}, [*given, f"out={out}"]), lm=lm, splits=ALIKE)
+        lowest.append(tuned.learning_rate)
+        notes = [
+            json.loads(line).get("text", "") for line in (out / "metrics.jsonl").read_text().splitlines()
+        ]
+        return [
+            rate
+            for note in notes
+            for rate in re.findall(r"([\d.e-]+): ", note.partition("loss by rate: ")[2])
+        ]
+
+    tried = [rates_of(share, "find") for share in (0.5, 0.1)]
+    assert len(tried[0]) == 5
+    assert tried[0] == tried[1]
+    for share in (0.5, 0.1):
+        assert rates_of(share, "auto") == []
+    assert lowest[2] == pytest.approx(5 * lowest[3], rel=0.1)  # the lowest rate of a run does depend on it
 
 
 def test_vectors_cannot_start_near_a_sink() -> None:

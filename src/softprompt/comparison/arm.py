@@ -18,7 +18,8 @@ class Arm:
     """One way to solve the task.
 
     `words` describe it in a list, `in_words` in a sentence. `seeded` arms differ from seed to seed; `learned` ones train.
-    `default_rate` is the learning rate without one of the user's own (nan: the recipe's, or derived).
+    `default_rate` is the learning rate without one of the user's own (nan: the recipe's, or derived), at `rate_width` where it depends on
+    the base's width.
     An arm that is the base with other numbers decodes as fast as it by construction: a difference would be noise.
     """
 
@@ -29,6 +30,11 @@ class Arm:
     learned: bool = False
     default_rate: float = math.nan
     decodes_as_base: bool = False
+    rate_width: int | None = None
+
+    def rate_at(self, width: int) -> float:
+        """The default rate on a base of that width. Adam's for all weights falls as 1/width: Yang et al., 2022 (arXiv:2203.03466)."""
+        return self.default_rate if self.rate_width is None else self.default_rate * self.rate_width / width
 
 
 ARMS: Mapping[str, Arm] = {
@@ -59,7 +65,7 @@ ARMS: Mapping[str, Arm] = {
             learned=True,
         ),
         Arm("lora", "low-rank updates of the weights (PEFT)", "LoRA", True, True, 2e-3),
-        Arm("full", "a full copy of the weights, fine-tuned", "full fine-tuning", True, True, 3e-4, True),
+        Arm("full", "a full copy of the weights, fine-tuned", "full fine-tuning", True, True, 3e-4, True, 256),
     )
 }
 

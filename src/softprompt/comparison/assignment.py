@@ -44,7 +44,7 @@ class Assignment:
     def rate(self) -> float:
         """The learning rate of an arm that trains weights: the user's own, or the table's."""
         user_rates: Mapping[str, float] = {str(arm): rate for arm, rate in self.job.settings.rates.items()}
-        return user_rates.get(self.job.arm, ARMS[self.job.arm].default_rate)
+        return user_rates.get(self.job.arm, ARMS[self.job.arm].rate_at(self.lm.width))
 
 
 @dataclass
