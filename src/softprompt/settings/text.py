@@ -6,6 +6,7 @@ A YAML of the plain kind: `5e-3`, `1e-4` and `.5` are numbers, only `true` and `
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -142,17 +143,37 @@ def _tree(source: str, name: str) -> yaml.Node | None:
 
 def _compose(text: str, name: str) -> yaml.Node | None:
     """The tree of nodes; refused where it is nested deeper than any recipe, before the reader recurses into it."""
-    depth = 0
-    for event in _events(text):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise _too_deep(name)
-    node: yaml.Node | None = yaml.compose(text, Loader=yaml.BaseLoader)
+    try:
+        node: yaml.Node | None = yaml.compose(text, Loader=_Composer)
+    except _TooDeep:
+        raise _too_deep(name) from None
     return node
 
 
-def _events(text: str) -> Iterator[yaml.Event]:
-    yield from yaml.parse(text, Loader=yaml.BaseLoader)
+class _TooDeep(Exception):
+    """Lists or mappings within one another, more of them than MAX_DEPTH."""
+
+
+class _Composer(yaml.BaseLoader):
+    """Makes nodes, and counts the lists and mappings that are open meanwhile."""
+
+    depth = 0
+
+    def compose_sequence_node(self, anchor: Any) -> yaml.SequenceNode:
+        with self._one_deeper():
+            return super().compose_sequence_node(anchor)
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        with self._one_deeper():
+            return super().compose_mapping_node(anchor)
+
+    @contextlib.contextmanager
+    def _one_deeper(self) -> Iterator[None]:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise _TooDeep
+        yield
+        self.depth -= 1
 
 
 def _too_deep(name: str) -> RecipeError:
