@@ -65,7 +65,9 @@ ARMS: Mapping[str, Arm] = {
             learned=True,
         ),
         Arm("lora", "low-rank updates of the weights (PEFT)", "LoRA", True, True, 2e-3),
-        Arm("full", "a full copy of the weights, fine-tuned", "full fine-tuning", True, True, 3e-4, True, 256),
+        Arm(
+            "full", "a full copy of the weights, fine-tuned", "full fine-tuning", True, True, 3e-4, True, 256
+        ),
     )
 }
 
