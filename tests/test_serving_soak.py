@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx2 as httpx
 import pytest
 
@@ -65,8 +65,9 @@ def test_every_request_gets_its_own_answer_or_an_error_and_memory_stays_flat(tmp
         headers = {"authorization": f"Bearer {rng.choice(['stays', 'stays', 'goes'])}"}
         if rng.random() < 0.25:  # a client that vanishes, at any moment
             long = {**body, "max_tokens": 100, "ignore_eos": True, "stream": True}
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(vanish(client, long, headers), rng.random() * 0.05)
+            # By anyio: a task that asyncio cancels while httpx closes old connections leaves some of them open.
+            with anyio.move_on_after(rng.random() * 0.05):
+                await vanish(client, long, headers)
             counted["left"] += 1
             return
         if rng.random() < 0.5:
