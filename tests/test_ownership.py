@@ -374,7 +374,7 @@ def test_two_savers_and_a_reader_never_meet_a_damaged_prompt(tmp_path: Path) -> 
     folder = tmp_path / "p"
     save_prompt(prompt(1.0), folder)
     savers = [
-        begun(["-c", SAVER, str(folder), str(fill), "15"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        begun(["-c", SAVER, str(folder), str(fill), "8"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for fill in (1.0, 2.0)
     ]
     reads = 0
