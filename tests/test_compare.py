@@ -177,6 +177,21 @@ def test_what_is_done_is_not_done_again_and_arms_can_be_added(
         compare(recipe(task), other, out, own_process=False)
 
 
+def test_an_arm_that_a_version_with_another_default_rate_made_is_done_again(
+    compared: tuple[Comparison, Path], task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, former = compared
+    out = tmp_path / "former"
+    shutil.copytree(former, out)
+    monkeypatch.setattr(run_arm, "MAKERS", {})  # any arm that ran would fail
+    wanted = settings(seeds=1, arms=["full"], text=None)
+    again = compare(recipe(task), wanted, out, own_process=False)
+    assert again.runs["full"][0].to_record() == record.runs["full"][0].to_record()
+    monkeypatch.setitem(ARMS, "full", replace(ARMS["full"], default_rate=1e-5))
+    with pytest.raises(KeyError, match="full"):
+        compare(recipe(task), wanted, out, own_process=False)
+
+
 def test_an_arm_of_a_version_without_a_newer_setting_is_not_done_again(
     compared: tuple[Comparison, Path], task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
 from softprompt.data.example import Example
 from softprompt.data.label_notes import single_note, sorted_note, variants_note, withheld_note
+from softprompt.data.labels import are_labels
 from softprompt.data.source import load_splits
+from softprompt.data.template import Template
+from softprompt.evaluation.evaluate import default_metrics
 from softprompt.evaluation.judge import first_rows
+from softprompt.tuning.recipe import Recipe
+from softprompt.tuning.settle import make_plan
+from tiny_models import tiny_model, tiny_tokenizer
 
 
 def rows(labels: Sequence[str]) -> tuple[Example, ...]:
@@ -145,3 +152,38 @@ def test_a_test_split_of_withheld_answers_is_left_out_unless_it_is_named(tmp_pat
     )
     drawn = load_splits(tmp_path, target="label")
     assert (len(drawn.validation), len(drawn.train)) == (10, 50)  # held out of the training rows instead
+
+
+@pytest.mark.parametrize(
+    ("rows_of_each", "labels"),
+    [
+        ([50, 50], True),
+        ([1] * 10, False),
+        ([2] * 5, True),
+        ([5, 1, 1, 1, 1, 1], True),  # half of ten rows share one
+        ([4, 1, 1, 1, 1, 1, 1], False),
+        # A hundred rows drawn from 77 intents: more distinct ones than half of the rows, and yet labels.
+        ([1] * 27 + [2] * 23 + [3] * 6 + [4, 5], True),
+        ([1], False),
+    ],
+)
+def test_labels_are_what_at_least_half_of_the_rows_share(rows_of_each: list[int], labels: bool) -> None:
+    assert are_labels(rows_of_each) is labels
+
+
+def test_many_labels_are_labels_wherever_it_matters() -> None:
+    """The same rows of 40 values, 15 of which one row alone has: judged, held out and learned as labels."""
+    labels = [f"intent {n}" for n in range(15)] + [f"pair {n % 25}" for n in range(50)]
+    assert default_metrics(Template.parse("{text} {label}", target="label"), rows(labels))[0] == "accuracy"
+    splits = load_splits(
+        [{"text": f"t{n}", "label": label} for n, label in enumerate(labels)], target="label"
+    )
+    lm = FrozenLM.wrap(tiny_model("Llama"), tiny_tokenizer(bos=False), name="tiny")
+    recipe = Recipe.from_flags(
+        {}, ["data.source=x", "data.template={soft:4}{text} {label}", "data.target=label"]
+    )
+    assert make_plan(recipe, lm=lm, splits=splits).loss_falls_to_zero
+    held_out = [example.fields["label"] for example in splits.validation]
+    assert (
+        len(held_out) == len(set(held_out)) == 10
+    )  # no label twice: each has its share, which is less than a row

@@ -39,6 +39,7 @@ from softprompt.tuning.run import Run
 from softprompt.tuning.settle import make_plan
 from softprompt.tuning.starts import start
 from softprompt.tuning.task import task_of
+from softprompt.tuning.together import tune_together
 from tiny_models import tiny_model, tiny_tokenizer
 
 WORDS = ["order", "never", "came", "thank", "you", "quick", "help", "lazy", "dog", "nobody"]
@@ -565,6 +566,33 @@ def test_the_automatic_rate_promises_at_most_the_whole_loss_in_the_first_step(
     )
     up, down = (gradients.losses([prompt], [rows])[0] for prompt in (opposite, after))
     assert (up - down) / 2 * 10 == pytest.approx(nll, rel=0.1)
+
+
+@pytest.mark.parametrize("how", ["alone", "together"])
+def test_the_gradient_that_measures_the_rate_is_the_first_steps(tmp_path: Path, how: str) -> None:
+    """As many gradients as steps, and the step is the one that the same gradient, taken anew, leads to."""
+    lm = lm_of()
+    taken: list[int] = []
+
+    def counted(batch: Any, prompt: Any = None) -> torch.Tensor:
+        if prompt is not None and prompt[0].requires_grad:
+            taken.append(len(batch.trained_BS))
+        return lm.token_nll(batch, prompt)
+
+    settings = recipe(tmp_path / how, "tune.learning_rate=auto", "tune.max_steps=1", "tune.batch_size=4")
+    if how == "alone":
+        result = tune(settings, lm=lm, splits=SPLITS, loss=counted)
+    else:
+        (result,) = tune_together([settings], lm=lm, splits=SPLITS, loss=counted)
+    assert taken == [4]
+
+    plan = make_plan(settings, lm=lm, splits=SPLITS)
+    rows = [plan.train.encoded[n] for n in epoch_order(plan.train.lengths, 4, seed=0, epoch=0)[0]]
+    learner = Learner(start(plan), plan.recipe.tune, result.learning_rate, 1)
+    (nll,) = Gradients(lm.token_nll, 4)([learner.form], [rows])
+    learner.length.highest_rate = plan.learning_rate
+    assert learner.step(nll)
+    assert torch.equal(vectors(result), learner.snapshot()[0])
 
 
 def test_an_automatic_rate_is_never_above_its_share_of_the_embeddings_scale(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ INPUTS = (
 MESSAGES = ("Where is my parcel?", "I was charged twice for one order.")
 INSTRUCTION = "Sort the message into one kind: delivery, payment, return, account, thanks or job.\n"
 REAL_WEIGHTS = 50_000_000  # a base of so many weights gets fewer rows and steps, to end in about three minutes on two cores
-REAL_TEST_ROWS = 60
+REAL_TEST_ROWS, REAL_CHOOSING_ROWS, REAL_TEXTS = 48, 16, 16
 SECOND_TASK_UNTIL_SECONDS = {False: 60, True: 150}  # on a busy machine the second task is left out
 
 
@@ -79,7 +79,7 @@ def show(console: Screen, base: str, out: Path, seed: int, began: float) -> dict
     messages = sort_messages(console, lm, messages_recipe(base, out, seed, real=real), real=real)
     roles: dict[str, Any] | None = None
     if time.perf_counter() - began < SECOND_TASK_UNTIL_SECONDS[real]:
-        roles = write_roles(console, lm, roles_recipe(base, out, seed, real=real))
+        roles = write_roles(console, lm, roles_recipe(base, out, seed, real=real), real=real)
     else:
         heading(console, "task 2 is left out, since this machine is slow or busy")
 
@@ -108,16 +108,16 @@ def messages_recipe(base: str, out: Path, seed: int, *, real: bool) -> Recipe:
     """The label alone is trained, and the slot is right before the answer."""
     if real:
         template = "Message: {text}\nKind:{soft:10} {label}"
-        tuning = TuneSettings(max_steps=48, epochs=1, batch_size=8, valid_every_steps=12, seed=seed)
+        rows: dict[str, Any] = {"limit": 184, "validation": 24}
+        tuning = TuneSettings(epochs=2, batch_size=8, valid_every_steps=20, seed=seed)
     else:
         template = "{text}\n{soft:10} {label}"
+        rows = {}
         tuning = TuneSettings(epochs=8, batch_size=8, seed=seed)
     return Recipe(
         base=base,
         out=str(out / "messages"),
-        data=Data(
-            source="builtin:messages", template=template, target="label", validation=24 if real else None
-        ),
+        data=Data(source="builtin:messages", template=template, target="label", **rows),
         prompt=PromptSettings(init="labels"),
         tune=tuning,
     )
@@ -126,8 +126,8 @@ def messages_recipe(base: str, out: Path, seed: int, *, real: bool) -> Recipe:
 def roles_recipe(base: str, out: Path, seed: int, *, real: bool) -> Recipe:
     """All text of role prompts is trained, as in the tutorial."""
     if real:
-        rows: dict[str, Any] = {"limit": 80, "validation": 8}
-        tuning = TuneSettings(max_steps=18, epochs=2, batch_size=8, valid_every_steps=6, seed=seed)
+        rows: dict[str, Any] = {"limit": 48, "validation": 8}
+        tuning = TuneSettings(epochs=2, batch_size=8, valid_every_steps=10, seed=seed)
     else:
         rows = {}
         tuning = TuneSettings(epochs=4, batch_size=8, seed=seed)
@@ -142,7 +142,7 @@ def roles_recipe(base: str, out: Path, seed: int, *, real: bool) -> Recipe:
 
 def sort_messages(console: Screen, lm: FrozenLM, recipe: Recipe, *, real: bool) -> dict[str, Any]:
     """Sorting messages: accuracy on test rows of the base alone, of the base under its best wording, and of the prompt."""
-    from softprompt.comparison.arms import best_wording
+    from softprompt.comparison.arms import CHOOSING_ROWS, best_wording
     from softprompt.inference.compiled import compile_prompt
     from softprompt.inference.sampling import DecodeSettings
     from softprompt.tuning.task import task_of
@@ -157,7 +157,7 @@ def sort_messages(console: Screen, lm: FrozenLM, recipe: Recipe, *, real: bool) 
     decoding = DecodeSettings(max_new_tokens=12)
     show_side_by_side(console, answers(lm, MESSAGES, [tuned.prompt], decoding, with_base=True))
     test = task.splits.test[: REAL_TEST_ROWS if real else None]
-    worded, _, _ = best_wording(lm, task)
+    worded, _, _ = best_wording(lm, task, rows=REAL_CHOOSING_ROWS if real else CHOOSING_ROWS)
     instructed = compile_prompt(lm, None, template=task.behind(INSTRUCTION))
     tried = {
         "base": (compile_prompt(lm, None, template=task.template), "base, same layout"),
@@ -179,51 +179,53 @@ def sort_messages(console: Screen, lm: FrozenLM, recipe: Recipe, *, real: bool) 
     }
 
 
-def write_roles(console: Screen, lm: FrozenLM, recipe: Recipe) -> dict[str, Any]:
+def write_roles(console: Screen, lm: FrozenLM, recipe: Recipe, *, real: bool) -> dict[str, Any]:
     """The tutorial: the base's answers, the training, the tuned answers, and the loss on rows that chose nothing."""
     from softprompt.inference.sampling import DecodeSettings
     from softprompt.tuning.task import task_of
 
     decoding = DecodeSettings(max_new_tokens=32, repetition_penalty=1.3)
     heading(console, "task 2: role prompts, on the same base. What the base answers by itself")
-    show_side_by_side(console, answers(lm, INPUTS, [], decoding, with_base=True))
+    alone = answers(lm, INPUTS, [], decoding, with_base=True)
+    show_side_by_side(console, alone)
     task = task_of(recipe, lm)
     heading(console, "task 2: what will be trained")
     show_preview(console, task.preview(task.splits.train, show=1))
     heading(console, "task 2: learning")
     tuned = learn(console, recipe, lm)
     heading(console, "task 2: the same inputs, before and after")
-    show_side_by_side(console, answers(lm, INPUTS, [tuned.prompt], decoding, with_base=True))
-    before, after, rows = held_out(lm, tuned.prompt, task)
+    behind = answers(lm, INPUTS, [tuned.prompt], decoding, with_base=False)
+    show_side_by_side(console, [*alone, *behind])
+    test = task.splits.test[: REAL_TEXTS if real else None]
+    before, after = held_out(lm, tuned.prompt, task, test)
     fact(
         console,
         "held-out loss",
-        f"{figure(before)} before, {figure(after)} after: nats per token, {rows} test rows",
+        f"{figure(before)} before, {figure(after)} after: nats per token, {len(test)} test rows",
     )
     return {
         "path": tuned.path,
         "bytes": tuned.prompt_bytes,
         "heldout_nll_before": before,
         "heldout_nll_after": after,
-        "heldout_rows": rows,
+        "heldout_rows": len(test),
         "tune": tuned.to_record(),
     }
 
 
-def held_out(lm: FrozenLM, prompt: Prompt, task: Task) -> tuple[float, float, int]:
+def held_out(lm: FrozenLM, prompt: Prompt, task: Task, test: Sequence[Example]) -> tuple[float, float]:
     """Loss of the base alone and with the prompt, on the same tokens of the test rows, which chose nothing."""
     from softprompt.data.batch import encode_all
     from softprompt.data.layout import Layout, to_judge
     from softprompt.loss.fast import FastLoss
     from softprompt.loss.mean import mean_nll
 
-    test = task.splits.test
     base, tuned = (
         encode_all(Layout.of(task.template, lm.tokenizer, slots=slots), test, to_judge).encoded
         for slots in (False, True)
     )
     loss = FastLoss(lm)
-    return mean_nll(loss, base), mean_nll(loss, tuned, prompt.plain), len(test)
+    return mean_nll(loss, base), mean_nll(loss, tuned, prompt.plain)
 
 
 def accuracy(lm: FrozenLM, compiled: CompiledPrompt, task: Task, test: Sequence[Example]) -> Estimate:

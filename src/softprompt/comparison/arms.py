@@ -69,22 +69,22 @@ def wording(assignment: Assignment) -> PreparedArm:
 
 
 def best_wording(
-    lm: FrozenLM, task: Task, own: Sequence[str] = (), *, batch_rows: int = 32
+    lm: FrozenLM, task: Task, own: Sequence[str] = (), *, batch_rows: int = 32, rows: int = CHOOSING_ROWS
 ) -> tuple[CompiledPrompt, dict[str, float], int]:
     """The base alone under the candidate wording of lowest loss, the loss of each in nats per token, and the number of
-    training rows they were measured on."""
-    rows = task.splits.train[:CHOOSING_ROWS]
+    training rows they were measured on, of the first `rows`."""
+    chosen_on = task.splits.train[:rows]
     metrics = [METRICS["nll"]]
     settings = JudgeSettings(batch_rows=batch_rows)
     losses: dict[str, float] = {}
     for template in candidate_wordings(task.template, own):
         alone = compile_prompt(lm, None, template=template, special_tokens=task.special_tokens)
         judged = judge_rows(
-            predictor(lm, alone, template, metrics, settings, end=task.end), rows, metrics, template
+            predictor(lm, alone, template, metrics, settings, end=task.end), chosen_on, metrics, template
         )
         losses[str(template)] = judged.estimates["nll"].value
     best = Template.parse(min(losses, key=lambda source: losses[source]), target=task.template.target)
-    return compile_prompt(lm, None, template=best, special_tokens=task.special_tokens), losses, len(rows)
+    return compile_prompt(lm, None, template=best, special_tokens=task.special_tokens), losses, len(chosen_on)
 
 
 def prompt(assignment: Assignment) -> PreparedArm:

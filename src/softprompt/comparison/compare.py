@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def _compare(
     judged, split, notes = judged_rows(task, settings)  # what cannot be is refused before anything is learned
     metrics = settings.metrics or default_metrics(layout, chain(splits.train, judged))
     metrics_named(metrics)
-    base, base_digest, device = described(lm), lm.fingerprint.digest, lm.device
+    base, base_digest, width, device = described(lm), lm.fingerprint.digest, lm.width, lm.device
     del lm  # each arm loads its own, and this process would only take its memory
     claim(out, "comparison", (RECORD,))
     jobs = [
@@ -109,7 +110,7 @@ def _compare(
 
     def to_do() -> Iterator[Job]:
         for job in jobs:
-            former = _done(job, splits.revision, base_digest)
+            former = _done(job, splits.revision, base_digest, width)
             if former is not None:
                 done[job.folder.name] = former
             elif job.arm not in failed:  # an arm needs all of its seeds
@@ -185,8 +186,8 @@ def _attempted(
         return error
 
 
-def _done(job: Job, data_revision: str | None, base_digest: str) -> ArmResult | None:
-    """The result of an earlier run of the same job, on the same data and base."""
+def _done(job: Job, data_revision: str | None, base_digest: str, width: int) -> ArmResult | None:
+    """The result of an earlier run of the same job, on the same data and base, at the rate that it would have now."""
     try:
         result = ArmResult.read(job.folder / RESULT)
     except DataError:
@@ -195,9 +196,16 @@ def _done(job: Job, data_revision: str | None, base_digest: str) -> ArmResult | 
         _former_digest(job.folder) == job.digest
         and result.data_revision == data_revision
         and result.base_fingerprint == base_digest
+        and _at_this_rate(job, result, width)
         and (job.folder / ROWS).exists()
     )
     return result if same else None
+
+
+def _at_this_rate(job: Job, result: ArmResult, width: int) -> bool:
+    """Whether an arm's own rate is what it was: another version may have another default."""
+    own = ARMS[job.arm].rate_at(width)
+    return job.arm in job.settings.rates or math.isnan(own) or math.isclose(result.learning.rate, own)
 
 
 def _former_digest(folder: Path) -> str | None:

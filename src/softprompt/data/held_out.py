@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from softprompt.data.example import Example
 from softprompt.data.examples import Examples
+from softprompt.data.labels import are_labels
 from softprompt.errors import DataError
 
 # What is held out for validation where nobody says: enough rows to choose a step by, few enough to be measured often.
@@ -38,7 +39,7 @@ class Draw:
         groups: dict[str, list[int]] = {}
         for index in self._order:
             groups.setdefault(self._rows[index].fields.get(target or "", ""), []).append(index)
-        if len(groups) > len(self._order) // 2:  # answers rather than labels
+        if not are_labels(map(len, groups.values())):
             return self._taken(self._order[:count])
         exact = {label: count * len(group) / len(self._order) for label, group in groups.items()}
         quota = {label: int(share) for label, share in exact.items()}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby, islice
 
 from softprompt.data.example import Example
+from softprompt.data.labels import are_labels
 
 FEWEST = 20
 """Rows that say something of the others' order."""
@@ -18,7 +19,7 @@ def sorted_note(rows: Sequence[Example], target: str | None, setting: str) -> st
     """A note where the first rows of more, which `setting` takes, have their labels one after another; else None."""
     if target is None or len(rows) < FEWEST:
         return None
-    most = len(rows) // 4  # more values, or longer ones, are answers rather than labels
+    most = len(rows) // 4  # rows of one answer may come together too: those of one question, say
     runs = [
         label for label, _ in islice(groupby(example.fields.get(target, "") for example in rows), most + 1)
     ]
@@ -48,7 +49,7 @@ def variants_note(rows: Sequence[Example], target: str | None) -> str | None:
     if target is None or len(rows) < FEWEST:
         return None
     counts = Counter(example.fields.get(target, "") for example in rows)
-    if len(counts) > len(rows) // 4:
+    if not are_labels(counts.values()):
         return None
     spellings: dict[str, list[str]] = {}
     for label in sorted(counts, key=lambda label: -counts[label]):
@@ -80,8 +81,8 @@ def withheld_note(
     found = label[0].strip()
     if others or (found != WITHHELD and len(rows) < FEWEST):
         return None
-    labels = {example.fields.get(target, "").strip() for example in learned}
-    if found in labels or len(labels) > len(learned) // 4:
+    labels = Counter(example.fields.get(target, "").strip() for example in learned)
+    if found in labels or not are_labels(labels.values()):
         return None
     return (
         f"The split {split!r} is not taken by itself: all of its {len(rows):,} rows have the {target} {_quoted(found)}, which no row to learn "

@@ -10,7 +10,7 @@ import html
 import json
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any
 
 from softprompt.base.workers import HERE, Tell, Workers
 from softprompt.data.example import Example
+from softprompt.data.labels import are_labels
 from softprompt.data.template import Field, Messages, Soft, Template, Text
 from softprompt.errors import DataError, GateFailed, RecipeError
 from softprompt.evaluation.metric import METRICS, Confusion, Estimate, Metric, confusion
@@ -271,16 +272,15 @@ def default_metrics(layout: Template, examples: Iterable[Example]) -> list[str]:
     """Metrics that suit the task: labels (few, short, repeated), an answer, or running text. The first one ranks."""
     if layout.target is None:
         return ["nll", "perplexity", "bits_per_byte"]
-    distinct: set[int] = set()  # hashes of the labels, since there may be a million
-    rows, short, numbered = 0, True, True
+    counts: Counter[int] = Counter()  # of hashes of the labels, since there may be a million
+    short, numbered = True, True
     for example in examples:
         label = wanted_text(layout, example).strip()
         short = short and len(label) <= LONGEST_LABEL
         if short:
-            distinct.add(hash(label))
+            counts[hash(label)] += 1
         numbered = numbered and "####" in label
-        rows += 1
-    if short and len(distinct) <= max(2, rows // 2):
+    if short and (len(counts) <= 2 or are_labels(counts.values())):
         return ["accuracy", "macro_f1", "nll"]
     if numbered:
         return ["numeric_match", "nll", "bits_per_byte"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -169,6 +170,13 @@ def contexts_of(rows: Iterable[Encoded]) -> set[Context]:
         if start >= SHORTEST and not any(row.trained[:start]):
             contexts.add(tuple(row.ids[:start]))
     return contexts
+
+
+@runtime_checkable
+class KeepsContexts(Protocol):
+    """A loss that reads contexts through such a cache."""
+
+    context_cache: ContextCache
 
 
 def context_bytes(lm: FrozenLM, contexts: Iterable[Context]) -> int:

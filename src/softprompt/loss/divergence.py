@@ -20,6 +20,7 @@ class DivergenceLoss:
 
     def __init__(self, fast: FastLoss, targets: Mapping[int, SoftTargets], weight: float = 1.0) -> None:
         self.fast, self.targets, self.weight = fast, targets, weight
+        self.context_cache = fast.context_cache
 
     def __call__(self, batch: Batch, prompt: Plain | None = None) -> Tensor:
         """Nats at every trained token, float32 [N]."""

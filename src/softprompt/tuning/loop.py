@@ -43,11 +43,11 @@ def tune(
     with shown(on_event, progress) as tell, joining(plan) as (plan, processes):
         plan.settle_contexts(together=processes.count == 1)
         run = Run(plan, tell, form, processes=processes)
-        learner, loss_and_gradient = run.learner, run.gradients
+        learner = run.learner
         try:
             run.begin(processes.same(run.newest_checkpoint() if resume else None))
             for rows in run.batches():
-                (nll,) = loss_and_gradient([learner.form], [rows])  # in pieces that fit into memory
+                nll = run.add_gradient(rows)  # in pieces that fit into memory
                 nll = run.doubt_last_step(rows, nll)  # a step that threw the loss is taken back
                 run.add_keep_gradient()
                 if not learner.step(nll):  # clipped and scheduled

@@ -15,10 +15,10 @@ from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.batch import EncodedSet, epoch_order
 from softprompt.data.encoded import Encoded
 from softprompt.data.example import Example, Splits
+from softprompt.data.labels import are_labels
 from softprompt.data.template import Template
-from softprompt.loss.context_cache import GIGABYTE, Context, context_bytes, contexts_of
+from softprompt.loss.context_cache import GIGABYTE, Context, KeepsContexts, context_bytes, contexts_of
 from softprompt.loss.divergence import DivergenceLoss
-from softprompt.loss.fast import FastLoss
 from softprompt.loss.gradient import Loss
 from softprompt.tuning.measuring import measurements
 from softprompt.tuning.recipe import Recipe
@@ -84,7 +84,7 @@ class Plan:
 
     @cached_property
     def loss_falls_to_zero(self) -> bool:
-        """Whether what is learned can be said with certainty, as labels can, which most rows share with others, or a teacher's own
+        """Whether what is learned can be said with certainty, as labels can, or a teacher's own
         probabilities. Most of the loss of running text stays."""
         if isinstance(self.loss, DivergenceLoss):
             return True
@@ -92,7 +92,7 @@ class Plan:
             tuple(token for token, trained in zip(row.ids, row.trained, strict=True) if trained)
             for row in islice(self.train.encoded, LOOKED_AT)
         )
-        return 2 * sum(rows for rows in targets.values() if rows > 1) >= targets.total()
+        return are_labels(targets.values())
 
     @property
     def steps_promise_all(self) -> bool:
@@ -108,7 +108,7 @@ class Plan:
     def settle_contexts(self, *, together: bool) -> None:
         """Says how the loss reads text before the first virtual token from now on: that of the rows of a batch together, or
         each row's by itself, as where other runs or processes have other batches."""
-        if isinstance(self.loss, FastLoss):
+        if isinstance(self.loss, KeepsContexts):
             cache = self.loss.context_cache
             if together:
                 cache.read_together(self._context_groups())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
@@ -28,12 +29,23 @@ LEFT_SHARE = 0.25  # of a step that is taken back
 RECOVERED_SHARE = 1 / 3  # of the rise above the usual loss: a step that explains less of it was not its cause
 
 
+class FirstGradient(NamedTuple):
+    """The loss of the first step's rows at the start (nats per token), its gradient towards each trained parameter, and the time
+    that took."""
+
+    nll: float
+    gradients: list[Tensor | None]
+    seconds: float
+
+
 class MeasuredRate(NamedTuple):
-    """The rate of a run's first step, the lowest of its steps, and the loss (nats per token) down to which they may promise to go."""
+    """The rate of a run's first step, the lowest of its steps, the loss (nats per token) down to which they may promise to go, and
+    what the first step takes anyway."""
 
     rate: float
     lowest: float
     reachable_nll: float
+    first: FirstGradient
 
 
 def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> MeasuredRate:
@@ -45,7 +57,7 @@ def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> MeasuredRate:
     al. 2021 for batches, with an upper bound as here). It supposes that the loss can fall to zero. That of a label
     can, that of a text cannot: so the step is tried on the rows of the second batch, and halved while it makes their
     loss fall by less than `KEPT_SHARE` of what half the step does. The share of the loss that is left to promise is
-    what all steps of the run go by. Costs one gradient and a few forward passes. The same base, rows and settings
+    what all steps of the run go by. Costs a few forward passes, and the gradient that the first step takes. The same base, rows and settings
     give the same rate. `form` is what will be learned, at its start; it is not changed.
 
     This, times the form's `lowest_share`, is the lowest rate of the run, but for `try_last_step`: later steps take more, up to the bound
@@ -56,15 +68,19 @@ def measured_rate(plan: Plan, gradients: Gradients, form: Form) -> MeasuredRate:
     learner = Learner(copy.deepcopy(form), tune, 1.0, plan.steps, plan.lm.device)
     first, second = _first_batches(plan, tune.seed)
     start = [parameter.detach().clone() for parameter in learner.parameters]
+    began = time.perf_counter()
     (nll,) = gradients([learner.form], [first])
+    seconds = time.perf_counter() - began
+    first_gradient = FirstGradient(nll, [parameter.grad for parameter in learner.parameters], seconds)
     fall = learner.promised_fall()
     if not fall > 0 or not nll > 0:  # a flat start, or one that is not finite, which the first step reports
-        return MeasuredRate(plan.learning_rate, plan.learning_rate, 0.0)
+        return MeasuredRate(plan.learning_rate, plan.learning_rate, 0.0, first_gradient)
     promised = nll / fall
     tried = min(plan.learning_rate, promised)
     rate = _confirmed(gradients, learner, start, second, tried)
     share = rate / tried
-    return MeasuredRate(_two_digits(rate), _two_digits(form.lowest_share * rate), (1.0 - share) * nll)
+    lowest = _two_digits(form.lowest_share * rate)
+    return MeasuredRate(_two_digits(rate), lowest, (1.0 - share) * nll, first_gradient)
 
 
 def _two_digits(rate: float) -> float:

@@ -27,7 +27,13 @@ from softprompt.tuning.keep import Keeper
 from softprompt.tuning.learner import Learner, is_finite
 from softprompt.tuning.plain_reading import plain_reading
 from softprompt.tuning.plan import Plan
-from softprompt.tuning.rate import TRIED_STEPS, measured_rate, take_back_last_step, try_last_step
+from softprompt.tuning.rate import (
+    TRIED_STEPS,
+    FirstGradient,
+    measured_rate,
+    take_back_last_step,
+    try_last_step,
+)
 from softprompt.tuning.records import versions
 from softprompt.tuning.result import TuneResult
 from softprompt.tuning.run_log import RunLog
@@ -65,6 +71,7 @@ class Run:
         self.log = RunLog(plan.recipe, on_event)
         self.checkpoints = Checkpoints(out, tune, self.log.note)
         self.nll_base = math.nan
+        self._first: FirstGradient | None = None  # until the first step, where the rate was measured by it
         self.shares_a_part = shares_a_part
         self.ending = "finished"
 
@@ -105,7 +112,7 @@ class Run:
         self.nll_base = self.base_losses.nll(self.plan.loss, held_out, batch_size=at_a_time)
         if isinstance(self.plan.recipe.tune.learning_rate, str):
             measured = measured_rate(self.plan, self.gradients, self.learner.form)
-            length = self.learner.length
+            self._first, length = measured.first, self.learner.length
             length.learning_rate, length.reachable_nll = measured.lowest, measured.reachable_nll
             length.highest_rate = self.plan.learning_rate
             if self.plan.recipe.tune.learning_rate == "find":
@@ -137,6 +144,24 @@ class Run:
                     return
                 self.log.step_begins()
                 yield [encoded[index] for index in indices]
+
+    def add_gradient(self, rows: Sequence[Encoded]) -> float:
+        """Adds the gradient of the mean loss of the coming step's `rows` to the form's; that loss, in nats per trained token."""
+        known = self.add_known_gradient()
+        return self.gradients([self.learner.form], [rows])[0] if known is None else known
+
+    def add_known_gradient(self) -> float | None:
+        """The same for the first step, where the rate was measured by its gradient; else None, and nothing is added."""
+        first, self._first = self._first, None
+        if first is None:
+            return None
+        for parameter, gradient in zip(self.learner.parameters, first.gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient
+            elif gradient is not None:  # of a part that tasks share
+                parameter.grad += gradient
+        self.log.seconds_learning += first.seconds
+        return first.nll
 
     def try_last_step(self) -> None:
         """Tries the length of one of the first steps on the rows of the next one, and corrects it and the rate."""
