@@ -40,8 +40,15 @@ def test_three_hops_lead_from_the_command_line_to_the_gradient_and_to_the_optimi
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "the order never came"}\n' * 4, encoding="utf-8")
     recipe = Recipe.from_flags(
-        {}, [f"data.source={rows}", f"out={tmp_path / 'p'}", "tune.max_steps=1", "prompt.length=2"]
-    )
+        {},
+        [
+            f"data.source={rows}",
+            f"out={tmp_path / 'p'}",
+            "tune.max_steps=2",
+            "tune.epochs=2",
+            "prompt.length=2",
+        ],
+    )  # the first step takes the gradient that the rate was measured by
     learn(screen(as_json=True), recipe)
     # From `learn`, which the command calls: tune, then the loss and gradient or the learner's step, then torch.
     assert stacks["backward"] == ["__call__", "tune", "learn"]

@@ -43,11 +43,13 @@ def tune(
     with shown(on_event, progress) as tell, joining(plan) as (plan, processes):
         plan.settle_contexts(together=processes.count == 1)
         run = Run(plan, tell, form, processes=processes)
-        learner = run.learner
+        learner, loss_and_gradient = run.learner, run.gradients
         try:
             run.begin(processes.same(run.newest_checkpoint() if resume else None))
             for rows in run.batches():
-                nll = run.add_gradient(rows)  # in pieces that fit into memory
+                nll = run.add_known_gradient()  # the first step's measured the rate
+                if nll is None:
+                    (nll,) = loss_and_gradient([learner.form], [rows])  # in pieces that fit into memory
                 nll = run.doubt_last_step(rows, nll)  # a step that threw the loss is taken back
                 run.add_keep_gradient()
                 if not learner.step(nll):  # clipped and scheduled

@@ -145,13 +145,9 @@ class Run:
                 self.log.step_begins()
                 yield [encoded[index] for index in indices]
 
-    def add_gradient(self, rows: Sequence[Encoded]) -> float:
-        """Adds the gradient of the mean loss of the coming step's `rows` to the form's; that loss, in nats per trained token."""
-        known = self.add_known_gradient()
-        return self.gradients([self.learner.form], [rows])[0] if known is None else known
-
     def add_known_gradient(self) -> float | None:
-        """The same for the first step, where the rate was measured by its gradient; else None, and nothing is added."""
+        """Where the rate was measured by the gradient of the first step's rows, adds it to the form's at that step; the mean loss of the
+        rows, in nats per trained token. Else, and at all other steps, None."""
         first, self._first = self._first, None
         if first is None:
             return None
