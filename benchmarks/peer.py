@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from machine import describe
+from page_table import put_table
 from quality_vs_peft import DATA, TASKS, Task, plain
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.comparison.weights import learn_weights, served
@@ -67,7 +68,6 @@ LENGTH = 20
 JUDGED_TOGETHER = 64  # rows
 GSM8K_CHARACTERS = 400  # at most 222 tokens of SmolLM2
 PROMPT_RATES, LORA_RATES = (0.005, 0.03, 0.3), (2e-4, 5e-4, 2e-3)
-BEGIN, END = "<!-- peer table: begin -->", "<!-- peer table: end -->"
 SIZES = (
     "batch_size",
     "positions",
@@ -674,6 +674,7 @@ def main() -> None:
     parser.add_argument("--peft-checkout", type=Path)
     parser.add_argument("--out", type=Path, help="the summary as JSON")
     parser.add_argument("--page", type=Path, help="the page whose table is rewritten")
+    parser.add_argument("--table", default="peer", help="the name of that table, where a page has several")
     given = parser.parse_args()
     if "trec" in given.sets and given.trec is None and not given.kept:
         parser.error("the set trec needs --trec FOLDER, with train_5500.label and TREC_10.label in it")
@@ -686,8 +687,7 @@ def main() -> None:
     if given.out:
         given.out.write_text(json.dumps(sets, indent=1) + "\n", encoding="utf-8")
     if given.page:
-        before, rest = given.page.read_text(encoding="utf-8").split(BEGIN)
-        given.page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        put_table(given.page, given.table, text)
 
 
 def of_size(splits: Splits, given: Any) -> Splits:

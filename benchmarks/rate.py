@@ -28,6 +28,7 @@ from typing import Any
 import peft
 import torch
 
+from page_table import put_table
 from quality_vs_peft import TASKS, Task, plain
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.data.example import Example, Splits
@@ -40,7 +41,6 @@ from softprompt.tuning.recipe import Recipe
 LENGTH, TRAIN_ROWS, MOST_POSITIONS = 20, 2000, 160
 SETS = ("snips", "banking77", "e2e_nlg", "messages")
 SAME = ("base", "set", "kind", "optimizer", "arm", "setting", "seed", "steps")  # what makes two runs the same
-BEGIN, END = "<!-- rate table: begin -->", "<!-- rate table: end -->"
 WITHIN = 1.05  # of the best of the sweep
 
 
@@ -255,12 +255,6 @@ def means(row: Mapping[str, Mapping[int, float]], seeds: Sequence[int]) -> dict[
     }
 
 
-def rewrite(page: Path, text: str) -> None:
-    """Replaces what is between the two marks of the page."""
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -284,7 +278,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/learning.md"))
     given = parser.parse_args()
     if given.table:
-        rewrite(given.page, table(read(given.out)))
+        put_table(given.page, "rate", table(read(given.out)))
     else:
         run_all(given)
 

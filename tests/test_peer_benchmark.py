@@ -224,3 +224,17 @@ def test_pefts_evaluate_is_read_from_a_checkout_by_itself(peer: Any, tmp_path: P
     (folder / "run.py").write_text("raise SystemExit('whole')\n\ndef evaluate(ds):\n    return ds[0:2], []\n")
     rows = peer.Rows([{"a": 1}, {"a": 2}, {"a": 3}])
     assert peer.pefts_function(tmp_path)(ds=rows)[0] == {"a": [1, 2]}
+
+
+def test_of_several_tables_of_a_page_the_named_one_is_replaced(peer: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    marks = "<!-- {0} table: begin -->\n{0} was\n<!-- {0} table: end -->\n"
+    page.write_text("before\n" + marks.format("one") + "between\n" + marks.format("two") + "after\n")
+    peer.put_table(page, "two", "| new |")
+    assert page.read_text() == (
+        "before\n"
+        + marks.format("one")
+        + "between\n<!-- two table: begin -->\n\n| new |\n\n<!-- two table: end -->\nafter\n"
+    )
+    with pytest.raises(ValueError, match="unpack"):
+        peer.put_table(page, "three", "| new |")
