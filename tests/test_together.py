@@ -16,7 +16,7 @@ from kill_nine import needs_fork, runs_killed_and_undisturbed
 from softprompt.cli.app import main
 from softprompt.errors import NotFinite, RecipeError
 from softprompt.loss.fast import FastLoss
-from softprompt.loss.gradient import Loss
+from softprompt.loss.gradient import Gradients, Loss
 from softprompt.progress.console import Screen
 from softprompt.progress.events import BatchHalved, Event, Note, Saved, Started, Stepped
 from softprompt.progress.runs import ShowTable
@@ -355,6 +355,22 @@ def test_tasks_that_were_killed_end_with_the_same_bits(
             assert getattr(one, figure) == getattr(other, figure)
         assert steps_recorded(Path(other.path)) == list(range(1, other.steps + 1))
     assert not list((tmp_path / "cut").glob("task[12]/checkpoints/*.checkpoint"))
+
+
+def test_the_first_step_of_a_shared_part_takes_the_gradients_of_all_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each task's rate is measured by a gradient of its own part, which for all but the first leaves the shared one out."""
+    taken: list[int] = []
+    gradients = Gradients.__call__
+
+    def counted(self: Gradients, forms: Sequence[Any], rows: Any) -> list[float]:
+        taken.append(len(forms))
+        return gradients(self, forms, rows)
+
+    monkeypatch.setattr(Gradients, "__call__", counted)
+    tune_tasks(tasks(tmp_path, "tune.learning_rate=auto", "tune.max_steps=1"), lm=lm_of())
+    assert taken == [1, 1, 2]
 
 
 def test_a_task_that_broke_before_the_kill_stays_broken(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ INPUTS = (
 MESSAGES = ("Where is my parcel?", "I was charged twice for one order.")
 INSTRUCTION = "Sort the message into one kind: delivery, payment, return, account, thanks or job.\n"
 REAL_WEIGHTS = 50_000_000  # a base of so many weights gets fewer rows and steps, to end in about three minutes on two cores
-REAL_TEST_ROWS, REAL_CHOOSING_ROWS, REAL_TEXTS = 48, 16, 16
+REAL_TEST_ROWS, REAL_TEST_TEXTS = 48, 16  # that the two prompts are judged by
+REAL_CHOOSING_ROWS = 16  # that the base's best wording is chosen on
 SECOND_TASK_UNTIL_SECONDS = {False: 60, True: 150}  # on a busy machine the second task is left out
 
 
@@ -196,7 +197,7 @@ def write_roles(console: Screen, lm: FrozenLM, recipe: Recipe, *, real: bool) ->
     heading(console, "task 2: the same inputs, before and after")
     behind = answers(lm, INPUTS, [tuned.prompt], decoding, with_base=False)
     show_side_by_side(console, [*alone, *behind])
-    test = task.splits.test[: REAL_TEXTS if real else None]
+    test = task.splits.test[: REAL_TEST_TEXTS if real else None]
     before, after = held_out(lm, tuned.prompt, task, test)
     fact(
         console,

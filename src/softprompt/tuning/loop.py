@@ -47,7 +47,7 @@ def tune(
         try:
             run.begin(processes.same(run.newest_checkpoint() if resume else None))
             for rows in run.batches():
-                nll = run.add_known_gradient()  # the first step's measured the rate
+                nll = run.take_known_gradient()  # the first step's measured the rate
                 if nll is None:
                     (nll,) = loss_and_gradient([learner.form], [rows])  # in pieces that fit into memory
                 nll = run.doubt_last_step(rows, nll)  # a step that threw the loss is taken back

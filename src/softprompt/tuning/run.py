@@ -112,7 +112,9 @@ class Run:
         self.nll_base = self.base_losses.nll(self.plan.loss, held_out, batch_size=at_a_time)
         if isinstance(self.plan.recipe.tune.learning_rate, str):
             measured = measured_rate(self.plan, self.gradients, self.learner.form)
-            self._first, length = measured.first, self.learner.length
+            length = self.learner.length
+            if not self.shares_a_part:  # the first step of such a part takes the gradients of all tasks
+                self._first = measured.first
             length.learning_rate, length.reachable_nll = measured.lowest, measured.reachable_nll
             length.highest_rate = self.plan.learning_rate
             if self.plan.recipe.tune.learning_rate == "find":
@@ -145,17 +147,14 @@ class Run:
                 self.log.step_begins()
                 yield [encoded[index] for index in indices]
 
-    def add_known_gradient(self) -> float | None:
-        """Where the rate was measured by the gradient of the first step's rows, adds it to the form's at that step; the mean loss of the
+    def take_known_gradient(self) -> float | None:
+        """Where the rate was measured by the gradient of the first step's rows, gives it to the form at that step; the mean loss of the
         rows, in nats per trained token. Else, and at all other steps, None."""
         first, self._first = self._first, None
         if first is None:
             return None
         for parameter, gradient in zip(self.learner.parameters, first.gradients, strict=True):
-            if parameter.grad is None:
-                parameter.grad = gradient
-            elif gradient is not None:  # of a part that tasks share
-                parameter.grad += gradient
+            parameter.grad = gradient
         self.log.seconds_learning += first.seconds
         return first.nll
 

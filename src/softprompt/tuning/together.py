@@ -196,7 +196,7 @@ class Together:
 
     def _add_gradients(self, rows: Mapping[int, list[Encoded]]) -> dict[int, float]:
         """Adds each run's gradient on its rows to its form's, all in one pass but for what is known; their losses."""
-        known = {number: self.runs[number].add_known_gradient() for number in rows}
+        known = {number: self.runs[number].take_known_gradient() for number in rows}
         asked = [number for number, nll in known.items() if nll is None]
         forms = [self.runs[number].learner.form for number in asked]
         losses = self.gradients(forms, [rows[number] for number in asked]) if asked else []
