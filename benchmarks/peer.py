@@ -2,7 +2,7 @@
 
     python benchmarks/peer.py --base bases/smollm2 --search-steps 30 --seeds 0 1 2 --workers 8 --runs benchmarks/peer.jsonl
     python benchmarks/peer.py --quick --base builtin --sets snips --steps 60 --runs runs/peer.jsonl
-    python benchmarks/peer.py --kept --search-steps 30 --seeds 0 1 2 --runs benchmarks/peer.jsonl --page docs/learning.md
+    python benchmarks/peer.py --kept --search-steps 30 --seeds 0 1 2 --runs benchmarks/peer.jsonl --page docs/learning-measured.md
 
 Every arm sees the same batches for the same steps and keeps its best validated step. PEFT's arms and full fine-tuning take
 AdamW with linear decay, a warm-up of 6 % and a gradient norm of at most 1, at every rate that is listed for them; validation

@@ -2,7 +2,7 @@
 
     python benchmarks/rate.py --base builtin --seeds 0 1 2 --out benchmarks/rate.jsonl
     python benchmarks/rate.py --base ../shared/data/weights/TinyStories-656K --seeds 0 1 2 --out benchmarks/rate.jsonl
-    python benchmarks/rate.py --table --out benchmarks/rate.jsonl --page docs/learning.md
+    python benchmarks/rate.py --table --out benchmarks/rate.jsonl --page docs/learning-measured.md
 
 Each line of --out is one run, and a run that is there already is not repeated. `auto` is softprompt's default; `share` is
 the lowest rate that it measures before the first step times a number, the same for all steps, with all else as by default. `peft` is PEFT's own start (prompt tuning with random vectors,
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=400, help="longer rows are left out")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/rate.jsonl"))
     parser.add_argument("--table", action="store_true", help="run nothing; write the table of --out")
-    parser.add_argument("--page", type=Path, default=Path("docs/learning.md"))
+    parser.add_argument("--page", type=Path, default=Path("docs/learning-measured.md"))
     given = parser.parse_args()
     if given.table:
         put_table(given.page, "rate", table(read(given.out)))

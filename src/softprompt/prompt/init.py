@@ -1,7 +1,8 @@
 """Starting points of a soft prompt: one function each, all returning float32 [P, D].
 
-The start decides more than any other setting: PEFT's own suite moves from 0.057 to 0.343 by it alone (see
-docs/learning.md). Every start here has the embedding table's own scale.
+In short runs the start decides more than any other setting: in PEFT's own method comparison (Llama-3.2-3B, GSM8K),
+prompt tuning is right in 0.234 of all answers from random vectors and in 0.343 from sampled vocabulary. Every start
+here has the embedding table's own scale.
 """
 
 from __future__ import annotations
