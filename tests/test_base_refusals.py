@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from softprompt.base.base_name import looks_like_path
@@ -249,3 +254,62 @@ def test_hub_ids_stay_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shutil.copytree(saved(tmp_path / "base"), tmp_path / "gpt2")  # a folder of that name is nearer
     assert locate("gpt2") == ("gpt2", "gpt2")
     assert FrozenLM.load("gpt2", device="cpu").num_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (404, "RepoNotFound", "the hub has no such model, or not for you"),
+        (403, "GatedRepo", "those alone who were granted access"),
+        (404, "RevisionNotFound", "not this revision of it"),
+        (401, "", "the hub does not give it"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch, status: int, code: str, said: str
+) -> None:
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *given: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{hub.server_port}"
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        with pytest.raises(BaseError, match=said) as error:
+            FrozenLM.load("someone/something", device="cpu")
+        hub.shutdown()
+    assert str(error.value).startswith("someone/something: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "cause", [ConnectionRefusedError("Connection refused"), socket.gaierror(-2, "Name or service not known")]
+)
+def test_a_hub_that_cannot_be_reached_is_called_so(monkeypatch: pytest.MonkeyPatch, cause: Exception) -> None:
+    def unreachable(*given: Any, **options: Any) -> Any:
+        try:
+            try:
+                raise cause
+            except OSError as error:
+                raise LocalEntryNotFoundError("not in the cache") from error
+        except LocalEntryNotFoundError as error:
+            raise OSError("We couldn't connect") from error
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
+    with pytest.raises(BaseError, match=f"the hub does not give it .*{cause.args[-1]}.* Check the network"):
+        FrozenLM.load("someone/something", device="cpu")

@@ -6,11 +6,20 @@ import contextlib
 import json
 import os
 import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import transformers
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from softprompt.base.base_name import demand_there
 from softprompt.base.foreign import gist, quiet
@@ -83,7 +92,7 @@ def load_local_first(
         except BaseError:
             raise
         except Exception as error:
-            raise _load_error(name, error, loading, False) from error
+            raise _hub_error(name, error) or _load_error(name, error, loading, False) from error
 
 
 def demand_no_adapter(model: Any, name: str) -> None:
@@ -141,3 +150,44 @@ def _load_error(name: str, error: Exception, loading: str, offline: bool) -> Bas
         f"{name}: cannot be loaded as a causal language model. Check the name or the folder. transformers says: "
         f"{gist(error)}"
     )
+
+
+def _hub_error(name: str, error: Exception) -> BaseError | None:
+    """What kept the hub from giving a model, and what to do; None where it was not the hub."""
+    causes = _causes(error)
+
+    def came_from(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if came_from(GatedRepoError):
+        return BaseError(
+            f"{name}: the hub gives this model to those alone who were granted access. Ask for it on the model's page, then "
+            "`hf auth login`."
+        )
+    if came_from(RepositoryNotFoundError):
+        return BaseError(
+            f"{name}: not a folder here, and the hub has no such model, or not for you. Check the name; for a private model "
+            "`hf auth login`."
+        )
+    if came_from(RevisionNotFoundError):
+        return BaseError(
+            f"{name}: the hub has the model, but not this revision of it. Give a branch, a tag or a commit, or none."
+        )
+    if came_from(RemoteEntryNotFoundError):  # a file that the model lacks
+        return None
+    if came_from(LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError, socket.gaierror):
+        return BaseError(
+            f"{name}: not a folder here, not wholly in the local hub cache, and the hub does not give it "
+            f"({gist(causes[-1])}). Check the network and your access (`hf auth login`), or give a model's folder or `builtin`."
+        )
+    return None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error, what it came from, and so on to the first of all."""
+    causes: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in causes:
+        causes.append(following)
+        following = following.__cause__ or following.__context__
+    return causes
