@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -17,6 +18,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import load_file, save_file
 
 from softprompt.base.base_name import looks_like_path
@@ -313,3 +315,23 @@ def test_a_hub_that_cannot_be_reached_is_called_so(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
     with pytest.raises(BaseError, match=f"the hub does not give it .*{cause.args[-1]}.* Check the network"):
         FrozenLM.load("someone/something", device="cpu")
+
+
+@pytest.mark.parametrize("on_a_terminal", [True, False])
+def test_a_download_shows_the_hubs_bars_on_terminals_alone(
+    monkeypatch: pytest.MonkeyPatch, on_a_terminal: bool
+) -> None:
+    shown = []
+
+    def asked(*given: Any, local_files_only: bool, **options: Any) -> Any:
+        shown.append((local_files_only, not are_progress_bars_disabled()))
+        raise OSError("not here")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", asked)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_a_terminal)
+    before = are_progress_bars_disabled()
+    with pytest.raises(BaseError):
+        FrozenLM.load("someone/something", device="cpu")
+    assert shown == [(True, False), (False, on_a_terminal)]
+    assert are_progress_bars_disabled() == before

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import transformers
+from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 MAX_GIST = 300  # characters
 
@@ -36,6 +38,19 @@ def quiet() -> Iterator[None]:
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def hub_bars_on_terminals() -> Iterator[None]:
+    """Shows the hub's own bars of what is downloaded, on terminals alone, where `quiet` keeps bars away."""
+    if not sys.stderr.isatty() or HF_HUB_DISABLE_PROGRESS_BARS:
+        yield
+        return
+    enable_progress_bars()
+    try:
+        yield
+    finally:
+        disable_progress_bars()
 
 
 @contextlib.contextmanager

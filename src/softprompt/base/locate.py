@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from softprompt.base.base_name import demand_there
-from softprompt.base.foreign import gist, quiet
+from softprompt.base.foreign import gist, hub_bars_on_terminals, quiet
 from softprompt.base.gguf_base import converted, is_gguf
 from softprompt.errors import BaseError
 from softprompt.store.plain_file import read_text
@@ -88,7 +88,8 @@ def load_local_first(
             if not absent or offline:
                 raise _load_error(name, error, loading, offline and absent) from error
         try:
-            return both(False)
+            with hub_bars_on_terminals():
+                return both(False)
         except BaseError:
             raise
         except Exception as error:

@@ -129,7 +129,7 @@ def _print_version(wanted: bool) -> None:
 
 def _be_quiet(wanted: bool) -> None:
     if wanted:
-        os.environ["SOFTPROMPT_QUIET"] = "1"
+        os.environ |= dict.fromkeys(("SOFTPROMPT_QUIET", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
 
 
 def _be_verbose(wanted: bool) -> None:
