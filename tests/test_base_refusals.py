@@ -18,7 +18,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from safetensors.torch import load_file, save_file
 
 from softprompt.base.base_name import looks_like_path
@@ -319,7 +319,7 @@ def test_a_hub_that_cannot_be_reached_is_called_so(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("on_a_terminal", [True, False])
 def test_a_download_shows_the_hubs_bars_on_terminals_alone(
-    monkeypatch: pytest.MonkeyPatch, on_a_terminal: bool
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], on_a_terminal: bool
 ) -> None:
     shown = []
 
@@ -335,3 +335,5 @@ def test_a_download_shows_the_hubs_bars_on_terminals_alone(
         FrozenLM.load("someone/something", device="cpu")
     assert shown == [(True, False), (False, on_a_terminal)]
     assert are_progress_bars_disabled() == before
+    said = "someone/something: not in the local hub cache, so the hub is asked\n"
+    assert capsys.readouterr().err == said * on_a_terminal

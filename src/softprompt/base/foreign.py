@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
 MAX_GIST = 300  # characters
 
@@ -41,11 +41,12 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hub_bars_on_terminals() -> Iterator[None]:
-    """Shows the hub's own bars of what is downloaded, on terminals alone, where `quiet` keeps bars away."""
+def shown_on_terminals(download: str) -> Iterator[None]:
+    """Says on terminals that the hub is asked for `download`, and shows the hub's own bars there, which `quiet` keeps away."""
     if not sys.stderr.isatty() or HF_HUB_DISABLE_PROGRESS_BARS:
         yield
         return
+    print(f"{download}: not in the local hub cache, so the hub is asked", file=sys.stderr)
     enable_progress_bars()
     try:
         yield

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from softprompt.base.base_name import demand_there
-from softprompt.base.foreign import gist, hub_bars_on_terminals, quiet
+from softprompt.base.foreign import gist, quiet, shown_on_terminals
 from softprompt.base.gguf_base import converted, is_gguf
 from softprompt.errors import BaseError
 from softprompt.store.plain_file import read_text
@@ -88,7 +88,7 @@ def load_local_first(
             if not absent or offline:
                 raise _load_error(name, error, loading, offline and absent) from error
         try:
-            with hub_bars_on_terminals():
+            with shown_on_terminals(name):
                 return both(False)
         except BaseError:
             raise

@@ -233,11 +233,10 @@ def _prepare_libraries() -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
         # But some microseconds: small products come in quick succession, and waking a thread takes longer than they do.
         "GOMP_SPINCOUNT": "3000",
-        # Libraries' bars and warnings would bury what the command says.
+        # Libraries' warnings and bars would bury what the command says; the hub's own, of what is downloaded, stay.
         "TRANSFORMERS_VERBOSITY": "error",
         "DATASETS_VERBOSITY": "error",
         "HF_HUB_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         # With it the hub's library asks its server for a list, even where everything lies on this machine.

@@ -22,6 +22,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from softprompt.base.foreign import quiet
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.base.quantised import is_quantised
 from softprompt.data.template import Soft
@@ -78,8 +79,9 @@ def write_copy(folder: Path, model: Any, tokenizer: Any, record: dict[str, Any])
     try:
         with new_folder(folder) as draft:
             claim(draft, "merged", [])  # the whole folder is ours
-            model.save_pretrained(draft)
-            tokenizer.save_pretrained(draft)
+            with quiet():
+                model.save_pretrained(draft)
+                tokenizer.save_pretrained(draft)
             replace_file(draft / RECORD, json.dumps(record, indent=2) + "\n")
             if folder.exists() and any(folder.iterdir()):
                 remove_ours(folder, "merged", RECORD)
