@@ -182,6 +182,41 @@ def test_a_paired_difference_is_the_t_interval_of_the_row_differences() -> None:
     assert not found.sure
 
 
+# By hand, with half a row added to each cell of the table of both arms' answers (Agresti and Min 2005); Student's table with n + 1
+# degrees of freedom: 3.1824, 2.3646 and 2.0096.
+@pytest.mark.parametrize(
+    ("ours", "theirs", "count", "low", "high", "sure"),
+    [
+        ("a", "b", 2, 0.5 - 3.1824 * math.sqrt(2) / 4, 1.0, False),
+        ("a", "b", 6, 0.75 - 2.3646 * math.sqrt(2.5) / 8, 1.0, True),
+        ("b", "a", 6, -1.0, -0.75 + 2.3646 * math.sqrt(2.5) / 8, True),
+        ("a", "a", 48, -2.0096 / 50, 2.0096 / 50, False),
+        ("b", "b", 48, -2.0096 / 50, 2.0096 / 50, False),
+    ],
+)
+def test_a_few_rows_that_all_agree_do_not_settle_a_difference(
+    ours: str, theirs: str, count: int, low: float, high: float, sure: bool
+) -> None:
+    found = METRICS["accuracy"].difference([rows(*[(ours, "a")] * count)], [rows(*[(theirs, "a")] * count)])
+    assert found.value == (ours == "a") - (theirs == "a")
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-4)
+    assert found.sure is sure
+
+
+def test_more_rows_that_agree_say_more_than_one_that_does_not() -> None:
+    same = rows(*[("a", "a")] * 100)
+    one_wrong = rows(*[("a", "a")] * 99, ("b", "a"))
+    all_agree = METRICS["accuracy"].difference([same], [same])
+    one_apart = METRICS["accuracy"].difference([same], [one_wrong])
+    assert all_agree.high - all_agree.low <= one_apart.high - one_apart.low
+
+
+def test_losses_that_are_the_same_to_the_bit_differ_by_nothing() -> None:
+    same = [loss(1.5, 1, 1), loss(0.5, 2, 2), loss(2.0, 1, 3)]
+    found = METRICS["nll"].difference([same], [same])
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+
+
 def test_pairs_tell_a_difference_that_two_separate_intervals_would_hide() -> None:
     rng = random.Random(0)
     hard = [rng.random() < 0.5 for _ in range(200)]

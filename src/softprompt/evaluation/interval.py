@@ -67,12 +67,15 @@ def mean_over_seeds(seeds: Sequence[RowCounts], total: Total) -> Estimate:
     return Estimate(_mean(values), _joined(rows, _seed_error(values)), len(seeds[0]))
 
 
-def paired_difference(ours: Sequence[RowCounts], theirs: Sequence[RowCounts], total: Total) -> Difference:
+def paired_difference(
+    ours: Sequence[RowCounts], theirs: Sequence[RowCounts], total: Total, most: float = math.inf
+) -> Difference:
     """The difference, ours minus theirs, on the same rows and the same seeds in the same order; a single run is used for
     all seeds.
 
     The interval is Student's, from the spread of the difference over rows and over seeds (degrees of freedom after
-    Satterthwaite 1946). Raises ValueError where rows or seeds do not pair.
+    Satterthwaite 1946). Where all rows agree they have no spread, and still few of them say little: `most` is how far two
+    figures can be apart, and what `_unseen` makes of it is the spread then. Raises ValueError where rows or seeds do not pair.
     """
     pairs = max(len(ours), len(theirs))
     if len(ours) not in (1, pairs) or len(theirs) not in (1, pairs):
@@ -87,14 +90,29 @@ def paired_difference(ours: Sequence[RowCounts], theirs: Sequence[RowCounts], to
     value = _mean(differences)
     rows = _spread(array("d", (a - b for a, b in zip(our_left_out, their_left_out, strict=True))))
     seeds = _seed_error(differences)
+    middle, row_freedom = value, n - 1
+    if rows < most * 1e-12 and math.isfinite(most):
+        middle, rows, row_freedom = _unseen(value, n, most)
     error = _joined(rows, seeds)
     if not math.isfinite(error):
         return Difference(value, math.nan, math.nan, n)
     if error == 0:
         return Difference(value, value, value, n)
-    freedom = error**4 / (rows**4 / (n - 1) + (seeds**4 / (pairs - 1) if pairs > 1 else 0.0))
+    freedom = error**4 / (rows**4 / row_freedom + (seeds**4 / (pairs - 1) if pairs > 1 else 0.0))
     reach = student_quantile(0.975, freedom) * error
-    return Difference(value, value - reach, value + reach, n)
+    return Difference(value, min(value, middle - reach), max(value, middle + reach), n)
+
+
+def _unseen(value: float, n: int, most: float) -> tuple[float, float, int]:
+    """The middle of the interval, the error and its degrees of freedom for `n` rows that all differ by `value`.
+
+    As if two more rows had been seen: half of one where ours is better by `most`, half of one where theirs is, and one where
+    neither is. For right and wrong answers that is half a row in each cell of the table of both (Agresti and Min 2005,
+    "Simple improved confidence intervals for comparing matched proportions")."""
+    seen = n + 2
+    middle = n * value / seen
+    squares = n * (value - middle) ** 2 + middle**2 + ((most - middle) ** 2 + (most + middle) ** 2) / 2
+    return middle, math.sqrt(squares) / seen, seen - 1
 
 
 def bounded_interval(estimate: Estimate, low: float, high: float, runs: int = 1) -> tuple[float, float]:

@@ -252,7 +252,7 @@ def judged_examples(
             return rows, name
     raise DataError(
         "The data has neither test nor validation rows, and training rows would not measure generalisation. "
-        "Set data.test, such as data.test=0.2."
+        "Hold some out with data.test (--test), such as 0.2."
     )
 
 

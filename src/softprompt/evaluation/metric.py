@@ -79,12 +79,13 @@ class Metric:
         """The difference, ours minus theirs, each a list of runs. Raises ValueError unless all were judged on the same rows."""
         if len({rows_digest(rows) for rows in (*ours, *theirs)}) != 1:
             raise ValueError("the runs were judged on different rows, so their difference has no meaning.")
+        most = self.bounds[1] - self.bounds[0]  # no two figures are further apart
         difference = paired_difference(
             [RowCounts(map(self.counted, rows)) for rows in ours],
             [RowCounts(map(self.counted, rows)) for rows in theirs],
             self._total_or_nan,
+            most,
         )
-        most = self.bounds[1] - self.bounds[0]  # no two figures are further apart
         return replace(difference, low=_clipped(difference.low, most), high=_clipped(difference.high, most))
 
     def counted(self, row: Row) -> Counts:

@@ -64,7 +64,7 @@ def verdict(comparison: Comparison) -> str:
 @dataclass(frozen=True)
 class Picks:
     """The arms a reader may want: of the best figure, the cheapest whose figure is within the margin, and the one that the
-    verdict recommends, which is as good as the best as far as the intervals show."""
+    verdict recommends: the cheapest that has the best figure too, or is as good as it as far as the intervals show."""
 
     best: str
     cheapest: str
@@ -80,7 +80,12 @@ def picks(comparison: Comparison) -> Picks | None:
     margin = margin_of(comparison)
     top = arms[best].metrics[judge].value
     near = [arm for arm in arms if abs(top - arms[arm].metrics[judge].value) <= margin + 1e-9]
-    level = [best, *(arm for arm in arms if _standing(arms[arm].against_best, higher, margin) == "level")]
+    level = [
+        arm
+        for arm in arms
+        if arms[arm].metrics[judge].value == top
+        or _standing(arms[arm].against_best, higher, margin) == "level"
+    ]
 
     def price(arm: str) -> tuple[float, float]:
         return arms[arm].stored_bytes, arms[arm].added_tokens

@@ -42,7 +42,9 @@ class Questions(Section):
         "Questions held out to choose the best step and to judge by: a share, a number, a split or a file.",
         flag="--validation",
     )
-    test: Share | Rows | str | None = setting(None, "Held out to the end, given like `validation`.")
+    test: Share | Rows | str | None = setting(
+        None, "Held out to the end, given like `validation`.", flag="--test"
+    )
     seed: int = setting(0, "Which rows are held out.", ge=0, le=2**53 - 1)
     written: Count = setting(96, "How many questions the base writes where none are given.", flag="--written")
 

@@ -71,6 +71,7 @@ class Data(Section):
     test: Share | Rows | str | None = setting(
         None,
         "Held out to the end: given like `validation`. Without it, the source's own test split if it has one.",
+        flag="--test",
     )
     seed: Seed = setting(
         0, "Which rows are held out; apart from `tune.seed`, so that runs are judged on the same rows."
