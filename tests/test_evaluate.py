@@ -9,7 +9,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from softprompt.base.frozen_lm import FrozenLM
 from softprompt.cli.app import main
+from softprompt.cli.evaluate import show
+from softprompt.cli.screen import screen
 from softprompt.data.example import Example, Splits
 from softprompt.data.template import Template
 from softprompt.errors import DataError, GateFailed, NotFinite, RecipeError
@@ -308,6 +311,16 @@ def test_the_command_judges_base_text_and_learned_prompts_and_fails_a_gate_with_
         assert metrics["nll"]["n"] == 6
     assert main(["evaluate", *data, *base, "--fail-under", "accuracy=0.99"]) == 100
     assert "wanted at least 0.99" in capsys.readouterr().err
+
+
+def test_the_command_says_how_little_a_few_rows_that_agree_tell(capsys: pytest.CaptureFixture[str]) -> None:
+    """Wilson 1927, by hand: of 6 rows that are all right, the lower end is 6 / (6 + 1.959964^2)."""
+    estimates = {"accuracy": Estimate(1.0, 0.0, 6), "nll": Estimate(0.5, 0.0, 6)}
+    made = SimpleNamespace(estimates=estimates, reused=0, notes=(), about={}, confusion=None)
+    show(screen(), cast(Any, made), "a prompt on rows")
+    told = capsys.readouterr().out
+    assert f"1.000 ± 0.000 (n=6), 95 % interval {6 / (6 + 1.959964**2):.3f} to 1.000" in told
+    assert "0.500 ± 0.000 (n=6) nats per token\n" in told
 
 
 def test_the_command_goes_on_with_a_folder_and_reads_the_data_of_the_prompts_own_recipe(

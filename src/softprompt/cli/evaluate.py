@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -103,7 +104,12 @@ def show(console: Screen, evaluation: Evaluation, title: str) -> None:
 
     heading(console, title)
     for name, figure in evaluation.estimates.items():
-        fact(console, name.replace("_", " "), f"{figure} {METRICS[name].unit}".rstrip())
+        metric = METRICS[name]
+        said = f"{figure} {metric.unit}".rstrip()
+        if figure.stderr == 0 and math.isfinite(metric.bounds[1]):  # all rows agree, which is not certainty
+            low, high = metric.interval_of(figure)
+            said += f", 95 % interval {low:.3f} to {high:.3f}"
+        fact(console, name.replace("_", " "), said)
     if evaluation.reused:
         fact(console, "kept", f"{evaluation.reused} rows of an earlier run were not judged again")
     for note in evaluation.notes:

@@ -56,10 +56,13 @@ class Metric:
 
     def interval(self, seeds: Sequence[Sequence[Row]]) -> tuple[float, float]:
         """The figure's 95 % interval over rows and seeds, within the metric's bounds."""
-        estimate = self.over_seeds(seeds)
+        return self.interval_of(self.over_seeds(seeds), len(seeds))
+
+    def interval_of(self, estimate: Estimate, runs: int = 1) -> tuple[float, float]:
+        """The 95 % interval of a figure of so many runs, within the metric's bounds."""
         low, high = self.bounds
         if math.isfinite(high):
-            return bounded_interval(estimate, low, high, len(seeds))
+            return bounded_interval(estimate, low, high, runs)
         reach = NORMAL_975 * estimate.stderr
         return max(low, estimate.value - reach), estimate.value + reach
 
