@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 
 from softprompt.cli.app import main
 from softprompt.errors import DataError, MissingExtra
-from softprompt.report.curves import Curves, smoothed
+from softprompt.report.curves import Curves, read_curves, smoothed
 from softprompt.report.plot import draw, for_terminal, read_plotted
 from test_learn import learn, recipe
 
@@ -58,6 +59,17 @@ def test_a_falling_line_goes_from_the_upper_left_to_the_lower_right() -> None:
     assert filled[5][-1] == 29
     assert [places[0] for places in filled] == sorted(places[0] for places in filled)
     assert drawn[-1] == "a: held-out loss 4.0000 at the start, 1.0000 at step 10, base alone 5.0000"
+
+
+def test_a_run_without_held_out_rows_is_not_said_to_have_a_held_out_loss(tmp_path: Path) -> None:
+    """The latest prompt is kept there, also where an earlier one had the lower loss."""
+    started = {"event": "Started", "validation_examples": 0, "baseline_nll": 5.0}
+    measured = [
+        {"event": "Validated", "step": step, "nll": nll} for step, nll in ((0, 4.0), (5, 1.0), (9, 2.0))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [started, *measured])))
+    drawn = for_terminal([read_curves(tmp_path)]).splitlines()
+    assert drawn[-1].endswith(": training loss 4.0000 at the start, 2.0000 at step 9, base alone 5.0000")
 
 
 @pytest.mark.parametrize("ending", ["svg", "png"])

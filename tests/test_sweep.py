@@ -153,5 +153,15 @@ def test_the_command_sweeps_and_says_who_won(tmp_path: Path, capsys: pytest.Capt
     assert record["setting"] == ["tune.learning_rate=0.3"]
     assert len(record["trials"]) == 4
     assert "tune.learning_rate=1e-6" in printed.err
+    assert record["judged_on"] == "validation"
+    assert "held-out loss" in printed.err
+    assert "Nothing was held out" not in printed.err
+    nothing_held_out = [*given[:-1], "data.validation=0", "--grid", "tune.learning_rate=0.3,1e-6", "--json"]
+    assert main(nothing_held_out) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["judged_on"] == "training"
+    assert "training loss" in printed.err
+    assert "held-out loss" not in printed.err
+    assert "Nothing was held out" in printed.err
     assert main(given) == 2
     assert "Nothing is to be varied" in capsys.readouterr().err

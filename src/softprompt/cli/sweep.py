@@ -127,6 +127,11 @@ def _show(console: Screen, swept: SweepResult, seeds: int) -> None:
     heading(console, "result")
     error = f" ± {swept.nll_error:.4f} ({seeds} seeds)" if swept.nll_error == swept.nll_error else ""
     fact(console, "winner", " ".join(swept.setting))
-    fact(console, "held-out loss", f"{figure(swept.nll)}{error} nats per token")
+    fact(console, swept.loss_name, f"{figure(swept.nll)}{error} nats per token")
+    if swept.judged_on == "training":
+        line(
+            console,
+            "Nothing was held out, so the winner is what fits its own training rows best. Set data.validation.",
+        )
     fact(console, "prompt", swept.path)
     fact(console, "records", f"{swept.path}/sweep.jsonl")

@@ -41,9 +41,15 @@ class Stepped:
     remaining_seconds: float
 
 
+def loss_name(held_out: bool) -> str:
+    """The name of the losses that `Validated` tells: without held-out rows they are those of the training rows."""
+    return "held-out loss" if held_out else "training loss"
+
+
 @dataclass(frozen=True)
 class Validated:
-    """The held-out loss was measured; `best` says that this is the best so far, and that this prompt is kept.
+    """The held-out loss was measured, or without held-out rows that of the training rows; `best` says that this is the best so
+    far, and that this prompt is kept.
 
     `score` is what the best is chosen by, where that is not the loss (`tune.select`)."""
 

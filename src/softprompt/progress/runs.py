@@ -14,7 +14,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from softprompt.progress.console import Screen, figure, table, visible
-from softprompt.progress.events import BatchHalved, Event, Note, Saved, Started, Stepped, Stopped, Validated
+from softprompt.progress.events import (
+    BatchHalved,
+    Event,
+    Note,
+    Saved,
+    Started,
+    Stepped,
+    Stopped,
+    Validated,
+    loss_name,
+)
 
 PLAIN_EVERY_SECONDS = 5.0
 
@@ -157,7 +167,7 @@ class ShowTable:
                 "stopped early" if gone else "",
             )
             rows.append([Text(visible(word), "dim" if gone else "") for word in words])
-        loss = "best held-out loss" if self.held_out else "training loss"
+        loss = f"{'best ' if self.held_out else ''}{loss_name(self.held_out)}"
         return table((self.title, "step", loss, ""), rows, width=self.console.width)
 
 

@@ -22,12 +22,15 @@ Points: TypeAlias = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Curves:
-    """A run's losses by step, in nats per trained token: of each step's rows, held out, and of the base alone."""
+    """A run's losses by step, in nats per trained token: of each step's rows, held out, and of the base alone.
+
+    Of a run that held nothing out (`has_held_out`) `held_out` are the losses of all its training rows."""
 
     name: str
     training: Points
     held_out: Points
     base: float
+    has_held_out: bool = True
 
 
 def read_curves(folder: Path) -> Curves:
@@ -41,7 +44,7 @@ def read_curves(folder: Path) -> Curves:
         ) from None
     training: dict[float, float] = {}
     held_out: dict[float, float] = {}
-    base = math.nan
+    base, has_held_out = math.nan, True
     for line in text.split("\n"):
         try:
             event: Any = json.loads(line)
@@ -52,9 +55,10 @@ def read_curves(folder: Path) -> Curves:
         kind, step, nll = event.get("event"), _number(event.get("step")), _number(event.get("nll"))
         if kind == "Started":
             base = _number(event.get("baseline_nll"))
+            has_held_out = event.get("validation_examples") != 0
         elif kind in ("Stepped", "Validated") and math.isfinite(step) and math.isfinite(nll):
             (training if kind == "Stepped" else held_out)[step] = nll
-    return Curves(folder.name, tuple(training.items()), tuple(held_out.items()), base)
+    return Curves(folder.name, tuple(training.items()), tuple(held_out.items()), base, has_held_out)
 
 
 def smoothed(points: Points, share: float = 0.05) -> Points:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from softprompt.progress.events import loss_name
 from softprompt.report import charts, figures
 from softprompt.report.curves import smoothed
 from softprompt.report.parts import Block, Chart, Page, Section, Table
@@ -13,6 +14,7 @@ from softprompt.report.read import ReportedRun, Series, Tuning
 def tuning_page(run: ReportedRun, tuning: Tuning, number: int) -> Page:
     """Losses before and after, curves, and how to reproduce it."""
     figures_of_run = tuning.metrics
+    held_out = figures_of_run.get("judged_on") == "validation"
     rows = [
         [label, figures.number(figures_of_run.get(key))]
         for key, label in (
@@ -27,7 +29,7 @@ def tuning_page(run: ReportedRun, tuning: Tuning, number: int) -> Page:
         tables=[
             Table(
                 [
-                    "held-out loss" if figures_of_run.get("judged_on") == "validation" else "training loss",
+                    loss_name(held_out),
                     "nats per token",
                 ],
                 rows,
@@ -41,7 +43,7 @@ def tuning_page(run: ReportedRun, tuning: Tuning, number: int) -> Page:
             "softprompt compare does.",
         ],
     )
-    sections = [result, learning_curves(run.validation, run.training)]
+    sections = [result, learning_curves(run.validation, run.training, held_out=held_out)]
     blocks = [Block(tuning.recipe.strip(), "Recipe")] if tuning.recipe else []
     versions = ", ".join(f"{name} {version}" for name, version in tuning.versions.items())
     base = tuning.base
@@ -61,18 +63,25 @@ def tuning_page(run: ReportedRun, tuning: Tuning, number: int) -> Page:
     verdict = ""
     if before is not None and after is not None and figures.known(before) and figures.known(after):
         moved = "lowered" if after < before else "did not lower"
-        rows_of = "held-out" if figures_of_run.get("judged_on") == "validation" else "training"
-        verdict = f"The prompt {moved} the {rows_of} loss: {before:.3f} nats per token for the base alone, {after:.3f} with it."
+        verdict = f"The prompt {moved} the {loss_name(held_out)}: {before:.3f} nats per token for the base alone, {after:.3f} with it."
     facts = f"{tuning.kind} prompt, {tuning.length or 'unknown'} virtual tokens, base {base.name}."
     return Page(
         f"run{number}", run.title, facts, verdict, [section for section in sections if section is not None]
     )
 
 
-def learning_curves(validation: Sequence[Series], training: Sequence[Series]) -> Section | None:
+def learning_curves(
+    validation: Sequence[Series], training: Sequence[Series], *, held_out: bool = True
+) -> Section | None:
+    measured = ("Loss on the validation rows", "The step of the lowest loss is the one that is judged.")
+    if not held_out:
+        measured = (
+            "Loss on the training rows",
+            "No rows were held out, so the last step is the one that is kept.",
+        )
     charts_of = []
     for given, title, note in (
-        (validation, "Loss on the validation rows", "The step of the lowest loss is the one that is judged."),
+        (validation, *measured),
         (training, "Loss on the training batches", "Smoothed over about a tenth of the steps."),
     ):
         smooth = given is training

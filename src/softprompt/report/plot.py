@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softprompt.errors import DataError, MissingExtra, SaveError
+from softprompt.progress.events import loss_name
 from softprompt.report.curves import (
     DRAWN_AS_LINE,
     EVENTS,
@@ -87,9 +88,11 @@ def for_terminal(curves: Sequence[Curves], width: int = 72, height: int = 16) ->
 def _figures(curve: Curves) -> str:
     if not curve.held_out:
         return f"{curve.name}: training loss {curve.training[-1][1]:.4f} at step {curve.training[-1][0]:g}"
-    step, best = min(curve.held_out, key=lambda point: point[1])
+    # Without held-out rows none is known to be the best, and the latest is kept.
+    step, kept = min(curve.held_out, key=lambda point: point[1]) if curve.has_held_out else curve.held_out[-1]
     base = f", base alone {curve.base:.4f}" if math.isfinite(curve.base) else ""
-    return f"{curve.name}: held-out loss {curve.held_out[0][1]:.4f} at the start, {best:.4f} at step {step:g}{base}"
+    loss = f"{loss_name(curve.has_held_out)} {curve.held_out[0][1]:.4f} at the start, {kept:.4f} at step {step:g}"
+    return f"{curve.name}: {loss}{base}"
 
 
 def draw(curves: Sequence[Curves], path: str | Path) -> None:

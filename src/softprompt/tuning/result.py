@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from softprompt.progress.events import loss_name
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.tuning.records import SCHEMA
 
@@ -51,7 +52,7 @@ class TuneResult:
     @property
     def loss_name(self) -> str:
         """The name of the rows that the losses are measured on, for a heading."""
-        return "held-out loss" if self.judged_on == "validation" else "training loss"
+        return loss_name(self.judged_on == "validation")
 
     @property
     def worse_than_base(self) -> bool:

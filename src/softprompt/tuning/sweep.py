@@ -27,7 +27,7 @@ from softprompt.base.workers import HERE, Workers
 from softprompt.data.example import Splits
 from softprompt.errors import NotFinite, RecipeError, SaveError
 from softprompt.loss.gradient import Loss
-from softprompt.progress.events import Event
+from softprompt.progress.events import Event, loss_name
 from softprompt.progress.shown import shown_runs
 from softprompt.prompt.soft_prompt import Prompt
 from softprompt.settings.text import scalar
@@ -64,8 +64,8 @@ class Trial:
 class SweepResult:
     """The winner's prompt, saved in `path`, and all trials.
 
-    `nll` is the mean of the best held-out losses over the winner's seeds, in nats per trained token, `nll_error` its
-    standard error (nan with one seed)."""
+    `nll` is the mean of the best losses over the winner's seeds, in nats per trained token, `nll_error` its standard error
+    (nan with one seed), and `judged_on` the rows of these losses: validation, or training where none are held out."""
 
     prompt: Prompt = field(repr=False)
     path: str
@@ -73,6 +73,12 @@ class SweepResult:
     trials: tuple[Trial, ...]
     nll: float
     nll_error: float
+    judged_on: str = "validation"
+
+    @property
+    def loss_name(self) -> str:
+        """The name of the rows that the losses are measured on, for a heading."""
+        return loss_name(self.judged_on == "validation")
 
     def to_record(self) -> dict[str, Any]:
         """The outcome as plain data for JSON."""
@@ -82,12 +88,13 @@ class SweepResult:
             "setting": list(self.setting),
             "nll": self.nll,
             "nll_error": self.nll_error,
+            "judged_on": self.judged_on,
             "trials": [asdict(trial) for trial in self.trials],
         }
 
     def __repr__(self) -> str:
         return (
-            f"SweepResult({self.path}: {' '.join(self.setting)}, held-out loss {self.nll:.4f}, best of "
+            f"SweepResult({self.path}: {' '.join(self.setting)}, {self.loss_name} {self.nll:.4f}, best of "
             f"{len({trial.setting for trial in self.trials})} settings)"
         )
 
@@ -99,9 +106,7 @@ class SweepResult:
             f"<td>{trial.nll:.4f}</td></tr>"
             for trial in ranked
         )
-        return (
-            f"<table><tr><th>setting</th><th>seed</th><th>steps</th><th>held-out loss</th></tr>{rows}</table>"
-        )
+        return f"<table><tr><th>setting</th><th>seed</th><th>steps</th><th>{self.loss_name}</th></tr>{rows}</table>"
 
 
 def grid(choices: Mapping[str, Sequence[str]]) -> list[Setting]:
@@ -238,7 +243,8 @@ def sweep(
     notes = {**prompt.notes, "sweep": {"setting": list(winner), "trial": best.name, "of": len(settings)}}
     prompt = replace(prompt, name=out.resolve().name, notes=notes)
     save_prompt(prompt, out)
-    result = SweepResult(prompt, str(out), winner, tuple(trials), statistics.fmean(nlls), error)
+    judged_on = str(prompt.notes["metrics"]["judged_on"])
+    result = SweepResult(prompt, str(out), winner, tuple(trials), statistics.fmean(nlls), error, judged_on)
     records.end(result.to_record())
     return result
 
