@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from softprompt.evaluation.judge import evaluate
 from softprompt.evaluation.settings import JudgeSettings
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.inference.score import score
-from softprompt.progress.console import Screen
+from softprompt.progress.console import Screen, set_aside
+from softprompt.progress.runs import ShowProgress
 from softprompt.tuning.loop import tune
 from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.sweep import sweep
@@ -129,3 +131,16 @@ def test_a_streamed_text_and_a_single_one_show_no_bar(
     generate(lm, "one", None, DecodeSettings(max_new_tokens=2))
     generate(lm, ["one", "two"], None, DecodeSettings(max_new_tokens=2), on_text=lambda number, piece: None)
     assert capsys.readouterr().err == ""
+
+
+def test_a_live_line_is_set_aside_while_another_library_draws() -> None:
+    screen = Screen(file=io.StringIO(), force_terminal=True)
+    with ShowProgress(screen) as shown_now:
+        assert shown_now.bar.live.is_started
+        with set_aside():
+            assert not shown_now.bar.live.is_started
+        assert shown_now.bar.live.is_started
+    assert not shown_now.bar.live.is_started
+    with set_aside():  # of an ended run nothing is drawn again
+        pass
+    assert not shown_now.bar.live.is_started

@@ -46,12 +46,15 @@ def shown_on_terminals(download: str) -> Iterator[None]:
     if not sys.stderr.isatty() or HF_HUB_DISABLE_PROGRESS_BARS:
         yield
         return
-    print(f"{download}: not in the local hub cache, so the hub is asked", file=sys.stderr)
-    enable_progress_bars()
-    try:
-        yield
-    finally:
-        disable_progress_bars()
+    from softprompt.progress.console import set_aside  # rich
+
+    with set_aside():
+        print(f"{download}: not in the local hub cache, so the hub is asked", file=sys.stderr)
+        enable_progress_bars()
+        try:
+            yield
+        finally:
+            disable_progress_bars()
 
 
 @contextlib.contextmanager

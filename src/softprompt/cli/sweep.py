@@ -11,7 +11,7 @@ from softprompt.cli import asked
 from softprompt.cli.flags import takes
 from softprompt.cli.screen import emit, fact, figure, heading, line, screen
 from softprompt.errors import RecipeError
-from softprompt.progress.console import Screen
+from softprompt.progress.console import Screen, drawing
 from softprompt.progress.runs import ShowTable
 from softprompt.scale.cluster import workers_of
 from softprompt.settings.cluster_settings import ClusterSettings
@@ -88,7 +88,7 @@ def command(
         table.show()
 
     try:
-        with workers_of(cluster) as workers, table.live:
+        with workers_of(cluster) as workers, drawing(table.live):
             swept = sweeping.sweep(
                 recipe,
                 settings,

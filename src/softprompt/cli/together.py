@@ -10,6 +10,7 @@ import typer
 from softprompt.cli import asked
 from softprompt.cli.screen import emit, fact, figure, heading, line, screen
 from softprompt.cli.tune import describe_losses
+from softprompt.progress.console import drawing
 from softprompt.progress.events import Event, Note, Saved, Validated
 from softprompt.progress.runs import ShowTable
 from softprompt.tuning.recipe import Recipe
@@ -60,7 +61,7 @@ def command(
             line(console, f"{names[number]}: {text}")
 
     try:
-        with table.live:
+        with drawing(table.live):
             tuned = (tune_tasks if sharing else tune_together)(
                 recipes, on_event=tell, progress=False, resume=resume
             )

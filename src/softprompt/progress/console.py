@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.segment import Segment
@@ -41,6 +42,48 @@ class Screen(Console):
         """Whether someone sees it as it comes: a terminal, or a notebook in which rich can draw."""
         # without ipywidgets rich warns of it at every bar
         return self.is_terminal or (self.is_jupyter and find_spec("ipywidgets") is not None)
+
+
+class Lines(Protocol):
+    """A live display of rich's: lines of a terminal that are drawn again and again."""
+
+    @property
+    def console(self) -> Console:
+        """Where it draws."""
+
+    def start(self) -> None:
+        """Begins to draw."""
+
+    def stop(self) -> None:
+        """Draws for the last time."""
+
+
+_DRAWN: list[Lines] = []
+
+
+@contextmanager
+def drawing(lines: Lines) -> Iterator[None]:
+    """Draws live lines until the end of the context, but for what is `set_aside` in it."""
+    lines.start()
+    _DRAWN.append(lines)
+    try:
+        yield
+    finally:
+        _DRAWN.remove(lines)
+        lines.stop()
+
+
+@contextmanager
+def set_aside() -> Iterator[None]:
+    """Draws no live lines meanwhile, so that another library's bars can be seen."""
+    aside = [lines for lines in _DRAWN if lines.console.is_terminal]
+    for lines in reversed(aside):
+        lines.stop()
+    try:
+        yield
+    finally:
+        for lines in aside:
+            lines.start()
 
 
 def table(

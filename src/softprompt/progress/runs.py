@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
@@ -13,7 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from softprompt.progress.console import Screen, figure, table, visible
+from softprompt.progress.console import Screen, drawing, figure, table, visible
 from softprompt.progress.events import (
     BatchHalved,
     Event,
@@ -47,16 +48,17 @@ class ShowProgress:
             console=console,
             disable=not self.live,
         )
+        self._bar_drawn = ExitStack()
         self.task = self.bar.add_task(self._short("loading", " the base and the data"), total=None)
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        self._bar_drawn.enter_context(drawing(self.bar))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self.bar.stop()
+        self._bar_drawn.close()
 
     def __call__(self, event: Event) -> None:
         match event:

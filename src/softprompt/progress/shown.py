@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 from softprompt.progress.bar import ShowJobs, is_wanted
-from softprompt.progress.console import Screen
+from softprompt.progress.console import Screen, drawing
 from softprompt.progress.events import Event
 from softprompt.progress.runs import ShowProgress, ShowTable
 
@@ -60,7 +60,7 @@ def shown_runs(
             table.event(names.index(name), event)
         own(name, event)
 
-    with table.live:
+    with drawing(table.live):
         yield both
 
 
