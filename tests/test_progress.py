@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from softprompt.evaluation.judge import evaluate
 from softprompt.evaluation.settings import JudgeSettings
 from softprompt.inference.generate import DecodeSettings, generate
 from softprompt.inference.score import score
+from softprompt.progress.bar import ShowJobs
 from softprompt.progress.console import Screen, set_aside
 from softprompt.progress.runs import ShowProgress
 from softprompt.tuning.loop import tune
@@ -133,9 +135,10 @@ def test_a_streamed_text_and_a_single_one_show_no_bar(
     assert capsys.readouterr().err == ""
 
 
-def test_a_live_line_is_set_aside_while_another_library_draws() -> None:
+@pytest.mark.parametrize("show", [ShowProgress, lambda screen: ShowJobs(screen, ["soft", "deep"])])
+def test_a_live_line_is_set_aside_while_another_library_draws(show: Any) -> None:
     screen = Screen(file=io.StringIO(), force_terminal=True)
-    with ShowProgress(screen) as shown_now:
+    with show(screen) as shown_now:
         assert shown_now.bar.live.is_started
         with set_aside():
             assert not shown_now.bar.live.is_started

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from rich.progress import (
     BarColumn,
@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from softprompt.progress.console import Screen, visible
+from softprompt.progress.console import Screen, drawing, visible
 
 Advance: TypeAlias = Callable[[int, int], None]
 """Called with how much is done, and of how much."""
@@ -45,7 +45,8 @@ def progress_bar(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    bar = Progress(*columns, console=console, transient=True)
+    with drawing(bar):
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -68,13 +69,14 @@ class ShowJobs:
         )
         self.task = self.bar.add_task("starting", total=None)
         self.last: dict[str, str] = {}
+        self.drawn = drawing(self.bar)
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        self.drawn.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+    def __exit__(self, *raised: Any) -> None:
+        self.drawn.__exit__(*raised)
 
     def __call__(self, name: str, what: str, done: int, of: int) -> None:
         count = f"{self.names.index(name) + 1}/{len(self.names)}"
