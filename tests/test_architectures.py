@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from softprompt.inference.request import request
 from softprompt.inference.running_batch import Running
 from softprompt.inference.verify import PROVEN
 from softprompt.prompt.soft_prompt import DeepPrompt, SoftPrompt
+from softprompt.tuning.starts import first_layer_sizes
 from tiny_models import ARCHITECTURES, REFUSED, WINDOW, tiny_model, tiny_tokenizer
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "exactness.md"
@@ -261,6 +263,26 @@ def test_every_road_gives_the_same_logits(architecture: str) -> None:
 
 
 # Gemma 4 makes its only layer a full one.
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_sizes_before_and_after_the_first_layer_are_those_of_its_own_input_and_output(
+    architecture: str,
+) -> None:
+    lm = subject(architecture).lm
+    stacks = [module for module in lm.model.modules() if isinstance(module, torch.nn.ModuleList)]
+    layer = next(stack[0] for stack in stacks if len(stack) == lm.num_layers)
+    seen: list[Tensor] = []
+
+    def keep(module: Any, inputs: Any, named: Any, output: Any) -> None:
+        entering = inputs[0] if inputs else named["hidden_states"]
+        seen.extend((entering, output if isinstance(output, Tensor) else output[0]))
+
+    hook = layer.register_forward_hook(keep, with_kwargs=True)
+    sizes = first_layer_sizes(lm)
+    hook.remove()
+    wanted = [states_1SD[0].square().mean(1).sqrt().median().item() for states_1SD in seen]
+    assert sizes == pytest.approx(tuple(wanted), rel=1e-5)
+
+
 LIMITED = [name for name in ARCHITECTURES if ("sliding" in name or "chunk" in name) and "Gemma 4" not in name]
 
 

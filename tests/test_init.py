@@ -48,6 +48,48 @@ def test_a_start_has_the_scale_that_the_first_layer_reads_where_the_base_scales_
     assert found_PD.std().item() == pytest.approx(lm.embedding_VD.std().item() * 32**0.5, rel=0.1)
 
 
+@pytest.mark.parametrize("size", [0.0, 1.0, 5.0])
+def test_an_automatic_start_is_vocabulary_of_half_the_size_that_the_first_layer_gives_out(
+    tmp_path: Path, size: float
+) -> None:
+    """A layer that adds nothing, one that adds little, and one that adds far more than it reads. Both sizes by transformers' own reading of
+    tokens by their ids; the vectors are never made smaller."""
+    lm = lm_of()
+    with torch.no_grad():
+        for name, weight in lm.model.model.layers[0].named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.mul_(size)
+        ids = torch.linspace(0, lm.vocab_size - 1, 64).long()
+        read = lm.model(input_ids=ids[None], output_hidden_states=True).hidden_states
+    before, after = (states[0].square().mean(-1).sqrt().median().item() for states in read[:2])
+    wanted = max(1.0, 0.5 * after / before)
+    assert (wanted == 1.0) == (size == 0.0)
+    auto = ["tune.learning_rate=auto"]
+    vocabulary_PD = started(tmp_path, *auto, "prompt.init=vocabulary", lm=lm)
+    torch.testing.assert_close(started(tmp_path, *auto, lm=lm), wanted * vocabulary_PD)
+    torch.testing.assert_close(started(tmp_path, "prompt.init=scaled", lm=lm), wanted * vocabulary_PD)
+    bound = make_plan(recipe(tmp_path, *auto, "prompt.init=vocabulary"), lm=lm, splits=SPLITS).learning_rate
+    scaled = make_plan(recipe(tmp_path, *auto), lm=lm, splits=SPLITS).learning_rate
+    assert scaled == pytest.approx(wanted * bound, rel=0.06)  # two digits each
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["tune.learning_rate=0.2"], ["tune.learning_rate=auto", "prompt.form=residual"]],
+    ids=["a rate that is given", "another form"],
+)
+def test_where_the_steps_suit_the_table_so_does_an_automatic_start(
+    tmp_path: Path, overrides: list[str]
+) -> None:
+    vocabulary_PD = started(tmp_path, *overrides, "prompt.init=vocabulary")
+    torch.testing.assert_close(started(tmp_path, *overrides), vocabulary_PD)
+
+
+def test_keys_and_values_have_no_scaled_start(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"prompt\.init is scaled, .* Set prompt\.kind to soft"):
+        recipe(tmp_path, "prompt.kind=deep", "prompt.init=scaled")
+
+
 def test_sampled_vocabulary_is_different_rows_of_the_table_without_special_ones() -> None:
     table_VD = torch.arange(12.0)[:, None].expand(12, 4)
     found_PD = init.sampled_vocabulary(table_VD, 8, generator(), leave_out=[0, 1, 2])

@@ -51,6 +51,8 @@ class Plan:
     steps: int
     not_measured: int = 0
     """Rows that could choose the best step too, but are left out to save time."""
+    start_scale: float = 1.0
+    """By how much the vectors that `init: scaled` starts from are larger than the table's."""
 
     @property
     def template(self) -> Template:

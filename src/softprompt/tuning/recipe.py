@@ -128,15 +128,26 @@ class PromptSettings(Section):
         flag="--place",
     )
     init: Literal[
-        "auto", "random", "vocabulary", "text", "labels", "zero", "sink", "prompt", "mean", "concatenation"
+        "auto",
+        "random",
+        "vocabulary",
+        "scaled",
+        "text",
+        "labels",
+        "zero",
+        "sink",
+        "prompt",
+        "mean",
+        "concatenation",
     ] = setting(
         "auto",
-        "Where it starts: random at the embedding table's scale, rows of the most frequent vocabulary, the "
+        "Where it starts: random at the embedding table's scale, rows of the most frequent vocabulary, the same scaled up "
+        "to half the size of what the first layer gives out, the "
         "embeddings of `init_text`, or those of the class labels; or the first prompt of `init_from`, the mean or "
         "the concatenation of them all. A deep prompt starts from what the base holds after reading those, from "
         "zero, or from vocabulary near the first position, where most bases have their attention sink. auto means text where "
-        "`init_text` is given, prompt where `init_from` is, else vocabulary, or sink for a deep prompt where "
-        "the base has one.",
+        "`init_text` is given, prompt where `init_from` is, else scaled for a soft prompt (vocabulary where a rate or a form is given) "
+        "and vocabulary for a deep one, or sink where the base has one.",
         flag="--init",
     )
     init_text: str | None = setting(
@@ -282,6 +293,11 @@ class Recipe(BaseSettings):
             raise ValueError(
                 f"prompt.init is {self.prompt.init}, which only keys and values can start from. Set prompt.kind to deep, or "
                 "prompt.init to random or vocabulary."
+            )
+        if self.prompt.init == "scaled" and self.prompt.kind == "deep":
+            raise ValueError(
+                "prompt.init is scaled, which only vectors in front of the first layer can be. Set prompt.kind to soft, or prompt.init to "
+                "vocabulary or sink."
             )
         if self.prompt.place == "answer" and self.prompt.kind == "deep":
             raise ValueError(

@@ -22,7 +22,7 @@ from softprompt.tuning.measuring import MOST, rows_measured
 from softprompt.tuning.optim import RATE_PER_RMS, automatic_rate
 from softprompt.tuning.plan import Plan
 from softprompt.tuning.recipe import Recipe
-from softprompt.tuning.starts import frequent_vectors
+from softprompt.tuning.starts import frequent_vectors, start_scale
 from softprompt.tuning.task import naming_rows, read_splits, task_of
 
 BATCH_SIZE = 8
@@ -51,6 +51,7 @@ def make_plan(
         held_out = task.to_judge(judged, prompt=True).encoded
         held_out_base = task.to_judge(judged, prompt=False).encoded
     task.check_judged(splits.test, "test")  # else it would be refused after all that learning
+    scale = start_scale(recipe, lm)
     return Plan(
         recipe=recipe,
         lm=lm,
@@ -61,7 +62,8 @@ def make_plan(
         held_out=held_out,
         held_out_base=held_out_base,
         judged_on="validation" if splits.validation else "training",
-        learning_rate=settled_rate(recipe, lm),
+        learning_rate=settled_rate(recipe, lm, scale),
+        start_scale=scale,
         batch_size=settled_batch_size(recipe),
         steps=steps,
         not_measured=len(splits.validation or splits.train) - len(judged),
@@ -114,12 +116,12 @@ def settled_batch_size(recipe: Recipe) -> int:
     return BATCH_SIZE if recipe.tune.batch_size == "auto" else recipe.tune.batch_size
 
 
-def settled_rate(recipe: Recipe, lm: FrozenLM) -> float:
-    """The learning rate, or what bounds an automatic one."""
+def settled_rate(recipe: Recipe, lm: FrozenLM, start_scale: float = 1.0) -> float:
+    """The learning rate, or what bounds an automatic one where a start is `start_scale` times as large as the table's vectors."""
     if isinstance(recipe.tune.learning_rate, str):  # auto, or the middle of what `find` tries
         scale = frequent_vectors(lm)
         if recipe.prompt.kind == "deep":
             spread = torch.linspace(0, len(scale) - 1, min(64, len(scale))).long()
             scale = as_rows(vectors_state(lm, scale[spread]))
-        return automatic_rate(scale, RATE_PER_RMS[recipe.tune.optimizer][recipe.prompt.kind])
+        return automatic_rate(scale, start_scale * RATE_PER_RMS[recipe.tune.optimizer][recipe.prompt.kind])
     return recipe.tune.learning_rate
