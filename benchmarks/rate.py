@@ -66,7 +66,8 @@ def recipe(
         "batch_size": given.batch_size,
         "valid_every_steps": max(1, given.steps // given.validations),
     }
-    prompt: Any = {"kind": kind, "length": LENGTH}
+    # A rate that is given would start a soft prompt from smaller vectors than the automatic one that it is a share of.
+    prompt: Any = {"kind": kind, "length": LENGTH} | ({"init": "scaled"} if kind == "soft" else {})
     return Recipe(base="x", out=out, data=data, prompt=prompt, tune=tuning)  # type: ignore[arg-type]
 
 

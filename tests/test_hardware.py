@@ -31,9 +31,7 @@ linux = pytest.mark.skipif(
 def test_a_peak_is_the_processs_own_below_a_parent_that_holds_more() -> None:
     if psutil.virtual_memory().available < 2 * FAT:
         pytest.skip(f"needs {2 * FAT:,} bytes of free memory")
-    peak = (
-        "import torch; from softprompt.base import hardware; print(hardware.peak_memory_bytes(torch.device('cpu')))"
-    )
+    peak = "import torch; from softprompt.base import hardware; print(hardware.peak_memory_bytes(torch.device('cpu')))"
     run = [sys.executable, "-c", PARENT.format(fat=FAT, child=[sys.executable, "-c", peak])]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     out = subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout

@@ -37,7 +37,7 @@ from softprompt.tuning.recipe import Recipe
 from softprompt.tuning.result import TuneResult
 from softprompt.tuning.run import Run
 from softprompt.tuning.settle import make_plan
-from softprompt.tuning.starts import start
+from softprompt.tuning.starts import first_layer_sizes, start
 from softprompt.tuning.task import task_of
 from softprompt.tuning.together import tune_together
 from tiny_models import tiny_model, tiny_tokenizer
@@ -579,7 +579,7 @@ def test_the_gradient_that_measures_the_rate_is_the_first_steps(tmp_path: Path, 
             taken.append(len(batch.trained_BS))
         return lm.token_nll(batch, prompt)
 
-    settings = recipe(tmp_path / how, "tune.learning_rate=auto", "tune.max_steps=1", "tune.batch_size=4")
+    settings = recipe(tmp_path / how, "tune.learning_rate=auto", "tune.max_steps=1", "prompt.init=vocabulary")
     if how == "alone":
         result = tune(settings, lm=lm, splits=SPLITS, loss=counted)
     else:
@@ -595,11 +595,16 @@ def test_the_gradient_that_measures_the_rate_is_the_first_steps(tmp_path: Path, 
     assert torch.equal(vectors(result), learner.snapshot()[0])
 
 
-def test_an_automatic_rate_is_never_above_its_share_of_the_embeddings_scale(tmp_path: Path) -> None:
+@pytest.mark.parametrize("init", ["vocabulary", "scaled"])
+def test_an_automatic_rate_is_never_above_its_share_of_the_starts_scale(tmp_path: Path, init: str) -> None:
     lm = lm_of()
     flat: Loss = lambda batch, prompt=None: 1.0 + 1e-4 * lm.token_nll(batch, prompt)  # noqa: E731
-    plan = make_plan(recipe(tmp_path, "tune.learning_rate=auto"), lm=lm, splits=SPLITS, loss=flat)
+    settings = recipe(tmp_path, "tune.learning_rate=auto", f"prompt.init={init}")
+    plan = make_plan(settings, lm=lm, splits=SPLITS, loss=flat)
     rms = lm.embedding_VD[: min(5000, lm.vocab_size)].float().square().mean().sqrt().item()
+    if init == "scaled":
+        entering, leaving = first_layer_sizes(lm)
+        rms *= 0.5 * leaving / entering
     assert measured_rate(plan, Gradients(flat, 4), start(plan)).rate == pytest.approx(3.0 * rms, rel=0.05)
 
 

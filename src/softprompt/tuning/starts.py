@@ -101,7 +101,9 @@ def first_layer_sizes(lm: FrozenLM) -> tuple[float, float]:
     ones, since a base's attention sink is far larger there."""
     ids = torch.linspace(0, min(init.FREQUENT, lm.vocab_size) - 1, SCALE_TOKENS).long().to(lm.device)
     read = lm.body(inputs_embeds=lm.embed(ids)[None], output_hidden_states=True, use_cache=False)
-    sizes = [states_1SD.float().square().mean(-1).sqrt().median().item() for states_1SD in read.hidden_states[:2]]
+    sizes = [
+        states_1SD.float().square().mean(-1).sqrt().median().item() for states_1SD in read.hidden_states[:2]
+    ]
     return sizes[0], sizes[1]
 
 
