@@ -149,14 +149,19 @@ def longer(tokens: int) -> Callable[[FrozenLM, Plan, str], list[str]]:
     ]
 
 
+def before_the_answer(plan: Plan) -> list[str]:
+    """Settings of a soft prompt that stands there."""
+    return ["prompt.kind=soft", f"data.template={plan.template.with_slot(at_answer=True)}"]
+
+
 ARMS: dict[str, Arm] = {
     "softprompt soft": Arm("ours", lambda lm, plan, instruction: ["prompt.kind=soft"]),
-    "softprompt soft, before the answer": Arm(
-        "ours",
-        lambda lm, plan, instruction: [
-            "prompt.kind=soft",
-            f"data.template={plan.template.with_slot(at_answer=True)}",
-        ],
+    "softprompt soft, before the answer": Arm("ours", lambda lm, plan, instruction: before_the_answer(plan)),
+    "softprompt soft, from vocabulary": Arm(  # the default until it was scaled
+        "ours", lambda lm, plan, instruction: ["prompt.kind=soft", "prompt.init=vocabulary"]
+    ),
+    "softprompt soft, before the answer, from vocabulary": Arm(
+        "ours", lambda lm, plan, instruction: [*before_the_answer(plan), "prompt.init=vocabulary"]
     ),
     "softprompt deep": Arm("ours", lambda lm, plan, instruction: ["prompt.kind=deep"]),
     "softprompt deep, 64 tokens": Arm("ours", longer(64)),
