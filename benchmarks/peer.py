@@ -192,6 +192,7 @@ ARMS: dict[str, Arm] = {
     ),
     "full": Arm("weights", whole, (2e-5, 1e-4)),
 }
+FORMER = ", from vocabulary"  # ends the names of arms that start as the default once did
 QUICK = {"prompt tuning, random": (0.03,), "prefix": (0.03,), "lora 8": (2e-3,), "full": (1e-4,)}
 PROMPT_TUNING = [name for name in ARMS if name.startswith(("prompt tuning", "p-tuning"))]
 PREFIX = [name for name in ARMS if name.startswith("prefix")]
@@ -550,7 +551,11 @@ def rates_of(given: argparse.Namespace) -> dict[str, Sequence[float | None]]:
     """The arms that were asked for, each with the rates that are tried; softprompt's settle their own."""
     rates: dict[str, Sequence[float | None]] = {name: arm.rates or (None,) for name, arm in ARMS.items()}
     if given.quick:
-        rates = {name: QUICK.get(name, own) for name, own in rates.items() if name in QUICK or own == (None,)}
+        rates = {
+            name: QUICK.get(name, own)
+            for name, own in rates.items()
+            if name in QUICK or (own == (None,) and not name.endswith(FORMER))
+        }
     return {name: rates[name] for name in given.arms} if given.arms else rates
 
 
